@@ -1,0 +1,1 @@
+"""Moving bytes: plans, the engine that carries them out, and the commit."""

@@ -1,0 +1,103 @@
+"""Floating-point casts on raw bytes, with the results of torch's `Tensor.to(dtype)` on a CPU.
+
+Everything rounds to nearest, ties to even. What is narrower than F32 goes through F32, as it does in
+torch; so an F64 rounds twice on its way to BF16 or F16.
+
+A NaN stays a NaN: it is made quiet and keeps its sign and the leading bits of its payload (what the
+hardware does), but BF16 to F32 keeps the bits as they are, and every NaN becomes `0x7FC0` in BF16.
+There torch has no single answer (0x7FC0 or 0xFFFF, depending on where in a tensor the element lies),
+and ours is the one of its scalar code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptkit.errors import UnsupportedError
+from ckptkit.tensors import DType
+
+Bytes = NDArray[np.uint8]
+
+_CASTABLE = ("F64", "F32", "F16", "BF16")
+_QUIET = np.uint32(0x0040_0000)
+_BF16_NAN = np.uint16(0x7FC0)
+
+
+def check_cast(source: DType, target: DType) -> None:
+    """Whether `source` can become `target` while the bytes pass.
+
+    Raises:
+        UnsupportedError: Only F64, F32, F16 and BF16 are converted among each other.
+    """
+    if source != target and not (source.name in _CASTABLE and target.name in _CASTABLE):
+        raise UnsupportedError(f"cannot cast {source} to {target}", hint=f"casts exist among {', '.join(_CASTABLE)}")
+
+
+def convert(data: Bytes, source: DType, target: DType) -> Bytes:
+    """The elements of `data` as `target`.
+
+    Args:
+        data: Whole elements of `source`, contiguous.
+        source: Their type.
+        target: The type to get.
+
+    Returns:
+        Contiguous bytes; `data` itself if both types are the same.
+
+    Raises:
+        UnsupportedError: There is no such cast.
+    """
+    check_cast(source, target)
+    if source == target:
+        return data
+    with np.errstate(all="ignore"):
+        return _encode(_decode(data, source), target).view(np.uint8)
+
+
+def _decode(data: Bytes, source: DType) -> NDArray[np.float32] | NDArray[np.float64]:
+    if source.name == "F64":
+        return data.view(np.float64)
+    if source.name == "F32":
+        return data.view(np.float32)
+    if source.name == "F16":
+        return _quiet(data.view(np.float16).astype(np.float32))
+    bits = data.view(np.uint16).astype(np.uint32)
+    bits <<= np.uint32(16)
+    return bits.view(np.float32)
+
+
+def _encode(values: NDArray[np.float32] | NDArray[np.float64], target: DType) -> NDArray[np.generic]:
+    if target.name == "F64":
+        return values.astype(np.float64, copy=False)
+    single = values.astype(np.float32, copy=False)
+    if target.name == "F32":
+        return single
+    if target.name == "F16":
+        return _quiet(single).astype(np.float16)
+    return _to_bf16(single)
+
+
+def _quiet(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same values with every NaN quiet; NumPy would carry a signalling one over."""
+    nan = np.isnan(values)
+    if not nan.any():
+        return values
+    bits = values.view(np.uint32).copy()
+    bits[nan] |= _QUIET
+    return bits.view(np.float32)
+
+
+def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Adds just below half of the last kept bit, and that bit: a carry rounds up, ties go to even."""
+    bits = values.view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    result = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        result[nan] = _BF16_NAN
+    return result

@@ -1,0 +1,373 @@
+"""All or nothing: the destination changes in one step, after everything is written, checked and durable.
+
+Beside a destination `NAME` lie, while a run lives or after it was killed:
+
+    .NAME.ckptkit-lock              held (flock) by the run that writes
+    .NAME.ckptkit-partial/
+        journal.jsonl               the plan, and the files that are durable
+        output/                     what becomes NAME
+    .NAME.ckptkit-old/              only where the system cannot exchange two directories
+
+A killed run leaves the destination as it was. It leaves its partial directory too, from which
+`resume` goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ckptkit.errors import StorageError, UsageError
+from ckptkit.io import faults
+from ckptkit.io.engine import run
+from ckptkit.io.journal import FileJournal
+from ckptkit.io.plan import Plan
+from ckptkit.io.source import Fingerprint, fingerprints
+from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file
+
+
+class Destination:
+    """A directory to be made from a plan.
+
+    Nothing is touched before the context is entered, and only `commit` touches the destination itself:
+    leaving the context, with or without an exception, never does.
+
+        destination = Destination(path, plan, sources=[source])
+        with destination:
+            run(plan, destination.directory, journal=destination.journal)
+            destination.commit()
+
+    Attributes:
+        path: The destination, absolute, symbolic links resolved.
+        free: Bytes that the file system has for it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        *,
+        sources: Iterable[Path] = (),
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        """Checks the plan and the place; changes nothing.
+
+        Args:
+            path: The destination: absent, or an empty directory, or any with `overwrite`.
+            plan: What it will hold.
+            sources: Directories or files that the user named as input.
+            overwrite: Replace what is there.
+            resume: Go on from what a killed run left.
+
+        Raises:
+            UsageError: The destination is in use for something else, or overlaps a source.
+            InputError: A source is gone, or the plan names an impossible file.
+            UnsupportedError: A cast that does not exist.
+            StorageError: The place cannot be written, or has no room.
+        """
+        plan.check()
+        self.path = Path(os.path.realpath(path))
+        self._plan = plan
+        self._overwrite = overwrite
+        self._resume = resume
+        self._partial = self._beside("partial")
+        self._fingerprints: tuple[Fingerprint, ...] = ()
+        self._journal: FileJournal | None = None
+        self._lock = -1
+        self._check_overlap(sources)
+        with _storage(self.path):
+            self._check_place()
+        self.free = self._free()
+        self._check_room()
+
+    @property
+    def directory(self) -> Path:
+        """Where the files are to be written."""
+        return self._partial / "output"
+
+    @property
+    def journal(self) -> FileJournal:
+        """The journal of this run; there is one inside the context only."""
+        if self._journal is None:
+            raise RuntimeError("the destination is not open")
+        return self._journal
+
+    @property
+    def resume_hint(self) -> str | None:
+        """What to tell a user whose run was stopped, or None if nothing is left of it."""
+        if not self._partial.is_dir():
+            return None
+        return f"{self._partial} keeps what is written: run again with --resume to go on, or remove it"
+
+    def write(
+        self,
+        *,
+        threads: int | None = None,
+        hash: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, str]:
+        """Carries out the plan and commits it.
+
+        Args:
+            threads: As for `ckptkit.io.engine.run`.
+            hash: Also compute the SHA-256 of every file.
+            progress: Called with (bytes done, bytes in all).
+
+        Returns:
+            SHA-256 by output path, if asked for.
+
+        Raises:
+            UsageError: Another run writes to this destination, or somebody has filled it meanwhile.
+            InputError: A source is gone, damaged or changed, or two tensors that must be equal differ.
+            StorageError: The disk is full or answers with an error.
+        """
+        done = 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, self._plan.nbytes)
+
+        with self:
+            result = run(
+                self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash
+            )
+            self.commit()
+        return result.hashes
+
+    def __enter__(self) -> Destination:
+        """Takes the lock and prepares the partial directory."""
+        self._take_lock()
+        try:
+            with _storage(self._partial):
+                self._recover()
+                self._check_place()
+                self._prepare()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go of the lock; what is not committed stays in the partial directory."""
+        self._release()
+
+    def commit(self) -> None:
+        """Puts the finished output in its place, in one step, and makes that durable.
+
+        Raises:
+            InputError: A source changed while it was read.
+            UsageError: Somebody has filled the destination meanwhile.
+            StorageError: A file is missing or has another size, or the disk answers with an error.
+        """
+        self._check_complete()
+        with _storage(self._partial):
+            faults.step("sync")
+            _sync_tree(self.directory)
+        for fingerprint in self._fingerprints:
+            fingerprint.check()
+        with _storage(self.path):
+            self._check_place()
+            # Without its journal, a partial directory is never taken for a resumable one: after the
+            # exchange it holds the old files, and some may have the sizes of the new.
+            faults.step("drop-journal")
+            self.journal.close()
+            self.journal.path.unlink()
+            sync_directory(self._partial)
+            self._put_in_place()
+            faults.step("clean-up")
+        self._clean_up()
+
+    def _put_in_place(self) -> None:
+        faults.step("rename")
+        if not self._occupied():
+            os.rename(self.directory, self.path)
+        elif not exchange(self.directory, self.path):
+            self._replace_in_two_steps()
+        sync_directory(self.path.parent)
+        sync_directory(self._partial)
+
+    def _replace_in_two_steps(self) -> None:
+        """For systems that cannot exchange: between the two renames there is no model at the destination.
+
+        A run killed there leaves the old one under a name that the next run moves back.
+        """
+        old = self._beside("old")
+        os.rename(self.path, old)
+        faults.step("between-renames")
+        os.rename(self.directory, self.path)
+        sync_directory(self.path.parent)
+        os.rename(old, self.directory)
+
+    def _clean_up(self) -> None:
+        try:
+            shutil.rmtree(self._partial)
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise StorageError(
+                f"the output is complete, but what it replaced could not be removed ({cause})",
+                where=self._partial,
+                hint="remove it by hand",
+            ) from error
+
+    def _beside(self, kind: str) -> Path:
+        return self.path.parent / f".{self.path.name}.ckptkit-{kind}"
+
+    def _occupied(self) -> bool:
+        """Whether something other than an empty directory is there."""
+        try:
+            with os.scandir(self.path) as entries:
+                return next(entries, None) is not None
+        except FileNotFoundError:
+            return False
+
+    def _check_overlap(self, sources: Iterable[Path]) -> None:
+        given = {Path(os.path.realpath(source)) for source in sources}
+        read = {Path(os.path.realpath(file)) for file in self._plan.sources()}
+        for source in sorted(given | read):
+            if self.path == source or self.path in source.parents:
+                raise UsageError("the destination holds the source", where=self.path, hint="choose another directory")
+        for source in sorted(given & set(self.path.parents)):
+            raise UsageError(f"the destination lies inside the source {source}", where=self.path, hint="move it out")
+
+    def _check_place(self) -> None:
+        parent = self.path.parent
+        if not parent.is_dir():
+            raise StorageError("the parent directory does not exist", where=self.path, hint=f"mkdir -p {parent}")
+        if self.path == parent or os.path.ismount(self.path):
+            raise UsageError("the destination is a mount point", where=self.path, hint="name a directory below it")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise StorageError("the parent directory cannot be written", where=parent, hint="choose another place")
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise UsageError("the destination is a file", where=self.path, hint="name a directory")
+        occupied = self._occupied()
+        if occupied and not self._overwrite:
+            raise UsageError("the destination exists", where=self.path, hint="choose another, or pass --overwrite")
+        for place in (Path(os.path.expanduser("~")), _current()):
+            if occupied and self.path in (place, *place.parents):
+                raise UsageError("the destination holds the home or the current directory", where=self.path)
+
+    def _free(self) -> int:
+        """What is free, with what an earlier run left: that is used again or removed."""
+        with _storage(self.path.parent):
+            status = os.statvfs(self.path.parent)
+        self._sized = status.f_blocks > 0  # some network file systems do not say
+        return status.f_bavail * status.f_frsize + _allocated(self._partial)
+
+    def _check_room(self) -> None:
+        if self._sized and self._plan.nbytes > self.free:
+            raise StorageError(
+                f"not enough space: the output needs {_readable(self._plan.nbytes)}, {_readable(self.free)} are free",
+                where=self.path.parent,
+                hint="free some space or choose another disk",
+            )
+
+    def _take_lock(self) -> None:
+        """Takes the lock; a lock file without a living owner is no lock."""
+        path = self._beside("lock")
+        while self._lock < 0:
+            with _storage(path):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # The owner before us may have removed the file between our open and our lock.
+                    with suppress(FileNotFoundError):
+                        if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                            self._lock = fd
+                except BlockingIOError:
+                    raise UsageError(
+                        "another conversion is writing to this destination", where=self.path, hint="wait for it"
+                    ) from None
+                finally:
+                    if self._lock != fd:
+                        os.close(fd)
+
+    def _release(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self._lock >= 0:
+            with suppress(OSError):
+                self._beside("lock").unlink()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _recover(self) -> None:
+        """Undoes a replacement in two steps that was killed half way."""
+        old = self._beside("old")
+        if old.is_dir():
+            if os.path.lexists(self.path):
+                shutil.rmtree(old)
+            else:
+                os.rename(old, self.path)
+
+    def _prepare(self) -> None:
+        self._fingerprints = fingerprints(self._plan.sources())
+        digest = self._plan.digest(self._fingerprints)
+        journal = self._partial / "journal.jsonl"
+        resumable = self._resume and journal.is_file()  # without a journal it may hold what a commit replaced
+        if not resumable and self._partial.is_dir():
+            shutil.rmtree(self._partial)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._journal = FileJournal(journal, digest, resume=resumable)
+
+    def _check_complete(self) -> None:
+        finished = self.journal.finished()
+        for file in self._plan.files:
+            place = self.directory / file.path
+            size = place.stat().st_size if file.path in finished and place.is_file() else None
+            if size != file.size:
+                raise StorageError("the file is not complete", where=place, hint="run again with --resume")
+
+
+@contextmanager
+def _storage(where: Path) -> Iterator[None]:
+    """Turns what the operating system answers into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise StorageError(
+                "the file system has no locks", where=where, hint="choose another place, or mount it with flock"
+            ) from error
+        raise storage_error(error, error.filename or where) from error
+
+
+def _current() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")
+
+
+def _sync_tree(top: Path) -> None:
+    for directory, _, files in os.walk(top, topdown=False):
+        for name in files:
+            sync_file(Path(directory, name))
+        sync_directory(Path(directory))
+
+
+def _allocated(top: Path) -> int:
+    """Bytes that a directory takes on its disk."""
+    total = 0
+    for directory, _, files in os.walk(top):
+        for name in files:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
+    return total
+
+
+def _readable(size: int) -> str:
+    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"

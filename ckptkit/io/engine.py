@@ -1,0 +1,486 @@
+"""Carrying out a plan: a few threads, reused buffers, reads and writes overlapped.
+
+Memory does not grow with the model: a thread holds one staging and one scratch buffer (and what a cast
+needs), and units of work are made one at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import time
+import zlib
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptkit.errors import InputError
+from ckptkit.io import faults
+from ckptkit.io.casts import check_cast, convert
+from ckptkit.io.crc import crc32_combine
+from ckptkit.io.gather import Gatherer
+from ckptkit.io.plan import Comparison, OutputFile, Plan
+from ckptkit.io.schedule import Limits, Schedule, Unit, tensor_units
+from ckptkit.io.source import Sources
+from ckptkit.io.system import allocate, storage_error
+from ckptkit.tensors import Region, Tensor
+
+__all__ = ["MEMORY_LIMIT", "EngineResult", "Journal", "check_cast", "compare", "hash_tensor", "read_tensor", "run"]
+
+MEMORY_LIMIT = 64 << 20
+"""Upper bound of the anonymous memory that moving bytes takes, in bytes, at any size of model."""
+
+_MAX_THREADS = 4
+_DEFAULT = Limits()
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Journal(Protocol):
+    """What remembers finished files."""
+
+    def finished(self) -> Mapping[str, str | None]:
+        """Paths that earlier runs finished, with the SHA-256 that they recorded, if they did."""
+
+    def record(self, path: str, size: int, sha256: str | None) -> None:
+        """Called once a file is durable; may come from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    """What a run did.
+
+    Attributes:
+        written: Bytes written.
+        kept: Bytes in files that an earlier run had finished.
+        compared: Bytes compared, counted once for both sides.
+        seconds: Time of the whole run.
+        hashes: SHA-256 by output path, if asked for.
+    """
+
+    written: int
+    kept: int
+    compared: int
+    seconds: float
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def run(
+    plan: Plan,
+    directory: Path,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
+    hash: bool = False,
+    limits: Limits = _DEFAULT,
+) -> EngineResult:
+    """Writes every file of a plan under `directory` and makes it durable; the comparisons come first.
+
+    Args:
+        plan: What to write.
+        directory: Where to; sub-directories are created.
+        threads: How many move bytes; by default one per core, at most 4.
+        progress: Called in this thread with the bytes that came to be finished since the last call; in
+            all `plan.nbytes`.
+        journal: Knows which files are finished already and hears of those that become so.
+        hash: Also compute the SHA-256 of every file.
+        limits: Sizes of buffers.
+
+    Raises:
+        InputError: A source is gone or ends early, or two tensors that must be equal differ.
+        UnsupportedError: A cast that does not exist.
+        StorageError: The disk is full or answers with an error.
+    """
+    plan.check()
+    started = time.monotonic()
+    job = _Job(plan, directory, journal, hash, limits)
+    job.run(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0))), progress or (lambda count: None))
+    written = plan.nbytes - job.kept
+    compared = sum(comparison.left.nbytes for comparison in plan.comparisons)
+    return EngineResult(written, job.kept, compared, time.monotonic() - started, job.hashes)
+
+
+def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT) -> NDArray[np.uint8]:
+    """The row-major bytes of a tensor as written: a new, writable, one-dimensional array.
+
+    Raises:
+        InputError: A source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    out = np.empty(tensor.nbytes, np.uint8)
+    with Sources() as sources:
+        gatherer = Gatherer(sources, limits.scratch)
+        for unit in tensor_units(tensor, limits):
+            start = unit.targets[0].offset
+            if unit.cast is None:
+                gatherer.fill(unit.placements, out[start : start + unit.size])
+                continue
+            staging = np.empty(unit.size, np.uint8)
+            gatherer.fill(unit.placements, staging)
+            data = convert(staging, *unit.cast)
+            out[start : start + len(data)] = data
+    return out
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 of the row-major bytes of a tensor as written, streamed.
+
+    Raises:
+        InputError: A source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Sources() as sources:
+        for chunk in _chunks(tensor, sources, _DEFAULT):
+            digest.update(chunk.data)
+    return digest.hexdigest()
+
+
+def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:
+    """Compares the bytes of two tensors, streamed.
+
+    Raises:
+        InputError: They differ (where, is said as the index of the first element in row-major order), or a
+            source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    left, right = comparison.left, comparison.right
+    if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
+        pair = f"{left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
+        raise InputError(f"these should be equal, but are {pair}", where=comparison.what)
+    if left.same_bytes_as(right):
+        return
+    with Sources() as sources:
+        byte = _first_difference(_chunks(left, sources, limits), _chunks(right, sources, limits))
+    if byte is not None:
+        index = byte // left.out_dtype.itemsize
+        raise InputError(
+            f"these should be equal, but differ first at element {index} of {left.numel}",
+            where=comparison.what,
+            hint="the checkpoint is inconsistent: repair or replace it",
+        )
+
+
+def _chunks(tensor: Tensor, sources: Sources, limits: Limits) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a tensor in order; a chunk is valid until the next is asked for."""
+    gatherer = Gatherer(sources, limits.scratch)
+    staging = np.empty(limits.staging, np.uint8)
+    for unit in tensor_units(tensor, limits):
+        data = staging[: unit.size]
+        gatherer.fill(unit.placements, data)
+        yield data if unit.cast is None else convert(data, *unit.cast)
+
+
+def _first_difference(left: Iterator[NDArray[np.uint8]], right: Iterator[NDArray[np.uint8]]) -> int | None:
+    """The first byte at which two streams of equal length differ."""
+    position = 0
+    a = b = np.empty(0, np.uint8)
+    while True:
+        if not len(a):
+            a = next(left, a)
+        if not len(b):
+            b = next(right, b)
+        size = min(len(a), len(b))
+        if not size:
+            return None
+        if not np.array_equal(a[:size], b[:size]):
+            return position + int(np.argmax(a[:size] != b[:size]))
+        a, b, position = a[size:], b[size:], position + size
+
+
+class _Output:
+    """One output file while it is written: opened when its first bytes come, by whichever thread has them."""
+
+    def __init__(self, spec: OutputFile, path: Path) -> None:
+        self.spec = spec
+        self.path = path
+        self._pending = spec.size
+        self._fd = -1
+        self._lock = threading.Lock()
+        self._pwrite, self._copy = faults.writer()
+        self._stops = [checksum.stop for checksum in spec.checksums]
+        self._sums: list[list[tuple[int, int, int]]] = [[] for _ in spec.checksums]
+
+    def fd(self) -> int:
+        """The open file, at its full size.
+
+        Raises:
+            StorageError: It cannot be created, or there is no room.
+        """
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+                    self._fd = os.open(self.path, flags, 0o666)
+                    allocate(self._fd, self.spec.size)
+                except OSError as error:
+                    raise storage_error(error, self.path) from error
+            return self._fd
+
+    def write(self, data: NDArray[np.uint8], offset: int) -> None:
+        """Writes bytes and takes them into the checksums that cover them.
+
+        Raises:
+            StorageError: The disk is full or answers with an error.
+        """
+        view = data.data
+        self._add_to_checksums(view, offset)
+        self._put(view, offset)
+
+    def copy(self, source: int, start: int, size: int, offset: int) -> int:
+        """Copies inside the kernel and returns how much: less than `size` where the kernel cannot.
+
+        An error of the source and one of this file look alike here, so only a full disk is raised; for
+        all else the caller goes on by reading and writing, which tells the two apart.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        done, fd = 0, self.fd()
+        while done < size and self._copy is not None:
+            try:
+                count = self._copy(source, fd, size - done, start + done, offset + done)
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise storage_error(error, self.path) from error
+                count = 0
+            if not count:
+                break
+            done += count
+        return done
+
+    def settle(self, size: int) -> bool:
+        """Notes that `size` bytes more are in place; True when these were the last."""
+        with self._lock:
+            self._pending -= size
+            return not self._pending
+
+    def finish(self) -> None:
+        """Writes the checksums and makes the file durable.
+
+        Raises:
+            StorageError: The disk answers with an error.
+        """
+        fd = self.fd()
+        for checksum, parts in zip(self.spec.checksums, self._sums, strict=True):
+            value = 0
+            for _, crc, size in sorted(parts):
+                value = crc32_combine(value, crc, size)
+            for at in checksum.at:
+                self._put(memoryview(value.to_bytes(4, "little")), at)
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file, finished or not."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _put(self, view: memoryview, offset: int) -> None:
+        fd = self.fd()
+        while view:
+            try:
+                count = self._pwrite(fd, view, offset)
+            except OSError as error:
+                raise storage_error(error, self.path) from error
+            view, offset = view[count:], offset + count
+
+    def _add_to_checksums(self, view: memoryview, offset: int) -> None:
+        end = offset + len(view)
+        for index in range(bisect_right(self._stops, offset), len(self._stops)):
+            checksum = self.spec.checksums[index]
+            if checksum.start >= end:
+                break
+            start, stop = max(checksum.start, offset), min(checksum.stop, end)
+            if start < stop:
+                part = view[start - offset : stop - offset]
+                self._sums[index].append((start, zlib.crc32(part), stop - start))
+
+
+class _Job:
+    """One run: its outputs, its threads, and the first error."""
+
+    def __init__(self, plan: Plan, directory: Path, journal: Journal | None, hash: bool, limits: Limits) -> None:
+        self._journal = journal
+        self._hash = hash
+        self._limits = limits
+        self._comparisons = deque(plan.comparisons)
+        self._outputs = [_Output(file, directory / file.path) for file in plan.files]
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._mailbox: SimpleQueue[int | None] = SimpleQueue()
+        self.hashes: dict[str, str] = {}
+        self.kept = 0
+
+    def run(self, count: int, progress: Callable[[int], None]) -> None:
+        """Carries everything out with `count` threads."""
+        live = self._unfinished(progress)
+        schedule = Schedule([output.spec for output in self._outputs], live, self._limits)
+        # Syncing waits for the disk: it goes on in the background while the next files are written.
+        finisher = ThreadPoolExecutor(count, thread_name_prefix="ckptkit-sync")
+        workers = [
+            threading.Thread(target=self._work, args=(index, schedule, finisher), name=f"ckptkit-{index}")
+            for index in range(count)
+        ]
+        try:
+            for index in live:
+                if not self._outputs[index].spec.size:
+                    finisher.submit(self._finish, self._outputs[index])
+            for worker in workers:
+                worker.start()
+            running = count
+            while running:
+                message = self._mailbox.get()
+                if message is None:
+                    running -= 1
+                else:
+                    progress(message)
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            finisher.shutdown(cancel_futures=self._stop.is_set())
+            for output in self._outputs:
+                output.close()
+        if self._error is not None:
+            raise self._error
+
+    def _unfinished(self, progress: Callable[[int], None]) -> list[int]:
+        """Indices of the files to write; those that an earlier run finished are kept (and hashed)."""
+        finished = self._journal.finished() if self._journal is not None else {}
+        live: list[int] = []
+        for index, output in enumerate(self._outputs):
+            if output.spec.path in finished and self._is_kept(output, finished[output.spec.path]):
+                self.kept += output.spec.size
+                progress(output.spec.size)
+            else:
+                live.append(index)
+        return live
+
+    def _is_kept(self, output: _Output, sha256: str | None) -> bool:
+        try:
+            if os.stat(output.path, follow_symlinks=False).st_size != output.spec.size:
+                return False
+        except OSError:
+            return False
+        if not self._hash:
+            return True
+        found = _hash_file(output.path)
+        if sha256 not in (None, found):
+            return False
+        self.hashes[output.spec.path] = found
+        return True
+
+    def _work(self, index: int, schedule: Schedule, finisher: ThreadPoolExecutor) -> None:
+        try:
+            while not self._stop.is_set() and (comparison := self._next_comparison()) is not None:
+                compare(comparison, limits=self._limits)
+            with Sources() as sources:
+                mover = _Mover(self._outputs, sources, self._limits)
+                while not self._stop.is_set() and (unit := schedule.next(index)) is not None:
+                    mover.move(unit)
+                    self._settle(unit, finisher)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._mailbox.put(None)
+
+    def _next_comparison(self) -> Comparison | None:
+        try:
+            return self._comparisons.popleft()
+        except IndexError:
+            return None
+
+    def _settle(self, unit: Unit, finisher: ThreadPoolExecutor) -> None:
+        for target in unit.targets:
+            output, size = self._outputs[target.file], unit.written(target)
+            if output.settle(size):
+                finisher.submit(self._finish, output)
+            self._mailbox.put(size)
+
+    def _finish(self, output: _Output) -> None:
+        """Makes a file durable; only then it is a finished one."""
+        try:
+            if self._stop.is_set():
+                return
+            output.finish()
+            sha256 = _hash_file(output.path) if self._hash else None
+            if sha256 is not None:
+                self.hashes[output.spec.path] = sha256
+            if self._journal is not None:
+                self._journal.record(output.spec.path, output.spec.size, sha256)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = error
+        self._stop.set()
+
+
+class _Mover:
+    """The buffers of one thread, and what is done with them."""
+
+    def __init__(self, outputs: Sequence[_Output], sources: Sources, limits: Limits) -> None:
+        self._outputs = outputs
+        self._sources = sources
+        self._gatherer = Gatherer(sources, limits.scratch)
+        self._staging = np.empty(limits.staging, np.uint8)
+        self._kernel_copies = True
+
+    def move(self, unit: Unit) -> None:
+        """Reads what a unit names and writes it where it belongs."""
+        if unit.direct:
+            self._pass_through(unit)
+            return
+        self._gatherer.fill(unit.placements, self._staging[: unit.size])
+        for target in unit.targets:
+            data = self._staging[target.start : target.stop]
+            if unit.cast is not None:
+                data = convert(data, *unit.cast)
+            self._outputs[target.file].write(data, target.offset)
+
+    def _pass_through(self, unit: Unit) -> None:
+        region, target = unit.placements[0].piece, unit.targets[0]
+        assert isinstance(region, Region)
+        output, done = self._outputs[target.file], 0
+        if self._kernel_copies:
+            done = output.copy(self._sources.fd(region.file), region.offset, unit.size, target.offset)
+            self._kernel_copies = done == unit.size
+        while done < unit.size:
+            data = self._staging[: unit.size - done]
+            self._sources.read(region.file, data.data, region.offset + done)
+            output.write(data, target.offset + done)
+            done += len(data)
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise storage_error(error, path) from error

@@ -1,0 +1,202 @@
+"""A plan: which bytes go to which place of which file. Exact before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import PurePosixPath
+
+from ckptkit.errors import InputError
+from ckptkit.io.casts import check_cast
+from ckptkit.io.source import Fingerprint
+from ckptkit.tensors import DTYPES, Const, Literal, Piece, Region, Tensor
+
+_RECIPE = 1  # to be raised when the same recipe comes to mean other bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The row-major bytes of `tensor`, written at byte `offset` of a file."""
+
+    offset: int
+    tensor: Tensor
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """The CRC-32 of bytes `start:stop` of a file, written little-endian at each offset in `at`."""
+
+    start: int
+    stop: int
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the output.
+
+    Attributes:
+        path: Relative to the destination, with forward slashes.
+        size: Bytes; every one of them belongs to a segment or is zero.
+        segments: In order of offset, without overlaps.
+        checksums: What to fill in once the bytes it covers are known.
+        tensors: How many model tensors it holds, for people.
+    """
+
+    path: str
+    size: int
+    segments: tuple[Segment, ...]
+    checksums: tuple[Checksum, ...] = ()
+    tensors: int = 0
+
+    @classmethod
+    def small(cls, path: str, data: bytes) -> OutputFile:
+        """A file whose bytes are at hand."""
+        segments = (Segment(0, literal(data)),) if data else ()
+        return cls(path, len(data), segments)
+
+    @classmethod
+    def copy(cls, path: str, source: str, size: int) -> OutputFile:
+        """A byte-for-byte copy of `source`."""
+        tensor = Tensor.from_file(source, 0, DTYPES["U8"], (1, size))
+        return cls(path, size, (Segment(0, tensor),) if size else ())
+
+
+def literal(data: bytes) -> Tensor:
+    """Bytes at hand as one row."""
+    return Tensor.from_bytes(data, DTYPES["U8"], (1, len(data)))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two tensors that must hold equal bytes for the conversion to lose nothing."""
+
+    left: Tensor
+    right: Tensor
+    what: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion does.
+
+    Attributes:
+        files: What to write.
+        comparisons: What must hold before the output is committed.
+        lossy: Sentences about what does not survive (casts, dropped tensors).
+        notes: Sentences a user should read (config features without a Megatron argument, ...).
+    """
+
+    files: tuple[OutputFile, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    lossy: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    coverage: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk when finished."""
+        return sum(file.size for file in self.files)
+
+    def sources(self) -> set[str]:
+        """The files that it reads."""
+        return source_files(self._tensors())
+
+    def check(self) -> None:
+        """Whether it can be carried out at all; reads nothing.
+
+        Raises:
+            InputError: An output path leaves the destination, or two files want the same one.
+            UnsupportedError: A cast that does not exist.
+            ValueError: Segments overlap or leave their file: whoever planned this made a mistake.
+        """
+        taken: set[str] = set()
+        for file in self.files:
+            if not _inside(file.path) or file.path in taken:
+                raise InputError("an output file cannot have this name", where=repr(file.path))
+            taken.add(file.path)
+            _check_spans(file)
+        for tensor in self._tensors():
+            check_cast(tensor.dtype, tensor.out_dtype)
+
+    def digest(self, sources: Iterable[Fingerprint]) -> str:
+        """A SHA-256 that changes with every output byte that this plan and these sources give."""
+        recipe = hashlib.sha256(f"ckptkit plan {_RECIPE}".encode())
+        for source in sources:
+            recipe.update(json.dumps([source.path, source.size, source.mtime_ns]).encode())
+        known: dict[int, str] = {}
+        for file in self.files:
+            sums = [(checksum.start, checksum.stop, checksum.at) for checksum in file.checksums]
+            recipe.update(json.dumps([file.path, file.size, sums]).encode())
+            for segment in file.segments:
+                tensor = segment.tensor
+                recipe.update(f"{segment.offset} {tensor.dtype} {tensor.out_dtype}\n".encode())
+                for band in tensor.bands:
+                    recipe.update(repr([_recipe(piece, known) for piece in band.pieces]).encode())
+        return recipe.hexdigest()
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for file in self.files:
+            for segment in file.segments:
+                yield segment.tensor
+        for comparison in self.comparisons:
+            yield comparison.left
+            yield comparison.right
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that pass through as whole runs, and bytes that are rearranged, filled or cast."""
+        through = rearranged = 0
+        for segment in (s for file in self.files for s in file.segments):
+            direct = segment.tensor.cast is None and all(
+                len(band.pieces) == 1 and band.pieces[0].contiguous and isinstance(band.pieces[0], Region)
+                for band in segment.tensor.bands
+            )
+            through += segment.tensor.nbytes if direct else 0
+            rearranged += 0 if direct else segment.tensor.nbytes
+        return through, rearranged
+
+
+def source_files(tensors: Iterable[Tensor]) -> set[str]:
+    """The files that tensors read from."""
+    return {
+        piece.file for tensor in tensors for band in tensor.bands for piece in band.pieces if isinstance(piece, Region)
+    }
+
+
+def _inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and "/".join(parts) == path and parts[0] != "/" and ".." not in parts and "\0" not in path
+
+
+def _check_spans(file: OutputFile) -> None:
+    spans = [(segment.offset, segment.offset + segment.tensor.nbytes) for segment in file.segments]
+    for (_, end), (start, _) in pairwise([(0, 0), *spans, (file.size, file.size)]):
+        if start < end:
+            raise ValueError(f"{file.path}: a segment at byte {start} overlaps the one that ends at {end}")
+    sums = file.checksums
+    if any(before.stop > after.start for before, after in pairwise(sums)) or (sums and sums[-1].stop > file.size):
+        raise ValueError(f"{file.path}: checksums overlap or cover bytes after the end")
+    stops = [checksum.stop for checksum in sums]
+    for at in (at for checksum in sums for at in checksum.at):
+        following = bisect_right(stops, at)
+        if at + 4 > file.size or (following < len(sums) and sums[following].start < at + 4):
+            raise ValueError(f"{file.path}: a checksum is to be written into bytes {at}:{at + 4}, which one covers")
+
+
+def _recipe(piece: Piece, known: dict[int, str]) -> tuple[object, ...]:
+    """What a piece is; `known` keeps the digests of bytes at hand by identity, as many pieces share them."""
+    match piece:
+        case Region(path, offset, rows, pitch, width):
+            return (os.path.abspath(path), offset, rows, pitch, width)
+        case Literal(data, offset, rows, pitch, width):
+            if id(data) not in known:
+                known[id(data)] = hashlib.sha256(data).hexdigest()
+            return (known[id(data)], offset, rows, pitch, width)
+        case Const(pattern, rows, width):
+            return (pattern, rows, width)

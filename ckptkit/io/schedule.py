@@ -1,0 +1,383 @@
+"""From a plan to units of work: small, lazily made, each enough for one staging buffer.
+
+A unit reads some pieces and writes runs of bytes. Mostly it has one target. Where several outputs take
+columns of the same source rows (a row-parallel weight on its tensor-parallel ranks), one unit serves
+them all, so that every byte of the source is read once whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckptkit.io.gather import Placement
+from ckptkit.io.plan import OutputFile, Segment
+from ckptkit.tensors import Band, Const, DType, Region, Tensor, flat
+
+Cast = tuple[DType, DType]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes in bytes, measured with `benchmarks/engine.py`; each is a multiple of 8.
+
+    Attributes:
+        staging: Of the buffer that a unit fills; half of a core's cache is best.
+        scratch: Of the buffer for rows from which columns are taken.
+        direct: From here on, a run that nobody needs to see is copied inside the kernel.
+        extent: At most this much is copied inside the kernel in one go.
+    """
+
+    staging: int = 1 << 20
+    scratch: int = 256 << 10
+    direct: int = 1 << 20
+    extent: int = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Bytes `start:stop` of the staging buffer, before a cast, go to `offset` of a file.
+
+    Attributes:
+        file: Index among the files of the plan.
+    """
+
+    file: int
+    offset: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Pieces to bring together in `size` bytes of staging, and where these go."""
+
+    placements: Sequence[Placement]
+    targets: Sequence[Target]
+    size: int
+    cast: Cast | None = None
+    direct: bool = False
+
+    def written(self, target: Target) -> int:
+        """Bytes that this unit writes to a target."""
+        return _written(target.stop - target.start, self.cast)
+
+
+class _Run(NamedTuple):
+    """A band at an offset of a file; `grain` bytes of it stay together."""
+
+    offset: int
+    band: Band
+    grain: int
+    cast: Cast | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.band.rows * _width(self.band)
+
+    @property
+    def region(self) -> Region | None:
+        """The single run of a file that it is, if it is one."""
+        piece = self.band.pieces[0]
+        return piece if isinstance(piece, Region) and self.band.rows == 1 and len(self.band.pieces) == 1 else None
+
+
+class _Column(NamedTuple):
+    """Columns of a source block that go to `offset` of a file."""
+
+    file: int
+    offset: int
+    region: Region
+
+
+@dataclass
+class _Block:
+    """Columns of the same source rows that different places take."""
+
+    columns: list[_Column]
+    cast: Cast | None
+    taken: bool = field(default=False)
+
+    @property
+    def width(self) -> int:
+        return sum(column.region.width for column in self.columns)
+
+    def units(self, limit: int) -> Iterator[Unit]:
+        """The units of the whole block, for whoever comes first."""
+        if self.taken:
+            return
+        self.taken = True
+        rows = self.columns[0].region.rows
+        step = _source_limit(limit, self.cast) // self.width
+        for top in range(0, rows, step):
+            yield self._unit(top, min(rows, top + step))
+
+    def _unit(self, top: int, bottom: int) -> Unit:
+        placements: list[Placement] = []
+        targets: list[Target] = []
+        start = 0
+        for file, offset, region in self.columns:
+            stop = start + (bottom - top) * region.width
+            placements.append(Placement(region.cut(top, bottom, 0, region.width), start, region.width))
+            targets.append(Target(file, offset + _written(top * region.width, self.cast), start, stop))
+            start = stop
+        return Unit(placements, targets, start, self.cast)
+
+
+class _Packer:
+    """Packs runs that follow one another in a file into units."""
+
+    def __init__(self, file: int, limits: Limits, direct: bool) -> None:
+        self._file = file
+        self._limits = limits
+        self._direct = direct
+        self._placements: list[Placement] = []
+        self._used = 0
+        self._offset = 0
+        self._cast: Cast | None = None
+
+    def units(self, layout: Iterable[_Run | _Block]) -> Iterator[Unit]:
+        for item in layout:
+            if isinstance(item, _Block):
+                yield from self._flush()
+                yield from item.units(self._limits.staging)
+            elif self._passes(item):
+                yield from self._flush()
+                yield from self._extents(item)
+            else:
+                yield from self._add(item)
+        yield from self._flush()
+
+    def _passes(self, run: _Run) -> bool:
+        return self._direct and run.cast is None and run.region is not None and run.nbytes >= self._limits.direct
+
+    def _extents(self, run: _Run) -> Iterator[Unit]:
+        size = run.nbytes
+        for start in range(0, size, self._limits.extent):
+            stop = min(size, start + self._limits.extent)
+            piece = run.band.pieces[0].cut(0, 1, start, stop)
+            target = Target(self._file, run.offset + start, 0, stop - start)
+            yield Unit([Placement(piece, 0, stop - start)], [target], stop - start, direct=True)
+
+    def _add(self, run: _Run) -> Iterator[Unit]:
+        if run.cast != self._cast:
+            yield from self._flush()
+            self._cast = run.cast
+        limit = _source_limit(self._limits.staging, run.cast)
+        width, done, size = _width(run.band), 0, run.nbytes
+        grain = run.grain if run.band.rows == 1 else width
+        while done < size:
+            room = min(size - done, limit - self._used)
+            room -= room % grain
+            if not room:
+                yield from self._flush()
+                continue
+            if not self._placements:
+                self._offset = run.offset + _written(done, run.cast)
+            self._place(run.band, width, done, done + room)
+            done += room
+
+    def _place(self, band: Band, width: int, start: int, stop: int) -> None:
+        if band.rows == 1:
+            piece = band.pieces[0].cut(0, 1, start, stop)
+            self._placements.append(Placement(piece, self._used, stop - start))
+        else:
+            left = self._used
+            for piece in band.pieces:
+                part = piece.cut(start // width, stop // width, 0, piece.width)
+                self._placements.append(Placement(part, left, width))
+                left += piece.width
+        self._used += stop - start
+
+    def _flush(self) -> Iterator[Unit]:
+        if self._placements:
+            target = Target(self._file, self._offset, 0, self._used)
+            yield Unit(self._placements, [target], self._used, self._cast)
+        self._placements, self._used = [], 0
+
+
+class Schedule:
+    """Hands out the units of some files to several workers.
+
+    A worker keeps to a file of its own while there are enough (writers to one file wait for each
+    other in the kernel), then helps with those of others. What is written where does not depend on
+    who does it.
+    """
+
+    def __init__(self, files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits) -> None:
+        live = list(chosen)
+        blocks = _find_blocks(files, live, limits)
+        self._waiting = deque(_units(index, files[index], blocks, limits) for index in live)
+        self._running: list[Iterator[Unit]] = []
+        self._own: dict[int, Iterator[Unit]] = {}
+        self._lock = threading.Lock()
+
+    def next(self, worker: int) -> Unit | None:
+        """The next unit for a worker, or None when all are handed out."""
+        with self._lock:
+            while (stream := self._stream(worker)) is not None:
+                unit = next(stream, None)
+                if unit is not None:
+                    return unit
+                if stream in self._running:
+                    self._running.remove(stream)
+                del self._own[worker]
+            return None
+
+    def _stream(self, worker: int) -> Iterator[Unit] | None:
+        if worker not in self._own:
+            if self._waiting:
+                self._running.append(self._waiting.popleft())
+                self._own[worker] = self._running[-1]
+            elif self._running:
+                self._own[worker] = self._running[worker % len(self._running)]
+        return self._own.get(worker)
+
+
+def tensor_units(tensor: Tensor, limits: Limits) -> Iterator[Unit]:
+    """The units of one tensor, in order; their targets count from 0."""
+    segments = (Segment(0, tensor),) if tensor.nbytes else ()
+    return _Packer(0, limits, False).units(_layout(0, OutputFile("", tensor.nbytes, segments), {}, limits))
+
+
+def _units(index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits) -> Iterator[Unit]:
+    direct = not file.checksums  # the bytes of a checksum have to pass through our hands
+    return _Packer(index, limits, direct).units(_layout(index, file, blocks, limits))
+
+
+def _layout(
+    index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits
+) -> Iterator[_Run | _Block]:
+    """What a file consists of, in order; neighbours that continue one another in their source are one run."""
+    last: _Run | None = None
+    for item in _items(index, file, blocks, limits):
+        if isinstance(item, _Run) and last is not None and (joined := _joined(last, item)) is not None:
+            last = joined
+            continue
+        if last is not None:
+            yield last
+        last = None
+        if isinstance(item, _Run):
+            last = item
+        else:
+            yield item
+    if last is not None:
+        yield last
+
+
+def _items(
+    index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits
+) -> Iterator[_Run | _Block]:
+    end = 0
+    for segment in file.segments:
+        if segment.offset > end:
+            yield _zeros(end, segment.offset - end)
+        for offset, band in _band_offsets(segment):
+            block = blocks.get((index, offset))
+            if block is None:
+                yield from _runs(offset, band, segment.tensor, limits)
+            else:
+                yield block
+        end = segment.offset + segment.tensor.nbytes
+    if end < file.size:
+        yield _zeros(end, file.size - end)
+
+
+def _zeros(offset: int, size: int) -> _Run:
+    return _Run(offset, Band(1, (Const(b"\0", 1, size),)), 1, None)
+
+
+def _band_offsets(segment: Segment) -> Iterator[tuple[int, Band]]:
+    """Every band with the byte of the file at which it starts."""
+    offset, cast = segment.offset, _cast(segment.tensor)
+    for band in segment.tensor.bands:
+        yield offset, band
+        offset += _written(band.rows * _width(band), cast)
+
+
+def _runs(offset: int, band: Band, tensor: Tensor, limits: Limits) -> Iterator[_Run]:
+    """A band as rows that fit into a staging buffer, or as flat runs."""
+    grain, cast, width = tensor.dtype.itemsize, _cast(tensor), _width(band)
+    if len(band.pieces) == 1 and band.pieces[0].contiguous:
+        yield _Run(offset, Band(1, (flat(band.pieces[0]),)), grain, cast)
+    elif band.rows > 1 and width <= _source_limit(limits.staging, cast):
+        yield _Run(offset, band, grain, cast)
+    else:
+        for row in range(band.rows):
+            for piece in band.pieces:
+                yield _Run(offset, Band(1, (flat(piece.cut(row, row + 1, 0, piece.width)),)), grain, cast)
+                offset += _written(piece.width, cast)
+
+
+def _joined(upper: _Run, lower: _Run) -> _Run | None:
+    a, b = upper.region, lower.region
+    if a is None or b is None or upper.cast is not None or lower.cast is not None:
+        return None
+    if (a.file, a.offset + a.width, upper.offset + a.width) != (b.file, b.offset, lower.offset):
+        return None
+    size = a.width + b.width
+    return _Run(upper.offset, Band(1, (Region(a.file, a.offset, 1, size, size),)), 1, None)
+
+
+def _find_blocks(
+    files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits
+) -> dict[tuple[int, int], _Block]:
+    """Blocks by the (file, offset) of each of their columns."""
+    candidates: dict[tuple[str, int, int, Cast | None], list[_Column]] = defaultdict(list)
+    for index in chosen:
+        for segment in files[index].segments:
+            cast = _cast(segment.tensor)
+            for offset, band in _band_offsets(segment):
+                region = band.pieces[0]
+                if len(band.pieces) == 1 and isinstance(region, Region) and not region.contiguous:
+                    key = (region.file, region.pitch, region.rows, cast)
+                    candidates[key].append(_Column(index, offset, region))
+    found: dict[tuple[int, int], _Block] = {}
+    for (*_, cast), columns in candidates.items():
+        for group in _side_by_side(columns, _source_limit(limits.staging, cast)):
+            block = _Block(group, cast)
+            found.update({(column.file, column.offset): block for column in group})
+    return found
+
+
+def _side_by_side(columns: list[_Column], limit: int) -> Iterator[list[_Column]]:
+    """Groups of two or more columns within one row of a source, of at most `limit` bytes."""
+    group: list[_Column] = []
+    for column in sorted(columns, key=lambda item: item.region.offset):
+        if group and not _beside(group, column, limit):
+            if len(group) > 1:
+                yield group
+            group = []
+        group.append(column)
+    if len(group) > 1:
+        yield group
+
+
+def _beside(group: list[_Column], column: _Column, limit: int) -> bool:
+    first, last, new = group[0].region, group[-1].region, column.region
+    fits = sum(item.region.width for item in group) + new.width <= limit
+    apart = last.offset + last.width <= new.offset
+    return fits and apart and new.offset + new.width <= first.offset + first.pitch
+
+
+def _cast(tensor: Tensor) -> Cast | None:
+    return None if tensor.cast is None else (tensor.dtype, tensor.cast)
+
+
+def _written(size: int, cast: Cast | None) -> int:
+    """Bytes that `size` bytes of a source become."""
+    return size if cast is None else size // cast[0].itemsize * cast[1].itemsize
+
+
+def _source_limit(limit: int, cast: Cast | None) -> int:
+    """How many bytes of a source keep both sides of a cast within `limit`."""
+    if cast is None:
+        return limit
+    return limit // max(cast[0].itemsize, cast[1].itemsize) * cast[0].itemsize
+
+
+def _width(band: Band) -> int:
+    return sum(piece.width for piece in band.pieces)

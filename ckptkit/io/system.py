@@ -1,0 +1,95 @@
+"""The few operating-system calls that Python does not offer, and what their errors mean to a user."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from ckptkit.errors import StorageError
+
+_UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV}
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+_ADVICE = {
+    errno.ENOSPC: ("no space left on the device", "free some space and run again with --resume"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space and run again with --resume"),
+    errno.EIO: ("the device reports an input/output error", "check the disk (dmesg) before trying again"),
+    errno.EROFS: ("the file system is read-only", "choose a place that can be written"),
+    errno.EACCES: ("permission denied", "check the permissions or choose another place"),
+    errno.EPERM: ("operation not permitted", "check the permissions or choose another place"),
+    errno.EFBIG: ("the file is too large for this file system", "choose another disk or smaller shards"),
+    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
+}
+
+
+def storage_error(error: OSError, where: object) -> StorageError:
+    """One clear line for what the operating system answered."""
+    what, hint = _ADVICE.get(error.errno or 0, (error.strerror or str(error), None))
+    return StorageError(what, where=where, hint=hint)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *arguments: object) -> bool:
+    """Calls a libc function; False where this system or file system has no such call."""
+    function: Callable[..., int] | None = getattr(_libc(), name, None)
+    if function is None:
+        return False
+    while function(*arguments) != 0:
+        code = ctypes.get_errno()
+        if code == errno.EINTR:
+            continue
+        if code in _UNSUPPORTED:
+            return False
+        raise OSError(code, os.strerror(code))
+    return True
+
+
+def allocate(fd: int, size: int) -> None:
+    """Gives an empty file its size, with room on the disk reserved where the file system can.
+
+    `os.posix_fallocate` is not used: where the file system cannot reserve, glibc emulates it by
+    writing into every block, which costs a second pass over the file.
+
+    Raises:
+        OSError: No room (ENOSPC), or another answer of the disk.
+    """
+    if not size:
+        return
+    if not _call("fallocate", fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)):
+        os.ftruncate(fd, size)
+
+
+def exchange(left: Path, right: Path) -> bool:
+    """Swaps two directory entries in one atomic step; False where the system cannot.
+
+    Raises:
+        OSError: The swap was refused for another reason.
+    """
+    return _call("renameat2", _AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the entries of a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Makes a file durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
