@@ -1,0 +1,1 @@
+"""What lies on disk: one module for each container."""

@@ -1,0 +1,236 @@
+"""A Hugging Face directory: config.json, the weights (one file, or shards with an index) and everything beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats import safetensors
+from ckptkit.formats.pickles import UnreadableTensor, read_torch_file
+from ckptkit.formats.safetensors import Header
+from ckptkit.io.plan import OutputFile
+from ckptkit.tensors import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".ot", ".distcp"}
+_SKIPPED_FOLDERS = {".git", ".cache", "ckptkit", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class HfFiles:
+    """An opened Hugging Face directory.
+
+    Attributes:
+        path: The directory.
+        config: config.json as parsed.
+        tensors: Stored name -> tensor, in file order.
+        headers: Shard file -> header, empty for pickled weights.
+        small: Relative path -> absolute path of every file that is not weights, config.json included.
+        ignored: Weight files that are not part of the model (stale shards, other formats).
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    headers: dict[str, Header]
+    small: dict[str, Path]
+    ignored: list[str] = field(default_factory=list)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file name is that of weights, ours or another format's."""
+    return PurePosixPath(name).suffix in _WEIGHTS
+
+
+def has_shards(path: Path) -> bool:
+    """Whether a directory holds weights by the names that transformers gives them."""
+    return any((path / name).is_file() for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
+
+
+def open_hf(path: Path) -> HfFiles:
+    """Opens a directory; only headers are read.
+
+    Raises:
+        InputError: A file is missing or damaged, or index and shards disagree.
+    """
+    config = read_json(path / "config.json")
+    tensors, headers, names = read_shards(path)
+    small, weights = _other_files(path)
+    return HfFiles(path, config, tensors, headers, small, sorted(set(weights) - set(names)))
+
+
+def read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Header], list[str]]:
+    """The tensors of a directory, the headers of its safetensors shards, and the names of the files they are in.
+
+    The index decides what belongs to the model, or else the single file.
+
+    Raises:
+        InputError: A file is missing or damaged, or index and shards disagree.
+    """
+    names, index = _weight_files(path)
+    pickled = names[0].endswith(".bin")
+    headers: dict[str, Header] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        shard = path / name
+        if pickled:
+            found = _read_bin(shard)
+        else:
+            headers[name] = safetensors.read_header(shard)
+            found = safetensors.tensors_of(shard, headers[name])
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise InputError(f"tensor {twice[0]} is in two shards", where=shard)
+        tensors.update(found)
+    if index is not None:
+        _check_index(path, index, tensors)
+    return tensors, headers, names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: There is no such file, or it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({error})", where=path) from None
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", where=path)
+    return value
+
+
+def lay_out_shards(tensors: Mapping[str, Tensor], shard_size: int) -> list[OutputFile]:
+    """New shards of at most `shard_size` bytes (a larger tensor gets its own), and their index if there are several."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return [safetensors.lay_out(SINGLE, shards[0])]
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    files = [safetensors.lay_out(name, shard) for name, shard in zip(names, shards, strict=True)]
+    return [*files, OutputFile.small(INDEX, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")]
+
+
+def lay_out_like(tensors: Mapping[str, Tensor], headers: Mapping[str, Header]) -> list[OutputFile] | None:
+    """The very files that `headers` describe, or None if the tensors are not exactly those of the headers."""
+    known = {name for header in headers.values() for name in header.entries}
+    if not headers or known != tensors.keys():
+        return None
+    files = []
+    for path, header in headers.items():
+        shard = {name: tensors[name] for name in header.entries}
+        if not header.matches(shard):
+            return None
+        files.append(safetensors.lay_out(path, shard, header))
+    return files
+
+
+def _weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+    for index_name, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+        if (path / single).is_file():
+            check_link(path / single, path)
+            return [single], None
+        if (path / index_name).is_file():
+            index = read_json(path / index_name)
+            shards = index.get("weight_map")
+            if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
+                raise InputError("the index has no weight_map", where=path / index_name)
+            names = sorted(set(shards.values()))
+            for name in names:
+                _check_shard_name(path / index_name, name)
+            return names, index
+    found = sorted(item.name for item in path.glob("*.safetensors")) if path.is_dir() else []
+    what = f"{', '.join(found[:3])} without {INDEX}" if found else f"no {SINGLE} and no {INDEX}"
+    raise InputError(what, where=path, hint="is the download complete?")
+
+
+def _check_shard_name(index: Path, name: str) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        raise InputError(f"the index points outside the folder ({name})", where=index)
+    check_link(index.parent / name, index.parent)
+    if not (index.parent / name).is_file():
+        raise InputError(f"the index names {name}, which is missing", where=index, hint="fetch the missing shard")
+
+
+def _check_index(path: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    listed: dict[str, str] = index["weight_map"]
+    if missing := sorted(listed.keys() - tensors.keys()):
+        raise InputError(f"the index lists {missing[0]} in {listed[missing[0]]}, which does not hold it", where=path)
+    if extra := sorted(tensors.keys() - listed.keys()):
+        raise InputError(f"the shards hold {extra[0]}, which the index does not list", where=path)
+    for name, tensor in tensors.items():
+        file = path / listed[name]
+        holder = next((piece.file for band in tensor.bands for piece in band.pieces if hasattr(piece, "file")), None)
+        if holder is not None and Path(holder) != file:
+            raise InputError(f"the index lists {name} in {listed[name]}, it is in {Path(holder).name}", where=path)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise InputError("not a dictionary of tensors", where=path)
+    for name, value in content.items():
+        if isinstance(value, UnreadableTensor):
+            raise value.error(name, path)
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"entry {name!r} is not a tensor", where=path)
+    return dict(content)
+
+
+def _other_files(path: Path) -> tuple[dict[str, Path], list[str]]:
+    small: dict[str, Path] = {}
+    weights: list[str] = []
+    for file in _walk(path, path):
+        name = file.relative_to(path).as_posix()
+        if is_weights(name):
+            weights.append(name)
+        else:
+            small[name] = file
+    return small, weights
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Follows symbolic links inside the folder and into the hub's cache, and no others.
+
+    Raises:
+        InputError: `path` links to somewhere else: whoever made the folder would choose what is read.
+    """
+    if not path.is_symlink():
+        return
+    target, root = path.resolve(), folder.resolve()
+    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not target.is_relative_to(root) and not target.is_relative_to(cache):
+        raise InputError(
+            f"a symbolic link out of the folder (to {target})", where=path, hint="put the file itself there"
+        )
+
+
+def _walk(folder: Path, root: Path) -> Iterator[Path]:
+    for item in sorted(folder.iterdir()):
+        check_link(item, root)
+        if item.is_dir():
+            if item.name not in _SKIPPED_FOLDERS:
+                yield from _walk(item, root)
+        elif item.is_file():
+            yield item
+        else:
+            raise UnsupportedError("neither a file nor a folder (a broken link?)", where=item)

@@ -1,0 +1,224 @@
+"""The safetensors header, strict and total: every damage has its own message.
+
+A file is 8 bytes (little-endian header length), a JSON header, and the tensors' bytes without holes or overlaps.
+Source: the format description in the safetensors repository. Our writer pads the header with spaces so that the
+data starts on a page (4096 bytes), which the format allows.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.io.plan import OutputFile, Segment, literal
+from ckptkit.tensors import DTYPES, DType, Tensor
+
+MAX_HEADER = 100_000_000
+ALIGNMENT = 4096
+_RARE_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a header: its type, shape and place from the start of the data."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header.
+
+    Attributes:
+        raw: The first bytes of the file, length field included: `len(raw)` is where the data starts.
+        entries: Name -> tensor, in the order of the JSON.
+        metadata: The `__metadata__` strings.
+    """
+
+    raw: bytes
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of tensor data."""
+        return max((entry.stop for entry in self.entries.values()), default=0)
+
+    def matches(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these tensors have exactly the names, types and shapes of this header."""
+        return {name: (e.dtype, e.shape) for name, e in self.entries.items()} == {
+            name: (t.out_dtype, t.shape) for name, t in tensors.items()
+        }
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header of a file; no tensor is read.
+
+    Raises:
+        InputError: The file is damaged, with the reason.
+        UnsupportedError: A tensor has a type that ckptkit does not know.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) < 8 or length > MAX_HEADER or length + 8 > size or length < 2:
+            _explain_start(path, start + file.read(512), size, length)
+        raw = start + file.read(length)
+    header = parse_header(raw, path)
+    expected = len(raw) + header.data_size
+    if size < expected:
+        raise InputError(
+            f"truncated: the header promises {expected:,} bytes, the file has {size:,} ({expected - size:,} missing)",
+            where=path,
+            hint="fetch or copy it again",
+        )
+    if size > expected:
+        raise InputError(f"{size - expected:,} trailing bytes after the last tensor", where=path)
+    return header
+
+
+def parse_header(raw: bytes, where: object) -> Header:
+    """Parses `raw` (length field and JSON).
+
+    Raises:
+        InputError: The JSON is not a valid header: offsets must cover the data without holes or overlaps.
+        UnsupportedError: A tensor has a type that ckptkit does not know.
+    """
+    try:
+        fields = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateError as error:
+        raise InputError(f"tensor {error} appears twice in the header", where=where) from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = "it starts with zeros: preallocated but never written" if not raw[8:].strip(b"\0") else str(error)
+        raise InputError(f"the header is not valid JSON ({reason})", where=where) from None
+    if not isinstance(fields, dict):
+        raise InputError("the header is not a JSON object", where=where)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("__metadata__ must map strings to strings", where=where)
+    entries = {name: _entry(name, value, where) for name, value in fields.items()}
+    _check_cover(entries, where)
+    return Header(raw, entries, metadata)
+
+
+def tensors_of(path: Path, header: Header) -> dict[str, Tensor]:
+    """The tensors of a file as recipes."""
+    return {
+        name: Tensor.from_file(str(path), len(header.raw) + entry.start, entry.dtype, entry.shape)
+        for name, entry in header.entries.items()
+    }
+
+
+def build_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Header:
+    """A header for tensors stored one after the other in the given order, padded so that data starts on a page."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, tensor in tensors.items():
+        fields[name] = {
+            "dtype": tensor.out_dtype.name,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return parse_header(struct.pack("<Q", len(text)) + text, "header")
+
+
+def lay_out(path: str, tensors: Mapping[str, Tensor], header: Header | None = None) -> OutputFile:
+    """A safetensors file of `tensors`.
+
+    Args:
+        path: Relative path of the output.
+        tensors: What to store; the order is kept.
+        header: An existing header that `tensors` match; by default one is built.
+    """
+    header = header or build_header(tensors, {"format": "pt"})
+    base = len(header.raw)
+    segments = [
+        Segment(base + header.entries[name].start, tensor, name) for name, tensor in tensors.items() if tensor.nbytes
+    ]
+    segments.sort(key=lambda segment: segment.offset)
+    return OutputFile(path, base + header.data_size, (Segment(0, literal(header.raw)), *segments), tensors=len(tensors))
+
+
+class _DuplicateError(Exception):
+    pass
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateError(key)
+        result[key] = value
+    return result
+
+
+def _entry(name: str, value: object, where: object) -> Entry:
+    fields: dict[str, Any] = value if isinstance(value, dict) else {}
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    dtype: Any = fields.get("dtype")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
+        raise InputError(f"the header entry of tensor {name} is malformed", where=where)
+    if dtype not in DTYPES:
+        hint = "convert from the unquantised weights" if dtype in _RARE_DTYPES else "is it from a newer safetensors?"
+        raise UnsupportedError(f"tensor {name} has the unknown dtype {dtype}", where=where, hint=hint)
+    start, stop = offsets
+    needed = prod(shape) * DTYPES[dtype].itemsize
+    if stop - start != needed:
+        raise InputError(
+            f"tensor {name} ({dtype}{list(shape)}) needs {needed:,} bytes, its offsets span {stop - start:,}",
+            where=where,
+        )
+    return Entry(DTYPES[dtype], tuple(shape), start, stop)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_cover(entries: Mapping[str, Entry], where: object) -> None:
+    at, previous = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start < at:
+            raise InputError(f"tensors {previous} and {name} overlap", where=where)
+        if entry.start > at:
+            raise InputError(
+                f"{entry.start - at:,} bytes between {previous} and {name} belong to no tensor", where=where
+            )
+        at, previous = entry.stop, name
+
+
+def _explain_start(path: Path, head: bytes, size: int, length: int) -> None:
+    """Names the usual ways in which a file is not safetensors at all."""
+    text = head.lstrip().lower()
+    if not size:
+        raise InputError("empty file", where=path, hint="fetch or copy it again")
+    if text.startswith(b"version https://git-lfs"):
+        raise InputError("a Git-LFS pointer, not the weights", where=path, hint="run `git lfs pull`")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError("an HTML page, not the weights", where=path, hint="the download failed; fetch it again")
+    if not head.strip(b"\0"):
+        raise InputError("starts with zeros: preallocated but never written", where=path, hint="fetch or copy it again")
+    if length > MAX_HEADER:
+        raise InputError(
+            f"not a safetensors file, or a damaged one (header of {length:,} bytes, at most {MAX_HEADER:,} allowed)",
+            where=path,
+        )
+    raise InputError(
+        f"truncated inside the header ({size:,} bytes, the header alone needs {length + 8:,})",
+        where=path,
+        hint="fetch or copy it again",
+    )

@@ -1,0 +1,105 @@
+"""What the way back needs, kept in `ckptkit/` inside a Megatron output.
+
+`manifest.json` says what was written and how; `hf/` holds config.json, tokenizer and all other small files verbatim;
+`headers/` the raw safetensors headers, so that the same files come out byte for byte; `extras.safetensors` the tensors
+that Megatron has no slot for. Nothing in it depends on time, paths or the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats import safetensors
+from ckptkit.formats.hf import HfFiles, read_json
+from ckptkit.formats.safetensors import Header
+from ckptkit.io.plan import OutputFile
+from ckptkit.tensors import Tensor
+
+FOLDER = "ckptkit"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The Hugging Face side of a model, apart from its weights.
+
+    Attributes:
+        config: config.json as parsed.
+        small: Relative path -> absolute path of small files, config.json included.
+        headers: Shard file -> raw header.
+        extras: Hugging Face tensors without a Megatron slot.
+        manifest: What the checkpoint that holds it says of itself; empty when taken from a Hugging Face directory.
+    """
+
+    config: dict[str, Any]
+    small: dict[str, Path]
+    headers: dict[str, Header] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_hf(cls, files: HfFiles, extras: Mapping[str, Tensor]) -> Sidecar:
+        """The sidecar of a Hugging Face directory."""
+        return cls(files.config, files.small, files.headers, dict(extras))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the source's tensor names, types, shapes and places, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, header in sorted(self.headers.items()):
+            digest.update(name.encode() + b"\0" + header.raw)
+        return digest.hexdigest()
+
+    def lay_out(self, manifest: Mapping[str, Any]) -> list[OutputFile]:
+        """The files of the sidecar.
+
+        Args:
+            manifest: Facts about the checkpoint that it goes into.
+        """
+        text = {"schema": SCHEMA, **manifest, "source_fingerprint": self.fingerprint}
+        files = [
+            OutputFile.small(f"{FOLDER}/manifest.json", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")
+        ]
+        for name, path in sorted(self.small.items()):
+            files.append(OutputFile.copy(f"{FOLDER}/hf/{name}", str(path), path.stat().st_size))
+        for name, header in sorted(self.headers.items()):
+            files.append(OutputFile.small(f"{FOLDER}/headers/{name}", header.raw))
+        if self.extras:
+            files.append(safetensors.lay_out(f"{FOLDER}/extras.safetensors", self.extras))
+        return files
+
+
+def read_sidecar(path: Path) -> Sidecar | None:
+    """The sidecar of a checkpoint, or None if it has none.
+
+    Raises:
+        InputError: It is damaged.
+        UnsupportedError: A newer ckptkit wrote it.
+    """
+    folder = path / FOLDER
+    if not (folder / "manifest.json").is_file():
+        return None
+    manifest = read_json(folder / "manifest.json")
+    if manifest.get("schema") != SCHEMA:
+        raise UnsupportedError(
+            f"sidecar schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
+            where=folder / "manifest.json",
+            hint="update ckptkit, or pass --hf-reference",
+        )
+    small = {f.relative_to(folder / "hf").as_posix(): f for f in sorted((folder / "hf").rglob("*")) if f.is_file()}
+    headers = {}
+    for file in sorted((folder / "headers").rglob("*")):
+        if file.is_file():
+            raw = file.read_bytes()
+            if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
+                raise InputError("damaged header copy", where=file, hint="pass --hf-reference instead")
+            headers[file.relative_to(folder / "headers").as_posix()] = safetensors.parse_header(raw, file)
+    extras_file = folder / "extras.safetensors"
+    extras = safetensors.tensors_of(extras_file, safetensors.read_header(extras_file)) if extras_file.is_file() else {}
+    return Sidecar(read_json(folder / "hf" / "config.json"), small, headers, extras, manifest)
