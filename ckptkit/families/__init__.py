@@ -1,0 +1,139 @@
+"""Model families: one table each. `family_of` finds the one that a config.json belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.families.table import Family, Raw
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Hugging Face architecture that ckptkit converts.
+
+    Attributes:
+        architecture: Hugging Face class name.
+        family: Name of the family table.
+        formats: Container formats it can be read from and written to.
+    """
+
+    architecture: str
+    family: str
+    formats: tuple[str, ...]
+
+
+FORMATS = ("hf", "packed", "torch")
+
+
+ENTRY_POINTS = "ckptkit.families"
+"""Group of the entry points by which other packages add families: each names a `Family`."""
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """All families: our own, then those of other installed packages.
+
+    Raises:
+        UnsupportedError: An entry point does not lead to a `Family`, or to one that is there already.
+    """
+    from ckptkit.families.apertus import APERTUS
+    from ckptkit.families.gemma3 import GEMMA3, GEMMA3_TEXT
+    from ckptkit.families.llama import LLAMA
+    from ckptkit.families.mistral import MINISTRAL, MISTRAL, MIXTRAL
+    from ckptkit.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+
+    found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS, GEMMA3_TEXT, GEMMA3]
+    for point in sorted(entry_points(group=ENTRY_POINTS)):
+        family = _load(point)
+        if taken := {family.name, *family.architectures} & {n for f in found for n in (f.name, *f.architectures)}:
+            raise UnsupportedError(
+                f"the family of entry point {point.name} is there already: {', '.join(sorted(taken))}"
+            )
+        found.append(family)
+    return tuple(found)
+
+
+def _load(point: EntryPoint) -> Family:
+    try:
+        family = point.load()
+    except Exception as error:  # whatever another package raises while it is imported
+        raise UnsupportedError(
+            f"entry point {point.name} ({point.value}) does not load: {error}", hint="update or remove its package"
+        ) from error
+    if not isinstance(family, Family):
+        raise UnsupportedError(f"entry point {point.name} ({point.value}) is no Family", hint="see CONTRIBUTING")
+    return family
+
+
+def supported_architectures() -> list[Architecture]:
+    """What can be converted, by Hugging Face class name."""
+    return [Architecture(name, family.name, FORMATS) for family in families() for name in family.architectures]
+
+
+def family_of(raw: Raw, where: object) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        InputError: It names no architecture.
+        UnsupportedError: No family converts this architecture, or the weights are quantised.
+    """
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise InputError("config.json names no architectures", where=where, hint='add e.g. ["LlamaForCausalLM"]')
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "of unknown kind")
+        raise UnsupportedError(
+            f"quantised weights ({method})", where=where, hint="convert from the unquantised model of the same name"
+        )
+    for family in families():
+        if architectures[0] in family.architectures:
+            return family
+    raise UnsupportedError(
+        f"no family converts {architectures[0]}", where=where, hint="`ckptkit families` lists what is supported"
+    )
+
+
+def recognise(names: Iterable[str], args: Mapping[str, Any] | None = None) -> Family:
+    """The family of a Megatron checkpoint that has nothing but tensor names, and perhaps `args`, to tell it by.
+
+    Args:
+        names: Its Megatron names.
+        args: Its `args`. They decide between families with the same tensors: the first whose config.json can say what
+            they say (a window makes a Llama a Mistral).
+
+    Raises:
+        UnsupportedError: No family's table fits the names.
+    """
+    names = set(names)
+    fitting = sorted((family for family in families() if family.fits(names)), key=lambda family: -len(family.marks))
+    if not fitting:
+        raise UnsupportedError(
+            "no family fits the tensor names", hint="pass --hf-reference with the model's config.json"
+        )
+    alike = [family for family in fitting if family.marks == fitting[0].marks]
+    return next((family for family in alike if args and _can_say(family, args)), alike[0])
+
+
+def _can_say(family: Family, args: Mapping[str, Any]) -> bool:
+    """Whether config.json of the family holds everything that `args` say."""
+    from ckptkit.families.args import model_from_args
+
+    config = model_from_args(args, family.name, family.architectures[0], args.get("vocab_size") or 1)
+    return family.parse(family.unparse(config, {})) == config
+
+
+def family_called(name: str) -> Family:
+    """The family with this short name.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    for family in families():
+        if family.name == name:
+            return family
+    raise UnsupportedError(f"no family is called {name}", hint="`ckptkit families` lists what is supported")

@@ -1,0 +1,315 @@
+"""Megatron-LM's `args`, the flat record of a model that its checkpoints carry, from and to a `ModelConfig`.
+
+Names and meanings are those of `megatron/training/arguments.py`; `--use-checkpoint-args` reads them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from ckptkit.errors import InputError
+from ckptkit.families import family_called
+from ckptkit.families.config import LayerConfig, ModelConfig, Rope
+from ckptkit.sharding.grid import Parallelism
+
+_Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
+
+_LLAMA3 = Rope(0.0, "llama3")
+"""The llama3 rope that Megatron-Core knows: of its four numbers only the factor is an argument."""
+
+
+def to_args(config: ModelConfig, grid: Parallelism, padded_vocab_size: int, divisible_by: int) -> dict[str, Any]:
+    """Everything that `args` says of a model on a grid, as plain values.
+
+    Args:
+        config: The model.
+        grid: The parallel grid of the checkpoint.
+        padded_vocab_size: Rows of the stored embedding over all ranks.
+        divisible_by: `--make-vocab-size-divisible-by`.
+    """
+    return {
+        **_model_args(config),
+        **_grid_args(grid),
+        "padded_vocab_size": padded_vocab_size,
+        "vocab_size": config.vocab_size,
+        "make_vocab_size_divisible_by": divisible_by,
+    }
+
+
+def _model_args(config: ModelConfig) -> dict[str, Any]:
+    layer, rope = config.layers[0], _main_rope(config)
+    biased = config.qkv_bias and config.out_bias and config.mlp_bias
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": layer.ffn_hidden_size,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": layer.num_heads,
+        "group_query_attention": layer.num_kv_heads != layer.num_heads,
+        "num_query_groups": layer.num_kv_heads,
+        "kv_channels": layer.head_dim,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": _whole(rope.theta),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": rope.factor if rope.kind == "linear" else None,
+        "use_rope_scaling": rope.kind == "llama3",
+        "rope_scaling_factor": rope.factor if rope.kind == "llama3" else 8.0,
+        "add_bias_linear": biased,
+        "add_qkv_bias": config.qkv_bias,
+        "swiglu": config.gated and config.activation == "silu",
+        "squared_relu": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.norm_eps,
+        "apply_layernorm_1p": config.zero_centered_norms,
+        "qk_layernorm": config.qk_norm,
+        "untie_embeddings_and_output_weights": not config.tied,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": config.init_std,
+        "softmax_scale": config.softmax_scale,
+        **_window_args(config),
+        **_expert_args(config),
+        "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
+    }
+
+
+def _main_rope(config: ModelConfig) -> Rope:
+    """The rotary embedding that `args` tell of: that of the layers that see everything, if there are any."""
+    return next((layer.rope for layer in config.layers if layer.window is None), config.layers[0].rope)
+
+
+def _window_args(config: ModelConfig) -> dict[str, Any]:
+    """Megatron counts the tokens left of the current one, and marks layers with a window by 1."""
+    windows = [layer.window for layer in config.layers]
+    window = next((window for window in windows if window is not None), None)
+    return {
+        "window_size": None if window is None else (window - 1, 0),
+        "window_attn_skip_freq": None if len(set(windows)) == 1 else [int(window is not None) for window in windows],
+    }
+
+
+def _expert_args(config: ModelConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        return {"num_experts": None}
+    moe = [int(layer.moe) for layer in config.layers]
+    return {
+        "num_experts": config.num_experts,
+        "moe_layer_freq": 1 if all(moe) else moe,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_router_topk": config.experts_per_token,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+    }
+
+
+def _grid_args(grid: Parallelism) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": grid.tp,
+        "pipeline_model_parallel_size": grid.pp,
+        "virtual_pipeline_model_parallel_size": grid.vpp if grid.vpp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "decoder_first_pipeline_num_layers": grid.first_stage_layers,
+        "decoder_last_pipeline_num_layers": grid.last_stage_layers,
+        "account_for_embedding_in_pipeline_split": grid.embedding_in_split,
+        "account_for_loss_in_pipeline_split": grid.loss_in_split,
+        "expert_model_parallel_size": 1,
+    }
+
+
+def grid_of(args: Mapping[str, Any]) -> Parallelism:
+    """The grid that a checkpoint's `args` describe."""
+    return Parallelism(
+        tp=args.get("tensor_model_parallel_size") or 1,
+        pp=args.get("pipeline_model_parallel_size") or 1,
+        vpp=args.get("virtual_pipeline_model_parallel_size") or 1,
+        first_stage_layers=args.get("decoder_first_pipeline_num_layers"),
+        last_stage_layers=args.get("decoder_last_pipeline_num_layers"),
+        embedding_in_split=bool(args.get("account_for_embedding_in_pipeline_split")),
+        loss_in_split=bool(args.get("account_for_loss_in_pipeline_split")),
+    )
+
+
+def from_args(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
+    """`base` with whatever `args` say differently.
+
+    A field changes only where `args` contradict what `base` itself would have written, so that what `args` cannot
+    express (low and high rope factors, an output bias alone) survives.
+
+    Args:
+        args: Stored arguments; absent ones do not speak.
+        base: The model as its config.json describes it.
+
+    Raises:
+        InputError: An argument has a value that Megatron-LM would not accept.
+    """
+    told = _model_args(base)
+    heard = {**told, **{key: args[key] for key in (*told, *_EXPERT_ARGS) if key in args}}
+    try:
+        before, after = _config(told, base), _config(heard, base)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"the checkpoint's args make no sense ({error})", hint="give --hf-reference") from None
+    layers = after.layers
+    if before.num_layers == after.num_layers:
+        layers = tuple(map(_changed, base.layers, before.layers, after.layers))
+    return replace(_changed(base, before, after), layers=layers)
+
+
+def model_from_args(args: Mapping[str, Any], family: str, architecture: str, vocab_size: int) -> ModelConfig:
+    """The model that `args` alone describe; what they do not speak of is as in a config.json that says nothing of it.
+
+    Raises:
+        InputError: An argument that every Megatron checkpoint records is absent.
+    """
+    needed = ("num_layers", "hidden_size", "num_attention_heads")
+    if missing := [key for key in needed if not isinstance(args.get(key), int)]:
+        raise InputError(f"the checkpoint's args lack {', '.join(missing)}", hint="give --hf-reference")
+    hidden, heads = args["hidden_size"], args["num_attention_heads"]
+    found = family_called(family)
+    sizes = {
+        "num_hidden_layers": args["num_layers"],
+        "hidden_size": hidden,
+        "vocab_size": vocab_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": args.get("num_query_groups") if args.get("group_query_attention", True) else heads,
+        "head_dim": args.get("kv_channels") or hidden // heads,
+        "intermediate_size": args.get("ffn_hidden_size") or 4 * hidden,
+        "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
+    }
+    base = found.parse({found.sizes_in: sizes} if found.sizes_in else sizes)
+    return from_args(args, replace(base, architecture=architecture, dtype="float32"))
+
+
+_EXPERT_ARGS = ("moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax")
+"""What `args` say of experts, if there are any."""
+
+
+def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
+    """`args` as a model; fields that no argument carries come from `base`."""
+    biased = bool(args["add_bias_linear"])
+    experts = args["num_experts"] or 0
+    return replace(
+        base,
+        hidden_size=args["hidden_size"],
+        layers=tuple(_layer(args, base, number) for number in range(args["num_layers"])),
+        tied=not args["untie_embeddings_and_output_weights"],
+        norm_eps=float(
+            args["norm_epsilon"] if args.get("norm_epsilon") is not None else args.get("layernorm_epsilon", 1e-5)
+        ),
+        max_position_embeddings=args["max_position_embeddings"] or base.max_position_embeddings,
+        qkv_bias=biased or bool(args["add_qkv_bias"]),
+        out_bias=biased,
+        mlp_bias=biased,
+        qk_norm=bool(args["qk_layernorm"]),
+        zero_centered_norms=bool(args["apply_layernorm_1p"]),
+        softmax_scale=args["softmax_scale"],
+        activation="silu" if args["swiglu"] else base.activation,
+        gated=bool(args["swiglu"]) or base.gated,
+        init_std=float(args["init_method_std"]),
+        dtype="bfloat16" if args["bf16"] else "float16" if args["fp16"] else "float32",
+        num_experts=experts,
+        experts_per_token=args.get("moe_router_topk", 2) if experts else 0,
+        moe_ffn_hidden_size=(args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]) if experts else 0,
+        norm_topk_prob=not (experts and args.get("moe_router_pre_softmax")),
+    )
+
+
+def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConfig:
+    """One layer; more layers than `base` has are like its last one."""
+    known = base.layers[min(number, base.num_layers - 1)]
+    heads = args["num_attention_heads"]
+    kv_heads = args["num_query_groups"] if args["group_query_attention"] else heads
+    return replace(
+        known,
+        num_heads=heads,
+        num_kv_heads=kv_heads or heads,
+        head_dim=args["kv_channels"] or args["hidden_size"] // heads,
+        ffn_hidden_size=args["ffn_hidden_size"] or 4 * args["hidden_size"],
+        rope=_rope(args) if known.rope == _main_rope(base) else known.rope,
+        window=_window(args, number),
+        moe=bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number),
+    )
+
+
+def _window(args: Mapping[str, Any], number: int) -> int | None:
+    """Source: `is_layer_window_attention` of Megatron-Core."""
+    size, skip = args["window_size"], args["window_attn_skip_freq"]
+    if not size or size[0] < 0:
+        return None
+    if skip is None:
+        return int(size[0]) + 1
+    slides = (number + 1) % skip if isinstance(skip, int) else skip[number]
+    return int(size[0]) + 1 if slides else None
+
+
+def _has_experts(frequency: Any, number: int) -> bool:
+    """Source: `get_gpt_decoder_block_spec` of Megatron-Core."""
+    return number % frequency == 0 if isinstance(frequency, int) else bool(frequency[number])
+
+
+def _rope(args: Mapping[str, Any]) -> Rope:
+    theta = float(args["rotary_base"])
+    if args["use_rope_scaling"]:
+        return replace(_LLAMA3, theta=theta, factor=float(args["rope_scaling_factor"]))
+    if args["rotary_seq_len_interpolation_factor"]:
+        return Rope(theta, "linear", float(args["rotary_seq_len_interpolation_factor"]))
+    return Rope(theta)
+
+
+def _changed(base: _Config, before: _Config, after: _Config) -> _Config:
+    """`base` with the fields in which `after` differs from `before`."""
+    changes: dict[str, Any] = {}
+    for name in (field.name for field in fields(base) if field.name != "layers"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            changes[name] = _changed(getattr(base, name), old, new) if isinstance(new, Rope) else new
+    return replace(base, **changes)
+
+
+def _whole(value: float) -> float | int:
+    """Whole numbers as integers, as Megatron's parser stores them."""
+    return int(value) if float(value).is_integer() else value
+
+
+def inexpressible(config: ModelConfig) -> list[str]:
+    """What stock Megatron-Core's GPTModel has no argument for, as sentences."""
+    notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := _rope_note(rope))]
+    if len({layer.rope for layer in config.layers}) > 1:
+        notes.append("layers with different rotary embeddings: Megatron-LM has one for all")
+    if len({layer.window for layer in config.layers} - {None}) > 1:
+        notes.append("windows of different sizes: Megatron-LM has one size, on some layers or on all")
+    if (config.qkv_bias, config.out_bias, config.mlp_bias) not in (
+        (False, False, False),
+        (True, False, False),
+        (True, True, True),
+    ):
+        notes.append("biases on some linear layers only: Megatron-LM has --add-qkv-bias or all of them")
+    if config.activation != "silu" or not config.gated:
+        kind = "a gated MLP" if config.gated else "an MLP"
+        notes.append(f"{kind} with {config.activation} has no single argument in Megatron-LM")
+    features = {
+        "norms after attention and MLP": config.post_norms,
+        f"embeddings multiplied by {config.embedding_scale:g}": config.scaled_embedding,
+        f"attention scores multiplied by {config.softmax_scale}": config.softmax_scale is not None,
+        f"attention scores capped at {config.attention_softcap}": config.attention_softcap is not None,
+        f"logits capped at {config.logit_softcap}": config.logit_softcap is not None,
+    }
+    return [*notes, *(f"{text}: no argument in Megatron-LM" for text, present in features.items() if present)]
+
+
+def _rope_note(rope: Rope) -> str | None:
+    if rope.kind == "llama3" and replace(_LLAMA3, theta=rope.theta, factor=rope.factor) != rope:
+        return (
+            f"llama3 rope with low/high/original {rope.low_freq_factor}/{rope.high_freq_factor}/"
+            f"{rope.original_max_position}: Megatron-Core always takes 1/4/8192"
+        )
+    if rope.kind not in ("default", "linear", "llama3"):
+        return f"{rope.kind} rope has no argument in Megatron-LM"
+    return None

@@ -1,0 +1,255 @@
+"""Gemma 3: norms before and after attention and MLP, all zero-centred; two rotary embeddings; local and global layers.
+
+The text model and the wrapper that can see share one table. The wrapper's vision tower and projector have no Megatron
+slot: they travel as extras.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.families.common import QK_NORMS, ConfigJson, layer_types_of, window_of, windowed, windows_by_type
+from ckptkit.families.config import LayerConfig, ModelConfig, Rope
+from ckptkit.families.fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields, set_dtype
+from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
+from ckptkit.families.spelling import HUB, LOCAL, TE, HfSpelling, Spelling
+from ckptkit.families.table import D, Family, Raw, Replica, Row, copy, renamed, without
+from ckptkit.sharding.rules import REPLICATED
+
+DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+PATTERN = 6
+"""Every sixth layer sees everything, unless config.json says otherwise."""
+THETAS = {FULL: 1000000.0, SLIDING: 10000.0}
+_OLD_THETAS = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
+
+CONFIG = ConfigJson("gemma3_text", "Gemma3ForCausalLM", "gemma3_text", DEFAULTS, Rope(THETAS[FULL]))
+WRAPPER_DEFAULTS = {"tie_word_embeddings": True}
+
+
+def parse_text(raw: Raw) -> ModelConfig:
+    """Translates the config.json of a Gemma 3 text model.
+
+    `attn_logit_softcapping` is not translated: transformers reads it and then never applies it to Gemma 3.
+
+    Raises:
+        InputError: A field is missing, of the wrong type, or contradicts another.
+        UnsupportedError: The model is bidirectional.
+    """
+    fields = CONFIG.fields(raw)
+    if fields.flag("use_bidirectional_attention"):
+        raise UnsupportedError("Gemma 3 with use_bidirectional_attention", hint="only causal models are converted")
+    config = _with_ropes(_with_windows(CONFIG.decoder(raw), fields), _ropes(raw))
+    scalar = fields.number("query_pre_attn_scalar")
+    if scalar <= 0:
+        raise InputError(f"config.json: query_pre_attn_scalar must be positive, not {scalar:g}")
+    return replace(
+        config,
+        qk_norm=True,
+        zero_centered_norms=True,
+        post_norms=True,
+        scaled_embedding=True,
+        softmax_scale=None if scalar == config.layers[0].head_dim else scalar**-0.5,
+        logit_softcap=fields.number_or_none("final_logit_softcapping"),
+    )
+
+
+def _with_windows(config: ModelConfig, fields: Fields) -> ModelConfig:
+    pattern = fields.raw.get("sliding_window_pattern", PATTERN)
+    if type(pattern) is not int or pattern < 1:
+        raise InputError(f"config.json: sliding_window_pattern must be a positive integer, not {pattern!r}")
+    default = [SLIDING if (number + 1) % pattern else FULL for number in range(config.num_layers)]
+    return windowed(config, windows_by_type(fields.layer_types(default), fields.integer_or_none("sliding_window")))
+
+
+def _ropes(raw: Raw) -> dict[str, Rope]:
+    """The rotary embeddings of full and of sliding layers.
+
+    Old files scale only the full one (`rope_scaling`) and call the base of the other `rope_local_base_freq`.
+    """
+    new, context = object_in(raw, "rope_parameters"), Fields(raw, DEFAULTS).context()
+    scaling = {kind: object_in(new, kind) for kind in THETAS}
+    scaling[FULL] = {**scaling[FULL], **object_in(raw, "rope_scaling")}
+    return {
+        kind: parse_rope(scaling[kind], raw.get(_OLD_THETAS[kind], theta), context) for kind, theta in THETAS.items()
+    }
+
+
+def _with_ropes(config: ModelConfig, ropes: dict[str, Rope]) -> ModelConfig:
+    def rope(layer: LayerConfig) -> Rope:
+        return ropes[FULL if layer.window is None else SLIDING]
+
+    return replace(config, layers=tuple(replace(layer, rope=rope(layer)) for layer in config.layers))
+
+
+def _values(config: ModelConfig) -> dict[str, Any]:
+    scale = config.softmax_scale
+    return {
+        **CONFIG.values(config),
+        "query_pre_attn_scalar": config.layers[0].head_dim if scale is None else round(scale**-2),
+        "sliding_window": window_of(config),
+        "layer_types": layer_types_of(config),
+        "final_logit_softcapping": config.logit_softcap,
+    }
+
+
+def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
+    """The raw config.json of a text model: `base` with the fields that differ, or all fields where there is no base."""
+    raw = CONFIG.unparse(config, base, parse_text, _values)
+    told = _ropes(base)
+    ropes = dict(told)
+    for layer in config.layers:
+        ropes[FULL if layer.window is None else SLIDING] = layer.rope
+    if base and ropes == told:
+        return raw
+    for key in (*_OLD_THETAS.values(), "rope_scaling"):
+        raw.pop(key, None)
+    raw["rope_parameters"] = {kind: rope_fields(rope) for kind, rope in ropes.items()}
+    return raw
+
+
+def parse_wrapper(raw: Raw) -> ModelConfig:
+    """Translates the config.json of a Gemma 3 that can see: its text model.
+
+    Raises:
+        InputError: A field is missing, of the wrong type, or contradicts another.
+        UnsupportedError: The model is bidirectional.
+    """
+    fields, text = Fields(raw, WRAPPER_DEFAULTS), object_in(raw, "text_config")
+    return replace(
+        parse_text(text),
+        family="gemma3",
+        architecture="Gemma3ForConditionalGeneration",
+        tied=fields.flag("tie_word_embeddings"),
+        dtype=fields.dtype() or Fields(text, {}).dtype(),
+    )
+
+
+def unparse_wrapper(config: ModelConfig, base: Raw) -> dict[str, Any]:
+    """The raw config.json of a wrapper: `base` with the fields that differ.
+
+    Without a base the vision tower is unknown: transformers then takes the one of its class defaults.
+    """
+    raw = deepcopy(dict(base)) or {"architectures": [config.architecture], "model_type": "gemma3"}
+    text = raw.get("text_config") or {}
+    tied = CONFIG.fields(text).flag("tie_word_embeddings") if text else config.tied
+    raw["text_config"] = unparse_text(replace(config, tied=tied, dtype=None), text)
+    if not text:
+        del raw["text_config"]["architectures"]  # only the whole model has one
+    if Fields(raw, WRAPPER_DEFAULTS).flag("tie_word_embeddings") != config.tied:
+        raw["tie_word_embeddings"] = config.tied
+    if not base or parse_wrapper(base).dtype != config.dtype:
+        set_dtype(raw, config.dtype)
+    return raw
+
+
+def text_only(raw: Raw) -> dict[str, Any]:
+    """The config.json of a wrapper's text model alone, which `Gemma3ForCausalLM` loads."""
+    shared = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+    return {
+        **{key: raw[key] for key in shared if key in raw},
+        **deepcopy(dict(raw.get("text_config") or {})),
+        "architectures": [CONFIG.architecture],
+        "model_type": CONFIG.model_type,
+        "tie_word_embeddings": parse_wrapper(raw).tied,
+    }
+
+
+_POST_NORMS = (
+    Row(
+        "decoder.layers.{i}.self_attention.linear_proj.post_layernorm.weight",
+        {"model.layers.{i}.post_attention_layernorm.weight": (D,)},
+        copy,
+        REPLICATED,
+    ),
+    Row(
+        "decoder.layers.{i}.mlp.linear_fc2.post_layernorm.weight",
+        {"model.layers.{i}.post_feedforward_layernorm.weight": (D,)},
+        copy,
+        REPLICATED,
+    ),
+)
+
+MBRIDGE = Spelling(
+    "mbridge",
+    (
+        (".self_attention.linear_proj.post_layernorm.weight", ".post_attention_layernorm.weight"),
+        (".mlp.linear_fc2.post_layernorm.weight", ".post_feedforward_layernorm.weight"),
+    ),
+    prefix="language_model.",
+    tied_head=True,
+)
+"""As mbridge writes Gemma 3; `te` is as Megatron-Bridge does."""
+
+GEMMA3_TEXT = Family(
+    name="gemma3_text",
+    architectures=("Gemma3ForCausalLM",),
+    parse=parse_text,
+    unparse=unparse_text,
+    rows=(
+        *EMBEDDINGS,
+        *ATTENTION,
+        *QK_NORMS,
+        *renamed(
+            without(MLP, "linear_fc1.bias", "linear_fc2.bias"),
+            (".post_attention_layernorm.", ".pre_feedforward_layernorm."),
+        ),
+        *_POST_NORMS,
+    ),
+    replicas=(TIED_HEAD,),
+    spellings=(TE, LOCAL, MBRIDGE),
+    marks=("decoder.layers.self_attention.linear_proj.post_layernorm.weight",),
+)
+
+GEMMA3 = Family(
+    name="gemma3",
+    architectures=("Gemma3ForConditionalGeneration",),
+    parse=parse_wrapper,
+    unparse=unparse_wrapper,
+    rows=renamed(GEMMA3_TEXT.rows, ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
+    replicas=(
+        Replica(
+            "language_model.lm_head.weight",
+            of="language_model.model.embed_tokens.weight",
+            when=lambda config: config.tied,
+        ),
+    ),
+    extras=("vision_tower.*", "multi_modal_projector.*"),
+    spellings=GEMMA3_TEXT.spellings,
+    hf_spellings=(
+        HUB,
+        HfSpelling(
+            "in_memory",
+            renames=(
+                ("language_model.model.", "model.language_model."),
+                ("language_model.lm_head.", "lm_head."),
+                ("vision_tower.", "model.vision_tower."),
+                ("multi_modal_projector.", "model.multi_modal_projector."),
+            ),
+        ),
+    ),
+    prefix="language_model.",
+    marks=GEMMA3_TEXT.marks,
+    text_only=text_only,
+    sizes_in="text_config",
+)

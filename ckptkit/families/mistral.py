@@ -1,0 +1,172 @@
+"""Mistral (v0.1, v0.3, Nemo, Small), Ministral and Mixtral: Llama's tensors, windows, and Mixtral's experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ckptkit.families.common import (
+    ConfigJson,
+    experts,
+    layer_types_of,
+    translation,
+    window_of,
+    windowed,
+    windows_by_type,
+)
+from ckptkit.families.config import ModelConfig, Rope
+from ckptkit.families.fields import FULL, SLIDING
+from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
+from ckptkit.families.spelling import HUB, HfSpelling, Stack
+from ckptkit.families.table import Family, Raw, without
+
+MISTRAL_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+MINISTRAL_DEFAULTS = MISTRAL_DEFAULTS
+MIXTRAL_DEFAULTS = {
+    **MISTRAL_DEFAULTS,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+
+MISTRAL_CONFIG = ConfigJson("mistral", "MistralForCausalLM", "mistral", MISTRAL_DEFAULTS, Rope(10000.0))
+MINISTRAL_CONFIG = ConfigJson("ministral", "MinistralForCausalLM", "ministral", MINISTRAL_DEFAULTS, Rope(10000.0))
+MIXTRAL_CONFIG = ConfigJson(
+    "mixtral",
+    "MixtralForCausalLM",
+    "mixtral",
+    MIXTRAL_DEFAULTS,
+    Rope(1000000.0),
+    aliases=(("num_local_experts", "num_experts"),),
+)
+
+
+def parse_mistral(raw: Raw) -> ModelConfig:
+    """Translates a Mistral config.json. An absent `sliding_window` is the class default, only null is none.
+
+    Raises:
+        InputError: A field is missing, of the wrong type, or contradicts another.
+    """
+    config = MISTRAL_CONFIG.decoder(raw)
+    window = MISTRAL_CONFIG.fields(raw).integer_or_none("sliding_window")
+    return windowed(config, [window] * config.num_layers)
+
+
+def parse_ministral(raw: Raw) -> ModelConfig:
+    """Translates a Ministral config.json, whose layers may differ in their attention.
+
+    Raises:
+        InputError: A field is missing, of the wrong type, or contradicts another.
+    """
+    fields, config = MINISTRAL_CONFIG.fields(raw), MINISTRAL_CONFIG.decoder(raw)
+    window = fields.integer_or_none("sliding_window")
+    default = [FULL if window is None else SLIDING] * config.num_layers
+    return windowed(config, windows_by_type(fields.layer_types(default), window))
+
+
+def parse_mixtral(raw: Raw) -> ModelConfig:
+    """Translates a Mixtral config.json: experts in every layer, their weights always renormalised.
+
+    Raises:
+        InputError: A field is missing, of the wrong type, or contradicts another.
+    """
+    fields, config = MIXTRAL_CONFIG.fields(raw), MIXTRAL_CONFIG.decoder(raw)
+    config = windowed(config, [fields.integer_or_none("sliding_window")] * config.num_layers)
+    return replace(
+        config,
+        layers=tuple(replace(layer, moe=True) for layer in config.layers),
+        num_experts=fields.integer("num_local_experts"),
+        experts_per_token=fields.integer("num_experts_per_tok"),
+        moe_ffn_hidden_size=config.layers[0].ffn_hidden_size,
+    )
+
+
+def _values_mistral(config: ModelConfig) -> dict[str, Any]:
+    return {**MISTRAL_CONFIG.values(config), "sliding_window": window_of(config)}
+
+
+def _values_ministral(config: ModelConfig) -> dict[str, Any]:
+    values = MINISTRAL_CONFIG.values(config)
+    return {**values, "sliding_window": window_of(config), "layer_types": layer_types_of(config)}
+
+
+def _values_mixtral(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **MIXTRAL_CONFIG.values(config),
+        "intermediate_size": config.moe_ffn_hidden_size,
+        "sliding_window": window_of(config),
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+    }
+
+
+_ROWS = without(
+    (*EMBEDDINGS, *ATTENTION, *MLP), "linear_qkv.bias", "linear_proj.bias", "linear_fc1.bias", "linear_fc2.bias"
+)
+
+MISTRAL = Family(
+    name="mistral",
+    architectures=("MistralForCausalLM",),
+    parse=parse_mistral,
+    unparse=translation(MISTRAL_CONFIG, parse_mistral, _values_mistral),
+    rows=_ROWS,
+    replicas=(TIED_HEAD,),
+    extras=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+)
+
+MINISTRAL = Family(
+    name="ministral",
+    architectures=("MinistralForCausalLM",),
+    parse=parse_ministral,
+    unparse=translation(MINISTRAL_CONFIG, parse_ministral, _values_ministral),
+    rows=_ROWS,
+    replicas=(TIED_HEAD,),
+)
+
+MIXTRAL = Family(
+    name="mixtral",
+    architectures=("MixtralForCausalLM",),
+    parse=parse_mixtral,
+    unparse=translation(MIXTRAL_CONFIG, parse_mixtral, _values_mixtral),
+    rows=(
+        *without(_ROWS, ".mlp.linear_fc1.layer_norm_weight", ".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"),
+        *experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
+    ),
+    replicas=(TIED_HEAD,),
+    hf_spellings=(
+        HUB,
+        HfSpelling(
+            "fused",
+            renames=((".block_sparse_moe.", ".mlp."),),
+            stacks=(
+                Stack(
+                    "model.layers.{i}.mlp.experts.gate_up_proj",
+                    (
+                        "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
+                        "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
+                    ),
+                ),
+                Stack(
+                    "model.layers.{i}.mlp.experts.down_proj",
+                    ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",),
+                ),
+            ),
+        ),
+    ),
+    marks=("decoder.layers.mlp.router.weight",),
+)

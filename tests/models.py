@@ -1,0 +1,187 @@
+"""Tiny Hugging Face models, everything randomised, as the tests need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "gqa": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "mha": {"num_key_value_heads": 12, "head_dim": 16},
+    "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "biased": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+    "llama3": {
+        "num_key_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+def llama_config(kind: str = "gqa", **changes: Any) -> Any:
+    """A tiny Llama config: 12 heads of width 8, so that it splits over 1, 2, 3 and 4 ranks."""
+    from transformers import LlamaConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": 250,
+        "hidden_size": 96,
+        "intermediate_size": 144,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        **LLAMAS[kind],
+        **changes,
+    }
+    return LlamaConfig(**values)
+
+
+def save_llama(path: Path, kind: str = "gqa", *, dtype: str = "float32", shard: str = "50GB", **changes: Any) -> Path:
+    """Saves a randomised tiny Llama with a tokenizer-like small file, and returns its directory."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(kind, **changes))
+    randomise(model)
+    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shard)
+    (path / "tokenizer").mkdir()
+    (path / "tokenizer" / "notes.txt").write_text("a small file in a folder\n", encoding="utf-8")
+    return path
+
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 250,
+    "hidden_size": 96,
+    "intermediate_size": 144,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+_EXPERTS = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+_MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA3: dict[str, Any] = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "layer_types": _MIXED,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+_SIGLIP: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "qwen2-windowed": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-biased": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": ("Qwen3Moe", {**_EXPERTS, "mlp_only_layers": [1]}),
+    "qwen3_moe-stepped": ("Qwen3Moe", {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "mistral": ("Mistral", {"sliding_window": 16}),
+    "mistral-nemo": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "ministral": (
+        "Ministral",
+        {"head_dim": 8, "sliding_window": 16, "layer_types": [_MIXED[2], *_MIXED[:2], _MIXED[0]]},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "intermediate_size": 48}),
+    "mixtral-windowed": ("Mixtral", {"num_local_experts": 4, "intermediate_size": 48, "sliding_window": 16}),
+    "apertus": ("Apertus", {"head_dim": 8}),
+    "gemma3_text": ("Gemma3Text", _GEMMA3),
+    "gemma3_text-capped": ("Gemma3Text", {**_GEMMA3, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3", {}),
+    "gemma3-untied": ("Gemma3", {"tie_word_embeddings": False}),
+}
+"""Kind -> (stem of the transformers classes, what it changes), over every family but Llama's."""
+
+
+def model_classes(kind: str) -> tuple[Any, Any]:
+    """The transformers config and model classes of a kind."""
+    import transformers
+
+    stem = MODELS[kind][0]
+    model = {"Gemma3Text": "Gemma3ForCausalLM", "Gemma3": "Gemma3ForConditionalGeneration"}.get(
+        stem, f"{stem}ForCausalLM"
+    )
+    return getattr(transformers, f"{stem}Config"), getattr(transformers, model)
+
+
+def model_config(kind: str, **changes: Any) -> Any:
+    """A tiny config of a kind: 12 heads over 4 groups, so that it splits over 1, 2 and 4 ranks.
+
+    Args:
+        kind: A key of `MODELS`.
+        changes: Fields to set otherwise; of a wrapper's text model.
+    """
+    config_class, _ = model_classes(kind)
+    stem, own = MODELS[kind]
+    if stem != "Gemma3":
+        return config_class(**{**_TINY, **own, **changes})
+    tied = own.get("tie_word_embeddings", True)
+    text = {**_TINY, **_GEMMA3, "model_type": "gemma3_text", "tie_word_embeddings": tied, **changes}
+    return config_class(text_config=text, vision_config=_SIGLIP, mm_tokens_per_image=4, tie_word_embeddings=tied)
+
+
+def raw_config(kind: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a kind, as transformers writes it."""
+    return {**model_config(kind, **changes).to_dict(), "architectures": [model_classes(kind)[1].__name__]}
+
+
+def save_model(
+    path: Path, kind: str, *, dtype: str = "float32", shard: str = "50GB", fused: bool = False, **changes: Any
+) -> Path:
+    """Saves a randomised tiny model of a kind, and returns its directory.
+
+    Args:
+        path: Directory to create.
+        kind: A key of `MODELS`.
+        dtype: Element type, as torch names it.
+        shard: Largest size of a file, as `save_pretrained` takes it.
+        fused: Write the names that transformers has in memory (stacked experts, other prefixes).
+        changes: Fields to set otherwise; of a wrapper's text model.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model = model_classes(kind)[1](model_config(kind, **changes))
+    randomise(model)
+    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shard, save_original_format=not fused)
+    return path
+
+
+def randomise(model: Any) -> None:
+    """Fills every parameter, norms and biases included: ones and zeros hide mistakes."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.dim() == 1:
+                parameter.normal_(0.0, 0.3)
+            else:
+                parameter.normal_(0.0, 1.0 if "embed" in name or "lm_head" in name else parameter.shape[-1] ** -0.5)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of every file below a folder."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
