@@ -1,0 +1,169 @@
+"""Self-attention: megatron-core's linears around a core attention and a rotary embedding that run anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ckptkit.errors import UnsupportedError
+from ckptkit.families.config import ModelConfig, Rope
+from ckptkit.megatron.config import attention_config
+from ckptkit.megatron.rotary import RotaryEmbedding
+
+QUERY_BLOCK = 1024
+"""Query rows whose scores exist at a time; bounds memory at heads x QUERY_BLOCK x length elements."""
+
+
+class GroupedQueryAttention(SelfAttention):
+    """megatron-core's `SelfAttention` with this layer's own rotary embedding and biases.
+
+    Args:
+        config: Megatron's config of this layer.
+        model: The model: which linears have a bias.
+        rope: Rotary embedding of this layer.
+        options: Passed on.
+    """
+
+    def __init__(self, config: TransformerConfig, *, model: ModelConfig, rope: Rope, **options: Any) -> None:
+        super().__init__(config=attention_config(config, model.qkv_bias, model.out_bias), **options)
+        self.rotary = RotaryEmbedding(rope, self.hidden_size_per_attention_head)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        rotary_pos_emb: None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of `hidden_states` [sequence, batch, hidden] (packed: [tokens, 1, hidden]).
+
+        Args:
+            hidden_states: Input of the layer after its norm; split over the sequence under sequence parallelism.
+            attention_mask: None: the core attention is causal by itself.
+            rotary_pos_emb: Unused, the layer has its own.
+            packed_seq_params: Where the sequences of a packed row begin and end.
+            options: Passed on.
+
+        Returns:
+            The output in the shape of the input, and the bias that is still to be added, or None.
+        """
+        if packed_seq_params is not None:
+            length = max((end - start for start, end in segments(packed_seq_params)), default=0)
+        else:
+            length = hidden_states.size(0) * (self.world_size if self.config.sequence_parallel else 1)
+        output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
+            hidden_states,
+            attention_mask,
+            rotary_pos_emb=self.rotary(length),
+            packed_seq_params=packed_seq_params,
+            **options,
+        )
+        return output
+
+
+class ExactAttention(torch.nn.Module):
+    """Causal softmax attention over grouped heads, with an optional window, on any device.
+
+    Scores are computed in the model's dtype and normalised in fp32 (source: `eager_attention_forward` of transformers).
+
+    Args:
+        config: Megatron's config of this layer: width of a head and window.
+        attn_mask_type: Must be megatron's `causal`.
+        softmax_scale: Factor of the scores, or None for 1 / sqrt(head_dim).
+        options: What other core attentions also want to know; unused.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        attn_mask_type: Any,
+        softmax_scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if attn_mask_type.name != "causal":
+            raise UnsupportedError(f"attention mask {attn_mask_type.name!r} is not in the runtime, only causal is")
+        assert config.kv_channels is not None
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.window = None if config.window_size is None else config.window_size[0] + 1
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        /,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [sequence, batch, heads, head_dim]; packed: [tokens, heads, head_dim].
+            key: [sequence, batch, query groups, head_dim]; packed: [tokens, query groups, head_dim].
+            value: As `key`.
+            attention_mask: None; the mask is causal.
+            attn_mask_type: Unused, fixed at construction.
+            attention_bias: None.
+            packed_seq_params: Where the sequences of a packed row begin and end.
+
+        Returns:
+            [sequence, batch, heads * head_dim]; packed: [tokens, heads * head_dim].
+
+        Raises:
+            UnsupportedError: A mask or a bias was given.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise UnsupportedError("the runtime's attention takes no mask and no bias, it is causal by itself")
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        parts = [
+            self._attend(*(part[start:end].unsqueeze(1) for part in (query, key, value))).squeeze(1)
+            for start, end in segments(packed_seq_params)
+        ]
+        return torch.cat(parts) if parts else query.new_empty(0, query.size(1) * query.size(2))
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[sequence, batch, heads, head_dim] -> [sequence, batch, heads * head_dim], all tokens one sequence."""
+        length, batch, heads, width = query.shape
+        groups = key.size(2)
+        # [batch, groups, heads per group, sequence, head_dim]: each group's key and value broadcast over its heads.
+        query = query.permute(1, 2, 0, 3).reshape(batch, groups, heads // groups, length, width)
+        key, value = (part.permute(1, 2, 0, 3).unsqueeze(2) for part in (key, value))
+        blocks = [
+            self._block(query[..., start : start + QUERY_BLOCK, :], key, value, start)
+            for start in range(0, length, QUERY_BLOCK)
+        ]
+        joined = torch.cat(blocks, dim=-2) if blocks else query
+        return joined.reshape(batch, heads, length, width).permute(2, 0, 1, 3).reshape(length, batch, heads * width)
+
+    def _block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
+        """Attend from the rows that begin at position `start` to what they can see."""
+        end = start + query.size(-2)
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        scores = torch.matmul(query, key[..., first:end, :].transpose(-1, -2)) * self.scale
+        rows, columns = (torch.arange(begin, end, device=query.device) for begin in (start, first))
+        distance = rows[:, None] - columns
+        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32)
+        return torch.matmul(weights.to(query.dtype), value[..., first:end, :])
+
+
+def segments(packed: PackedSeqParams) -> Iterator[tuple[int, int]]:
+    """First token and end of each sequence of a packed row, padding that follows a sequence included."""
+    padded = packed.cu_seqlens_q_padded
+    bounds = (packed.cu_seqlens_q if padded is None else padded).tolist()
+    yield from itertools.pairwise(bounds)

@@ -1,0 +1,57 @@
+"""What depends on the release of megatron-core (0.16.1 to 0.19.2) or on running it without a GPU.
+
+Nothing else in the package asks for a version. The releases differ in this much:
+
+- 0.19 passes `name`, `pp_layer_offset` and friends to the constructors of layers and attention, so ours forward what
+  they do not know; it builds norms and linears by calling what the spec holds, which works for classes in both;
+- 0.19 reads `qk_layernorm` from the config beside the spec, so the config always states it;
+- the MLP entry of a layer spec is a `ModuleSpec` before 0.19 and a partial of `MLP.as_mlp_submodule` since, so specs
+  are taken from `get_gpt_layer_local_spec` and only single entries are replaced;
+- 0.19 logs on every construction that GPTModel is deprecated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def import_megatron() -> None:
+    """Import megatron-core without its warnings about optional packages (Apex, Transformer Engine)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.models.gpt  # noqa: F401
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def local_layer_spec(qk_norm: bool) -> Any:
+    """The `ModuleSpec` of a dense decoder layer made of megatron-core's own modules, a fresh one per call."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+
+
+@contextlib.contextmanager
+def runs_on(device: torch.device) -> Iterator[None]:
+    """Make megatron-core allocate its buffers on `device`.
+
+    Collectives of both releases allocate with `device=torch.cuda.current_device()`, for CPU tensors too, and that call
+    fails where there is no driver. In this context it answers with the CPU; a CUDA `device` becomes the current one.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+        return
+    original = torch.cuda.current_device
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = original

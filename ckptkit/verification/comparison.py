@@ -1,0 +1,134 @@
+"""Comparing logits of two runs, a few positions at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptkit.verification.report import Agreement, Greedy, NoiseFloor
+from ckptkit.verification.runs import Run, row_logits
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 64
+"""Positions that are in memory at a time."""
+MEDIAN_LIMIT, P99_LIMIT = 1.25, 2.0
+TIE = 1e-6
+"""Two logits closer than this share of the largest one are equal to fp32."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Logits of some positions of one row, fp32 [positions, vocabulary] of each run."""
+
+    row: int
+    start: int
+    logits: list[torch.Tensor]
+
+
+def blocks(*runs: Run) -> Iterator[Block]:
+    """The runs' logits side by side; all runs saw the same rows."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        files = [stack.enter_context(row_logits(run)) for run in runs]
+        for row, tokens in enumerate(runs[0].rows):
+            for start in range(0, len(tokens), BLOCK):
+                part = slice(start, min(start + BLOCK, len(tokens)))
+                yield Block(row, start, [file[row][part] for file in files])
+
+
+def compare(reference: Run, candidate: Run) -> Agreement:
+    """Errors, top-1 agreement and divergence of `candidate` against `reference`; both saw the same rows."""
+    largest, positions, agreeing, divergence, kl_max = 0.0, 0, 0, 0.0, 0.0
+    errors: list[list[float]] = [[] for _ in reference.rows]
+    non_finite = {"reference": 0, "candidate": 0}
+    for block in blocks(reference, candidate):
+        expected, found = block.logits
+        for side, logits in (("reference", expected), ("candidate", found)):
+            non_finite[side] += int((~logits.isfinite()).sum())
+        difference = (found - expected).abs().nan_to_num(nan=math.inf)
+        errors[block.row] += difference.amax(-1).tolist()
+        largest = max(largest, float(expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
+        agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        kl = _divergence(expected, found)
+        divergence, kl_max, positions = divergence + sum(kl), max([kl_max, *kl]), positions + len(kl)
+    top, worst = max((error, (row, at)) for row, line in enumerate(errors) for at, error in enumerate(line))
+    scale = largest or 1.0
+    return Agreement(
+        max_abs_error=top,
+        max_abs_logit=largest,
+        relative_error=top / scale,
+        worst=worst,
+        top1_agreement=agreeing / positions,
+        kl_mean=divergence / positions,
+        kl_max=kl_max,
+        non_finite=non_finite,
+        per_position=[[error / scale for error in line] for line in errors],
+    )
+
+
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> list[float]:
+    """KL(expected || found) of each position, in nats; infinite where a logit is not finite."""
+    import torch
+
+    p, q = (torch.log_softmax(logits.double(), dim=-1) for logits in (expected, found))
+    return (p.exp() * (p - q)).sum(-1).nan_to_num(nan=math.inf).clamp(min=0.0).tolist()
+
+
+def noise_ratios(reference: Run, low_reference: Run, low_candidate: Run) -> list[list[float]]:
+    """The ratio r of `NoiseFloor` at each position of each row; all three runs saw the same rows."""
+    ratios: list[list[float]] = [[] for _ in reference.rows]
+    for block in blocks(reference, low_reference, low_candidate):
+        exact, noisy, found = (logits.double() for logits in block.logits)
+        own, theirs = ((logits - exact).square().mean(-1).sqrt() for logits in (noisy, found))
+        ratio = theirs / own
+        ratio[(theirs == 0) & (own == 0)] = 0.0  # a reference without rounding error is met exactly
+        ratio[~own.isfinite()] = math.inf  # nothing can be measured in such units
+        ratios[block.row] += ratio.nan_to_num(nan=math.inf, posinf=math.inf).tolist()
+    return ratios
+
+
+def noise_floor(ratios: list[list[float]]) -> NoiseFloor:
+    """Median and 99th percentile of the ratios (the smallest ratio that this share of them does not exceed)."""
+    ordered = sorted(ratio for row in ratios for ratio in row)
+
+    def quantile(share: float) -> float:
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+    return NoiseFloor(quantile(0.5), quantile(0.99), MEDIAN_LIMIT, P99_LIMIT)
+
+
+def compare_greedy(reference: Run, candidate: Run, steps: int, largest: float) -> tuple[Greedy, list[tuple[int, int]]]:
+    """Whether the candidate continues as the reference did.
+
+    The rows end with the `steps` tokens that the reference appended. Fed with them, a candidate that picks the same
+    token at every step would have written the same text by itself.
+
+    Args:
+        reference: The reference's run.
+        candidate: The candidate's run over the same rows.
+        steps: Tokens that were appended to each row.
+        largest: Largest |logit| of the reference; closer than `TIE` times this is a tie.
+
+    Returns:
+        The figures, and (row, position) of the logits at which another token was picked.
+    """
+    equal, ties, parted = 0, 0, []
+    with row_logits(reference) as expected, row_logits(candidate) as found:
+        for row, tokens in enumerate(reference.rows):
+            part = slice(len(tokens) - steps - 1, len(tokens) - 1)
+            theirs, ours = expected[row][part], found[row][part]
+            for step, token in enumerate(tokens[len(tokens) - steps :]):
+                choice = int(ours[step].argmax())
+                if choice == token:
+                    equal += 1
+                elif float(theirs[step, token] - theirs[step, choice]) <= TIE * largest:
+                    ties += 1
+                else:
+                    parted.append((row, part.start + step))
+    continuation = [row[len(row) - steps :] for row in reference.rows]
+    return Greedy(continuation, steps * len(reference.rows), equal, ties), parted

@@ -1,0 +1,85 @@
+"""What a rank is asked to do and how its answer travels: plain JSON, so that nothing here needs torch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ckptkit import errors
+from ckptkit.sharding.grid import Parallelism
+
+OPENER = "ckptkit:open_checkpoint"
+"""Where ranks find the function that opens a checkpoint, as `module:function`."""
+
+
+@dataclass(frozen=True)
+class LogitsJob:
+    """Run a checkpoint in megatron-core and keep its logits.
+
+    Attributes:
+        checkpoint: Path of the checkpoint.
+        grid: The grid to run it on.
+        device: `cpu` or `cuda`.
+        dtype: torch's name of the dtype to run in.
+        rows: Token ids, one list per sequence.
+        greedy: Most likely tokens to append to every row before the logits are taken.
+        output: Safetensors file for the logits (see `runs.save_logits`).
+        probes: Directory for hidden states, or None.
+        sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
+        timeout: Seconds that a collective may wait.
+        opener: What opens the checkpoint, as `module:function`.
+    """
+
+    checkpoint: str
+    grid: Parallelism
+    device: str
+    dtype: str
+    rows: list[list[int]]
+    output: str
+    greedy: int = 0
+    probes: str | None = None
+    sequence_parallel: bool = False
+    timeout: float = 600.0
+    opener: str = OPENER
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the job needs."""
+        return self.grid.world_size
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> LogitsJob:
+        """The job that `to_json` wrote."""
+        raw = json.loads(text)
+        return LogitsJob(**{**raw, "grid": Parallelism(**raw["grid"])})
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint} on {self.grid}, {self.device}"
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names."""
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def encode_error(error: BaseException) -> dict[str, str | None]:
+    """An exception as JSON; one that ckptkit did not raise on purpose becomes a `VerificationError`."""
+    if isinstance(error, errors.CkptkitError):
+        return {"type": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
+    text = " ".join(str(error).split()) or "no message"
+    return {"type": "VerificationError", "what": f"{type(error).__name__}: {text}", "where": None, "hint": None}
+
+
+def decode_error(raw: dict[str, str | None]) -> errors.CkptkitError:
+    """The exception that `encode_error` wrote."""
+    kind: type[errors.CkptkitError] = getattr(errors, str(raw["type"]))
+    return kind(str(raw["what"]), where=raw["where"], hint=raw["hint"])

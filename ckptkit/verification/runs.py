@@ -1,0 +1,120 @@
+"""One side's run over the tokens, and the files that hold what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.errors import VerificationError
+from ckptkit.verification.tokens import group_by_length
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a side made of the tokens.
+
+    Attributes:
+        rows: Token ids that went in, greedy continuation included.
+        logits: Safetensors file of the logits: `logits.<length>` [rows of that length, length, vocabulary], fp32.
+        probes: Directory of hidden states, or None.
+        feeds: Probe -> names of the tensors that feed it, in the side's own spelling.
+        modules: Class of module -> how many of them ran.
+        versions: Package -> version.
+        seconds: Phase -> wall-clock seconds.
+    """
+
+    rows: list[list[int]]
+    logits: Path
+    probes: Path | None = None
+    feeds: dict[str, list[str]] = field(default_factory=dict)
+    modules: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def save_logits(path: str | Path, groups: Mapping[int, torch.Tensor]) -> None:
+    """Write logits, fp32 [rows, length, vocabulary] for each length."""
+    from safetensors.torch import save_file
+
+    save_file({f"logits.{length}": logits.contiguous() for length, logits in groups.items()}, str(path))
+
+
+@contextmanager
+def row_logits(run: Run) -> Iterator[list[Any]]:
+    """Each row's logits as a lazy slice: `rows[i][a:b]` reads [b - a, vocabulary] from the file.
+
+    Raises:
+        VerificationError: The file is not there, as on a machine that does not share the directory.
+    """
+    from safetensors import safe_open
+
+    if not run.logits.is_file():
+        raise VerificationError("the logits are missing", where=run.logits, hint="all ranks must share the directory")
+    with safe_open(str(run.logits), framework="pt") as file:
+        slices: list[Any] = [None] * len(run.rows)
+        for length, numbers in group_by_length(run.rows).items():
+            whole = file.get_slice(f"logits.{length}")
+            for place, number in enumerate(numbers):
+                slices[number] = _Row(whole, place)
+        yield slices
+
+
+def keep_logits(path: Path, reference: Run, candidate: Run, lengths: list[int]) -> None:
+    """Write `reference` and `candidate`, fp32 [rows, longest length, vocabulary], to one safetensors file.
+
+    Positions past a shorter row's end hold NaN; the greedy continuation is left out.
+
+    Args:
+        path: File to write.
+        reference: One run.
+        candidate: The other.
+        lengths: How many positions of each row to keep.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    kept = {}
+    for name, run in (("reference", reference), ("candidate", candidate)):
+        with row_logits(run) as rows:
+            kept[name] = torch.full((len(rows), max(lengths), rows[0].vocab_size), torch.nan)
+            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                kept[name][index, :length] = row[0:length]
+    save_file(kept, str(path))
+
+
+class _Row:
+    """One row of a group's logits."""
+
+    def __init__(self, whole: Any, place: int) -> None:
+        self.whole, self.place = whole, place
+        _, self.length, self.vocab_size = whole.get_shape()
+
+    def __getitem__(self, positions: slice) -> torch.Tensor:
+        part: torch.Tensor = self.whole[self.place : self.place + 1, positions.start : positions.stop]
+        return part[0]
+
+
+def save_probes(folder: Path, states: dict[str, torch.Tensor], tp_rank: int = 0, pp_rank: int = 0) -> None:
+    """Write what one rank recorded, fp32 [batch, positions, hidden] for each place."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(states, str(folder / f"tp{tp_rank}_pp{pp_rank}.safetensors"))
+
+
+def read_probes(run: Run) -> dict[str, list[torch.Tensor]]:
+    """All hidden states of a run: place -> the state on each tensor parallel rank, which should all be the same."""
+    from safetensors.torch import load_file
+
+    assert run.probes is not None
+    states: dict[str, list[torch.Tensor]] = {}
+    for path in sorted(run.probes.glob("*.safetensors")):
+        for place, state in load_file(path).items():
+            states.setdefault(place, []).append(state)
+    return states

@@ -1,0 +1,59 @@
+"""The token ids that both sides see."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptkit.errors import InputError
+
+SEED = 20240229
+
+
+def default_rows(vocab_size: int, rows: int = 2, length: int = 48) -> list[list[int]]:
+    """Pseudo-random ids, the same in every run; the first row begins with the first and the last id."""
+    draw = random.Random(SEED)
+    ids = [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(rows)]
+    ids[0][:2] = [0, vocab_size - 1][:length]
+    return ids
+
+
+def read_rows(path: str | Path) -> list[list[int]]:
+    """Token ids from a JSON file: a list of lists, lengths may differ.
+
+    Raises:
+        InputError: The file is not that.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read token ids ({error})", where=path) from None
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise InputError("not a JSON list of lists of token ids", where=path)
+    return rows
+
+
+def check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuse rows that a model cannot take.
+
+    Raises:
+        InputError: No rows, an empty row, or an id outside of the vocabulary.
+    """
+    if not rows:
+        raise InputError("no token ids to compare on")
+    for number, row in enumerate(rows):
+        if not row:
+            raise InputError(f"row {number} of the token ids is empty")
+        for token in row:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise InputError(f"token id {token!r} in row {number} is not in the vocabulary of {vocab_size}")
+
+
+def group_by_length(rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Length -> numbers of the rows of that length: those can run together without padding."""
+    groups: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(len(row), []).append(number)
+    return groups

@@ -1,0 +1,118 @@
+"""`verify`: are two checkpoints the same model? Cheapest question first, and the first no ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoint import Checkpoint, open_checkpoint
+from ckptkit.errors import UsageError
+from ckptkit.verification.logits import TOLERANCE, Side, verify_logits
+from ckptkit.verification.pool import Ranks
+from ckptkit.verification.report import LevelResult, VerificationReport
+from ckptkit.verification.weights import check_structure, check_weights
+
+LEVELS = ("structure", "weights", "logits")
+
+
+def verify(
+    reference: str | Path,
+    candidate: str | Path,
+    *,
+    level: str = "logits",
+    device: str = "cpu",
+    dtype: str = "float32",
+    prompts: Sequence[str] | None = None,
+    tokens: Sequence[Sequence[int]] | None = None,
+    tolerance: float | None = None,
+    save_logits: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    pool: Ranks | None = None,
+) -> VerificationReport:
+    """Verifies a checkpoint against another one; any formats, any grids.
+
+    A Hugging Face side is run by transformers, a Megatron side by megatron-core on its own grid, built from what that
+    checkpoint stores.
+
+    Args:
+        reference: The checkpoint that is trusted.
+        candidate: The checkpoint in question.
+        level: The last question to ask: `structure`, `weights` or `logits`.
+        device: `cpu` or `cuda`.
+        dtype: What the candidate runs in: `float32` (judged absolutely) or `bfloat16` (judged by the noise floor).
+        prompts: Texts to compare on; a side must have a tokenizer.
+        tokens: Token ids to compare on; pseudo-random ones where neither is given.
+        tolerance: Largest fp32 error that passes, relative to the largest |logit|.
+        save_logits: A safetensors file for `reference` and `candidate`, [batch, seq, vocab] float32.
+        progress: Called with (bytes compared, bytes in all) at the weights level.
+        pool: Ranks to use instead of starting some.
+
+    Raises:
+        UsageError: The request makes no sense.
+        InputError: A side is damaged or incomplete.
+        UnsupportedError: No family converts a side.
+        VerificationError: A run could not be made; this says nothing about the checkpoints.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
+    sides = open_checkpoint(reference), open_checkpoint(candidate)
+    levels: list[LevelResult] = []
+    messages = _messages(*sides) if level == "logits" else []
+
+    def ask(name: str, question: Callable[[], LevelResult]) -> None:
+        if LEVELS.index(name) <= LEVELS.index(level) and all(answer.passed for answer in levels):
+            levels.append(question())
+
+    ask("structure", lambda: check_structure(*sides))
+    ask("weights", lambda: check_weights(*sides, progress))
+    ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, save_logits, pool))
+    return VerificationReport(str(reference), str(candidate), levels, messages)
+
+
+def _logits(
+    sides: tuple[Checkpoint, Checkpoint],
+    device: str,
+    dtype: str,
+    prompts: Sequence[str] | None,
+    tokens: Sequence[Sequence[int]] | None,
+    tolerance: float | None,
+    save_logits: str | Path | None,
+    pool: Ranks | None,
+) -> LevelResult:
+    tokenizer = _tokenizer(sides) if prompts else None
+    if tokenizer is not None:
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
+    report = verify_logits(
+        *(Side(side.path, "hf" if side.format == "hf" else "megatron") for side in sides),
+        device=device,
+        dtype=dtype,
+        tokens=tokens,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
+        pool=pool,
+        save_logits=save_logits,
+    )
+    answer = report.level()
+    if tokenizer is not None and report.greedy is not None:
+        texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]
+        same = "both continue" if report.greedy.passed else "the reference continues"
+        lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts or (), texts, strict=True)]
+        answer.details["messages"] = [*answer.details.get("messages", []), *lines]
+    return answer
+
+
+def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
+    """The tokenizer of the first side that has one, in its directory or in its sidecar."""
+    from transformers import AutoTokenizer
+
+    for side in sides:
+        if any(name in side.sidecar.small for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+            return AutoTokenizer.from_pretrained(side.sidecar.small["config.json"].parent, local_files_only=True)
+    raise UsageError("--prompt needs a tokenizer, and neither side has one", hint="pass --tokens with token ids")
+
+
+def _messages(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
+    kinds = {side.format == "hf" for side in (reference, candidate)}
+    if kinds == {False}:
+        return ["both sides ran in megatron-core: a mistake in the family's table would show in neither"]
+    return [] if len(kinds) == 2 else ["both sides ran in transformers: nothing was loaded into megatron-core"]

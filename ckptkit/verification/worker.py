@@ -1,0 +1,205 @@
+"""One rank: `python -m ckptkit.verification.worker` imports megatron-core once, then takes jobs from standard input.
+
+A job is a line of JSON with a rank and a meeting point; the answer is a line of JSON on standard output. Whatever
+libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ckptkit.checkpoint import EMBEDDING, HEAD
+from ckptkit.verification.jobs import LogitsJob, decode_error, encode_error, find
+from ckptkit.verification.report import installed_versions
+from ckptkit.verification.tokens import group_by_length
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from ckptkit.megatron.pipeline import Pipeline
+
+
+def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
+    """Do one rank's part of a job.
+
+    Args:
+        job: The job, the same on all its ranks.
+        rank: Global rank, below `job.world_size`.
+        store: A fresh store on which the ranks meet.
+
+    Returns:
+        The fields of `runs.Run` that a rank knows, as JSON types.
+
+    Raises:
+        CkptkitError: The checkpoint cannot be loaded, the same error on every rank.
+    """
+    import torch
+
+    from ckptkit.megatron import parallel
+
+    device = parallel.device_of(job.device, rank)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        parallel.initialize(job.grid, rank, store=store, device=device, timeout_seconds=job.timeout)
+        return _run(job, rank, device)
+    finally:
+        parallel.finalize()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from ckptkit.verification.probes import megatron_head, megatron_sites, recording
+    from ckptkit.verification.runs import save_logits, save_probes
+
+    start = time.monotonic()
+    pipeline = _together(job, rank, device)
+    loaded = time.monotonic()
+    sites = megatron_sites(pipeline.chunks) if job.probes else {}
+    rows, groups = [list(row) for row in job.rows], dict[int, torch.Tensor]()
+    with recording(sites) as kept:
+        for numbers in group_by_length(job.rows).values():
+            tokens = pipeline.greedy(torch.tensor([job.rows[number] for number in numbers]), job.greedy)
+            for number, row in zip(numbers, tokens.tolist(), strict=True):
+                rows[number] = row
+            logits = pipeline.forward(tokens)
+            if logits is not None:
+                groups[tokens.size(1)] = logits
+    pp_rank, tp_rank = list(job.grid.ranks())[rank]
+    if pp_rank == job.grid.pp - 1 and tp_rank == 0:
+        save_logits(job.output, groups)
+    if job.probes:
+        save_probes(Path(job.probes), kept, tp_rank, pp_rank)
+    return {
+        "rows": rows,
+        "feeds": {name: site.feeds for name, site in sites.items()} | _head(megatron_head(pipeline.chunks)),
+        "modules": _modules(pipeline.chunks),
+        "versions": installed_versions(),
+        "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},
+    }
+
+
+def _together(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
+    """The loaded model; if any rank cannot load its part, all ranks raise that rank's error."""
+    from ckptkit.megatron import parallel
+
+    pipeline, problem = None, None
+    try:
+        pipeline = _load(job, rank, device)
+    except Exception as error:
+        traceback.print_exc()
+        problem = json.dumps(encode_error(error))
+    problems = parallel.agree(problem)
+    if problems or pipeline is None:
+        raise decode_error(json.loads(problems[0][1]))
+    return pipeline
+
+
+def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
+    import torch
+
+    from ckptkit.megatron.model import build_chunks, load_strict
+    from ckptkit.megatron.pipeline import Pipeline
+
+    checkpoint = find(job.opener)(job.checkpoint)
+    pp_rank, tp_rank = list(job.grid.ranks())[rank]
+    shards = [
+        checkpoint.shard(grid=job.grid, pp_rank=pp_rank, tp_rank=tp_rank, vp_stage=vp_stage, spec="local")
+        for vp_stage in range(job.grid.vpp)
+    ]
+    chunks = build_chunks(
+        checkpoint.config,
+        job.grid,
+        _padded_vocab_size(shards, job.grid.tp, checkpoint.padded_vocab_size),
+        dtype=getattr(torch, job.dtype),
+        device=device,
+        sequence_parallel=job.sequence_parallel,
+    )
+    for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
+        where = f"{job.checkpoint} (tensor rank {tp_rank}, pipeline rank {pp_rank}, virtual stage {vp_stage})"
+        load_strict(chunk, shard, where=where)
+        shard.clear()
+    return Pipeline(chunks, job.grid, device, checkpoint.config.vocab_size)
+
+
+def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: int) -> int:
+    """Rows of the whole embedding, from the shard's own rows; as stated on ranks that hold no part of it."""
+    for shard in shards:
+        for name in (EMBEDDING, HEAD):
+            if name in shard:
+                return int(shard[name].shape[0]) * tp
+    return stated
+
+
+def _head(names: list[str]) -> dict[str, list[str]]:
+    return {"head": names} if names else {}
+
+
+def _modules(chunks: list[Any]) -> dict[str, int]:
+    """Classes of megatron-core and of ckptkit among the modules -> how many."""
+    counts: dict[str, int] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            if name.startswith(("megatron.", "ckptkit.")):
+                counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _answer(line: str) -> dict[str, Any]:
+    """What to reply to a line of standard input."""
+    import torch.distributed as dist
+
+    message = json.loads(line)
+    job = LogitsJob.from_json(message["job"])
+    try:
+        store = dist.FileStore(message["meeting_point"], job.world_size)
+        return {"result": execute(job, message["rank"], store)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": encode_error(error)}
+
+
+def _lines(source: TextIO) -> Iterator[str]:
+    """Lines of `source`. The process ends with its parent, even while it waits for ranks that are gone."""
+    queue: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in source:
+            queue.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield queue.get()
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    start = time.monotonic()
+    from ckptkit.megatron import compat
+
+    compat.import_megatron()
+    print(json.dumps({"ready": time.monotonic() - start}), file=replies, flush=True)
+    for line in _lines(sys.stdin):
+        print(json.dumps(_answer(line)), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The modules that replace megatron-core's, each against an independent one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ckptkit.errors import UnsupportedError
+from ckptkit.families.config import Rope
+from ckptkit.megatron import compat
+
+compat.import_megatron()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+
+from ckptkit.megatron import attention  # noqa: E402
+from ckptkit.megatron.norms import RMSNorm  # noqa: E402
+from ckptkit.megatron.rotary import RotaryEmbedding, inverse_frequencies  # noqa: E402
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "llama3 elsewhere": {
+        "factor": 32.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("theta", [10000.0, 12e6])
+@pytest.mark.parametrize("head_dim", [8, 128])
+def test_frequencies_are_those_of_transformers(kind: str, theta: float, head_dim: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    values: dict[str, Any] = {"rope_type": kind.split()[0], "rope_theta": theta, **ROPES[kind]}
+    config = LlamaConfig(
+        hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, rope_parameters=dict(values)
+    )
+    expected = LlamaRotaryEmbedding(config)
+    rope = Rope(
+        theta,
+        values["rope_type"],
+        values.get("factor", 1.0),
+        values.get("low_freq_factor", 1.0),
+        values.get("high_freq_factor", 4.0),
+        values.get("original_max_position_embeddings", 8192),
+    )
+    assert torch.equal(inverse_frequencies(rope, head_dim), expected.inv_freq)
+    cos, _ = expected(torch.zeros(1), torch.arange(300)[None])
+    assert torch.equal(RotaryEmbedding(rope, head_dim)(300)[:, 0, 0].cos(), cos[0])
+
+
+def test_other_scalings_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="yarn"):
+        inverse_frequencies(Rope(1e4, "yarn"), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    ours, theirs = RMSNorm(_Config(dtype), 48, eps=1e-4), LlamaRMSNorm(48, eps=1e-4).to(dtype)
+    with torch.no_grad():
+        theirs.weight.normal_()
+        ours.weight.copy_(theirs.weight)
+    x = torch.randn(3, 5, 48, dtype=dtype)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours.weight.dtype == dtype
+    assert ours.weight.sequence_parallel is True
+
+
+class _Config:
+    sequence_parallel = True
+    kv_channels = 16
+    window_size: tuple[int, int] | None = None
+
+    def __init__(self, dtype: torch.dtype = torch.float32, window: int | None = None) -> None:
+        self.params_dtype = dtype
+        self.window_size = None if window is None else (window - 1, 0)
+
+
+def core(window: int | None = None) -> attention.ExactAttention:
+    return attention.ExactAttention(_Config(window=window), attn_mask_type=AttnMaskType.causal)  # type: ignore[arg-type]
+
+
+def inputs(length: int, batch: int = 2, heads: int = 6, groups: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(length)
+    return [torch.randn(length, batch, number, 16, dtype=torch.float64) for number in (heads, groups, groups)]
+
+
+def expected_attention(parts: list[torch.Tensor], window: int | None) -> torch.Tensor:
+    """torch's own attention, with a mask written out."""
+    query, key, value = (part.permute(1, 2, 0, 3) for part in parts)
+    length = query.size(2)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    if window is not None:
+        visible &= ~torch.ones(length, length, dtype=torch.bool).tril(-window)
+        assert visible.sum(-1).tolist() == [min(i + 1, window) for i in range(length)]
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, enable_gqa=True)
+    return output.permute(2, 0, 1, 3).flatten(2)
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 1024])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 100])
+def test_attention_is_exact(monkeypatch: pytest.MonkeyPatch, window: int | None, block: int) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    parts = inputs(11)
+    # The softmax is computed in fp32, as in transformers.
+    assert torch.allclose(core(window)(*parts), expected_attention(parts, window), atol=1e-6)
+    assert not torch.allclose(core(window)(*parts), expected_attention(parts, 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences_do_not_see_one_another(window: int | None) -> None:
+    bounds = torch.tensor([0, 4, 5, 5, 11], dtype=torch.int32)
+    parts = inputs(11, batch=1)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=6, max_seqlen_kv=6
+    )
+    found = core(window)(*(part.squeeze(1) for part in parts), packed_seq_params=packed)
+    apart = [core(window)(*(part[a:b] for part in parts)).squeeze(1) for a, b in ((0, 4), (4, 5), (5, 11))]
+    assert torch.equal(found, torch.cat(apart))
+    assert list(attention.segments(packed)) == [(0, 4), (4, 5), (5, 5), (5, 11)]
+
+
+def test_attention_refuses_what_it_does_not_do() -> None:
+    with pytest.raises(UnsupportedError, match="no mask"):
+        core()(*inputs(3), torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    with pytest.raises(UnsupportedError, match="only causal"):
+        attention.ExactAttention(_Config(), attn_mask_type=AttnMaskType.padding)  # type: ignore[arg-type]

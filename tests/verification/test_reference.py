@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptkit.errors import InputError, UnsupportedError, VerificationError
+from ckptkit.verification.reference import run_reference
+
+
+@pytest.fixture
+def copy(llama: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama("gqa", num_hidden_layers=2), tmp_path / "copy"))
+
+
+def run(path: Path, **options: Any) -> Any:
+    values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": path / "out.safetensors", **options}
+    return run_reference(path, [[1, 2, 3], [4, 5]], **values)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_the_continuation_is_that_of_generate(copy: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    result = run(copy, greedy=6)
+    model = LlamaForCausalLM.from_pretrained(copy)
+    for row, prompt in zip(result.rows, ([1, 2, 3], [4, 5]), strict=True):
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert row == model.generate(torch.tensor([prompt]), **options)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "missing keys: model.norm.weight"),
+        (lambda tensors: tensors.pop("lm_head.weight"), "missing keys: lm_head.weight"),
+        (lambda tensors: tensors.update(extra=tensors["model.norm.weight"] + 1), "unexpected keys: extra"),
+    ],
+)
+def test_weights_that_transformers_would_invent_or_ignore(copy: Path, change: Any, text: str) -> None:
+    edit(copy, change)
+    with pytest.raises(InputError, match=text):
+        run(copy)
+
+
+def test_a_tensor_of_another_shape(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1].clone()}))
+    with pytest.raises(InputError, match=r"model\.norm\.weight|mismatch"):
+        run(copy)
+
+
+def test_configs_that_cannot_run(copy: Path) -> None:
+    config = copy / "config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, "architectures": ["ElephantForCausalLM"]}))
+    with pytest.raises(UnsupportedError, match="has no ElephantForCausalLM"):
+        run(copy)
+    config.write_text(json.dumps({**raw, "architectures": None}))
+    with pytest.raises(InputError, match="names no architecture"):
+        run(copy)
+    config.write_text("{")
+    with pytest.raises(InputError, match=r"cannot read config\.json"):
+        run(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(InputError, match=r"cannot read config\.json"):
+        run(copy)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
+def test_a_lack_of_memory_says_nothing_about_the_model(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    with pytest.raises(VerificationError, match="could not run it"):
+        run(copy)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(VerificationError, match="cannot load it"):
+        run(copy)
+
+
+def test_experts_run_one_by_one(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=30, num_hidden_layers=2, num_local_experts=4, **sizes))
+    model.save_pretrained(tmp_path)
+    result = run(tmp_path, dtype="bfloat16", probes=tmp_path / "probes")  # the grouped kernel refuses a width of 20
+    assert result.feeds["layers.1.mlp"][-1] == "model.layers.1.mlp.experts.down_proj"
+    assert result.feeds["head"] == ["lm_head.weight"]
