@@ -1,0 +1,5 @@
+"""`python -m ckptkit` is the command `ckptkit`."""
+
+from ckptkit.cli import app
+
+app(prog_name="ckptkit")

@@ -1,0 +1,471 @@
+"""Commands, options and exit codes. What a command does is done elsewhere, and imported only when it runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ckptkit import __version__
+from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.options import parse_size
+from ckptkit.output import Output, say
+
+EXIT_DIFFERS = 1
+EXIT_USAGE = 2
+EXIT_STORAGE = 5
+EXIT_INTERNAL = 70
+TRACEBACK_VARIABLE = "CKPTKIT_TRACEBACK"
+
+EXIT_CODES = """\b
+Exit codes:
+  0 ok                          5 no space, or an I/O error
+  1 the checkpoints differ      6 the verification could not be run
+  2 usage                      70 internal error, a bug in ckptkit
+  3 damaged or inconsistent   130 interrupted (SIGINT)
+  4 not supported             143 terminated (SIGTERM)"""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception: nothing on the way up may take it for a failure and go on."""
+
+    def __init__(self, signum: int) -> None:
+        self.exit_code = 128 + signum
+        super().__init__(signal.Signals(signum).name)
+
+
+class Commands(TyperGroup):
+    """The command group: every way to end is turned into one line and an exit code here."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line and exits."""
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+        with _signals_raise():
+            code = self._run(arguments, prog_name, complete_var, **extra)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
+        output = Output(_json_file(arguments))
+        try:
+            return int(super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0)
+        except CkptkitError as error:
+            return _fail(output, error, str(error), error.exit_code)
+        except Interrupted as error:
+            return _fail(output, None, f"stopped by {error}{_how_to_resume(arguments)}", error.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(output, None, f"{where}{error.strerror or error}", EXIT_STORAGE)
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                return _fail(output, None, _usage_message(error), EXIT_USAGE)
+            bug = f"internal error: {type(error).__name__}: {error}; set {TRACEBACK_VARIABLE}=1 to see where"
+            return _fail(output, None, bug, EXIT_INTERNAL)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+
+class Target(StrEnum):
+    """Formats that can be written."""
+
+    HF = "hf"
+    PACKED = "packed"
+    TORCH = "torch"
+
+
+class Spec(StrEnum):
+    """Spellings of Megatron's names."""
+
+    TE = "te"
+    LOCAL = "local"
+
+
+class Level(StrEnum):
+    """How far a verification goes."""
+
+    STRUCTURE = "structure"
+    WEIGHTS = "weights"
+    LOGITS = "logits"
+
+
+class Device(StrEnum):
+    """Where the models run."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Precision(StrEnum):
+    """Element types that the models run in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Model checkpoints between Hugging Face and Megatron layouts: converted byte for byte, and verified."""
+    if version:
+        typer.echo(f"ckptkit {__version__}")
+        raise typer.Exit
+
+
+CONVERT_EXAMPLES = """\b
+Examples:
+  ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2
+  ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2 --dry-run
+  ckptkit convert llama-tp4pp2 llama-pp3 --to torch --pp 3
+  ckptkit convert checkpoints/iter_0001000 trained-hf --to hf --hf-reference Llama-3.1-8B
+  ckptkit convert model model-bf16 --to hf --dtype bfloat16 --shard-size 5GB --json"""
+
+
+@app.command(epilog=CONVERT_EXAMPLES)
+def convert(
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint directory of any format; format and family are recognised.")
+    ],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Directory to create. It appears complete or not at all.")],
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="Format to write: Hugging Face, unsharded Megatron names in safetensors, or Megatron-LM mp_rank files."
+        ),
+    ],
+    tp: Annotated[
+        int,
+        typer.Option("--tp", "--tensor-model-parallel-size", metavar="N", help="Tensor model parallel size."),
+    ] = 1,
+    pp: Annotated[
+        int,
+        typer.Option("--pp", "--pipeline-model-parallel-size", metavar="N", help="Pipeline model parallel size."),
+    ] = 1,
+    vpp: Annotated[
+        int,
+        typer.Option(
+            "--vpp",
+            "--virtual-pipeline-model-parallel-size",
+            metavar="N",
+            help="Virtual pipeline size: model chunks on each pipeline rank.",
+        ),
+    ] = 1,
+    first_stage_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-first-pipeline-num-layers",
+            "--num-layers-in-first-pipeline-stage",
+            metavar="N",
+            help="Layers on the first pipeline stage, where the split is uneven.",
+        ),
+    ] = None,
+    last_stage_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-last-pipeline-num-layers",
+            "--num-layers-in-last-pipeline-stage",
+            metavar="N",
+            help="Layers on the last pipeline stage, where the split is uneven.",
+        ),
+    ] = None,
+    embedding_in_split: Annotated[
+        bool,
+        typer.Option(
+            "--account-for-embedding-in-pipeline-split",
+            help="Count the embedding as a layer when splitting.",
+        ),
+    ] = False,
+    loss_in_split: Annotated[
+        bool,
+        typer.Option(
+            "--account-for-loss-in-pipeline-split",
+            help="Count the loss as a layer when splitting.",
+        ),
+    ] = False,
+    spec: Annotated[
+        Spec, typer.Option(help="Megatron layer spec whose names to write: Transformer Engine's or the local one's.")
+    ] = Spec.TE,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Cast floating-point tensors: float32, bfloat16 or float16. The default keeps every bit.",
+        ),
+    ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Largest safetensors file, e.g. 5GB. The default keeps the source's files, or is 5GB."
+        ),
+    ] = None,
+    make_vocab_size_divisible_by: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Pad the vocabulary to a multiple of this times TP, as Megatron-LM does. Default: 128 (packed: 1).",
+        ),
+    ] = None,
+    hf_reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Hugging Face directory that supplies config, tokenizer and shard names to a source."
+        ),
+    ] = None,
+    strict_config: Annotated[
+        bool, typer.Option("--strict-config", help="Refuse config features that Megatron's arguments cannot express.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the complete plan; write nothing."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace DST if it exists, in one step."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from where a killed run stopped."),
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Threads that move bytes; any number gives the same result."),
+    ] = None,
+    hash: Annotated[
+        bool,
+        typer.Option("--hash", help="Also give the SHA-256 of every written file."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint to another format or parallel grid.
+
+    Nothing is loaded: the headers say which byte goes where, the plan is checked, and the bytes are copied.
+    """
+    from ckptkit import conversion, rendering
+    from ckptkit.sharding.grid import Parallelism
+
+    output = Output("-" if json else None)
+    grid = Parallelism(tp, pp, vpp, first_stage_layers, last_stage_layers, embedding_in_split, loss_in_split)
+    with output.progress("converting") as progress:
+        result = conversion.convert(
+            src,
+            dst,
+            to=to.value,
+            grid=grid,
+            spec=spec.value,
+            dtype=dtype,
+            shard_size=None if shard_size is None else parse_size(shard_size),
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            hf_reference=hf_reference,
+            strict_config=strict_config,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            resume=resume,
+            threads=threads,
+            hash=hash,
+            progress=progress,
+        ).to_dict()
+    output.result(result, partial(rendering.conversion, result))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  ckptkit inspect Llama-3.1-8B
+  ckptkit inspect llama-tp4pp2 --json"""
+)
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint directory of any format.")],
+    json: Json = False,
+) -> None:
+    """Show the format, grid, sizes and dtypes of a checkpoint.
+
+    Reads headers only, so it answers at once at any size.
+    """
+    from ckptkit import conversion, rendering
+
+    result = conversion.inspect(path).to_dict()
+    Output("-" if json else None).result(result, partial(rendering.inspection, result))
+
+
+VERIFY_EXAMPLES = """\b
+Examples:
+  ckptkit verify Llama-3.1-8B llama-tp4pp2
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --level weights
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --device cuda --dtype bfloat16
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --prompt "The capital of France is" --json report.json
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
+
+
+@app.command(epilog=VERIFY_EXAMPLES)
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Checkpoint to trust, of any format.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Checkpoint to question, of any format.")],
+    level: Annotated[
+        Level, typer.Option(help="Names and shapes; or also every byte; or also what the loaded models compute.")
+    ] = Level.LOGITS,
+    device: Annotated[Device, typer.Option(help="Where both models run.")] = Device.CPU,
+    dtype: Annotated[Precision, typer.Option(help="What the candidate runs in.")] = Precision.FLOAT32,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Compare on this text; may be given several times.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare on these token ids: a JSON list of lists.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, metavar="X", help="Largest float32 difference of two logits that passes, over the largest logit."
+        ),
+    ] = None,
+    save_logits: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Keep both sides' logits (safetensors: reference, candidate)."),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Prove that two checkpoints are the same model.
+
+    The exit code is 0 if they are and 1 if they differ.
+
+    The candidate's shards are loaded strictly into megatron-core's own modules, one process for each rank of its
+    grid (or in the ranks of the torchrun that started this), and compared with transformers at every position.
+    """
+    from ckptkit import verification
+
+    if prompt and tokens:
+        raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
+    output = Output(json)
+    if json not in (None, "-") and not Path(str(json)).resolve().parent.is_dir():
+        raise UsageError("its directory does not exist", where=json, hint="create it first")
+    with output.progress("verifying") as progress:
+        report = verification.verify(
+            reference,
+            candidate,
+            level=level.value,
+            device=device.value,
+            dtype=dtype.value,
+            prompts=prompt or None,
+            tokens=_read_tokens(tokens),
+            tolerance=tolerance,
+            save_logits=save_logits,
+            progress=progress,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        from ckptkit.verification.report import render
+
+        output.result(report.to_dict(), lambda console: console.print(render(report)))
+    if not report.passed:
+        raise typer.Exit(EXIT_DIFFERS)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  ckptkit families
+  ckptkit families --json"""
+)
+def families(json: Json = False) -> None:
+    """List the supported architectures and their formats."""
+    from ckptkit import rendering
+    from ckptkit.families import supported_architectures
+
+    supported = [asdict(architecture) for architecture in supported_architectures()]
+    Output("-" if json else None).result(supported, partial(rendering.architectures, supported))
+
+
+def _read_tokens(path: Path | None) -> list[list[int]] | None:
+    if path is None:
+        return None
+    from ckptkit.verification.tokens import read_rows
+
+    return read_rows(path)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """In here SIGINT and SIGTERM become `Interrupted`; a second one, should cleaning up hang, acts as it always did."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        restore()
+        raise Interrupted(signum)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _fail(output: Output, error: CkptkitError | None, message: str, exit_code: int) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        say(traceback.format_exc().rstrip())
+    output.error(error, message, exit_code)
+    return exit_code
+
+
+def _how_to_resume(arguments: list[str]) -> str:
+    """What to type next after a stopped conversion: the same line with --resume."""
+    if arguments[0] != "convert" or "--dry-run" in arguments:
+        return ""
+    command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]
+    return f"; the destination is as it was; go on with: {shlex.join(command)}"
+
+
+def _usage_message(error: Any) -> str:
+    """What typer says about a command line, with the command whose help explains it."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "ckptkit"
+    return f"{str(error.format_message()).rstrip('.')}; see {path} --help"
+
+
+def _json_file(arguments: list[str]) -> str | None:
+    """Where JSON is wanted, read from the raw command line: it may be too wrong for typer to parse."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for index, argument in enumerate(options):
+        if argument.startswith("--json="):
+            return argument.removeprefix("--json=")
+        if argument == "--json":
+            takes_file = arguments[0] == "verify"
+            return "".join(options[index + 1 : index + 2]) or None if takes_file else "-"
+    return None
