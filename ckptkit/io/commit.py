@@ -136,9 +136,7 @@ class Destination:
                 progress(done, self._plan.nbytes)
 
         with self:
-            result = run(
-                self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash
-            )
+            result = run(self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash)
             self.commit()
         return result.hashes
 

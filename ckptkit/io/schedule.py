@@ -322,9 +322,7 @@ def _joined(upper: _Run, lower: _Run) -> _Run | None:
     return _Run(upper.offset, Band(1, (Region(a.file, a.offset, 1, size, size),)), 1, None)
 
 
-def _find_blocks(
-    files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits
-) -> dict[tuple[int, int], _Block]:
+def _find_blocks(files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits) -> dict[tuple[int, int], _Block]:
     """Blocks by the (file, offset) of each of their columns."""
     candidates: dict[tuple[str, int, int, Cast | None], list[_Column]] = defaultdict(list)
     for index in chosen:
