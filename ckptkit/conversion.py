@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ckptkit.checkpoint import DEFAULT_DIVISIBLE_BY, EMBEDDING, Checkpoint, chec
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.args import inexpressible, to_args
 from ckptkit.formats.hf import lay_out_like, lay_out_shards
+from ckptkit.formats.hub import locate
 from ckptkit.formats.packed import lay_out_packed
 from ckptkit.formats.torch_legacy import lay_out_torch_legacy
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
@@ -110,7 +112,7 @@ def convert(
     """Converts a checkpoint of any format and grid to another.
 
     Args:
-        src: The source: a Hugging Face, packed or Megatron checkpoint directory.
+        src: The source: a Hugging Face, packed or Megatron checkpoint directory, or `org/model@revision` on the hub.
         dst: The directory to create.
         to: `hf`, `packed` or `torch`.
         grid: The grid of a `torch` output.
@@ -135,15 +137,16 @@ def convert(
     """
     started = time.monotonic()
     options = Options(grid, spec, _dtype(dtype), shard_size, make_vocab_size_divisible_by, strict_config)
-    source = open_checkpoint(src, hf_reference=hf_reference)
-    plan = make_plan(source, to, options)
-    destination = Destination(Path(dst), plan, sources=[Path(src)], overwrite=overwrite, resume=resume)
-    hashes: dict[str, str] = {}
-    if not dry_run:
-        hashes = destination.write(threads=threads, hash=hash, progress=progress)
+    with ExitStack() as stack:
+        source = _open(stack, src, hf_reference, headers_only=dry_run)
+        plan = make_plan(source, to, options)
+        destination = Destination(Path(dst), plan, sources=[source.path], overwrite=overwrite, resume=resume)
+        hashes: dict[str, str] = {}
+        if not dry_run:
+            hashes = destination.write(threads=threads, hash=hash, progress=progress)
     through, rearranged = plan.traffic()
     return ConversionResult(
-        source=_describe(source),
+        source={**_describe(source), "path": str(src), "origin": source.sidecar.origin},
         target={"path": str(dst), "format": to, "grid": str(grid if to == "torch" else Parallelism())},
         files=[{"path": file.path, "bytes": file.size, "tensors": file.tensors} for file in plan.files],
         bytes_total=plan.nbytes,
@@ -159,6 +162,18 @@ def convert(
         seconds=time.monotonic() - started,
         hashes=hashes,
     )
+
+
+def _open(stack: ExitStack, src: str | Path, hf_reference: str | Path | None, headers_only: bool) -> Checkpoint:
+    """Opens the source, a path or a hub reference, and notes in its sidecar where it came from."""
+    located = stack.enter_context(locate(src, headers_only=headers_only))
+    reference = None
+    if hf_reference is not None:
+        reference = stack.enter_context(locate(hf_reference, headers_only=headers_only)).path
+    source = open_checkpoint(located.path, hf_reference=reference)
+    if located.origin:
+        source.sidecar = replace(source.sidecar, origin=located.origin)
+    return source
 
 
 def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
@@ -375,7 +390,8 @@ def inspect(path: str | Path) -> Inspection:
         InputError: It is damaged or incomplete.
         UnsupportedError: No family or format of ours.
     """
-    source = open_checkpoint(path)
+    with ExitStack() as stack:
+        source = _open(stack, path, None, headers_only=True)
     dtypes: Counter[str] = Counter()
     roles: dict[str, dict[str, Any]] = {}
     for key, tensor in source.tensors.items():
@@ -386,7 +402,7 @@ def inspect(path: str | Path) -> Inspection:
         role["bytes"] += tensor.nbytes
         dtypes[tensor.dtype.name] += tensor.nbytes
     return Inspection(
-        path=str(source.path),
+        path=str(path),
         format=source.format,
         family=source.family.name,
         architecture=source.config.architecture,

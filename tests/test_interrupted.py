@@ -1,4 +1,4 @@
-"""A conversion killed at any moment leaves no destination, or the old one; `--resume` finishes it with the same bytes."""
+"""A conversion killed at any moment leaves no destination, or the old one; `--resume` finishes the same bytes."""
 
 from __future__ import annotations
 

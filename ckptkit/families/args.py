@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ckptkit.errors import InputError
 from ckptkit.families import family_called
 from ckptkit.families.config import LayerConfig, ModelConfig, Rope
+from ckptkit.families.spelling import GROUPED
 from ckptkit.sharding.grid import Parallelism
 
 _Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
@@ -20,7 +21,9 @@ _LLAMA3 = Rope(0.0, "llama3")
 """The llama3 rope that Megatron-Core knows: of its four numbers only the factor is an argument."""
 
 
-def to_args(config: ModelConfig, grid: Parallelism, padded_vocab_size: int, divisible_by: int) -> dict[str, Any]:
+def to_args(
+    config: ModelConfig, grid: Parallelism, padded_vocab_size: int, divisible_by: int, experts: str = GROUPED
+) -> dict[str, Any]:
     """Everything that `args` says of a model on a grid, as plain values.
 
     Args:
@@ -28,10 +31,12 @@ def to_args(config: ModelConfig, grid: Parallelism, padded_vocab_size: int, divi
         grid: The parallel grid of the checkpoint.
         padded_vocab_size: Rows of the stored embedding over all ranks.
         divisible_by: `--make-vocab-size-divisible-by`.
+        experts: How expert tensors are named, `grouped` or `sequential`.
     """
     return {
         **_model_args(config),
         **_grid_args(grid),
+        **({"moe_grouped_gemm": experts == GROUPED} if config.num_experts else {}),
         "padded_vocab_size": padded_vocab_size,
         "vocab_size": config.vocab_size,
         "make_vocab_size_divisible_by": divisible_by,
@@ -184,7 +189,9 @@ def model_from_args(args: Mapping[str, Any], family: str, architecture: str, voc
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
     }
     base = found.parse({found.sizes_in: sizes} if found.sizes_in else sizes)
-    return from_args(args, replace(base, architecture=architecture, dtype="float32"))
+    config = from_args(args, replace(base, architecture=architecture, dtype="float32"))
+    # No argument speaks of the output bias alone; in config.json it comes with those of q, k and v, or never.
+    return replace(config, out_bias=found.parse(found.unparse(config, {})).out_bias)
 
 
 _EXPERT_ARGS = ("moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax")

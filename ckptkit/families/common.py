@@ -105,7 +105,7 @@ class ConfigJson:
             "initializer_range": config.init_std,
             "rms_norm_eps": config.norm_eps,
             "tie_word_embeddings": config.tied,
-            "attention_bias": config.out_bias,
+            "attention_bias": config.qkv_bias,
             "mlp_bias": config.mlp_bias,
         }
         return {key: value for key, value in values.items() if key in self.defaults}

@@ -35,6 +35,7 @@ class Sidecar:
         headers: Shard file -> raw header.
         extras: Hugging Face tensors without a Megatron slot.
         manifest: What the checkpoint that holds it says of itself; empty when taken from a Hugging Face directory.
+        origin: Hub repository and commit that the model came from, or empty.
     """
 
     config: dict[str, Any]
@@ -42,6 +43,7 @@ class Sidecar:
     headers: dict[str, Header] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_hf(cls, files: HfFiles, extras: Mapping[str, Tensor]) -> Sidecar:
@@ -62,7 +64,7 @@ class Sidecar:
         Args:
             manifest: Facts about the checkpoint that it goes into.
         """
-        text = {"schema": SCHEMA, **manifest, "source_fingerprint": self.fingerprint}
+        text = {"schema": SCHEMA, **manifest, "origin": self.origin, "source_fingerprint": self.fingerprint}
         files = [
             OutputFile.small(f"{FOLDER}/manifest.json", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")
         ]
@@ -102,4 +104,5 @@ def read_sidecar(path: Path) -> Sidecar | None:
             headers[file.relative_to(folder / "headers").as_posix()] = safetensors.parse_header(raw, file)
     extras_file = folder / "extras.safetensors"
     extras = safetensors.tensors_of(extras_file, safetensors.read_header(extras_file)) if extras_file.is_file() else {}
-    return Sidecar(read_json(folder / "hf" / "config.json"), small, headers, extras, manifest)
+    config = read_json(folder / "hf" / "config.json")
+    return Sidecar(config, small, headers, extras, manifest, dict(manifest.get("origin") or {}))

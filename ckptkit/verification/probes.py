@@ -36,25 +36,39 @@ class Site:
     feeds: list[str]
 
 
-@contextmanager
-def recording(sites: dict[str, Site]) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep what passes the sites: fp32 [batch, last `KEPT` positions, hidden] in host memory, batch after batch."""
-    kept: dict[str, torch.Tensor] = {}
+class Recorder:
+    """Keeps the hidden states that pass some sites.
 
-    def hook(name: str, site: Site) -> Callable[..., None]:
+    Args:
+        sites: Place -> site.
+
+    Attributes:
+        sites: As given.
+        states: Place -> fp32 [positions of all sequences, hidden] in host memory, sequence after sequence; of each
+            sequence its last `KEPT` positions.
+    """
+
+    def __init__(self, sites: dict[str, Site]) -> None:
+        self.sites = sites
+        self.states: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def over(self, length: int) -> Iterator[None]:
+        """Keep what passes inside, of sequences of `length` tokens; what follows them is padding."""
+        handles = [site.module.register_forward_hook(self._hook(place, length)) for place, site in self.sites.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, place: str, length: int) -> Callable[..., None]:
         def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             # A copy: megatron-core adds the residual into the output of attention and MLP in place.
-            state = site.take(output).detach()[:, -KEPT:].float().cpu().clone()
-            kept[name] = torch.cat((kept[name], state)) if name in kept else state
+            state = self.sites[place].take(output).detach()[:, :length][:, -KEPT:].flatten(0, 1).float().cpu().clone()
+            self.states[place] = torch.cat((self.states[place], state)) if place in self.states else state
 
         return keep
-
-    handles = [site.module.register_forward_hook(hook(name, site)) for name, site in sites.items()]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def megatron_sites(chunks: list[Any]) -> dict[str, Site]:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.verification.report import installed_versions
-from ckptkit.verification.runs import Run, save_logits, save_probes
-from ckptkit.verification.tokens import group_by_length
+from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
 
 if TYPE_CHECKING:
     import torch
@@ -119,20 +118,20 @@ def _architecture(path: Path) -> str:
 def _run(model: Any, rows: list[list[int]], output: Path, greedy: int, probes: Path | None) -> dict[str, Any]:
     import torch
 
-    from ckptkit.verification.probes import hf_head, hf_sites, recording
+    from ckptkit.verification.probes import Recorder, hf_head, hf_sites
 
-    sites = hf_sites(model) if probes else {}
-    rows, groups = [list(row) for row in rows], {}
-    with torch.no_grad(), recording(sites) as kept:
-        for numbers in group_by_length(rows).values():
-            tokens = _continue(model, torch.tensor([rows[number] for number in numbers]), greedy)
-            for number, row in zip(numbers, tokens.tolist(), strict=True):
-                rows[number] = row
-            groups[tokens.size(1)] = _logits(model, tokens)
+    recorder = Recorder(hf_sites(model) if probes else {})
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        with recorder.over(tokens.size(1)):
+            return _logits(model, tokens)
+
+    with torch.no_grad():
+        rows, groups = run_by_length(rows, lambda tokens: _continue(model, tokens, greedy), forward)
     save_logits(output, groups)
     if probes is not None:
-        save_probes(probes, kept)
-    feeds = {name: site.feeds for name, site in sites.items()} | {"head": hf_head(model)}
+        save_probes(probes, recorder.states)
+    feeds = {place: site.feeds for place, site in recorder.sites.items()} | {"head": hf_head(model)}
     return {"rows": rows, "logits": output, "probes": probes, "feeds": feeds}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,34 @@ class Run:
     modules: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_by_length(
+    rows: Sequence[Sequence[int]],
+    extend: Callable[[torch.Tensor], torch.Tensor],
+    forward: Callable[[torch.Tensor], torch.Tensor | None],
+) -> tuple[list[list[int]], dict[int, torch.Tensor]]:
+    """Run rows of one length at a time.
+
+    Args:
+        rows: Token ids.
+        extend: Appends the greedy continuation to token ids, int64 [batch, length].
+        forward: Logits [batch, length, vocabulary] of such, or None where others hold them.
+
+    Returns:
+        The rows with their continuation, and the logits by length.
+    """
+    import torch
+
+    extended, groups = [list(row) for row in rows], {}
+    for numbers in group_by_length(rows).values():
+        tokens = extend(torch.tensor([rows[number] for number in numbers]))
+        for number, row in zip(numbers, tokens.tolist(), strict=True):
+            extended[number] = row
+        logits = forward(tokens)
+        if logits is not None:
+            groups[tokens.size(1)] = logits
+    return extended, groups
 
 
 def save_logits(path: str | Path, groups: Mapping[int, torch.Tensor]) -> None:
@@ -101,7 +129,7 @@ class _Row:
 
 
 def save_probes(folder: Path, states: dict[str, torch.Tensor], tp_rank: int = 0, pp_rank: int = 0) -> None:
-    """Write what one rank recorded, fp32 [batch, positions, hidden] for each place."""
+    """Write what one rank recorded, fp32 [positions, hidden] for each place."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

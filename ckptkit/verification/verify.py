@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoint import Checkpoint, open_checkpoint
 from ckptkit.errors import UsageError
+from ckptkit.formats.hub import locate
 from ckptkit.verification.logits import TOLERANCE, Side, verify_logits
 from ckptkit.verification.pool import Ranks
 from ckptkit.verification.report import LevelResult, VerificationReport
@@ -56,7 +58,9 @@ def verify(
     """
     if level not in LEVELS:
         raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
-    sides = open_checkpoint(reference), open_checkpoint(candidate)
+    with ExitStack() as stack:
+        paths = [stack.enter_context(locate(side)).path for side in (reference, candidate)]
+        sides = open_checkpoint(paths[0]), open_checkpoint(paths[1])
     levels: list[LevelResult] = []
     messages = _messages(*sides) if level == "logits" else []
 

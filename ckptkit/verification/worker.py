@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ckptkit.checkpoint import EMBEDDING, HEAD
 from ckptkit.verification.jobs import LogitsJob, decode_error, encode_error, find
 from ckptkit.verification.report import installed_versions
-from ckptkit.verification.tokens import group_by_length
 
 if TYPE_CHECKING:
     import torch
@@ -61,32 +60,27 @@ def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
 
 
 def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
-    import torch
-
-    from ckptkit.verification.probes import megatron_head, megatron_sites, recording
-    from ckptkit.verification.runs import save_logits, save_probes
+    from ckptkit.verification.probes import Recorder, megatron_head, megatron_sites
+    from ckptkit.verification.runs import run_by_length, save_logits, save_probes
 
     start = time.monotonic()
     pipeline = _together(job, rank, device)
     loaded = time.monotonic()
-    sites = megatron_sites(pipeline.chunks) if job.probes else {}
-    rows, groups = [list(row) for row in job.rows], dict[int, torch.Tensor]()
-    with recording(sites) as kept:
-        for numbers in group_by_length(job.rows).values():
-            tokens = pipeline.greedy(torch.tensor([job.rows[number] for number in numbers]), job.greedy)
-            for number, row in zip(numbers, tokens.tolist(), strict=True):
-                rows[number] = row
-            logits = pipeline.forward(tokens)
-            if logits is not None:
-                groups[tokens.size(1)] = logits
+    recorder = Recorder(megatron_sites(pipeline.chunks) if job.probes else {})
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor | None:
+        with recorder.over(tokens.size(1)):
+            return pipeline.forward(tokens)
+
+    rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), forward)
     pp_rank, tp_rank = list(job.grid.ranks())[rank]
     if pp_rank == job.grid.pp - 1 and tp_rank == 0:
         save_logits(job.output, groups)
     if job.probes:
-        save_probes(Path(job.probes), kept, tp_rank, pp_rank)
+        save_probes(Path(job.probes), recorder.states, tp_rank, pp_rank)
     return {
         "rows": rows,
-        "feeds": {name: site.feeds for name, site in sites.items()} | _head(megatron_head(pipeline.chunks)),
+        "feeds": {place: site.feeds for place, site in recorder.sites.items()} | _head(megatron_head(pipeline.chunks)),
         "modules": _modules(pipeline.chunks),
         "versions": installed_versions(),
         "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},

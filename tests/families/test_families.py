@@ -137,6 +137,7 @@ def test_config_survives_args_and_back(kind: str) -> None:
     assert from_args(args, told) == told
     rebuilt = model_from_args(args, family.name, config.architecture, config.vocab_size)
     assert rebuilt.layers[0].window == config.layers[0].window
+    assert (rebuilt.qkv_bias, rebuilt.out_bias) == (config.qkv_bias, config.out_bias)
     assert [layer.moe for layer in rebuilt.layers] == [layer.moe for layer in config.layers]
     if not inexpressible(config):
         assert rebuilt == told
@@ -209,6 +210,29 @@ def test_rope_spellings_against_transformers(kind: str, raw: dict[str, Any]) -> 
         layers = tuple(replace(layer, rope=replace(Rope(ours.theta), **change)) for layer in family.parse(base).layers)
         changed = replace(family.parse({**base, **raw}), layers=layers)
         assert family.parse(family.unparse(changed, {**base, **raw})) == changed
+
+
+def test_gemma3_text_hub_config() -> None:
+    from transformers import Gemma3TextConfig
+
+    family = family_called("gemma3_text")
+    hub = {
+        "num_hidden_layers": 8,
+        "rope_theta": 500000,
+        "rope_local_base_freq": 20000.0,
+        "rope_scaling": None,
+        "sliding_window": 512,
+        "sliding_window_pattern": 4,
+    }
+    config = family.parse(hub)
+    assert config == family.parse({**Gemma3TextConfig.from_dict(dict(hub)).to_dict(), "dtype": None})
+    assert [layer.rope.theta for layer in config.layers] == ([20000.0] * 3 + [500000.0]) * 2
+    assert [layer.window for layer in config.layers] == ([512] * 3 + [None]) * 2
+    assert family.unparse(config, hub) == hub
+    scaled = tuple(replace(layer, rope=Rope(layer.rope.theta, "linear", 2.0)) for layer in config.layers)
+    changed = replace(config, layers=scaled)
+    back = family.unparse(changed, hub)
+    assert family.parse(back) == changed and not back.keys() & {"rope_theta", "rope_local_base_freq", "rope_scaling"}
 
 
 def test_gemma3_hub_config() -> None:
@@ -362,7 +386,7 @@ def test_layouts_pack_and_unpack(kind: str, groups: int, share: int, head_dim: i
     bias=st.booleans(),
 )
 def test_qkv_against_numpy(groups: int, share: int, head_dim: int, hidden: int, bias: bool) -> None:
-    """Source of the order: `Attention.get_query_key_value_tensors` of Megatron-Core views [groups, q heads + 2, width]."""
+    """Megatron-Core views the fused rows as [groups, q heads + 2, width] (`get_query_key_value_tensors`)."""
     family, config = parsed("qwen2")
     layer = replace(config.layers[0], num_heads=groups * share, num_kv_heads=groups, head_dim=head_dim)
     config = replace(config, layers=(layer,), hidden_size=hidden)
@@ -481,6 +505,7 @@ def test_moe_args_as_megatron_reads_them() -> None:
     args = to_args(config, Parallelism(), 256, 128)
     assert args["moe_layer_freq"] == [1, 0, 1, 1] and args["moe_router_pre_softmax"] is True
     assert (args["num_experts"], args["moe_router_topk"], args["moe_ffn_hidden_size"]) == (4, 2, 48)
+    assert args["moe_grouped_gemm"] and not to_args(config, Parallelism(), 256, 128, "sequential")["moe_grouped_gemm"]
     every_other = from_args({**args, "moe_layer_freq": 2}, config)
     assert [layer.moe for layer in every_other.layers] == [True, False, True, False]
     dense = from_args({**args, "num_experts": None}, config)

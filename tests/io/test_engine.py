@@ -160,11 +160,13 @@ def test_large_runs(tmp_path: Path, threads: int) -> None:
     swapped = hstack([whole.cols(3000, 4000), whole.cols(0, 3000)])
     halves = [whole.cols(0, 2000), whole.cols(2000, 4000)]
     checked = OutputFile("checked", 4 + array.size, (Segment(4, swapped),), (Checksum(4, 4 + array.size, (0,)),))
-    plan = Plan((
-        OutputFile("copy", array.size, (Segment(0, whole),)),
-        checked,
-        *(OutputFile(f"half{i}", array.size // 2, (Segment(0, half),)) for i, half in enumerate(halves)),
-    ))
+    plan = Plan(
+        (
+            OutputFile("copy", array.size, (Segment(0, whole),)),
+            checked,
+            *(OutputFile(f"half{i}", array.size // 2, (Segment(0, half),)) for i, half in enumerate(halves)),
+        )
+    )
     result = written(plan, tmp_path / "out", threads=threads)
     assert result["copy"] == array.tobytes()
     turned = np.hstack([array[:, 3000:], array[:, :3000]]).tobytes()

@@ -118,9 +118,9 @@ def probed(folder: Path, noise: dict[str, float], layers: int = 2, ranks: int = 
     torch.manual_seed(0)
     states, level = {}, 0.0
     for place in places(layers):
-        state = torch.randn(1, 3, 8)
+        state = torch.randn(3, 8)
         level = max(level, noise.get(place, 0.0))
-        states[place] = state + level * torch.ones(1, 3, 8)
+        states[place] = state + level * torch.ones(3, 8)
     for rank in range(ranks):
         bad = {name: state * (1 + 0.1 * (rank > 0 and name == "final_norm")) for name, state in states.items()}
         save_probes(folder / "probes", bad, tp_rank=rank)

@@ -87,7 +87,7 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
     assert (expected["logits.5"] - found["logits.5"]).abs().max() < 1e-4
     states = [load_file(tmp_path / kind / "tp1_pp0.safetensors") for kind in ("whole", "split")]
     for name, state in states[0].items():
-        assert (state - states[1][name][:, : state.shape[1]]).abs().max() < 1e-4, name
+        assert (state - states[1][name]).abs().max() < 1e-4, name
     assert answers[0]["feeds"]["head"] == ["output_layer.weight"]
 
 

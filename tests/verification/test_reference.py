@@ -102,5 +102,17 @@ def test_experts_run_one_by_one(tmp_path: Path) -> None:
     model = MixtralForCausalLM(MixtralConfig(vocab_size=30, num_hidden_layers=2, num_local_experts=4, **sizes))
     model.save_pretrained(tmp_path)
     result = run(tmp_path, dtype="bfloat16", probes=tmp_path / "probes")  # the grouped kernel refuses a width of 20
-    assert result.feeds["layers.1.mlp"][-1] == "model.layers.1.mlp.experts.down_proj"
+    assert "model.layers.1.mlp.experts.down_proj" in result.feeds["layers.1.mlp"]
     assert result.feeds["head"] == ["lm_head.weight"]
+
+
+def test_probes_hold_the_last_positions_of_every_row(copy: Path) -> None:
+    from ckptkit.verification.probes import places
+    from ckptkit.verification.runs import read_probes
+
+    result = run(copy, greedy=70, probes=copy / "probes")
+    states = read_probes(result)
+    assert list(states) and set(states) == set(places(2))
+    assert {tuple(state.shape) for (state,) in states.values()} == {(2 * 64, 96)}
+    alone = run(copy, probes=copy / "alone")
+    assert {tuple(state.shape) for (state,) in read_probes(alone).values()} == {(3 + 2, 96)}
