@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptkit.checkpoint import open_checkpoint
     from ckptkit.conversion import convert, inspect
     from ckptkit.families import supported_architectures
+    from ckptkit.opening import open_checkpoint
     from ckptkit.sharding.grid import Parallelism
     from ckptkit.verification.verify import verify
 
@@ -31,7 +31,7 @@ _HOMES = {
     "Parallelism": "ckptkit.sharding.grid",
     "convert": "ckptkit.conversion",
     "inspect": "ckptkit.conversion",
-    "open_checkpoint": "ckptkit.checkpoint",
+    "open_checkpoint": "ckptkit.opening",
     "supported_architectures": "ckptkit.families",
     "verify": "ckptkit.verification.verify",
 }

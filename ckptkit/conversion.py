@@ -11,22 +11,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ckptkit import __version__
-from ckptkit.checkpoint import DEFAULT_DIVISIBLE_BY, EMBEDDING, Checkpoint, check_grid, open_checkpoint
+from ckptkit.checkpoint import DEFAULT_DIVISIBLE_BY, EMBEDDING, LAYOUTS, Checkpoint, check_grid
 from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.families import family_of
 from ckptkit.families.args import inexpressible, to_args
-from ckptkit.formats.hf import lay_out_like, lay_out_shards
+from ckptkit.families.fields import set_dtype
+from ckptkit.families.spelling import Spelling
+from ckptkit.formats.hf import BIN_INDEX, INDEX, lay_out_like, lay_out_shards
 from ckptkit.formats.hub import locate
 from ckptkit.formats.packed import lay_out_packed
-from ckptkit.formats.torch_legacy import lay_out_torch_legacy
+from ckptkit.formats.torch_legacy import RankKey, lay_out_torch_legacy
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import MEMORY_LIMIT, check_cast
 from ckptkit.io.plan import OutputFile, Plan
+from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import split_layers
@@ -55,6 +60,8 @@ class Options:
         shard_size: Largest safetensors shard in bytes, or None for the source's own files (or the default).
         divisible_by: The vocabulary is padded to a multiple of this times TP.
         strict_config: Refuse what Megatron's arguments cannot express.
+        experts: Naming of experts, `grouped` or `sequential`, or None for what goes with the spec.
+        layout: `full`, or `text` for a multimodal model's text part under a text model's names.
     """
 
     grid: Parallelism = field(default_factory=Parallelism)
@@ -63,6 +70,8 @@ class Options:
     shard_size: int | None = None
     divisible_by: int | None = None
     strict_config: bool = False
+    experts: str | None = None
+    layout: str = "full"
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,8 @@ def convert(
     make_vocab_size_divisible_by: int | None = None,
     hf_reference: str | Path | None = None,
     strict_config: bool = False,
+    experts: str | None = None,
+    layout: str = "full",
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -112,7 +123,7 @@ def convert(
     """Converts a checkpoint of any format and grid to another.
 
     Args:
-        src: The source: a Hugging Face, packed or Megatron checkpoint directory, or `org/model@revision` on the hub.
+        src: A Hugging Face, packed or Megatron checkpoint directory, or `org/model@revision` on the hub.
         dst: The directory to create.
         to: `hf`, `packed` or `torch`.
         grid: The grid of a `torch` output.
@@ -122,6 +133,9 @@ def convert(
         make_vocab_size_divisible_by: As Megatron-LM's option; 128 for `torch`, 1 for `packed`.
         hf_reference: Hugging Face directory that supplies config.json, tokenizer and shard map.
         strict_config: Refuse config features that Megatron's arguments cannot express.
+        experts: Naming of Megatron's experts, `grouped` or `sequential`; by default what goes with `spec`.
+        layout: `full`, or `text`: the text part of a multimodal model alone. Its other tensors stay in the sidecar of
+            a Megatron output, and stay behind in a Hugging Face one.
         dry_run: Plan only; nothing is written.
         overwrite: Replace an existing destination, atomically.
         resume: Go on from what a killed run left.
@@ -136,7 +150,9 @@ def convert(
         StorageError: The destination cannot be written.
     """
     started = time.monotonic()
-    options = Options(grid, spec, _dtype(dtype), shard_size, make_vocab_size_divisible_by, strict_config)
+    options = Options(
+        grid, spec, _dtype(dtype), shard_size, make_vocab_size_divisible_by, strict_config, experts, layout
+    )
     with ExitStack() as stack:
         source = _open(stack, src, hf_reference, headers_only=dry_run)
         plan = make_plan(source, to, options)
@@ -186,8 +202,8 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     """
     if to not in TARGETS:
         raise UsageError(f"--to {to}", hint=f"one of {', '.join(TARGETS)}")
-    if options.spec not in ("te", "local"):
-        raise UsageError(f"--spec {options.spec}", hint="te or local")
+    if options.layout not in LAYOUTS:
+        raise UsageError(f"--layout {options.layout}", hint=f"one of {', '.join(LAYOUTS)}")
     if to != "torch" and options.grid != Parallelism():
         raise UsageError(f"--to {to} is not sharded over ranks", hint="drop the parallel sizes, or use --to torch")
     if source.disagreements:
@@ -196,7 +212,11 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
             where=source.path,
             hint="pass --hf-reference with the right config.json, which then counts",
         )
+    dropped: list[str] = []
+    if to == "hf" and options.layout == "text":
+        source, dropped = _text_only(source)
     source, lossy = _cast(source, options.dtype)
+    lossy = [*dropped, *lossy]
     notes = [*source.notes]
     if to != "hf":
         features = inexpressible(source.config)
@@ -209,25 +229,34 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
 
 def _to_hf(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Hugging Face: unpack every item; the shard map and header bytes of the origin where they still fit."""
+    headers = source.sidecar.headers if options.shard_size is None else {}
+    tensors = _hf_tensors(source)
+    files = lay_out_like(tensors, headers)
+    stale = set() if files is not None else {INDEX, BIN_INDEX}
+    files = files or lay_out_shards(tensors, options.shard_size or DEFAULT_SHARD_SIZE)
+    taken = {file.path for file in files} | stale | {"config.json"}
+    small = [
+        OutputFile.copy(name, str(path), path.stat().st_size)
+        for name, path in sorted(source.sidecar.small.items())
+        if name not in taken
+    ]
+    return [*files, *small, _config_file(source)]
+
+
+def _hf_tensors(source: Checkpoint) -> dict[str, Tensor]:
+    """Everything that the Hugging Face model holds, named as its origin named it."""
+    family, config = source.family, source.config
+    stored = {name for header in source.sidecar.headers.values() for name in header.entries}
+    spelling = family.hf_spelling(stored, config) if stored else family.hf_spellings[0]
     tensors: dict[str, Tensor] = {}
     for key, item in source.items.items():
         tensors.update(item.unpack(source.tensors[key]))
     tensors.update(source.sidecar.extras)
-    stored = {name for header in source.sidecar.headers.values() for name in header.entries}
-    for replica in source.family.replicas:
-        if replica.hf in stored and replica.when(source.config):
+    tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[_main_dtype(source)]))
+    for replica in family.replicas:
+        if spelling.written(replica.hf) in stored and replica.when(config):
             tensors[replica.hf] = tensors[replica.of]
-    files = lay_out_like(tensors, source.sidecar.headers) if options.shard_size is None else None
-    known = files is not None
-    files = files or lay_out_shards(tensors, options.shard_size or DEFAULT_SHARD_SIZE)
-    written = {file.path for file in files}
-    stale = {"model.safetensors.index.json", "pytorch_model.bin.index.json"} if not known else set()
-    small = [
-        OutputFile.copy(name, str(path), path.stat().st_size)
-        for name, path in sorted(source.sidecar.small.items())
-        if name not in written | stale | {"config.json"}
-    ]
-    return [*files, *small, _config_file(source)]
+    return family.fuse(tensors, config, spelling.name)
 
 
 def _config_file(source: Checkpoint) -> OutputFile:
@@ -240,26 +269,39 @@ def _config_file(source: Checkpoint) -> OutputFile:
 
 def _to_packed(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Megatron names, one rank's worth: the only stage of a grid of one."""
-    divisible_by = options.divisible_by or 1
-    (stage,) = split_layers(source.config.num_layers, Parallelism())
-    tensors = source.chunk(stage, 0, Parallelism(), options.spec, divisible_by)
-    args = _args(source, Parallelism(), divisible_by)
+    grid, divisible_by = Parallelism(), options.divisible_by or 1
+    spelling = _spelling(source, options)
+    (stage,), (rank,) = split_layers(source.config.num_layers, grid), grid.ranks()
+    tensors = source.chunk(stage, rank, grid, spelling, divisible_by)
+    args = _args(source, grid, spelling, divisible_by)
     files = lay_out_packed(tensors, args, options.shard_size or DEFAULT_SHARD_SIZE)
-    return [*files, *_sidecar(source, "packed", options, Parallelism(), divisible_by)]
+    return [*files, *_sidecar(source, "packed", spelling, grid, divisible_by)]
 
 
 def _to_torch(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Megatron-LM: each rank's file from its stages' chunks."""
     grid, divisible_by = options.grid, options.divisible_by or DEFAULT_DIVISIBLE_BY
     check_grid(source.config, grid)
-    ranks: dict[tuple[int, int], dict[str, Mapping[str, Tensor | None]]] = {rank: {} for rank in grid.ranks()}
+    spelling = _spelling(source, options)
+    ranks: dict[RankKey, dict[str, Mapping[str, Tensor | None]]] = {
+        (rank.pp, rank.tp, rank.ep): {} for rank in grid.ranks()
+    }
+    if len(ranks) < grid.world_size:
+        raise UsageError(
+            f"{grid}: the torch format names files by TP, PP and EP rank, which would collide",
+            hint="--etp at most --tp",
+        )
     for stage in split_layers(source.config.num_layers, grid):
         key = "model" if grid.vpp == 1 else f"model{stage.vp_stage}"
-        for tp_rank in range(grid.tp):
-            chunk = source.chunk(stage, tp_rank, grid, options.spec, divisible_by)
-            ranks[stage.pp_rank, tp_rank][key] = _with_extra_states(chunk) if options.spec == "te" else chunk
-    files = lay_out_torch_legacy(ranks, _args(source, grid, divisible_by), _main_dtype(source))
-    return [*files, *_sidecar(source, "torch", options, grid, divisible_by)]
+        for rank in (rank for rank in grid.ranks() if rank.pp == stage.pp_rank):
+            chunk = source.chunk(stage, rank, grid, spelling, divisible_by)
+            ranks[rank.pp, rank.tp, rank.ep][key] = chunk if spelling.name == "local" else _with_extra_states(chunk)
+    files = lay_out_torch_legacy(ranks, _args(source, grid, spelling, divisible_by), _main_dtype(source))
+    return [*files, *_sidecar(source, "torch", spelling, grid, divisible_by)]
+
+
+def _spelling(source: Checkpoint, options: Options) -> Spelling:
+    return source.family.spelling(options.spec, options.experts, text=options.layout == "text")
 
 
 TARGETS: dict[str, Callable[[Checkpoint, Options], list[OutputFile]]] = {
@@ -268,7 +310,7 @@ TARGETS: dict[str, Callable[[Checkpoint, Options], list[OutputFile]]] = {
     "torch": _to_torch,
 }
 
-_TE_MODULES = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", ".final_layernorm", "_layernorm")
+_TE_MODULES = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", "_layernorm")
 
 
 def _with_extra_states(chunk: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
@@ -283,10 +325,10 @@ def _with_extra_states(chunk: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     return {**chunk, **states}
 
 
-def _args(source: Checkpoint, grid: Parallelism, divisible_by: int) -> dict[str, Any]:
+def _args(source: Checkpoint, grid: Parallelism, spelling: Spelling, divisible_by: int) -> dict[str, Any]:
     rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], divisible_by, grid.tp)
     config = replace(source.config, dtype=_main_dtype(source))
-    return to_args(config, grid, rows, divisible_by)
+    return to_args(config, grid, rows, divisible_by, spelling.experts)
 
 
 def _main_dtype(source: Checkpoint) -> str:
@@ -298,7 +340,7 @@ def _main_dtype(source: Checkpoint) -> str:
 
 
 def _sidecar(
-    source: Checkpoint, format: str, options: Options, grid: Parallelism, divisible_by: int
+    source: Checkpoint, format: str, spelling: Spelling, grid: Parallelism, divisible_by: int
 ) -> list[OutputFile]:
     small = {name: path for name, path in source.sidecar.small.items() if name != "config.json"}
     manifest = {
@@ -306,13 +348,29 @@ def _sidecar(
         "format": format,
         "family": source.family.name,
         "architecture": source.config.architecture,
-        "spec": options.spec,
+        "spec": spelling.name,
+        "experts": spelling.experts,
+        "prefix": spelling.prefix,
         "grid": asdict(grid),
         "make_vocab_size_divisible_by": divisible_by,
     }
     files = replace(source.sidecar, small=small).lay_out(manifest)
     config = _config_file(source)
     return [*files, replace(config, path=f"ckptkit/hf/{config.path}")]
+
+
+def _text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """The text part of a multimodal model as a model of its own, and what that leaves behind."""
+    if source.family.text_only is None:
+        raise UsageError(f"--layout text: {source.config.architecture} is a text model already", where=source.path)
+    raw = source.family.text_only(source.sidecar.config)
+    family = family_of(raw, source.path)
+    sidecar = replace(source.sidecar, config=raw, headers={}, extras={})
+    config = family.parse(raw)
+    items = {item.key: item for item in family.items(config)}
+    dropped = len(source.sidecar.extras)
+    text = replace(source, family=family, config=config, items=items, sidecar=sidecar, spelling=family.spellings[0])
+    return text, [f"{dropped} tensors outside the text model are left out (--layout text)"]
 
 
 def _cast(source: Checkpoint, dtype: DType | None) -> tuple[Checkpoint, list[str]]:
@@ -332,8 +390,8 @@ def _cast(source: Checkpoint, dtype: DType | None) -> tuple[Checkpoint, list[str
     tensors = {key: cast(tensor) for key, tensor in source.tensors.items()}
     extras = {name: cast(tensor) for name, tensor in source.sidecar.extras.items()}
     name = TORCH_DTYPE_NAMES[dtype]
-    config = dict(source.sidecar.config)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
+    config = deepcopy(source.sidecar.config)
+    set_dtype(config, name)
     sidecar = replace(source.sidecar, config=config, extras=extras)
     lossy = [f"{count} tensors are rounded ({pair})" for pair, count in lost.items()]
     return replace(source, tensors=tensors, sidecar=sidecar, config=replace(source.config, dtype=name)), lossy

@@ -125,7 +125,8 @@ def _grid_args(grid: Parallelism) -> dict[str, Any]:
         "decoder_last_pipeline_num_layers": grid.last_stage_layers,
         "account_for_embedding_in_pipeline_split": grid.embedding_in_split,
         "account_for_loss_in_pipeline_split": grid.loss_in_split,
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": grid.ep,
+        "expert_tensor_parallel_size": grid.expert_tp,
     }
 
 
@@ -139,7 +140,14 @@ def grid_of(args: Mapping[str, Any]) -> Parallelism:
         last_stage_layers=args.get("decoder_last_pipeline_num_layers"),
         embedding_in_split=bool(args.get("account_for_embedding_in_pipeline_split")),
         loss_in_split=bool(args.get("account_for_loss_in_pipeline_split")),
+        ep=args.get("expert_model_parallel_size") or 1,
+        etp=_expert_tp(args),
     )
+
+
+def _expert_tp(args: Mapping[str, Any]) -> int | None:
+    size = args.get("expert_tensor_parallel_size")
+    return None if size == (args.get("tensor_model_parallel_size") or 1) else size
 
 
 def from_args(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:

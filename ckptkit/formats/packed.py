@@ -31,7 +31,7 @@ class PackedFiles:
 
 def is_packed(names: Iterable[str]) -> bool:
     """Whether tensor names are Megatron's."""
-    return any(name.startswith(("decoder.", "embedding.")) for name in names)
+    return any(name.removeprefix("language_model.").startswith(("decoder.", "embedding.")) for name in names)
 
 
 def open_packed(path: Path) -> PackedFiles:

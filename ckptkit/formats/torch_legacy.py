@@ -1,4 +1,4 @@
-"""Megatron-LM's `--ckpt-format torch`: one `mp_rank_TT[_PPP]/model_optim_rng.pt` for each model parallel rank.
+"""Megatron-LM's `--ckpt-format torch`: one `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` for each model parallel rank.
 
 Layer numbers in a file are local to its stage; with virtual stages a file holds `model0`, `model1`, ... instead of
 `model`. Source: `get_checkpoint_name` and `generate_state_dict` of Megatron-LM's `training/checkpointing.py`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.errors import InputError
 from ckptkit.formats.pickles import Namespace, TorchDType, UnreadableTensor, lay_out_torch_file, read_torch_file
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
@@ -20,6 +20,9 @@ from ckptkit.tensors import Tensor
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
+
+RankKey = tuple[int, int, int]
+"""(pp_rank, tp_rank, ep_rank), which the name of a rank's folder tells."""
 
 RankFile = dict[str, dict[str, Tensor]]
 """Chunk (`model`, or `model0`, `model1`, ...) -> local tensor name -> tensor."""
@@ -33,20 +36,15 @@ class TorchFiles:
         path: The folder with the `mp_rank_*` folders.
         root: The folder with the tracker file, or `path` itself.
         args: `args` as plain values.
-        ranks: (pp_rank, tp_rank) -> chunks.
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunks.
+        chunks: How many model chunks (virtual stages) every rank has.
     """
 
     path: Path
     root: Path
     args: dict[str, Any]
-    ranks: dict[tuple[int, int], RankFile]
-
-    @property
-    def grid_shape(self) -> tuple[int, int, int]:
-        """Tensor, pipeline and virtual pipeline sizes that the files themselves show."""
-        tp = 1 + max(tp_rank for _, tp_rank in self.ranks)
-        pp = 1 + max(pp_rank for pp_rank, _ in self.ranks)
-        return tp, pp, len(next(iter(self.ranks.values())))
+    ranks: dict[RankKey, RankFile]
+    chunks: int
 
 
 def iteration_folder(path: Path) -> Path:
@@ -76,61 +74,57 @@ def open_torch_legacy(path: Path, root: Path) -> TorchFiles:
     """Opens every rank's file; tensors are not read.
 
     Raises:
-        InputError: Ranks are missing, damaged or disagree.
-        UnsupportedError: Experts are sharded over ranks.
+        InputError: A file is missing or damaged, or ranks disagree.
     """
-    folders = {_ranks_of(item): item for item in sorted(path.iterdir()) if _RANK.match(item.name)}
-    contents = {ranks: _read_rank(folder) for ranks, folder in folders.items()}
-    args = _common_args(folders, contents)
-    if (args.get("expert_model_parallel_size") or 1) > 1:
-        raise UnsupportedError("experts sharded over ranks (expert_model_parallel_size above 1)", where=path)
-    found = {ranks: _chunks(content, folders[ranks]) for ranks, content in contents.items()}
-    files = TorchFiles(path, root, args, found)
-    tp, pp, _ = files.grid_shape
-    for pp_rank in range(pp):
-        for tp_rank in range(tp):
-            if (pp_rank, tp_rank) not in found:
-                name = rank_folder(tp_rank, pp_rank, pp)
-                raise InputError(f"{name} is missing (the others make TP{tp} x PP{pp})", where=path)
-    if len({len(chunks) for chunks in found.values()}) > 1:
+    folders = [item for item in sorted(path.iterdir()) if _RANK.match(item.name)]
+    contents = {folder: _read_rank(folder) for folder in folders}
+    args = _common_args(contents)
+    with_experts = (args.get("pipeline_model_parallel_size") or 1) == 1 and (
+        args.get("expert_model_parallel_size") or 1
+    ) > 1
+    ranks = {_ranks_of(folder, with_experts): _chunks(content, folder) for folder, content in contents.items()}
+    counts = {len(chunks) for chunks in ranks.values()}
+    if len(counts) > 1:
         raise InputError("ranks hold different numbers of virtual stages", where=path)
-    for key, size in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
-        if args.get(key) not in (None, size):
-            raise InputError(f"args say {key} {args[key]}, the folders make {size}", where=path)
-    return files
+    return TorchFiles(path, root, args, ranks, counts.pop())
 
 
-def rank_folder(tp_rank: int, pp_rank: int, pp: int) -> str:
-    """The folder of a rank."""
-    return f"mp_rank_{tp_rank:02d}" if pp == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
+def rank_folder(rank: RankKey, pp: int, ep: int) -> str:
+    """The folder of a rank on a grid of `pp` stages and `ep` expert parallel ranks."""
+    pp_rank, tp_rank, ep_rank = rank
+    name = f"mp_rank_{tp_rank:02d}"
+    if pp > 1:
+        name += f"_{pp_rank:03d}"
+    return name if ep == 1 else f"{name}_{ep_rank:03d}"
 
 
 def lay_out_torch_legacy(
-    ranks: Mapping[tuple[int, int], Mapping[str, Mapping[str, Tensor | None]]], args: Mapping[str, Any], dtype: str
+    ranks: Mapping[RankKey, Mapping[str, Mapping[str, Tensor | None]]], args: Mapping[str, Any], dtype: str
 ) -> list[OutputFile]:
     """The files of a checkpoint that Megatron-LM's `--load` finds as `release`.
 
     Args:
-        ranks: (pp_rank, tp_rank) -> chunk -> local name -> tensor; None stands for an empty `_extra_state`.
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> local name -> tensor; None stands for an empty `_extra_state`.
         args: Arguments as plain values.
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
     """
-    pp = 1 + max(pp_rank for pp_rank, _ in ranks)
+    pp = 1 + max(pp_rank for pp_rank, _, _ in ranks)
+    ep = 1 + max(ep_rank for _, _, ep_rank in ranks)
     namespace = Namespace({**args, "params_dtype": TorchDType(dtype)})
     files = [OutputFile.small(TRACKER, b"release")]
-    for (pp_rank, tp_rank), chunks in sorted(ranks.items()):
+    for rank, chunks in sorted(ranks.items()):
         content = {"args": namespace, "checkpoint_version": 3.0, "iteration": 0}
         content.update({key: dict(chunk) for key, chunk in chunks.items()})
-        files.append(lay_out_torch_file(f"release/{rank_folder(tp_rank, pp_rank, pp)}/{FILE}", content))
+        files.append(lay_out_torch_file(f"release/{rank_folder(rank, pp, ep)}/{FILE}", content))
     return files
 
 
-def _ranks_of(folder: Path) -> tuple[int, int]:
+def _ranks_of(folder: Path, with_experts: bool) -> RankKey:
+    """Where a folder's rank is; the second number of two is the expert parallel rank if `with_experts`."""
     match = _RANK.match(folder.name)
     assert match is not None
-    if match.group(3):
-        raise UnsupportedError("experts sharded over ranks", where=folder)
-    return int(match.group(2) or 0), int(match.group(1))
+    tp_rank, second, third = (int(group or 0) for group in match.groups())
+    return (0, tp_rank, second) if with_experts and match.group(3) is None else (second, tp_rank, third)
 
 
 def _read_rank(folder: Path) -> dict[str, Any]:
@@ -143,19 +137,17 @@ def _read_rank(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _common_args(folders: Mapping[tuple[int, int], Path], contents: Mapping[tuple[int, int], Any]) -> dict[str, Any]:
+def _common_args(contents: Mapping[Path, Any]) -> dict[str, Any]:
     """The arguments of all ranks, which must not contradict one another."""
     first: dict[str, Any] | None = None
-    for ranks, content in contents.items():
+    for folder, content in contents.items():
         args = content.get("args")
         fields = _plain(args.fields) if isinstance(args, Namespace) else {}
         if first is None:
             first = fields
         for key in first.keys() & fields.keys():
             if key not in _PER_RANK and first[key] != fields[key]:
-                raise InputError(
-                    f"args.{key} is {fields[key]!r}, another rank has {first[key]!r}", where=folders[ranks] / FILE
-                )
+                raise InputError(f"args.{key} is {fields[key]!r}, another rank has {first[key]!r}", where=folder / FILE)
     return first or {}
 
 
@@ -163,7 +155,8 @@ _PER_RANK = {"rank", "local_rank", "data_parallel_rank", "expert_tensor_parallel
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if isinstance(value, bool | int | float | str | list | None)}
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return {key: value for key, value in fields.items() if isinstance(value, plain)}
 
 
 def _chunks(content: Mapping[str, Any], folder: Path) -> RankFile:

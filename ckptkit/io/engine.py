@@ -32,7 +32,7 @@ from ckptkit.io.gather import Gatherer
 from ckptkit.io.plan import Comparison, OutputFile, Plan
 from ckptkit.io.schedule import Limits, Schedule, Unit, tensor_units
 from ckptkit.io.source import Sources
-from ckptkit.io.system import allocate, storage_error
+from ckptkit.io.system import allocate, start_writeback, storage_error
 from ckptkit.tensors import Region, Tensor
 
 __all__ = ["MEMORY_LIMIT", "EngineResult", "Journal", "check_cast", "compare", "hash_tensor", "read_tensor", "run"]
@@ -260,6 +260,7 @@ class _Output:
                 count = 0
             if not count:
                 break
+            start_writeback(fd, offset + done, count)
             done += count
         return done
 
@@ -302,6 +303,7 @@ class _Output:
                 count = self._pwrite(fd, view, offset)
             except OSError as error:
                 raise storage_error(error, self.path) from error
+            start_writeback(fd, offset, count)
             view, offset = view[count:], offset + count
 
     def _add_to_checksums(self, view: memoryview, offset: int) -> None:

@@ -123,7 +123,5 @@ def _same_block(group: Sequence[Placement], placement: Placement) -> bool:
     first, last, new = group[0].piece, group[-1].piece, placement.piece
     if not (isinstance(first, Region) and isinstance(last, Region) and isinstance(new, Region)):
         return False
-    if placement.solid or group[0].solid or new.contiguous or first.contiguous:
-        return False
     rows = (first.file, first.rows, first.pitch) == (new.file, new.rows, new.pitch)
     return rows and last.offset + last.width <= new.offset and new.offset + new.width <= first.offset + first.pitch

@@ -313,10 +313,11 @@ def _runs(offset: int, band: Band, tensor: Tensor, limits: Limits) -> Iterator[_
 
 
 def _joined(upper: _Run, lower: _Run) -> _Run | None:
+    """Two runs that follow one another in the output as one, if they do in their source, too."""
     a, b = upper.region, lower.region
     if a is None or b is None or upper.cast is not None or lower.cast is not None:
         return None
-    if (a.file, a.offset + a.width, upper.offset + a.width) != (b.file, b.offset, lower.offset):
+    if (a.file, a.offset + a.width) != (b.file, b.offset):
         return None
     size = a.width + b.width
     return _Run(upper.offset, Band(1, (Region(a.file, a.offset, 1, size, size),)), 1, None)

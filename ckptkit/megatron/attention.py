@@ -79,6 +79,7 @@ class ExactAttention(torch.nn.Module):
         config: Megatron's config of this layer: width of a head and window.
         attn_mask_type: Must be megatron's `causal`.
         softmax_scale: Factor of the scores, or None for 1 / sqrt(head_dim).
+        softcap: Scores become `softcap * tanh(score / softcap)`, or None.
         options: What other core attentions also want to know; unused.
     """
 
@@ -88,6 +89,7 @@ class ExactAttention(torch.nn.Module):
         *,
         attn_mask_type: Any,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -95,6 +97,7 @@ class ExactAttention(torch.nn.Module):
             raise UnsupportedError(f"attention mask {attn_mask_type.name!r} is not in the runtime, only causal is")
         assert config.kv_channels is not None
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.softcap = softcap
         self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
@@ -155,6 +158,8 @@ class ExactAttention(torch.nn.Module):
         end = start + query.size(-2)
         first = 0 if self.window is None else max(0, start - self.window + 1)
         scores = torch.matmul(query, key[..., first:end, :].transpose(-1, -2)) * self.scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         rows, columns = (torch.arange(begin, end, device=query.device) for begin in (start, first))
         distance = rows[:, None] - columns
         hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)

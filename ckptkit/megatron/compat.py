@@ -5,14 +5,15 @@ Nothing else in the package asks for a version. The releases differ in this much
 - 0.19 passes `name`, `pp_layer_offset` and friends to the constructors of layers and attention, so ours forward what
   they do not know; it builds norms and linears by calling what the spec holds, which works for classes in both;
 - 0.19 reads `qk_layernorm` from the config beside the spec, so the config always states it;
-- the MLP entry of a layer spec is a `ModuleSpec` before 0.19 and a partial of `MLP.as_mlp_submodule` since, so specs
-  are taken from `get_gpt_layer_local_spec` and only single entries are replaced;
+- the MLP entry of a layer spec is a `ModuleSpec` before 0.19 and a partial of `MLP.as_mlp_submodule` (or of `MoELayer`)
+  since, so specs are taken from `get_gpt_layer_local_spec` and only single entries are replaced;
 - 0.19 logs on every construction that GPTModel is deprecated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -29,13 +30,25 @@ def import_megatron() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
-def local_layer_spec(qk_norm: bool) -> Any:
-    """The `ModuleSpec` of a dense decoder layer made of megatron-core's own modules, a fresh one per call."""
+def local_layer_spec(qk_norm: bool, num_experts: int | None = None) -> Any:
+    """The `ModuleSpec` of a decoder layer made of megatron-core's own modules, a fresh one per call.
+
+    Args:
+        qk_norm: Whether q and k are normalised.
+        num_experts: Experts in place of the dense MLP, or None.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+        return get_gpt_layer_local_spec(
+            num_experts=num_experts, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=qk_norm
+        )
+
+
+def submodules_of(spec: Any) -> Any:
+    """The submodules that a `ModuleSpec`, or a partial in its place, will build with."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 @contextlib.contextmanager

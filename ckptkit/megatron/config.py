@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.families.config import LayerConfig, ModelConfig
+from ckptkit.megatron.activations import activation
 from ckptkit.sharding.grid import Parallelism
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-}
 
 
 def transformer_config(
@@ -32,7 +24,7 @@ def transformer_config(
     device: torch.device,
     sequence_parallel: bool = False,
 ) -> TransformerConfig:
-    """The model-wide `TransformerConfig`; its per-layer sizes are those of the first layer.
+    """The model-wide `TransformerConfig`; its per-layer sizes are those of the first layer, its activation is unset.
 
     Fusions are off because they need CUDA extensions, dropout is off, and no parameter is initialised: every one is
     loaded.
@@ -45,7 +37,7 @@ def transformer_config(
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
 
     Raises:
-        UnsupportedError: megatron-core has no such activation, or cannot express the biases.
+        UnsupportedError: megatron-core cannot express the biases.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -57,13 +49,14 @@ def transformer_config(
         num_query_groups=first.num_kv_heads,
         kv_channels=first.head_dim,
         ffn_hidden_size=first.ffn_hidden_size,
+        softmax_scale=config.softmax_scale,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=config.zero_centered_norms,
         layernorm_epsilon=config.norm_eps,
         qk_layernorm=config.qk_norm,
         add_bias_linear=config.mlp_bias,
         add_qkv_bias=config.qkv_bias,
         gated_linear_unit=config.gated,
-        activation_func=activation(config.activation),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=config.init_std,
@@ -87,15 +80,48 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        **_expert_fields(config, grid),
     )
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
     return base
 
 
-def layer_config(base: TransformerConfig, layer: LayerConfig) -> TransformerConfig:
-    """`base` with the sizes and the attention window of one layer."""
+def _expert_fields(config: ModelConfig, grid: Parallelism) -> dict[str, Any]:
+    """What a `TransformerConfig` says of experts.
+
+    Tokens are gathered on all expert ranks: of the dispatchers, that one runs on CPUs as well as on GPUs.
+    """
+    if not config.num_experts:
+        return {}
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_router_topk": config.experts_per_token,
+        # Softmax over the chosen experts equals softmax over all of them, renormalised.
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+        "moe_router_score_function": "softmax",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": grid.ep,
+        "expert_tensor_parallel_size": grid.expert_tp,
+    }
+
+
+def layer_config(base: TransformerConfig, layer: LayerConfig, activation_name: str) -> TransformerConfig:
+    """`base` with the sizes, the attention window and the activation of one layer.
+
+    Args:
+        base: The model-wide config.
+        layer: The layer.
+        activation_name: Hugging Face's name of the activation; a learned one gets parameters of its own.
+
+    Raises:
+        UnsupportedError: The runtime does not know this activation.
+    """
     sized = copy.copy(base)
+    sized.activation_func = activation(activation_name, base.params_dtype)
     sized.num_attention_heads = layer.num_heads
     sized.num_query_groups = layer.num_kv_heads
     sized.kv_channels = layer.head_dim
@@ -113,25 +139,23 @@ def attention_config(base: TransformerConfig, qkv_bias: bool, out_bias: bool) ->
     return own
 
 
-def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function that Hugging Face calls `name`.
+def check_grid(config: ModelConfig, grid: Parallelism, padded_vocab_size: int) -> None:
+    """Refuse a grid that megatron-core cannot build, with the size to blame.
 
     Raises:
-        UnsupportedError: It is not one that the runtime knows.
+        UsageError: Heads, query groups, MLP width, experts or vocabulary do not divide.
     """
-    if name not in ACTIVATIONS:
-        raise UnsupportedError(f"activation {name!r} is not in the runtime", hint=f"known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def check_grid(config: ModelConfig, tp: int, padded_vocab_size: int) -> None:
-    """Refuse a tensor parallel size that megatron-core cannot build, with the size to blame.
-
-    Raises:
-        UsageError: Heads, query groups, MLP width or vocabulary do not divide.
-    """
+    tp = grid.tp
+    if config.num_experts % grid.ep or (grid.ep > 1 and not config.num_experts):
+        raise UsageError(f"{config.num_experts} experts do not divide over --ep {grid.ep}")
+    if config.moe_ffn_hidden_size % grid.expert_tp:
+        raise UsageError(
+            f"moe_ffn_hidden_size {config.moe_ffn_hidden_size} does not divide over {grid.expert_tp} ranks"
+        )
     for number, layer in enumerate(config.layers):
-        sizes = {"num_attention_heads": layer.num_heads, "ffn_hidden_size": layer.ffn_hidden_size}
+        sizes = {"num_attention_heads": layer.num_heads} | (
+            {} if layer.moe else {"ffn_hidden_size": layer.ffn_hidden_size}
+        )
         for name, size in sizes.items():
             if size % tp:
                 raise UsageError(f"{name} {size} of layer {number} does not divide over --tp {tp}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -22,13 +23,35 @@ NAMED = 6
 
 
 class CausalModel(GPTModel):
-    """megatron-core's `GPTModel` whose tied copy of the embedding is loaded, not copied from the first stage.
+    """megatron-core's `GPTModel` with what it lacks before the first and after the last layer.
 
-    The copy would go through CUDA, and strict loading overwrites it anyway.
+    A tied copy of the embedding is loaded, not copied from the first stage: that would go through CUDA, and strict
+    loading overwrites it anyway.
+
+    Args:
+        model: The model: scale of the embedding and cap of the logits.
+        options: Passed on.
     """
+
+    def __init__(self, *, model: ModelConfig, **options: Any) -> None:
+        super().__init__(**options)
+        # On the modules' outputs, not in `forward`: the loss must see the capped logits, too.
+        if self.pre_process and model.scaled_embedding:
+            scale = _rounded(model.embedding_scale, self.config.params_dtype)
+            self.embedding.register_forward_hook(lambda module, inputs, output: output * scale)
+        if self.post_process and model.logit_softcap is not None:
+            cap = model.logit_softcap
+            self.output_layer.register_forward_hook(
+                lambda module, inputs, output: (torch.tanh(output[0] / cap) * cap, output[1])
+            )
 
     def _is_in_embd_group(self) -> bool:
         return False
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as a tensor of `dtype` holds it."""
+    return float(torch.tensor(value, dtype=dtype))
 
 
 def build_chunks(
@@ -57,7 +80,7 @@ def build_chunks(
         UnsupportedError: megatron-core or this runtime has no module for it.
         VerificationError: megatron-core placed other layers on this rank than `sharding.stages` does.
     """
-    check_grid(config, grid.tp, padded_vocab_size)
+    check_grid(config, grid, padded_vocab_size)
     stages = [s for s in split_layers(config.num_layers, grid) if s.pp_rank == get_pipeline_model_parallel_rank()]
     with warnings.catch_warnings(), runs_on(device):
         warnings.simplefilter("ignore")
@@ -66,6 +89,7 @@ def build_chunks(
         )
         chunks = [
             CausalModel(
+                model=config,
                 config=megatron_config,
                 transformer_layer_spec=block_spec(config, stage.layers),
                 vocab_size=padded_vocab_size,

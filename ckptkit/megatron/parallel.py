@@ -36,6 +36,8 @@ def initialize(
             tensor_model_parallel_size=grid.tp,
             pipeline_model_parallel_size=grid.pp,
             virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+            expert_model_parallel_size=grid.ep,
+            expert_tensor_parallel_size=grid.expert_tp,
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         )

@@ -38,7 +38,8 @@ class Pipeline:
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Logits of every position.
 
-        All ranks call this with the same tokens. Rows go through the pipeline a few at a time; with virtual stages the
+        All ranks call this with the same tokens; expert parallel ranks, which share experts like data parallel ones,
+        compute the rest each for itself. Rows go through the pipeline a few at a time; with virtual stages the
         activations go round the pipeline ranks once per virtual stage.
 
         Args:
@@ -79,7 +80,7 @@ class Pipeline:
             if chunk.post_process:
                 logits = parallel.gather_over_tensor_ranks(output[:, :length].float(), dim=-1)
             else:
-                parallel.send(output, self._neighbour(+1))
+                parallel.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
         return None if logits is None else logits[..., : self.vocab_size].cpu()
 
     def _run(self, chunk: CausalModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -88,13 +89,8 @@ class Pipeline:
         if not chunk.pre_process:
             shape = (length // self._sequence_split, batch, chunk.config.hidden_size)
             dtype = chunk.config.params_dtype
-            chunk.set_input_tensor(parallel.receive(shape, dtype, self.device, self._neighbour(-1)))
+            before = parallel_state.get_pipeline_model_parallel_prev_rank()
+            chunk.set_input_tensor(parallel.receive(shape, dtype, self.device, before))
         positions = torch.arange(length, device=self.device).expand(batch, length)
         output: torch.Tensor = chunk(tokens, positions, None)
         return output
-
-    def _neighbour(self, step: int) -> int:
-        """Global rank of the next (+1) or previous (-1) pipeline stage; the last one is followed by the first."""
-        pp_rank: int = (parallel_state.get_pipeline_model_parallel_rank() + step) % self.grid.pp
-        tp_rank: int = parallel_state.get_tensor_model_parallel_rank()
-        return pp_rank * self.grid.tp + tp_rank

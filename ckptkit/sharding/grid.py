@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptkit.errors import UsageError
+
+
+class Rank(NamedTuple):
+    """A rank's places in the grid.
+
+    Attributes:
+        pp: Pipeline rank.
+        tp: Tensor parallel rank of everything but experts.
+        ep: Expert parallel rank.
+        etp: Tensor parallel rank of experts.
+    """
+
+    pp: int
+    tp: int
+    ep: int = 0
+    etp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +37,8 @@ class Parallelism:
         last_stage_layers: Layers on the last pipeline stage, or None for an even share.
         embedding_in_split: Count the embedding as a layer when splitting (`--account-for-embedding-in-pipeline-split`).
         loss_in_split: Count the loss as a layer when splitting (`--account-for-loss-in-pipeline-split`).
+        ep: Expert model parallel size.
+        etp: Expert tensor parallel size, or None for `tp`.
     """
 
     tp: int = 1
@@ -29,25 +48,52 @@ class Parallelism:
     last_stage_layers: int | None = None
     embedding_in_split: bool = False
     loss_in_split: bool = False
+    ep: int = 1
+    etp: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp"):
+        for name in ("tp", "pp", "vpp", "ep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.etp is not None and self.etp < 1:
+            raise UsageError(f"--etp must be at least 1, got {self.etp}")
+        if self.tp % self._expert_ranks and self._expert_ranks % self.tp:
+            raise UsageError(
+                f"--tp {self.tp} and {self._expert_ranks} expert ranks (--ep times --etp): one must be a multiple of"
+                " the other"
+            )
         if self.vpp > 1 and self.pp == 1:
             raise UsageError("--vpp needs --pp above 1", hint="virtual stages exist only inside a pipeline")
 
     @property
-    def world_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tp * self.pp
+    def expert_tp(self) -> int:
+        """Ways that an expert's tensors are split."""
+        return self.tp if self.etp is None else self.etp
 
-    def ranks(self) -> Iterator[tuple[int, int]]:
-        """(pp_rank, tp_rank) in the order of Megatron's global ranks: tensor parallel ranks are neighbours."""
+    @property
+    def _expert_ranks(self) -> int:
+        return self.ep * self.expert_tp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage: enough for one copy of its experts and of everything else."""
+        return max(self.tp, self._expert_ranks)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that hold the model."""
+        return self.stage_size * self.pp
+
+    def ranks(self) -> Iterator[Rank]:
+        """All ranks in the order of Megatron's global ranks.
+
+        Source: `RankGenerator` of Megatron-Core, order `tp-cp-ep-dp-pp`: within a stage tensor parallel ranks are
+        neighbours; counted for experts, first their tensor parallel ranks, then the expert parallel ones.
+        """
         for pp_rank in range(self.pp):
-            for tp_rank in range(self.tp):
-                yield pp_rank, tp_rank
+            for rank in range(self.stage_size):
+                yield Rank(pp_rank, rank % self.tp, rank // self.expert_tp % self.ep, rank % self.expert_tp)
 
     def __str__(self) -> str:
-        text = f"TP{self.tp} x PP{self.pp}"
-        return text if self.vpp == 1 else f"{text} x VPP{self.vpp}"
+        sizes = [("VPP", self.vpp), ("EP", self.ep), ("ETP", self.etp or 1)]
+        return " x ".join([f"TP{self.tp}", f"PP{self.pp}", *(f"{name}{size}" for name, size in sizes if size > 1)])

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, UsageError
 
 SEED = 20240229
 
@@ -39,16 +39,16 @@ def check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Refuse rows that a model cannot take.
 
     Raises:
-        InputError: No rows, an empty row, or an id outside of the vocabulary.
+        UsageError: No rows, an empty row, or an id outside of the vocabulary.
     """
     if not rows:
-        raise InputError("no token ids to compare on")
+        raise UsageError("no token ids to compare on")
     for number, row in enumerate(rows):
         if not row:
-            raise InputError(f"row {number} of the token ids is empty")
+            raise UsageError(f"row {number} of the token ids is empty")
         for token in row:
             if type(token) is not int or not 0 <= token < vocab_size:
-                raise InputError(f"token id {token!r} in row {number} is not in the vocabulary of {vocab_size}")
+                raise UsageError(f"token id {token!r} in row {number} is not in the vocabulary of {vocab_size}")
 
 
 def group_by_length(rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:

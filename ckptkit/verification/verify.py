@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint, open_checkpoint
+from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import UsageError
 from ckptkit.formats.hub import locate
+from ckptkit.opening import open_checkpoint
 from ckptkit.verification.logits import TOLERANCE, Side, verify_logits
 from ckptkit.verification.pool import Ranks
 from ckptkit.verification.report import LevelResult, VerificationReport

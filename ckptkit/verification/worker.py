@@ -73,11 +73,11 @@ def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
             return pipeline.forward(tokens)
 
     rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), forward)
-    pp_rank, tp_rank = list(job.grid.ranks())[rank]
-    if pp_rank == job.grid.pp - 1 and tp_rank == 0:
+    here = list(job.grid.ranks())[rank]
+    if (here.pp, here.tp, here.ep) == (job.grid.pp - 1, 0, 0):
         save_logits(job.output, groups)
     if job.probes:
-        save_probes(Path(job.probes), recorder.states, tp_rank, pp_rank)
+        save_probes(Path(job.probes), recorder.states, here.tp, here.pp)
     return {
         "rows": rows,
         "feeds": {place: site.feeds for place, site in recorder.sites.items()} | _head(megatron_head(pipeline.chunks)),
@@ -110,9 +110,17 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     from ckptkit.megatron.pipeline import Pipeline
 
     checkpoint = find(job.opener)(job.checkpoint)
-    pp_rank, tp_rank = list(job.grid.ranks())[rank]
+    here = list(job.grid.ranks())[rank]
     shards = [
-        checkpoint.shard(grid=job.grid, pp_rank=pp_rank, tp_rank=tp_rank, vp_stage=vp_stage, spec="local")
+        checkpoint.shard(
+            grid=job.grid,
+            pp_rank=here.pp,
+            tp_rank=here.tp,
+            ep_rank=here.ep,
+            vp_stage=vp_stage,
+            spec="local",
+            layout="text",
+        )
         for vp_stage in range(job.grid.vpp)
     ]
     chunks = build_chunks(
@@ -124,7 +132,7 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         sequence_parallel=job.sequence_parallel,
     )
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
-        where = f"{job.checkpoint} (tensor rank {tp_rank}, pipeline rank {pp_rank}, virtual stage {vp_stage})"
+        where = f"{job.checkpoint} ({here}, virtual stage {vp_stage})"
         load_strict(chunk, shard, where=where)
         shard.clear()
     return Pipeline(chunks, job.grid, device, checkpoint.config.vocab_size)

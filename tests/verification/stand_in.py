@@ -30,7 +30,9 @@ class StandIn:
     padded_vocab_size: int
     format: str = "stand-in"
 
-    def shard(self, *, grid: Parallelism, pp_rank: int, tp_rank: int, vp_stage: int, spec: str) -> dict[str, Any]:
+    def shard(
+        self, *, grid: Parallelism, pp_rank: int, tp_rank: int, vp_stage: int, spec: str, **unsplit: Any
+    ) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         assert (grid, spec) == (self.grid, "local")

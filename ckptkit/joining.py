@@ -1,0 +1,175 @@
+"""Joining the shards of a Megatron checkpoint into the canonical view."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ckptkit.checkpoint import EMBEDDING, HEAD, Checkpoint, is_on
+from ckptkit.errors import InputError, UsageError
+from ckptkit.families.table import Item
+from ckptkit.formats.torch_legacy import RankFile, RankKey
+from ckptkit.io.plan import Comparison
+from ckptkit.sharding.grid import Rank
+from ckptkit.sharding.rules import expert_home
+from ckptkit.sharding.stages import Stage, split_layers, stage_of_layer
+from ckptkit.tensors import Tensor, vstack
+
+
+def join_shards(checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile]) -> None:
+    """Fills the canonical view of a checkpoint: each item's shards are found where it lives and joined by its rule.
+
+    Args:
+        checkpoint: Described, without tensors.
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> written name -> tensor.
+
+    Raises:
+        InputError: Shards are missing, unknown or mis-shaped.
+    """
+    _Joiner(checkpoint, ranks).join()
+
+
+class _Joiner:
+    def __init__(self, checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile]) -> None:
+        self.checkpoint = checkpoint
+        self.left = {
+            (*rank, vp_stage): dict(chunk)
+            for rank, chunks in ranks.items()
+            for vp_stage, chunk in enumerate(chunks.values())
+        }
+        self.stored = sum(len(chunk) for chunk in self.left.values())
+        self.problems = Problems(checkpoint.path)
+        self.stages = split_layers(checkpoint.config.num_layers, checkpoint.grid)
+        self.home = stage_of_layer(self.stages)
+
+    def join(self) -> None:
+        used = 0
+        for key, item in self.checkpoint.items.items():
+            if (shards := self._shards(item)) is None:
+                continue
+            used += len(shards)
+            self._add(key, item, shards)
+        self._compare_tied_head()
+        self.problems.unknown({name for chunk in self.left.values() for name in chunk})
+        self.problems.check()
+        self.checkpoint.coverage.update(used=used, replicas=self.stored - used)
+
+    def _stage(self, item: Item) -> tuple[Stage, int | None]:
+        if item.layer is not None:
+            return self.home[item.layer]
+        return next((stage, None) for stage in self.stages if is_on(item, stage))
+
+    def _shards(self, item: Item) -> list[Tensor] | None:
+        """The distinct shards of an item in order, or None if one is missing; further copies must be equal."""
+        stage, number = self._stage(item)
+        split = item.row.split
+        ep, expert = None, None
+        if item.expert is not None:
+            ep, expert = expert_home(item.expert, self.checkpoint.config.num_experts, self.checkpoint.grid.ep)
+        where = "" if item.layer is None else f" (layer {item.layer})"
+        found: dict[int, list[tuple[Rank, Tensor]]] = defaultdict(list)
+        for rank in self.checkpoint.grid.ranks():
+            if rank.pp != stage.pp_rank or ep not in (None, rank.ep):
+                continue
+            name = self.checkpoint.spelling.written(item.name(number, expert))
+            shard = self.problems.take(self.left[rank.pp, rank.tp, rank.ep, stage.vp_stage], name, None, where)
+            if shard is None:
+                return None
+            found[0 if split.replicated else rank.etp if split.expert else rank.tp].append((rank, shard))
+        for copies in found.values():
+            first, original = copies[0]
+            for other, copy in copies[1:]:
+                what = f"{item.key} on {_two_ranks(first, other)}"
+                self.checkpoint.comparisons.append(Comparison(original, copy, what))
+        return [found[number][0][1] for number in sorted(found)]
+
+    def _add(self, key: str, item: Item, shards: list[Tensor]) -> None:
+        split = item.row.split
+        try:
+            joined = split.join(shards)
+        except (ValueError, UsageError) as error:
+            self.problems.wrong.append(f"{key}: its shards do not fit together ({error})")
+            return
+        if split.padded:
+            self.checkpoint.padded_vocab_size = joined.shape[0]
+            joined = joined.rows(0, min(joined.shape[0], item.shape[0]))
+        if joined.shape != item.shape:
+            self.problems.wrong.append(f"{key} is {list(joined.shape)}, the config says {list(item.shape)}")
+            return
+        self.checkpoint.tensors[key] = joined
+
+    def _compare_tied_head(self) -> None:
+        """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""
+        last = next(stage for stage in self.stages if stage.last)
+        if not self.checkpoint.config.tied or EMBEDDING not in self.checkpoint.tensors:
+            return
+        name = self.checkpoint.spelling.written(HEAD)
+        shards: dict[int, Tensor] = {}
+        missing = False
+        for rank in self.checkpoint.grid.ranks():
+            if rank.pp == last.pp_rank:
+                shard = self.left[rank.pp, rank.tp, rank.ep, last.vp_stage].pop(name, None)
+                missing = missing or shard is None
+                if shard is not None and shards.setdefault(rank.tp, shard) is not shard:
+                    what = f"{name} on ranks that share it"
+                    self.checkpoint.comparisons.append(Comparison(shards[rank.tp], shard, what))
+        if not missing:
+            head = vstack([shards[tp_rank] for tp_rank in sorted(shards)])
+            rows = min(head.shape[0], self.checkpoint.config.vocab_size)
+            what = "output_layer.weight of the last stage and the tied embedding"
+            embedding = self.checkpoint.tensors[EMBEDDING]
+            self.checkpoint.comparisons.append(Comparison(head.rows(0, rows), embedding, what))
+        elif shards or not last.first:
+            self.problems.missing.append(f"{name} (the tied copy on the last stage)")
+
+
+def _two_ranks(first: Rank, other: Rank) -> str:
+    if first.ep == other.ep:
+        return f"tensor parallel ranks {first.tp} and {other.tp}"
+    return f"expert parallel ranks {first.ep} and {other.ep} (tensor parallel ranks {first.tp} and {other.tp})"
+
+
+class Problems:
+    """Everything wrong with the tensors of a checkpoint, said in one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+        self.extra: list[str] = []
+
+    def take(
+        self, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...] | None, where: str = ""
+    ) -> Tensor | None:
+        """Removes and returns a tensor of `shape` (None: any), or notes what is wrong with it."""
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            self.missing.append(name + where)
+        elif shape is not None and tensor.shape != shape:
+            self.wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shape)}")
+        else:
+            return tensor
+        return None
+
+    def unknown(self, names: Iterable[str]) -> None:
+        """Notes tensors that nothing asked for."""
+        self.extra.extend(sorted(names))
+
+    def check(self) -> None:
+        """Raises what was noted.
+
+        Raises:
+            InputError: Anything was.
+        """
+        parts = [
+            f"{len(names)} {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for names, label in (
+                (self.missing, "missing"),
+                (self.wrong, "of the wrong shape"),
+                (self.extra, "unknown to this family"),
+            )
+            if names
+        ]
+        if parts:
+            raise InputError(f"tensors and config disagree: {'; '.join(parts)}", where=self.path)
