@@ -102,11 +102,18 @@ class Target(StrEnum):
     TORCH = "torch"
 
 
-class Spec(StrEnum):
-    """Spellings of Megatron's names."""
+class Experts(StrEnum):
+    """Namings of experts in Megatron checkpoints."""
 
-    TE = "te"
-    LOCAL = "local"
+    GROUPED = "grouped"
+    SEQUENTIAL = "sequential"
+
+
+class ModelPart(StrEnum):
+    """Parts of a multimodal model."""
+
+    FULL = "full"
+    TEXT = "text"
 
 
 class Level(StrEnum):
@@ -156,7 +163,7 @@ Examples:
 @app.command(epilog=CONVERT_EXAMPLES)
 def convert(
     src: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint directory of any format; format and family are recognised.")
+        str, typer.Argument(metavar="SRC", help="Checkpoint directory of any format, or org/model@revision on the hub.")
     ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="Directory to create. It appears complete or not at all.")],
     to: Annotated[
@@ -182,6 +189,19 @@ def convert(
             help="Virtual pipeline size: model chunks on each pipeline rank.",
         ),
     ] = 1,
+    ep: Annotated[
+        int,
+        typer.Option("--ep", "--expert-model-parallel-size", metavar="N", help="Expert model parallel size."),
+    ] = 1,
+    etp: Annotated[
+        int | None,
+        typer.Option(
+            "--etp",
+            "--expert-tensor-parallel-size",
+            metavar="N",
+            help="Tensor parallel size of experts. Default: that of everything else.",
+        ),
+    ] = None,
     first_stage_layers: Annotated[
         int | None,
         typer.Option(
@@ -215,8 +235,20 @@ def convert(
         ),
     ] = False,
     spec: Annotated[
-        Spec, typer.Option(help="Megatron layer spec whose names to write: Transformer Engine's or the local one's.")
-    ] = Spec.TE,
+        str,
+        typer.Option(
+            metavar="te|local|...",
+            help="Whose Megatron names to write: the Transformer Engine spec's, the local spec's, or for some families"
+            " another writer's (mbridge).",
+        ),
+    ] = "te",
+    experts: Annotated[
+        Experts | None,
+        typer.Option(help="Naming of experts: one module for all, or one each. The default goes with the spec."),
+    ] = None,
+    layout: Annotated[
+        ModelPart, typer.Option(help="All of a multimodal model, or its text part under a text model's names.")
+    ] = ModelPart.FULL,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -276,14 +308,16 @@ def convert(
     from ckptkit.sharding.grid import Parallelism
 
     output = Output("-" if json else None)
-    grid = Parallelism(tp, pp, vpp, first_stage_layers, last_stage_layers, embedding_in_split, loss_in_split)
+    grid = Parallelism(tp, pp, vpp, first_stage_layers, last_stage_layers, embedding_in_split, loss_in_split, ep, etp)
     with output.progress("converting") as progress:
         result = conversion.convert(
             src,
             dst,
             to=to.value,
             grid=grid,
-            spec=spec.value,
+            spec=spec,
+            experts=None if experts is None else experts.value,
+            layout=layout.value,
             dtype=dtype,
             shard_size=None if shard_size is None else parse_size(shard_size),
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,

@@ -115,6 +115,8 @@ def test_defaults_of_convert(convert):
         "make_vocab_size_divisible_by": None,
         "hf_reference": None,
         "strict_config": False,
+        "experts": None,
+        "layout": "full",
         "dry_run": False,
         "overwrite": False,
         "resume": False,
@@ -126,20 +128,23 @@ def test_defaults_of_convert(convert):
 
 def test_every_option_of_convert_arrives(convert):
     line = (
-        "convert a b --to torch --tp 4 --pp 3 --vpp 2 --spec local --dtype bfloat16 --shard-size 5GB --hash"
+        "convert a b --to torch --tp 4 --pp 3 --vpp 2 --ep 2 --etp 2 --spec local --dtype bfloat16"
+        " --experts sequential --layout text --shard-size 5GB --hash"
         " --make-vocab-size-divisible-by 64 --hf-reference ref --strict-config"
         " --dry-run --overwrite --resume --threads 3"
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {
         "to": "torch",
-        "grid": Parallelism(4, 3, 2),
+        "grid": Parallelism(4, 3, 2, ep=2, etp=2),
         "spec": "local",
         "dtype": "bfloat16",
         "shard_size": 5_000_000_000,
         "make_vocab_size_divisible_by": 64,
         "hf_reference": "ref",
         "strict_config": True,
+        "experts": "sequential",
+        "layout": "text",
         "dry_run": True,
         "overwrite": True,
         "resume": True,
