@@ -104,13 +104,18 @@ class Checkpoint:
         return chunk
 
     def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int) -> Tensor:
-        tensor, split = self.tensors[key], self.items[key].row.split
-        if split.padded:
-            tensor = pad_rows(tensor, padded_vocab_size(tensor.shape[0], divisible_by, grid.tp))
+        tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].row.split
         try:
             return split.cut(tensor, *((rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)))
         except UsageError as error:
             raise UsageError(error.what, where=key, hint=error.hint) from None
+
+    def padded(self, key: str, tp: int, divisible_by: int) -> Tensor:
+        """The whole tensor of a canonical name, with vocabulary padding for `tp` ranks where it has a vocabulary."""
+        tensor = self.tensors[key]
+        if not self.items[key].row.split.padded:
+            return tensor
+        return pad_rows(tensor, padded_vocab_size(tensor.shape[0], divisible_by, tp))
 
     def shard(
         self,

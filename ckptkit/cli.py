@@ -100,6 +100,7 @@ class Target(StrEnum):
     HF = "hf"
     PACKED = "packed"
     TORCH = "torch"
+    TORCH_DIST = "torch_dist"
 
 
 class Experts(StrEnum):
@@ -169,7 +170,8 @@ def convert(
     to: Annotated[
         Target,
         typer.Option(
-            help="Format to write: Hugging Face, unsharded Megatron names in safetensors, or Megatron-LM mp_rank files."
+            help="Format to write: Hugging Face, unsharded Megatron names in safetensors, Megatron-LM's mp_rank"
+            " files, or Megatron-Core's distributed checkpoint."
         ),
     ],
     tp: Annotated[

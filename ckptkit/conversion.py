@@ -26,6 +26,7 @@ from ckptkit.families.spelling import Spelling
 from ckptkit.formats.hf import BIN_INDEX, INDEX, lay_out_like, lay_out_shards
 from ckptkit.formats.hub import locate
 from ckptkit.formats.packed import lay_out_packed
+from ckptkit.formats.torch_dist import GlobalTensor, StageRanks, lay_out_torch_dist
 from ckptkit.formats.torch_legacy import RankKey, lay_out_torch_legacy
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.io.commit import Destination
@@ -34,7 +35,7 @@ from ckptkit.io.plan import OutputFile, Plan
 from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
-from ckptkit.sharding.stages import split_layers
+from ckptkit.sharding.stages import split_layers, stage_of_layer
 from ckptkit.tensors import DType, Tensor
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -125,12 +126,12 @@ def convert(
     Args:
         src: A Hugging Face, packed or Megatron checkpoint directory, or `org/model@revision` on the hub.
         dst: The directory to create.
-        to: `hf`, `packed` or `torch`.
-        grid: The grid of a `torch` output.
+        to: `hf`, `packed`, `torch` or `torch_dist`.
+        grid: The grid of a `torch` or `torch_dist` output.
         spec: Megatron names as the `te` or the `local` layer spec has them.
         dtype: Casts floating point tensors (`bfloat16`, `float16`, `float32`).
         shard_size: Largest safetensors shard in bytes.
-        make_vocab_size_divisible_by: As Megatron-LM's option; 128 for `torch`, 1 for `packed`.
+        make_vocab_size_divisible_by: As Megatron-LM's option; 128 for sharded formats, 1 for `packed`.
         hf_reference: Hugging Face directory that supplies config.json, tokenizer and shard map.
         strict_config: Refuse config features that Megatron's arguments cannot express.
         experts: Naming of Megatron's experts, `grouped` or `sequential`; by default what goes with `spec`.
@@ -163,7 +164,7 @@ def convert(
     through, rearranged = plan.traffic()
     return ConversionResult(
         source={**_describe(source), "path": str(src), "origin": source.sidecar.origin},
-        target={"path": str(dst), "format": to, "grid": str(grid if to == "torch" else Parallelism())},
+        target={"path": str(dst), "format": to, "grid": str(grid)},
         files=[{"path": file.path, "bytes": file.size, "tensors": file.tensors} for file in plan.files],
         bytes_total=plan.nbytes,
         bytes_through=through,
@@ -204,7 +205,7 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
         raise UsageError(f"--to {to}", hint=f"one of {', '.join(TARGETS)}")
     if options.layout not in LAYOUTS:
         raise UsageError(f"--layout {options.layout}", hint=f"one of {', '.join(LAYOUTS)}")
-    if to != "torch" and options.grid != Parallelism():
+    if to not in SHARDED and options.grid != Parallelism():
         raise UsageError(f"--to {to} is not sharded over ranks", hint="drop the parallel sizes, or use --to torch")
     if source.disagreements:
         raise InputError(
@@ -300,6 +301,25 @@ def _to_torch(source: Checkpoint, options: Options) -> list[OutputFile]:
     return [*files, *_sidecar(source, "torch", spelling, grid, divisible_by)]
 
 
+def _to_torch_dist(source: Checkpoint, options: Options) -> list[OutputFile]:
+    """Megatron-Core's distributed checkpoint: whole tensors, in the chunks that the ranks of the grid would write."""
+    grid, divisible_by = options.grid, options.divisible_by or DEFAULT_DIVISIBLE_BY
+    check_grid(source.config, grid)
+    spelling = source.family.spelling("te", text=options.layout == "text")
+    homes = stage_of_layer(split_layers(source.config.num_layers, grid))
+    last = grid.pp - 1
+    tensors = []
+    for key, item in source.items.items():
+        split = item.row.split
+        pp_rank = homes[item.layer][0].pp_rank if item.layer is not None else 0 if key == EMBEDDING else last
+        whole = source.padded(key, grid.tp, divisible_by)
+        tensors.append(GlobalTensor(spelling.written(key), whole, split.axis, split.blocks, pp_rank))
+    args = _args(source, grid, _spelling(source, options), divisible_by)
+    ranks = StageRanks(grid.tp, grid.ep, grid.etp)
+    files = lay_out_torch_dist(tensors, args, dtype=_main_dtype(source), ranks=ranks, spec=options.spec)
+    return [*files, *_sidecar(source, "torch_dist", spelling, grid, divisible_by)]
+
+
 def _spelling(source: Checkpoint, options: Options) -> Spelling:
     return source.family.spelling(options.spec, options.experts, text=options.layout == "text")
 
@@ -308,7 +328,9 @@ TARGETS: dict[str, Callable[[Checkpoint, Options], list[OutputFile]]] = {
     "hf": _to_hf,
     "packed": _to_packed,
     "torch": _to_torch,
+    "torch_dist": _to_torch_dist,
 }
+SHARDED = ("torch", "torch_dist")
 
 _TE_MODULES = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", "_layernorm")
 

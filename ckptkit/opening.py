@@ -16,6 +16,7 @@ from ckptkit.families.table import Family
 from ckptkit.formats.hf import HfFiles, has_shards, open_hf, read_shards
 from ckptkit.formats.packed import is_packed, open_packed
 from ckptkit.formats.sidecar import Sidecar, read_sidecar
+from ckptkit.formats.torch_dist import TorchDistFiles, is_torch_dist, open_torch_dist
 from ckptkit.formats.torch_legacy import (
     RankFile,
     RankKey,
@@ -53,10 +54,12 @@ def open_checkpoint(path: str | Path, *, hf_reference: str | Path | None = None)
     folder = iteration_folder(path)
     if is_torch_legacy(folder):
         return _open_torch(open_torch_legacy(folder, path if folder != path else _root(path)), reference)
+    if is_torch_dist(folder):
+        return _open_torch_dist(open_torch_dist(folder, path if folder != path else _root(path)), reference)
     raise InputError(
         "not a checkpoint that ckptkit knows",
         where=path,
-        hint="expected config.json and safetensors, a packed directory, or mp_rank_* folders",
+        hint="expected config.json and safetensors, a packed directory, mp_rank_* folders, or a torch_dist folder",
     )
 
 
@@ -195,6 +198,16 @@ def _open_torch(files: TorchFiles, reference: HfFiles | None) -> Checkpoint:
             name = rank_folder((rank.pp, rank.tp, rank.ep), grid.pp, grid.ep)
             raise InputError(f"{name} is missing (the others make {grid})", where=files.path)
     return _join(files.path, files.root, "torch", files.ranks, grid, files.args, reference)
+
+
+def _open_torch_dist(files: TorchDistFiles, reference: HfFiles | None) -> Checkpoint:
+    """Distributed checkpoints hold whole tensors: they are joined as one rank's, and the grid is what `args` say."""
+    ranks = {(0, 0, 0): {"model": files.tensors}}
+    checkpoint = _join(files.path, files.root, "torch_dist", ranks, Parallelism(), files.args, reference)
+    checkpoint.grid = grid_of(files.args)
+    if files.ignored:
+        checkpoint.notes.append(f"{len(files.ignored)} tensors of the optimizer are left out")
+    return checkpoint
 
 
 _STATED = (

@@ -54,6 +54,21 @@ def test_round_trip(tmp_path: Path, kind: str) -> None:
     assert inspect(tmp_path / "meg").parameters == inspect(source).parameters
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "qwen3_moe-mixed", "gemma3", "apertus"])
+def test_distributed_checkpoints_in_any_order(tmp_path: Path, kind: str) -> None:
+    source = save_model(tmp_path / "hf", kind, dtype="bfloat16")
+    grid = Parallelism(2, 2, ep=2) if kind in MOE else Parallelism(2, 2)
+    convert(source, tmp_path / "dist", to="torch_dist", grid=grid)
+    convert(tmp_path / "dist", tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)
+    assert inspect(tmp_path / "dist").grid == str(grid)
+    convert(tmp_path / "dist", tmp_path / "legacy", to="torch", grid=Parallelism(1, 2))
+    convert(source, tmp_path / "direct", to="torch", grid=Parallelism(1, 2))
+    assert files_of(tmp_path / "legacy") == files_of(tmp_path / "direct")
+    convert(tmp_path / "legacy", tmp_path / "again", to="torch_dist", grid=grid)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "dist")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("kind", MODELS)

@@ -27,7 +27,7 @@ class Architecture:
     formats: tuple[str, ...]
 
 
-FORMATS = ("hf", "packed", "torch")
+FORMATS = ("hf", "packed", "torch", "torch_dist")
 
 
 ENTRY_POINTS = "ckptkit.families"

@@ -26,6 +26,8 @@ class Split:
         replicated: Whether every rank holds the same bytes; then the copies must be equal.
         padded: Whether the first axis is the vocabulary, padded before it is cut.
         expert: Whether the ranks are the expert tensor parallel ones, on one expert parallel rank.
+        axis: The axis that the ranks divide (-1: the last), or None if they do not.
+        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Split:
     replicated: bool = False
     padded: bool = False
     expert: bool = False
+    axis: int | None = 0
+    blocks: int = 1
 
 
 def _share(length: int, size: int, axis: str) -> int:
@@ -71,9 +75,11 @@ def _join_gated(shards: Sequence[Tensor]) -> Tensor:
 
 
 COLUMN = Split("column", _cut_rows, vstack)
-ROW = Split("row", _cut_columns, hstack)
-GATED_COLUMN = Split("gated column", _cut_gated, _join_gated)
-REPLICATED = Split("replicated", lambda tensor, rank, size: tensor, lambda shards: shards[0], replicated=True)
+ROW = Split("row", _cut_columns, hstack, axis=-1)
+GATED_COLUMN = Split("gated column", _cut_gated, _join_gated, blocks=2)
+REPLICATED = Split(
+    "replicated", lambda tensor, rank, size: tensor, lambda shards: shards[0], replicated=True, axis=None
+)
 VOCAB = Split("vocabulary", _cut_rows, vstack, padded=True)
 EXPERT_GATED_COLUMN = replace(GATED_COLUMN, name="expert gated column", expert=True)
 EXPERT_ROW = replace(ROW, name="expert row", expert=True)

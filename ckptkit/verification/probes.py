@@ -118,12 +118,18 @@ def hf_sites(model: Any) -> dict[str, Site]:
 def _layer_sites(
     name: str, layer: Any, prefix: str, take: Callable[[Any], torch.Tensor], attention: torch.nn.Module
 ) -> dict[str, Site]:
-    """Attention, MLP and whole of one decoder layer, its tensors shared out among them in running order."""
+    """Attention, MLP and whole of one decoder layer, its tensors shared out among them in running order.
+
+    Norms after attention and MLP belong to those: in Megatron they are part of the last linear.
+    """
     feeds: dict[str, list[str]] = {"self_attention": [], "mlp": [], "output": []}
-    for child, module in layer.named_children():
-        feeds[_part(child)] += _names(module, f"{prefix}{child}.")
-    feeds["output"] += [prefix + parameter for parameter, _ in layer.named_parameters(recurse=False)]
     modules = {"self_attention": attention, "mlp": layer.mlp, "output": layer}
+    if hasattr(layer, "post_feedforward_layernorm"):
+        modules |= {"self_attention": layer.post_attention_layernorm, "mlp": layer.post_feedforward_layernorm}
+    post_norms = {module: part for part, module in modules.items()}
+    for child, module in layer.named_children():
+        feeds[post_norms.get(module) or _part(child)] += _names(module, f"{prefix}{child}.")
+    feeds["output"] += [prefix + parameter for parameter, _ in layer.named_parameters(recurse=False)]
     return {f"{name}.{part}": Site(modules[part], take, feeds[part]) for part in feeds}
 
 

@@ -128,16 +128,16 @@ class _Row:
         return part[0]
 
 
-def save_probes(folder: Path, states: dict[str, torch.Tensor], tp_rank: int = 0, pp_rank: int = 0) -> None:
+def save_probes(folder: Path, states: dict[str, torch.Tensor], rank: int = 0) -> None:
     """Write what one rank recorded, fp32 [positions, hidden] for each place."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(states, str(folder / f"tp{tp_rank}_pp{pp_rank}.safetensors"))
+    save_file(states, str(folder / f"rank_{rank}.safetensors"))
 
 
 def read_probes(run: Run) -> dict[str, list[torch.Tensor]]:
-    """All hidden states of a run: place -> the state on each tensor parallel rank, which should all be the same."""
+    """All hidden states of a run: place -> the state on each rank of its stage, which should all be the same."""
     from safetensors.torch import load_file
 
     assert run.probes is not None

@@ -43,6 +43,13 @@ def test_packed_and_either_order(llama: Callable[..., Path], tmp_path: Path, poo
     assert report.passed and "both sides ran in megatron-core" in report.messages[0]
 
 
+def test_distributed_checkpoint_on_its_own_grid(llama: Callable[..., Path], tmp_path: Path, pool: RankPool) -> None:
+    source = llama("gqa")
+    convert(source, tmp_path / "dist", to="torch_dist", grid=Parallelism(2, 2))
+    report = verify(source, tmp_path / "dist", tolerance=1e-5, pool=pool)
+    assert levels_of(report) == {"structure": True, "weights": True, "logits": True}
+
+
 def change_tensor(path: Path, name: str, change: Callable[[Any], Any]) -> None:
     """Rewrites one rank's file with a tensor changed."""
     import torch

@@ -1,0 +1,426 @@
+"""Megatron-Core's distributed checkpoint, `--ckpt-format torch_dist`: whole tensors in chunks, whatever the grid.
+
+Keys carry no ranks. Layers that are all alike are stacked on a new first axis (`decoder.layers.mlp.linear_fc2.weight`,
+[layers, ...]), others keep their number; experts are stacked behind the layers. Both come out, and go in, under
+canonical names: `decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}`. Names of the two layer specs differ in
+one place only: Transformer Engine keeps `pre_mlp_layernorm.weight` where a layer has experts, the local spec writes
+`mlp.linear_fc1.layer_norm_weight` there, too.
+
+Source: `sharded_state_dict` and `apply_swiglu_sharded_factory` of megatron-core 0.16.1 and 0.19.2; `common_state` and
+the two forms of metadata.json were measured on files of both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.formats.dcp import DcpFiles, is_dcp, open_dcp
+from ckptkit.formats.dcp_layout import NewChunk, NewObject, lay_out_dcp
+from ckptkit.formats.hf import read_json
+from ckptkit.formats.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
+from ckptkit.formats.torch_legacy import TRACKER
+from ckptkit.io.plan import OutputFile
+from ckptkit.tensors import Literal, Tensor, vstack
+
+FOLDER = "release"
+CONFIG, COMMON = "metadata.json", "common.pt"
+_COMMON_STATE = "common_state/shard_0_1"
+
+_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
+_STACKED = re.compile(r"(?!.*\blayers\.\d+\.)(.*?\blayers)\.(.+)")
+_STORED_EXPERT = re.compile(r"(.*\.experts)\.experts\.(?:(\d+)\.)?(linear_fc[12])\.(weight|bias)(_[wv])?")
+_EXPERT = re.compile(r"(.*\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d+)")
+_HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias)\d*)_([wv])")
+_NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler")
+_MOE_NORM, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+
+
+@dataclass(frozen=True)
+class TorchDistFiles:
+    """An opened checkpoint.
+
+    Attributes:
+        path: The folder with metadata.json.
+        root: The folder with the tracker file, or `path` itself.
+        args: `args` as plain values.
+        tensors: Canonical name with global layer and expert numbers -> whole tensor, vocabulary padding included.
+        spec: `local` if the local layer spec wrote it and that shows (only with experts), else `te`.
+        stacked: Whether its layers were stacked.
+        ignored: Keys that are not of the model (optimizer and random states).
+    """
+
+    path: Path
+    root: Path
+    args: dict[str, Any]
+    tensors: dict[str, Tensor]
+    spec: str
+    stacked: bool
+    ignored: tuple[str, ...]
+
+
+def is_torch_dist(path: Path) -> bool:
+    """Whether a folder says of itself that it is a distributed checkpoint of Megatron-Core."""
+    return (path / CONFIG).is_file() and "sharded_backend" in read_json(path / CONFIG)
+
+
+def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
+    """Opens a checkpoint; reads metadata and the headers of the model's chunks.
+
+    Raises:
+        InputError: Files are missing or damaged, or chunks do not make up their tensors.
+        UnsupportedError: Another backend than torch_dist wrote it.
+    """
+    backend = read_json(path / CONFIG).get("sharded_backend")
+    if backend != "torch_dist":
+        raise UnsupportedError(
+            f"distributed checkpoint of backend {str(backend)[:40]!r}",
+            where=path,
+            hint="convert it to torch_dist with the megatron-core that wrote it",
+        )
+    if not is_dcp(path):
+        raise InputError("no .metadata", where=path, hint="fetch or copy it again (its name starts with a dot)")
+    files = open_dcp(path)
+    keys = [key for key in files.tensors if not _NOT_MODEL.match(key)]
+    found: dict[str, Tensor] = {}
+    for key in keys:
+        for name, tensor in _canonical(files, key):
+            if name in found:
+                raise InputError(f"{name} is stored twice (once as {key})", where=path)
+            found[name] = tensor
+    tensors = _join_halves(found, path)
+    moved = _moe_norms(tensors)
+    return TorchDistFiles(
+        path,
+        root,
+        _read_args(files),
+        {moved.get(name, name): tensor for name, tensor in tensors.items()},
+        "local" if moved else "te",
+        any(_STACKED.fullmatch(key) for key in keys),
+        tuple(sorted(files.tensors.keys() - set(keys))),
+    )
+
+
+def _canonical(files: DcpFiles, key: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of single layers and experts that a stored one consists of."""
+    stack = _STACKED.fullmatch(key)
+    expert = _STORED_EXPERT.fullmatch(key)
+    axes = int(stack is not None) + int(expert is not None and expert[2] is None)
+    for index, tensor in files.parts(key, axes):
+        name = key if stack is None else f"{stack[1]}.{index[0]}.{stack[2]}"
+        if match := _STORED_EXPERT.fullmatch(name):
+            prefix, number, module, kind, half = match.groups(default="")
+            name = f"{prefix}.{module}.{kind}{int(number) if number else index[-1]}{half}"
+        yield name, tensor
+
+
+def _join_halves(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Joins gate (`_w`) and up (`_v`) where a writer kept them apart (`singleton_local_shards`)."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        match = _HALF.fullmatch(name)
+        if match is None:
+            whole[name] = tensor
+        elif match[2] == "w":
+            up = found.get(f"{match[1]}_v")
+            if up is None or up.shape != tensor.shape or up.dtype != tensor.dtype:
+                raise InputError(f"{name} has no counterpart {match[1]}_v of its shape and dtype", where=path)
+            whole[match[1]] = vstack([tensor, up])
+        elif f"{match[1]}_w" not in found:
+            raise InputError(f"{name} has no counterpart {match[1]}_w", where=path)
+    return whole
+
+
+def _moe_norms(names: Iterable[str]) -> dict[str, str]:
+    """Norms that the local spec names as if they were fused into an fc1, though their layer has only experts' fc1."""
+    names = set(names)
+    return {
+        fused: fused.removesuffix(_FUSED_NORM) + _MOE_NORM
+        for fused in names
+        if fused.endswith(f".{_FUSED_NORM}")
+        and fused.replace("layer_norm_weight", "weight") not in names
+        and fused.removesuffix(_FUSED_NORM) + "mlp.router.weight" in names
+    }
+
+
+def _read_args(files: DcpFiles) -> dict[str, Any]:
+    """`args` of the common state: in common.pt up to 0.18, one of the objects since."""
+    if (files.path / COMMON).is_file():
+        state, where = read_torch_file(files.path / COMMON), files.path / COMMON
+    elif _COMMON_STATE in files.objects:
+        found, where = files.object(_COMMON_STATE), files.path
+        state = found[0] if isinstance(found, list) and found else None
+    else:
+        return {}
+    if not isinstance(state, dict):
+        raise InputError("the common state is not a dictionary", where=where)
+    args = state.get("args")
+    return plain_values(args.fields) if isinstance(args, Namespace) else {}
+
+
+def plain_values(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments that are numbers, strings, lists or None: the only ones that describe a model."""
+    return {key: value for key, value in fields.items() if isinstance(value, bool | int | float | str | list | None)}
+
+
+@dataclass(frozen=True)
+class GlobalTensor:
+    """A tensor of a model to write.
+
+    Attributes:
+        name: Canonical name with global layer and expert numbers.
+        tensor: The whole of it, vocabulary padding included.
+        axis: The axis that tensor parallel ranks divide (negative: from the last), or None if all hold all of it.
+        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up.
+        pp_rank: The pipeline rank that holds it.
+    """
+
+    name: str
+    tensor: Tensor
+    axis: int | None = None
+    blocks: int = 1
+    pp_rank: int = 0
+
+
+@dataclass(frozen=True)
+class StageRanks:
+    """The ranks of one pipeline stage, as Megatron-Core numbers them (`tp-cp-ep-dp-pp`).
+
+    Attributes:
+        tp: Tensor parallel size.
+        ep: Expert parallel size.
+        etp: Tensor parallel size of the experts, `tp` by default.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    etp: int | None = None
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallel size of the experts."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def size(self) -> int:
+        """The fewest ranks that hold a stage."""
+        return lcm(self.tp, self.ep * self.expert_tp)
+
+
+def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> bool:
+    """Whether stock Megatron-Core stacks the layers of a model: they are alike, and its arguments do not say otherwise.
+
+    Source: `TransformerBlock.sharded_state_dict`.
+
+    Args:
+        shapes: Canonical name -> shape.
+        args: Arguments of the model.
+    """
+    if any(args.get(key) for key in ("hetereogenous_dist_checkpoint", "heterogeneous_layers_config_path")):
+        return False
+    for key in ("moe_layer_freq", "linear_attention_freq"):
+        value = args.get(key)
+        if isinstance(value, list) or (isinstance(value, int) and value > 1):
+            return False
+    layers: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
+    for name, shape in shapes.items():
+        if match := _LAYER.fullmatch(name):
+            layers[match[1], int(match[2])].add((match[3], shape))
+    kinds = {(block, frozenset(content)) for (block, _), content in layers.items()}
+    return len(kinds) == len({block for block, _ in layers})
+
+
+def lay_out_torch_dist(
+    tensors: Sequence[GlobalTensor],
+    args: Mapping[str, Any],
+    *,
+    dtype: str,
+    ranks: StageRanks = StageRanks(),
+    spec: str = "te",
+    stacked: bool | None = None,
+) -> list[OutputFile]:
+    """The files of a checkpoint that Megatron-LM's `--load` finds as `release`; equal input gives equal bytes.
+
+    Chunks are those that Megatron-Core's ranks would write, each into a file of its own: they never span layers,
+    experts, or gate and up, because a loader reads whole chunks into memory.
+
+    Args:
+        tensors: The model.
+        args: Arguments as plain values.
+        dtype: torch's name of the parameters' type, for `args.params_dtype`.
+        ranks: The grid within a pipeline stage.
+        spec: `te` or `local`, the layer spec whose strictest loading shall find exactly its own keys. Strictness
+            `assume_ok_unexpected`, the default of Megatron-LM, loads `te` into both.
+        stacked: Whether layers are stacked; by default as `stacks` says.
+
+    Raises:
+        UsageError: A tensor does not divide over the ranks, or layers that differ are to be stacked.
+    """
+    shapes = {item.name: item.tensor.shape for item in tensors}
+    if stacked is None:
+        stacked = stacks(shapes, args)
+    elif stacked and not stacks(shapes, {}):
+        raise UsageError("layers that differ cannot be stacked")
+    keys = _Keys(shapes, stacked, spec)
+    chunks: list[NewChunk] = []
+    objects: list[NewObject] = []
+    whole: dict[str, tuple[int, ...]] = {}
+    for item in tensors:
+        place = keys.place(item.name)
+        shape = (*place.counts, *item.tensor.shape)
+        if whole.setdefault(place.key, shape) != shape:
+            raise UsageError(f"{item.name} has another shape than its siblings")
+        chunks += _chunks(item, place, ranks)
+        objects += [NewObject(key, _EMPTY_STATE, _file(item, place, ranks, 0)) for key in keys.extra_states(item.name)]
+    common = {
+        "args": Namespace({**args, "ckpt_format": "torch_dist", "params_dtype": TorchDType(dtype)}),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": _content(stacked),
+    }
+    return [
+        OutputFile.small(TRACKER, FOLDER.encode()),
+        *lay_out_dcp(FOLDER, whole, chunks, objects),
+        lay_out_torch_file(f"{FOLDER}/{COMMON}", common),
+        OutputFile.small(f"{FOLDER}/{CONFIG}", json.dumps(_BACKEND).encode()),
+    ]
+
+
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def _content(stacked: bool) -> dict[str, object]:
+    """What a loading model is told about the keys: with it, layers that are alike can be found one by one as well."""
+    content: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    return content if stacked else {**content, "non_homogeneous_layers": True}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor goes: `at[n]` of `counts[n]` on each axis in front of its own, of the stored tensor `key`."""
+
+    key: str
+    at: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    expert: bool = False
+
+
+class _Keys:
+    """Canonical names -> stored keys."""
+
+    def __init__(self, names: Iterable[str], stacked: bool, spec: str) -> None:
+        self._stacked = stacked
+        self._spec = spec
+        self._layers: dict[str, int] = defaultdict(int)
+        self._experts: dict[str, int] = defaultdict(int)
+        for name in names:
+            if match := _LAYER.fullmatch(name):
+                self._layers[match[1]] = max(self._layers[match[1]], int(match[2]) + 1)
+            if match := _EXPERT.fullmatch(name):
+                self._experts[match[1]] = max(self._experts[match[1]], int(match[3]) + 1)
+        self._moe = {block.removesuffix("experts") for block in self._experts}
+
+    def place(self, name: str) -> _Place:
+        """The stored tensor that one belongs to, and where."""
+        expert = _EXPERT.fullmatch(name)
+        block = name.removesuffix(_MOE_NORM)
+        if self._spec == "local" and block != name and f"{block}mlp." in self._moe:
+            name = block + _FUSED_NORM
+        key = f"{expert[1]}.experts.{expert[2]}" if expert else name
+        at = (int(expert[3]),) if expert else ()
+        counts = (self._experts[expert[1]],) if expert else ()
+        if layer := self._stack_of(key):
+            stack, number, rest = layer.groups()
+            key, at, counts = f"{stack}.{rest}", (int(number), *at), (self._layers[stack], *counts)
+        return _Place(key, at, counts, bool(expert))
+
+    def extra_states(self, name: str) -> list[str]:
+        """The keys of the empty `_extra_state` objects that strict loading expects beside a weight."""
+        place = self.place(name)
+        module, _, kind = place.key.rpartition(".")
+        if kind != "weight":
+            return []
+        last = module.rpartition(".")[2]
+        modules = [module] if last.startswith("linear_") else []
+        if self._spec == "te":
+            modules += [module] if last.endswith("layernorm") else []
+            modules += [module.removesuffix("linear_qkv") + "core_attention"] if last == "linear_qkv" else []
+        at, counts = place.at or (0,), place.counts or (1,)
+        shard = f"shard_{'.'.join(map(str, at))}_{'.'.join(map(str, counts))}"
+        return [f"{module}._extra_state/{shard}" for module in modules]
+
+    def _stack_of(self, key: str) -> re.Match[str] | None:
+        """The layer of a key, if that is stacked: those of a `decoder` are, those of multi-token prediction are not."""
+        match = _LAYER.fullmatch(key)
+        return match if self._stacked and match and re.search(r"\bdecoder\.layers$", match[1]) else None
+
+
+def _chunks(item: GlobalTensor, place: _Place, ranks: StageRanks) -> Iterator[NewChunk]:
+    """The chunks that the ranks which hold a tensor write of it."""
+    tensor, lead = item.tensor, (1,) * len(place.at)
+    if item.axis is None:
+        yield NewChunk(
+            place.key,
+            (*place.at, *(0 for _ in tensor.shape)),
+            tensor.reshape((*lead, *tensor.shape)),
+            _file(item, place, ranks, 0),
+        )
+        return
+    size = ranks.expert_tp if place.expert else ranks.tp
+    axis = item.axis % len(tensor.shape)
+    share, rest = divmod(tensor.shape[axis], item.blocks * size)
+    if rest:
+        raise UsageError(
+            f"{item.name}: {tensor.shape[axis]} do not divide over {item.blocks} x {size} tensor parallel ranks",
+            hint="choose another --tp",
+        )
+    for block, rank in product(range(item.blocks), range(size)):
+        start = (block * size + rank) * share
+        part = _cut(tensor, axis, start, start + share)
+        offsets = tuple(start if number == axis else 0 for number in range(len(tensor.shape)))
+        yield NewChunk(
+            place.key, (*place.at, *offsets), part.reshape((*lead, *part.shape)), _file(item, place, ranks, rank)
+        )
+
+
+def _cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    if axis == len(tensor.shape) - 1:
+        return tensor.cols(start, stop)
+    if axis == 0:
+        return tensor.rows(start, stop)
+    raise ValueError(f"ranks divide the first or the last axis, not {axis} of {len(tensor.shape)}")
+
+
+def _file(item: GlobalTensor, place: _Place, ranks: StageRanks, tp_rank: int) -> str:
+    """The file of the rank that writes a chunk: the first of those that hold it."""
+    rank = tp_rank
+    if place.expert:
+        expert, count = place.at[-1], place.counts[-1]
+        if count % ranks.ep:
+            raise UsageError(f"{count} experts do not divide over {ranks.ep} ranks", hint="choose another --ep")
+        rank += expert // (count // ranks.ep) * ranks.expert_tp
+    return f"__{item.pp_rank * ranks.size + rank}_0.distcp"
+
+
+def _empty_state() -> bytes:
+    """torch.save of `[None]`: a shard's list of states, the only one of which is none."""
+    (segment,) = lay_out_torch_file("archive", [None]).segments
+    (piece,) = segment.tensor.bands[0].pieces
+    assert isinstance(piece, Literal)
+    return piece.data
+
+
+_EMPTY_STATE = _empty_state()
