@@ -1,7 +1,25 @@
-"""What holds for every test: no network, no thread pools that fight over a small machine."""
+"""What holds for every test: no network, no thread pools that fight over a small machine, one pool of ranks."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from ckptkit.verification.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four ranks that all tests share: importing megatron-core takes longer than any of them."""
+    from ckptkit.verification.pool import RankPool
+
+    with RankPool(4) as ranks:
+        yield ranks

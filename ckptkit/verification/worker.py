@@ -73,11 +73,10 @@ def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
             return pipeline.forward(tokens)
 
     rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), forward)
-    here = list(job.grid.ranks())[rank]
-    if (here.pp, here.tp, here.ep) == (job.grid.pp - 1, 0, 0):
+    if rank == job.world_size - job.grid.stage_size:  # the first rank of the last stage
         save_logits(job.output, groups)
     if job.probes:
-        save_probes(Path(job.probes), recorder.states, here.tp, here.pp)
+        save_probes(Path(job.probes), recorder.states, rank)
     return {
         "rows": rows,
         "feeds": {place: site.feeds for place, site in recorder.sites.items()} | _head(megatron_head(pipeline.chunks)),
@@ -132,7 +131,8 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         sequence_parallel=job.sequence_parallel,
     )
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
-        where = f"{job.checkpoint} ({here}, virtual stage {vp_stage})"
+        place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"
+        where = f"{job.checkpoint} ({place})"
         load_strict(chunk, shard, where=where)
         shard.clear()
     return Pipeline(chunks, job.grid, device, checkpoint.config.vocab_size)

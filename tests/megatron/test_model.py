@@ -109,10 +109,10 @@ def test_grids_that_do_not_divide(changes: dict[str, int], padded: int, text: st
     from ckptkit.megatron.config import check_grid
 
     config = replace(CONFIG, layers=(LAYER, replace(LAYER, **changes)))
-    check_grid(CONFIG, 2, 64)
-    check_grid(CONFIG, 4, 64)  # twice as many ranks as query groups
+    check_grid(CONFIG, Parallelism(2), 64)
+    check_grid(CONFIG, Parallelism(4), 64)  # twice as many ranks as query groups
     with pytest.raises(UsageError, match=text):
-        check_grid(config, 2, padded)
+        check_grid(config, Parallelism(2), padded)
 
 
 def run(chunk: Any, state: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:

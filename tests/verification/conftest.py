@@ -7,23 +7,15 @@ the ranks share them over gloo.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptkit.verification.pool import RankPool
 from tests.models import save_llama
 
 DEVICE = os.environ.get("CKPTKIT_TEST_DEVICE", "cpu")
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[RankPool]:
-    """Four ranks that all tests share: importing megatron-core takes longer than any of them."""
-    with RankPool(4) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="session")
