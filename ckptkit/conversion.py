@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptkit import __version__
 from ckptkit.checkpoint import DEFAULT_DIVISIBLE_BY, EMBEDDING, LAYOUTS, Checkpoint, check_grid
-from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.errors import InputError, StorageError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.families.args import inexpressible, to_args
 from ckptkit.families.fields import set_dtype
@@ -157,10 +157,16 @@ def convert(
     with ExitStack() as stack:
         source = _open(stack, src, hf_reference, headers_only=dry_run)
         plan = make_plan(source, to, options)
-        destination = Destination(Path(dst), plan, sources=[source.path], overwrite=overwrite, resume=resume)
         hashes: dict[str, str] = {}
-        if not dry_run:
-            hashes = destination.write(threads=threads, hash=hash, progress=progress)
+        try:
+            destination = Destination(Path(dst), plan, sources=[source.path], overwrite=overwrite, resume=resume)
+            free = destination.free
+            if not dry_run:
+                hashes = destination.write(threads=threads, hash=hash, progress=progress)
+        except StorageError as error:
+            if not dry_run:
+                raise
+            plan, free = replace(plan, notes=(*plan.notes, f"it could not be written here: {error}")), 0
     through, rearranged = plan.traffic()
     return ConversionResult(
         source={**_describe(source), "path": str(src), "origin": source.sidecar.origin},
@@ -171,7 +177,7 @@ def convert(
         bytes_rearranged=rearranged,
         memory_needed=MEMORY_LIMIT,
         disk_needed=plan.nbytes,
-        disk_free=destination.free,
+        disk_free=free,
         coverage=dict(plan.coverage),
         lossy=list(plan.lossy),
         notes=list(plan.notes),

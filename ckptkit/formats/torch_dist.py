@@ -27,7 +27,7 @@ from ckptkit.formats.dcp import DcpFiles, is_dcp, open_dcp
 from ckptkit.formats.dcp_layout import NewChunk, NewObject, lay_out_dcp
 from ckptkit.formats.hf import read_json
 from ckptkit.formats.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
-from ckptkit.formats.torch_legacy import TRACKER
+from ckptkit.formats.torch_legacy import TRACKER, plain_values
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Literal, Tensor, vstack
 
@@ -166,11 +166,6 @@ def _read_args(files: DcpFiles) -> dict[str, Any]:
     return plain_values(args.fields) if isinstance(args, Namespace) else {}
 
 
-def plain_values(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Arguments that are numbers, strings, lists or None: the only ones that describe a model."""
-    return {key: value for key, value in fields.items() if isinstance(value, bool | int | float | str | list | None)}
-
-
 @dataclass(frozen=True)
 class GlobalTensor:
     """A tensor of a model to write.
@@ -257,8 +252,9 @@ def lay_out_torch_dist(
         args: Arguments as plain values.
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
         ranks: The grid within a pipeline stage.
-        spec: `te` or `local`, the layer spec whose strictest loading shall find exactly its own keys. Strictness
-            `assume_ok_unexpected`, the default of Megatron-LM, loads `te` into both.
+        spec: `te`, `local` or another spec without Transformer Engine, whose strictest loading shall find exactly its
+            own keys. Strictness `assume_ok_unexpected`, Megatron-LM's default, loads `te` into all whose layers have
+            the same names.
         stacked: Whether layers are stacked; by default as `stacks` says.
 
     Raises:

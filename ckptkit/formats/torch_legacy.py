@@ -142,7 +142,7 @@ def _common_args(contents: Mapping[Path, Any]) -> dict[str, Any]:
     first: dict[str, Any] | None = None
     for folder, content in contents.items():
         args = content.get("args")
-        fields = _plain(args.fields) if isinstance(args, Namespace) else {}
+        fields = plain_values(args.fields) if isinstance(args, Namespace) else {}
         if first is None:
             first = fields
         for key in first.keys() & fields.keys():
@@ -154,7 +154,8 @@ def _common_args(contents: Mapping[Path, Any]) -> dict[str, Any]:
 _PER_RANK = {"rank", "local_rank", "data_parallel_rank", "expert_tensor_parallel_rank"}
 
 
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments that are numbers, strings, sequences or None: the only ones that describe a model."""
     plain = (bool, int, float, str, list, tuple, type(None))
     return {key: value for key, value in fields.items() if isinstance(value, plain)}
 

@@ -123,7 +123,7 @@ def probed(folder: Path, noise: dict[str, float], layers: int = 2, ranks: int = 
         states[place] = state + level * torch.ones(3, 8)
     for rank in range(ranks):
         bad = {name: state * (1 + 0.1 * (rank > 0 and name == "final_norm")) for name, state in states.items()}
-        save_probes(folder / "probes", bad, tp_rank=rank)
+        save_probes(folder / "probes", bad, rank)
     save_logits(folder / "logits", {3: torch.randn(1, 3, 11) + head})
     feeds = {place: [f"tensor of {place}"] for place in [*places(layers), "head"]}
     return Run([[1, 2, 3]], folder / "logits", folder / "probes", feeds)

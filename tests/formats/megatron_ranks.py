@@ -1,0 +1,421 @@
+"""Real Megatron-Core models on a grid of processes: they save and load distributed checkpoints for the tests.
+
+Runs as a program, because `dist_checkpointing.save` starts processes that import the main module again:
+`python -m tests.formats.megatron_ranks JOBS.json`. Every parameter has a value that only its global name and place
+decide (`golden`), and shards are cut here with torch alone, so neither side judges itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, FFN, VOCAB = 4, 32, 4, 2, 8, 48, 96
+EXPERTS, EXPERT_FFN, SHARED_FFN = 4, 16, 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """One save or load.
+
+    Attributes:
+        action: `save`, `load`, `refuse` (to load), or `megatron_lm` (see the module of that name).
+        folder: The checkpoint, without the tracker file (but with it for `megatron_lm`).
+        model: `dense`, `tied` or `moe`; `mixed` is a `moe` whose first layer is dense.
+        metadata: What `sharded_state_dict` gets as `metadata`; for `megatron_lm`, `use_checkpoint_args`.
+    """
+
+    action: str
+    folder: str
+    model: str = "dense"
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    vpp: int = 1
+    dtype: str = "float32"
+    strict: str = "raise_all"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.ep
+
+
+def run(jobs: list[Job], folder: Path, timeout: float = 300) -> list[str]:
+    """Runs jobs of equal world size one after the other, in one set of processes.
+
+    Returns:
+        What went wrong with each: nothing, or the end of what the ranks said.
+    """
+    (world_size,) = {job.world_size for job in jobs}
+    script = folder / f"jobs_{world_size}.json"
+    script.write_text(json.dumps([asdict(job) for job in jobs]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    command = [sys.executable, "-m", "tests.formats.megatron_ranks", str(script)]
+    log = script.with_suffix(".log")
+    with log.open("wb") as out:
+        ranks = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        try:
+            ranks.wait(timeout)
+        except subprocess.TimeoutExpired:
+            out.write(f"\nnot done after {timeout} seconds".encode())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)  # the helpers of a rank that died live on
+            ranks.wait()
+    output = log.read_text(errors="replace")[-6000:]
+    return [
+        "" if all(_mark(script, number, rank).exists() for rank in range(world_size)) else f"{job}: {output}"
+        for number, job in enumerate(jobs)
+    ]
+
+
+def _mark(script: Path, number: int, rank: int) -> Path:
+    """The file that says that a rank finished a job."""
+    return script.with_suffix(f".{number}.{rank}.done")
+
+
+def arguments() -> dict[str, Any]:
+    """What `args` says of the model, as plain values."""
+    return {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "padded_vocab_size": VOCAB,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+    }
+
+
+def golden(name: str, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+    """The values of a whole tensor, which its canonical name decides."""
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+
+
+def shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of a model."""
+    sizes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (VOCAB, HIDDEN),
+        "decoder.final_layernorm.weight": (HIDDEN,),
+    }
+    if model != "tied":
+        sizes["output_layer.weight"] = (VOCAB, HIDDEN)
+    rows = (HEADS + 2 * GROUPS) * WIDTH
+    for layer in range(LAYERS):
+        block = {
+            "self_attention.linear_qkv.layer_norm_weight": (HIDDEN,),
+            "self_attention.linear_qkv.weight": (rows, HIDDEN),
+            "self_attention.linear_qkv.bias": (rows,),
+            "self_attention.linear_proj.weight": (HIDDEN, HEADS * WIDTH),
+            "self_attention.q_layernorm.weight": (WIDTH,),
+            "self_attention.k_layernorm.weight": (WIDTH,),
+            **(_moe() if is_moe(model, layer) else _mlp("mlp", FFN)),
+        }
+        if not is_moe(model, layer):
+            block["mlp.linear_fc1.layer_norm_weight"] = (HIDDEN,)
+        sizes.update({f"decoder.layers.{layer}.{name}": shape for name, shape in block.items()})
+    return sizes
+
+
+def is_moe(model: str, layer: int) -> bool:
+    return model == "moe" or (model == "mixed" and layer > 0)
+
+
+def _mlp(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.linear_fc1.weight": (2 * ffn, HIDDEN), f"{prefix}.linear_fc2.weight": (HIDDEN, ffn)}
+
+
+def _moe() -> dict[str, tuple[int, ...]]:
+    experts: dict[str, tuple[int, ...]] = {}
+    for expert in range(EXPERTS):
+        experts[f"mlp.experts.linear_fc1.weight{expert}"] = (2 * EXPERT_FFN, HIDDEN)
+        experts[f"mlp.experts.linear_fc2.weight{expert}"] = (HIDDEN, EXPERT_FFN)
+    return {
+        "pre_mlp_layernorm.weight": (HIDDEN,),
+        "mlp.router.weight": (EXPERTS, HIDDEN),
+        **_mlp("mlp.shared_experts", SHARED_FFN),
+        **experts,
+    }
+
+
+def weights(model: str, dtype: str = "float32") -> dict[str, Any]:
+    """Canonical name -> values of every tensor of a model."""
+    return {name: golden(name, shape, dtype) for name, shape in shapes(model).items()}
+
+
+def shard(name: str, tensor: Any, rank: int, size: int) -> Any:
+    """What tensor parallel rank `rank` holds of a tensor, by Megatron's partition rules."""
+    import torch
+
+    if re.search(r"linear_fc1\.weight\d*$", name):
+        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
+    if re.search(r"(linear_qkv\.(weight|bias)|word_embeddings\.weight|output_layer\.weight)$", name):
+        return tensor.chunk(size)[rank]
+    if re.search(r"(linear_proj\.weight|linear_fc2\.weight\d*)$", name):
+        return tensor.chunk(size, dim=-1)[rank]
+    return tensor
+
+
+_LOCAL_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def canonical(name: str, layer_numbers: list[int], job: Job, ep_rank: int) -> str:
+    """The canonical name of a parameter of a local-spec model chunk."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return "embedding.word_embeddings.weight" if job.model == "tied" and name == "output_layer.weight" else name
+    layer, rest = layer_numbers[int(match[1])], match[2]
+    if not (is_moe(job.model, layer) and rest == "pre_mlp_layernorm.weight"):
+        rest = _LOCAL_NAMES.get(rest, rest)
+    if expert := re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", rest):
+        rest = f"mlp.experts.{expert[2]}{int(expert[1]) + ep_rank * EXPERTS // job.ep}"
+    return f"decoder.layers.{layer}.{rest}"
+
+
+class Ranks:
+    """One rank's part in the jobs."""
+
+    def __init__(self, rank: int, store: str) -> None:
+        import torch
+
+        self.rank = rank
+        self.store = store
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        else:
+            torch.cuda.current_device = lambda: "cpu"
+            torch.cuda.synchronize = lambda *args: None
+            torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+
+    def run(self, number: int, job: Job) -> None:
+        """Runs one job in process groups of its own."""
+        import torch
+        from megatron.core import parallel_state, tensor_parallel
+
+        store = torch.distributed.FileStore(f"{self.store}.{number}", job.world_size)
+        if job.action == "megatron_lm":
+            from tests.formats import megatron_lm
+
+            megatron_lm.run(self, store, job)
+            return
+        torch.distributed.init_process_group("gloo", store=store, rank=self.rank, world_size=job.world_size)
+        parallel_state.initialize_model_parallel(
+            job.tp, job.pp, job.vpp if job.vpp > 1 else None, expert_model_parallel_size=job.ep
+        )
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+        try:
+            getattr(self, job.action)(job, self.build(job))
+            torch.distributed.barrier()
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+    def build(self, job: Job) -> list[Any]:
+        """The model chunks of this rank."""
+        import torch
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        dtype = getattr(torch, job.dtype)
+        moe = {
+            "num_moe_experts": EXPERTS,
+            "moe_ffn_hidden_size": EXPERT_FFN,
+            "moe_shared_expert_intermediate_size": SHARED_FFN,
+            "moe_token_dispatcher_type": "allgather",
+            "moe_layer_freq": [0, *[1] * (LAYERS - 1)] if job.model == "mixed" else 1,
+        }
+        config = TransformerConfig(
+            num_layers=LAYERS,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            num_query_groups=GROUPS,
+            kv_channels=WIDTH,
+            ffn_hidden_size=FFN,
+            normalization="RMSNorm",
+            qk_layernorm=True,
+            add_bias_linear=False,
+            add_qkv_bias=True,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            tensor_model_parallel_size=job.tp,
+            pipeline_model_parallel_size=job.pp,
+            virtual_pipeline_model_parallel_size=job.vpp if job.vpp > 1 else None,
+            expert_model_parallel_size=job.ep,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            use_cpu_initialization=not self.cuda,
+            gradient_accumulation_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            **(moe if job.model in ("moe", "mixed") else {}),
+        )
+        return self.chunks(job, config)
+
+    def chunks(self, job: Job, config: Any) -> list[Any]:
+        """The model chunks of this rank with a config of Megatron-Core, local spec."""
+        from megatron.core import parallel_state
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        chunks = []
+        for stage in range(job.vpp):
+            vp_stage = stage if job.vpp > 1 else None
+            spec = get_gpt_decoder_block_spec(config, False, vp_stage=vp_stage)
+            model = GPTModel(
+                config=config,
+                transformer_layer_spec=spec,
+                vocab_size=VOCAB,
+                max_sequence_length=16,
+                pre_process=pp_rank == 0 and stage == 0,
+                post_process=pp_rank == job.pp - 1 and stage == job.vpp - 1,
+                share_embeddings_and_output_weights=job.model == "tied",
+                position_embedding_type="none",
+                vp_stage=vp_stage,
+            )
+            chunks.append(model.cuda() if self.cuda else model)
+        return chunks
+
+    def expected(self, job: Job, chunk: Any) -> dict[str, Any]:
+        """Parameter name -> the values that this rank must hold."""
+        from megatron.core import parallel_state
+
+        layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        ep_rank = parallel_state.get_expert_model_parallel_rank()
+        tp_rank, whole = parallel_state.get_tensor_model_parallel_rank(), weights(job.model, job.dtype)
+        result = {}
+        for name, _ in chunk.named_parameters():
+            key = canonical(name, layers, job, ep_rank)
+            result[name] = shard(key, whole[key], tp_rank, job.tp)
+        return result
+
+    def sharded(self, job: Job, chunks: list[Any]) -> dict[str, Any]:
+        """The sharded state dict of all chunks, keyed as Megatron-LM keys it."""
+        names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+        metadata = dict(job.metadata)
+        if metadata:
+            from megatron.core import parallel_state
+
+            metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return {
+            name: chunk.sharded_state_dict(metadata=metadata or None) for name, chunk in zip(names, chunks, strict=True)
+        }
+
+    def save(self, job: Job, chunks: list[Any]) -> None:
+        """Saves golden values."""
+        import argparse
+
+        import torch
+        from megatron.core import dist_checkpointing
+
+        with torch.no_grad():
+            for chunk in chunks:
+                expected = self.expected(job, chunk)
+                for name, parameter in chunk.named_parameters():
+                    parameter.copy_(expected[name])
+        state = self.sharded(job, chunks)
+        state["args"] = argparse.Namespace(**arguments(), params_dtype=torch.bfloat16)
+        state.update(checkpoint_version=3.0, iteration=7)
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        content = {"singleton_local_shards": bool(job.metadata.get("singleton_local_shards"))}
+        dist_checkpointing.save(state, job.folder, content_metadata=content)
+
+    def load(self, job: Job, chunks: list[Any]) -> None:
+        """Loads, and compares every parameter with its golden values, bit for bit."""
+        from megatron.core import dist_checkpointing
+
+        for chunk in chunks:
+            self.forget(chunk)
+        state = self.sharded(job, chunks)
+        loaded = dist_checkpointing.load(state, job.folder, strict=job.strict)
+        for name, chunk in zip(state, chunks, strict=True):
+            chunk.load_state_dict(loaded[name], strict=True)
+            self.compare(job, chunk)
+        assert loaded["args"].num_layers == LAYERS, loaded["args"]
+
+    def forget(self, chunk: Any) -> None:
+        """Leaves nothing in the parameters that could pass for loaded."""
+        import torch
+
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+
+    def compare(self, job: Job, chunk: Any) -> None:
+        """Whether every parameter has its golden values, bit for bit."""
+        import torch
+
+        expected = self.expected(job, chunk)
+        wrong = [key for key, value in chunk.named_parameters() if not torch.equal(value.cpu(), expected[key])]
+        assert not wrong, f"rank {self.rank} of {job}: {wrong}"
+
+    def refuse(self, job: Job, chunks: list[Any]) -> None:
+        """Loads something that Megatron-Core must refuse."""
+        from megatron.core import dist_checkpointing
+
+        try:
+            dist_checkpointing.load(self.sharded(job, chunks), job.folder, strict=job.strict)
+        except Exception as error:
+            print(f"refused: {type(error).__name__}: {str(error)[:300]}")
+            return
+        raise AssertionError(f"rank {self.rank}: {job} was not refused")
+
+
+def _rank(rank: int, jobs: list[Job], store: str) -> None:
+    warnings.simplefilter("ignore")
+    try:
+        ranks = Ranks(rank, store)
+        for number, job in enumerate(jobs):
+            ranks.run(number, job)
+            _mark(Path(store), number, rank).touch()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main(script: str) -> int:
+    """Runs the jobs of a file in forked processes, so that megatron-core is imported once."""
+    jobs = [Job(**job) for job in json.loads(Path(script).read_text())]
+    warnings.simplefilter("ignore")
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(rank, jobs, script)) for rank in range(jobs[0].world_size)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        for process in processes:
+            process.join(0.2)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()  # the others wait for one that is gone
+    return max(process.exitcode or 0 for process in processes) or int(any(p.exitcode for p in processes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
