@@ -34,7 +34,7 @@ test-all: setup lint ## Lint, types, and every test that needs no GPU
 	$(BIN)/python -m pytest -q -m "not gpu"
 
 test-gpu: ## The GPU tests, with the current python and whatever it has installed
-	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest -q -m gpu
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks
