@@ -14,7 +14,7 @@ from ckptkit.families.args import from_args, grid_of, model_from_args
 from ckptkit.families.config import ModelConfig
 from ckptkit.families.table import Family
 from ckptkit.formats.hf import HfFiles, has_shards, open_hf, read_shards
-from ckptkit.formats.packed import is_packed, open_packed
+from ckptkit.formats.packed import PackedFiles, is_packed, open_packed
 from ckptkit.formats.sidecar import Sidecar, read_sidecar
 from ckptkit.formats.torch_dist import TorchDistFiles, is_torch_dist, open_torch_dist
 from ckptkit.formats.torch_legacy import (
@@ -48,9 +48,10 @@ def open_checkpoint(path: str | Path, *, hf_reference: str | Path | None = None)
         raise InputError("no such directory" if not path.exists() else "not a directory", where=path)
     reference = None if hf_reference is None else open_hf(Path(hf_reference))
     if has_shards(path) or (path / "config.json").is_file():
-        if is_packed(read_shards(path)[0]):
-            return _open_packed(path, reference)
-        return _open_hf(open_hf(path))
+        shards = read_shards(path)
+        if is_packed(shards.tensors):
+            return _open_packed(open_packed(path, shards), reference)
+        return _open_hf(open_hf(path, shards))
     folder = iteration_folder(path)
     if is_torch_legacy(folder):
         return _open_torch(open_torch_legacy(folder, path if folder != path else _root(path)), reference)
@@ -180,10 +181,10 @@ def _differences(config: ModelConfig, base: ModelConfig) -> list[str]:
     return texts
 
 
-def _open_packed(path: Path, reference: HfFiles | None) -> Checkpoint:
+def _open_packed(files: PackedFiles, reference: HfFiles | None) -> Checkpoint:
     """A packed model is a grid of one rank: its one stage numbers layers as the whole model does."""
-    files = open_packed(path)
-    return _join(path, path, "packed", {(0, 0, 0): {"model": files.tensors}}, Parallelism(), files.args, reference)
+    ranks = {(0, 0, 0): {"model": files.tensors}}
+    return _join(files.path, files.path, "packed", ranks, Parallelism(), files.args, reference)
 
 
 def _open_torch(files: TorchFiles, reference: HfFiles | None) -> Checkpoint:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
@@ -52,22 +52,32 @@ def has_shards(path: Path) -> bool:
     return any((path / name).is_file() for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
 
 
-def open_hf(path: Path) -> HfFiles:
+class Shards(NamedTuple):
+    """The weights of a directory: name -> tensor, file -> header of its safetensors files, and all their names."""
+
+    tensors: dict[str, Tensor]
+    headers: dict[str, Header]
+    names: list[str]
+
+
+def open_hf(path: Path, shards: Shards | None = None) -> HfFiles:
     """Opens a directory; only headers are read.
+
+    Args:
+        path: The directory.
+        shards: What `read_shards` gave for it, if that was asked before: large models have large headers.
 
     Raises:
         InputError: A file is missing or damaged, or index and shards disagree.
     """
     config = read_json(path / "config.json")
-    tensors, headers, names = read_shards(path)
+    tensors, headers, names = shards or read_shards(path)
     small, weights = _other_files(path)
     return HfFiles(path, config, tensors, headers, small, sorted(set(weights) - set(names)))
 
 
-def read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Header], list[str]]:
-    """The tensors of a directory, the headers of its safetensors shards, and the names of the files they are in.
-
-    The index decides what belongs to the model, or else the single file.
+def read_shards(path: Path) -> Shards:
+    """The weights of a directory; the index decides what belongs to the model, or else the single file.
 
     Raises:
         InputError: A file is missing or damaged, or index and shards disagree.
@@ -88,7 +98,7 @@ def read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Header], list[
         tensors.update(found)
     if index is not None:
         _check_index(path, index, tensors)
-    return tensors, headers, names
+    return Shards(tensors, headers, names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,10 +187,10 @@ def _check_index(path: Path, index: Mapping[str, Any], tensors: Mapping[str, Ten
         raise InputError(f"the index lists {missing[0]} in {listed[missing[0]]}, which does not hold it", where=path)
     if extra := sorted(tensors.keys() - listed.keys()):
         raise InputError(f"the shards hold {extra[0]}, which the index does not list", where=path)
+    files = {name: str(path / name) for name in set(listed.values())}
     for name, tensor in tensors.items():
-        file = path / listed[name]
         holder = next((piece.file for band in tensor.bands for piece in band.pieces if hasattr(piece, "file")), None)
-        if holder is not None and Path(holder) != file:
+        if holder is not None and holder != files[listed[name]]:
             raise InputError(f"the index lists {name} in {listed[name]}, it is in {Path(holder).name}", where=path)
 
 

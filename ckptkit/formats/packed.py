@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptkit.formats.hf import lay_out_shards, read_json, read_shards
+from ckptkit.formats.hf import Shards, lay_out_shards, read_json, read_shards
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 
@@ -34,15 +34,18 @@ def is_packed(names: Iterable[str]) -> bool:
     return any(name.removeprefix("language_model.").startswith(("decoder.", "embedding.")) for name in names)
 
 
-def open_packed(path: Path) -> PackedFiles:
+def open_packed(path: Path, shards: Shards | None = None) -> PackedFiles:
     """Opens a packed directory; only headers are read.
+
+    Args:
+        path: The directory.
+        shards: What `read_shards` gave for it, if that was asked before.
 
     Raises:
         InputError: A file is missing or damaged.
     """
-    tensors, _, _ = read_shards(path)
     args = read_json(path / ARGS) if (path / ARGS).is_file() else {}
-    return PackedFiles(path, tensors, args)
+    return PackedFiles(path, (shards or read_shards(path)).tensors, args)
 
 
 def lay_out_packed(tensors: Mapping[str, Tensor], args: Mapping[str, Any], shard_size: int) -> list[OutputFile]:

@@ -5,17 +5,20 @@ Beside a destination `NAME` lie, while a run lives or after it was killed:
     .NAME.ckptkit-lock              held (flock) by the run that writes
     .NAME.ckptkit-partial/
         journal.jsonl               the plan, and the files that are durable
+        sealed.json                 the plan and the finished directory, once it is about to become NAME
         output/                     what becomes NAME
     .NAME.ckptkit-old/              only where the system cannot exchange two directories
 
 A killed run leaves the destination as it was. It leaves its partial directory too, from which
-`resume` goes on.
+`resume` goes on. A run killed after that one step, while it cleaned up, has done its work: `resume` sees that by
+the seal and only cleans up.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +27,13 @@ from pathlib import Path
 
 from ckptkit.errors import StorageError, UsageError
 from ckptkit.io import faults
-from ckptkit.io.engine import run
+from ckptkit.io.engine import hash_file, run
 from ckptkit.io.journal import FileJournal
 from ckptkit.io.plan import Plan
 from ckptkit.io.source import Fingerprint, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file
+
+_SEAL = "sealed.json"
 
 
 class Destination:
@@ -82,9 +87,11 @@ class Destination:
         self._lock = -1
         self._check_overlap(sources)
         with _storage(self.path):
+            self._done = resume and self._is_sealed()
             self._check_place()
         self.free = self._free()
-        self._check_room()
+        if not self._done:
+            self._check_room()
 
     @property
     def directory(self) -> Path:
@@ -136,6 +143,10 @@ class Destination:
                 progress(done, self._plan.nbytes)
 
         with self:
+            if self._done:
+                self._clean_up()
+                count(self._plan.nbytes)
+                return {file.path: hash_file(self.path / file.path) for file in self._plan.files} if hash else {}
             result = run(self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash)
             self.commit()
         return result.hashes
@@ -147,7 +158,8 @@ class Destination:
             with _storage(self._partial):
                 self._recover()
                 self._check_place()
-                self._prepare()
+                if not self._done:
+                    self._prepare()
         except BaseException:
             self._release()
             raise
@@ -173,6 +185,7 @@ class Destination:
             fingerprint.check()
         with _storage(self.path):
             self._check_place()
+            self._seal()
             # Without its journal, a partial directory is never taken for a resumable one: after the
             # exchange it holds the old files, and some may have the sizes of the new.
             faults.step("drop-journal")
@@ -182,6 +195,24 @@ class Destination:
             self._put_in_place()
             faults.step("clean-up")
         self._clean_up()
+
+    def _seal(self) -> None:
+        """Notes which directory is about to become the destination: renaming keeps its number."""
+        seal = {"plan": self._plan.digest(self._fingerprints), "output": self.directory.stat().st_ino}
+        path = self._partial / _SEAL
+        path.write_text(json.dumps(seal), encoding="utf-8")
+        sync_file(path)
+
+    def _is_sealed(self) -> bool:
+        """Whether the destination is what an earlier run of this very plan put there, whole."""
+        try:
+            seal = json.loads((self._partial / _SEAL).read_bytes())
+            number = self.path.stat().st_ino
+            sizes = [(self.path / file.path).stat().st_size for file in self._plan.files]
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False
+        digest = self._plan.digest(fingerprints(self._plan.sources()))
+        return seal == {"plan": digest, "output": number} and sizes == [file.size for file in self._plan.files]
 
     def _put_in_place(self) -> None:
         faults.step("rename")
@@ -248,7 +279,7 @@ class Destination:
         if not self.path.is_dir():
             raise UsageError("the destination is a file", where=self.path, hint="name a directory")
         occupied = self._occupied()
-        if occupied and not self._overwrite:
+        if occupied and not (self._overwrite or self._done):
             raise UsageError("the destination exists", where=self.path, hint="choose another, or pass --overwrite")
         for place in (Path(os.path.expanduser("~")), _current()):
             if occupied and self.path in (place, *place.parents):

@@ -35,7 +35,17 @@ from ckptkit.io.source import Sources
 from ckptkit.io.system import allocate, start_writeback, storage_error
 from ckptkit.tensors import Region, Tensor
 
-__all__ = ["MEMORY_LIMIT", "EngineResult", "Journal", "check_cast", "compare", "hash_tensor", "read_tensor", "run"]
+__all__ = [
+    "MEMORY_LIMIT",
+    "EngineResult",
+    "Journal",
+    "check_cast",
+    "compare",
+    "hash_file",
+    "hash_tensor",
+    "read_tensor",
+    "run",
+]
 
 MEMORY_LIMIT = 64 << 20
 """Upper bound of the anonymous memory that moving bytes takes, in bytes, at any size of model."""
@@ -390,7 +400,7 @@ class _Job:
             return False
         if not self._hash:
             return True
-        found = _hash_file(output.path)
+        found = hash_file(output.path)
         if sha256 not in (None, found):
             return False
         self.hashes[output.spec.path] = found
@@ -429,7 +439,7 @@ class _Job:
             if self._stop.is_set():
                 return
             output.finish()
-            sha256 = _hash_file(output.path) if self._hash else None
+            sha256 = hash_file(output.path) if self._hash else None
             if sha256 is not None:
                 self.hashes[output.spec.path] = sha256
             if self._journal is not None:
@@ -480,7 +490,12 @@ class _Mover:
             done += len(data)
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

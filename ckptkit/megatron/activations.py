@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
 from ckptkit.errors import UnsupportedError
@@ -36,7 +37,8 @@ class XIELU(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Element by element; same shape and dtype."""
         # Each rank sees a part of the channels: backwards this sums the gradients of all of them.
-        alpha_p, alpha_n = map(copy_to_tensor_model_parallel_region, (self.alpha_p, self.alpha_n))
+        group = get_tensor_model_parallel_group()
+        alpha_p, alpha_n = (copy_to_tensor_model_parallel_region(x, group) for x in (self.alpha_p, self.alpha_n))
         positive, negative = F.softplus(alpha_p), self.beta + F.softplus(alpha_n)
         return torch.where(
             x > 0,

@@ -37,7 +37,7 @@ def transformer_config(
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
 
     Raises:
-        UnsupportedError: megatron-core cannot express the biases.
+        UnsupportedError: megatron-core cannot express the biases or the router.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -91,9 +91,14 @@ def _expert_fields(config: ModelConfig, grid: Parallelism) -> dict[str, Any]:
     """What a `TransformerConfig` says of experts.
 
     Tokens are gathered on all expert ranks: of the dispatchers, that one runs on CPUs as well as on GPUs.
+
+    Raises:
+        UnsupportedError: megatron-core has no such router.
     """
     if not config.num_experts:
         return {}
+    if config.experts_per_token == 1 and config.norm_topk_prob:
+        raise UnsupportedError("megatron-core does not run a single expert per token whose weight is renormalised to 1")
     return {
         "num_moe_experts": config.num_experts,
         "moe_ffn_hidden_size": config.moe_ffn_hidden_size,

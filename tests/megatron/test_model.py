@@ -66,6 +66,89 @@ def test_biases_are_independent(one_rank: Parallelism) -> None:
         build(replace(CONFIG, out_bias=True), one_rank)
 
 
+def test_post_norms_and_learned_activations_are_named_as_their_writers_save_them(one_rank: Parallelism) -> None:
+    plain = random_state(build(replace(CONFIG, activation="gelu", gated=False), one_rank)).keys()
+    changes = {"self_attention.linear_proj.post_layernorm.weight", "mlp.linear_fc2.post_layernorm.weight"}
+    state = random_state(build(replace(CONFIG, post_norms=True, activation="gelu", gated=False), one_rank))
+    assert state.keys() - plain == {f"decoder.layers.{i}.{name}" for i in range(2) for name in changes}
+    state = random_state(build(replace(CONFIG, activation="xielu", gated=False), one_rank))
+    names = ("mlp.activation_func.alpha_p", "mlp.activation_func.alpha_n")
+    assert state.keys() - plain == {f"decoder.layers.{i}.{name}" for i in range(2) for name in names}
+    assert all(state[f"decoder.layers.1.{name}"].shape == (1,) for name in names)
+
+
+def moe_config(**changes: Any) -> ModelConfig:
+    experts = {"num_experts": 4, "experts_per_token": 2, "moe_ffn_hidden_size": 24}
+    return replace(CONFIG, layers=(LAYER, replace(LAYER, moe=True)), **{**experts, **changes})
+
+
+def test_experts_are_named_as_megatron_saves_them(one_rank: Parallelism) -> None:
+    state = {name: list(value.shape) for name, value in random_state(build(moe_config(), one_rank)).items()}
+    experts = {
+        f"decoder.layers.1.mlp.experts.local_experts.{e}.{linear}.weight": shape
+        for e in range(4)
+        for linear, shape in (("linear_fc1", [48, 32]), ("linear_fc2", [32, 24]))
+    }
+    inside = {name: shape for name, shape in state.items() if name.startswith("decoder.layers.1.mlp.")}
+    assert inside == {**experts, "decoder.layers.1.mlp.router.weight": [4, 32]}
+    assert state["decoder.layers.0.mlp.linear_fc1.weight"] == [96, 32]
+    with pytest.raises(UnsupportedError, match="norm after them"):
+        build(moe_config(post_norms=True), one_rank)
+
+
+@pytest.mark.parametrize(
+    ("grid", "text"),
+    [
+        (Parallelism(ep=3), "4 experts do not divide over --ep 3"),
+        (Parallelism(5, ep=1, etp=5), "moe_ffn_hidden_size 24"),
+    ],
+)
+def test_experts_that_do_not_divide(grid: Parallelism, text: str) -> None:
+    from ckptkit.megatron.config import check_grid
+
+    check_grid(moe_config(), Parallelism(2, ep=4, etp=1), 64)
+    with pytest.raises(UsageError, match=text):
+        check_grid(moe_config(), grid, 64)
+    with pytest.raises(UsageError, match="0 experts"):
+        check_grid(CONFIG, Parallelism(ep=2), 64)
+
+
+def test_the_embedding_is_scaled_as_transformers_rounds_it(one_rank: Parallelism) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    from ckptkit.megatron.model import build_chunks
+
+    config = replace(CONFIG, scaled_embedding=True)
+    (chunk,) = build_chunks(config, one_rank, 64, dtype=torch.bfloat16, device=CPU)
+    theirs = Gemma3TextScaledWordEmbedding(64, 32, 0, config.embedding_scale).to(torch.bfloat16)
+    weight = torch.randn(64, 32).to(torch.bfloat16)
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        theirs.weight.copy_(weight)
+        chunk.embedding.word_embeddings.weight.copy_(weight)
+        found = chunk.embedding(tokens, tokens).transpose(0, 1)
+        assert torch.equal(found, theirs(tokens))
+        unrounded = (weight[:60].float() * config.embedding_scale).to(torch.bfloat16)
+        assert not torch.equal(found[0], unrounded)
+
+
+def test_logits_are_capped_in_the_loss_too(one_rank: Parallelism) -> None:
+    from ckptkit.megatron.compat import runs_on
+    from ckptkit.megatron.model import load_strict
+
+    plain, capped = build(CONFIG, one_rank), build(replace(CONFIG, logit_softcap=2.0), one_rank)
+    state = random_state(plain)
+    tokens, positions = torch.tensor([[1, 2, 3, 4, 5]]), torch.arange(5)[None]
+    for chunk in (plain, capped):
+        load_strict(chunk, state)
+    with torch.no_grad(), runs_on(CPU):
+        expected = 2.0 * torch.tanh(plain(tokens, positions, None) / 2.0)
+        found = capped(tokens, positions, None)
+        loss = capped(tokens, positions, None, labels=tokens)
+    assert torch.allclose(found, expected) and found.abs().max() > 1.9
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(expected[0], tokens[0], reduction="none"), atol=1e-5)
+
+
 def test_every_layer_has_its_own_sizes(one_rank: Parallelism) -> None:
     other = LayerConfig(8, 1, 16, 24, Rope(5e5, "linear", 2.0), window=3)
     chunk = build(replace(CONFIG, layers=(LAYER, other), gated=False, activation="gelu"), one_rank)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from ckptkit.errors import UnsupportedError
-from ckptkit.families.config import Rope
+from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.megatron import compat
+from ckptkit.sharding.grid import Parallelism
 
 compat.import_megatron()
 
@@ -17,6 +19,9 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
 from ckptkit.megatron import attention  # noqa: E402
+from ckptkit.megatron.activations import activation  # noqa: E402
+from ckptkit.megatron.config import transformer_config  # noqa: E402
+from ckptkit.megatron.moe import Router  # noqa: E402
 from ckptkit.megatron.norms import RMSNorm  # noqa: E402
 from ckptkit.megatron.rotary import RotaryEmbedding, inverse_frequencies  # noqa: E402
 
@@ -83,8 +88,103 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     assert ours.weight.sequence_parallel is True
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_centred_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    torch.manual_seed(0)
+    config = _Config(dtype)
+    config.layernorm_zero_centered_gamma = True
+    ours, theirs = RMSNorm(config, 48, eps=1e-4), Gemma3RMSNorm(48, eps=1e-4).to(dtype)
+    with torch.no_grad():
+        theirs.weight.normal_()
+        ours.weight.copy_(theirs.weight)
+    x = torch.randn(3, 5, 48, dtype=dtype)
+    assert torch.equal(ours(x), theirs(x))
+    ours.zero_centered = False
+    assert not torch.allclose(ours(x), theirs(x), atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xielu_is_that_of_transformers(one_rank: Parallelism, dtype: torch.dtype) -> None:
+    from transformers.activations import XIELUActivation
+
+    torch.manual_seed(0)
+    ours, theirs = activation("xielu", dtype), XIELUActivation(dtype=dtype)
+    assert isinstance(ours, torch.nn.Module)
+    assert activation("xielu", dtype) is not ours
+    state = {"alpha_p": torch.tensor([0.7], dtype=dtype), "alpha_n": torch.tensor([-0.4], dtype=dtype)}
+    ours.load_state_dict(state)
+    theirs.load_state_dict(state, strict=False)
+    x = torch.cat((torch.linspace(-4, 4, 501), torch.tensor([-0.0, 1e-7, -1e-7, -2e-6]))).to(dtype)
+    assert torch.equal(ours(x), theirs(x))
+    for module in (ours, theirs):
+        module(x).float().square().sum().backward()
+    for name, parameter in ours.named_parameters():
+        expected = theirs.get_parameter(name).grad
+        assert parameter.grad is not None and expected is not None and torch.equal(parameter.grad, expected)
+        assert parameter.grad.abs() > 1
+
+
+def test_other_activations_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"relu9.*known: silu, .*xielu"):
+        activation("relu9", torch.float32)
+
+
+MOE = ModelConfig(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    32,
+    60,
+    (LayerConfig(4, 2, 8, 48, Rope(1e4), moe=True),),
+    False,
+    1e-5,
+    128,
+    num_experts=8,
+    experts_per_token=3,
+    moe_ffn_hidden_size=16,
+)
+
+
+def router_of(config: ModelConfig, dtype: torch.dtype) -> Router:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    megatron = transformer_config(config, Parallelism(), dtype=dtype, device=torch.device("cpu"))
+    return Router(config=megatron, pg_collection=get_default_pg_collection())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_routing_is_that_of_transformers(one_rank: Parallelism, renormalised: bool, dtype: torch.dtype) -> None:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    torch.manual_seed(0)
+    ours = router_of(replace(MOE, norm_topk_prob=renormalised), dtype)
+    theirs = Qwen3MoeTopKRouter(
+        Qwen3MoeConfig(hidden_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=renormalised)
+    ).to(dtype)
+    with torch.no_grad():
+        theirs.weight.normal_()
+        ours.weight.copy_(theirs.weight)
+        x = torch.randn(200, 1, 32, dtype=dtype)
+        probabilities, chosen = ours(x)
+        _, weights, experts = theirs(x)
+    expected = torch.zeros(200, 8, dtype=dtype).scatter(1, experts, weights)
+    assert torch.equal(chosen, torch.zeros(200, 8, dtype=torch.bool).scatter(1, experts, True))
+    assert torch.allclose(probabilities.to(dtype), expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+    assert torch.allclose(probabilities.sum(-1), torch.ones(200)) == renormalised
+
+
+def test_routers_that_megatron_core_lacks_are_refused(one_rank: Parallelism) -> None:
+    with pytest.raises(UnsupportedError, match="single expert"):
+        router_of(replace(MOE, experts_per_token=1), torch.float32)
+    assert router_of(replace(MOE, experts_per_token=1, norm_topk_prob=False), torch.float32).topk == 1
+
+
 class _Config:
     sequence_parallel = True
+    layernorm_zero_centered_gamma = False
     kv_channels = 16
     window_size: tuple[int, int] | None = None
 
@@ -122,6 +222,20 @@ def test_attention_is_exact(monkeypatch: pytest.MonkeyPatch, window: int | None,
     # The softmax is computed in fp32, as in transformers.
     assert torch.allclose(core(window)(*parts), expected_attention(parts, window), atol=1e-6)
     assert not torch.allclose(core(window)(*parts), expected_attention(parts, 3), atol=1e-3)
+
+
+def test_attention_scores_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    query, key, value = inputs(9, batch=1, heads=2)
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * 0.5
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    weights = torch.softmax((1.5 * torch.tanh(scores / 1.5)).masked_fill(hidden, float("-inf")), -1)
+    expected = torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+    options: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "softmax_scale": 0.5}
+    capped = attention.ExactAttention(_Config(), softcap=1.5, **options)  # type: ignore[arg-type]
+    assert torch.allclose(capped(query, key, value), expected, atol=1e-6)
+    uncapped = attention.ExactAttention(_Config(), **options)  # type: ignore[arg-type]
+    assert not torch.allclose(uncapped(query, key, value), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -85,7 +85,7 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
     expected, found = load_file(job.output), load_file(split)
     assert found["logits.5"].shape == (1, 5, 250)  # 5 positions do not divide over 2 ranks
     assert (expected["logits.5"] - found["logits.5"]).abs().max() < 1e-4
-    states = [load_file(tmp_path / kind / "tp1_pp0.safetensors") for kind in ("whole", "split")]
+    states = [load_file(tmp_path / kind / "rank_1.safetensors") for kind in ("whole", "split")]
     for name, state in states[0].items():
         assert (state - states[1][name]).abs().max() < 1e-4, name
     assert answers[0]["feeds"]["head"] == ["output_layer.weight"]
