@@ -14,24 +14,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptkit.errors import UnsupportedError
+from ckptkit.io.castable import check_cast
 from ckptkit.tensors import DType
 
 Bytes = NDArray[np.uint8]
 
-_CASTABLE = ("F64", "F32", "F16", "BF16")
 _QUIET = np.uint32(0x0040_0000)
 _BF16_NAN = np.uint16(0x7FC0)
-
-
-def check_cast(source: DType, target: DType) -> None:
-    """Whether `source` can become `target` while the bytes pass.
-
-    Raises:
-        UnsupportedError: Only F64, F32, F16 and BF16 are converted among each other.
-    """
-    if source != target and not (source.name in _CASTABLE and target.name in _CASTABLE):
-        raise UnsupportedError(f"cannot cast {source} to {target}", hint=f"casts exist among {', '.join(_CASTABLE)}")
 
 
 def convert(data: Bytes, source: DType, target: DType) -> Bytes:
@@ -52,10 +41,11 @@ def convert(data: Bytes, source: DType, target: DType) -> Bytes:
     if source == target:
         return data
     with np.errstate(all="ignore"):
-        return _encode(_decode(data, source), target).view(np.uint8)
+        return _encode(decode(data, source), target).view(np.uint8)
 
 
-def _decode(data: Bytes, source: DType) -> NDArray[np.float32] | NDArray[np.float64]:
+def decode(data: Bytes, source: DType) -> NDArray[np.float32] | NDArray[np.float64]:
+    """The elements of `data` as NumPy's floats: F64 as float64, F32, F16 and BF16 as float32."""
     if source.name == "F64":
         return data.view(np.float64)
     if source.name == "F32":

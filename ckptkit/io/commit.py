@@ -10,8 +10,8 @@ Beside a destination `NAME` lie, while a run lives or after it was killed:
     .NAME.ckptkit-old/              only where the system cannot exchange two directories
 
 A killed run leaves the destination as it was. It leaves its partial directory too, from which
-`resume` goes on. A run killed after that one step, while it cleaned up, has done its work: `resume` sees that by
-the seal and only cleans up.
+`resume` goes on. A run killed after that one step has done its work, and `resume` only cleans up: it sees that by
+the seal, or where that is gone too, by comparing every byte of the destination with what the plan gives.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ckptkit.errors import StorageError, UsageError
+from ckptkit.errors import InputError, StorageError, UsageError
 from ckptkit.io import faults
 from ckptkit.io.engine import hash_file, run
 from ckptkit.io.journal import FileJournal
 from ckptkit.io.plan import Plan
+from ckptkit.io.present import holds, resembles
 from ckptkit.io.source import Fingerprint, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file
 
 _SEAL = "sealed.json"
+_JOURNAL = "journal.jsonl"
 
 
 class Destination:
@@ -87,7 +89,8 @@ class Destination:
         self._lock = -1
         self._check_overlap(sources)
         with _storage(self.path):
-            self._done = resume and self._is_sealed()
+            # By names and sizes for now; `__enter__` looks closer, once nobody else can write there.
+            self._done = resume and (self._is_sealed() or (not self._unfinished() and resembles(plan, self.path)))
             self._check_place()
         self.free = self._free()
         if not self._done:
@@ -157,16 +160,24 @@ class Destination:
         try:
             with _storage(self._partial):
                 self._recover()
+                self._done = self._done and (self._is_sealed() or holds(self._plan, self.path))
                 self._check_place()
                 if not self._done:
+                    self._check_room()
                     self._prepare()
         except BaseException:
             self._release()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Lets go of the lock; what is not committed stays in the partial directory."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Lets go of the lock; what is not committed stays in the partial directory.
+
+        Unless the sources are at fault: a run over better ones is another run, which could not go on from there.
+        """
+        if isinstance(error, InputError):
+            with suppress(OSError):
+                shutil.rmtree(self._partial)
         self._release()
 
     def commit(self) -> None:
@@ -214,6 +225,10 @@ class Destination:
         digest = self._plan.digest(fingerprints(self._plan.sources()))
         return seal == {"plan": digest, "output": number} and sizes == [file.size for file in self._plan.files]
 
+    def _unfinished(self) -> bool:
+        """Whether an earlier run left something to go on with: after a commit there is no journal any more."""
+        return (self._partial / _JOURNAL).is_file()
+
     def _put_in_place(self) -> None:
         faults.step("rename")
         if not self._occupied():
@@ -237,7 +252,8 @@ class Destination:
 
     def _clean_up(self) -> None:
         try:
-            shutil.rmtree(self._partial)
+            if self._partial.exists():
+                shutil.rmtree(self._partial)
         except OSError as error:
             cause = error.strerror or str(error)
             raise StorageError(
@@ -342,12 +358,11 @@ class Destination:
     def _prepare(self) -> None:
         self._fingerprints = fingerprints(self._plan.sources())
         digest = self._plan.digest(self._fingerprints)
-        journal = self._partial / "journal.jsonl"
-        resumable = self._resume and journal.is_file()  # without a journal it may hold what a commit replaced
+        resumable = self._resume and self._unfinished()
         if not resumable and self._partial.is_dir():
             shutil.rmtree(self._partial)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._journal = FileJournal(journal, digest, resume=resumable)
+        self._journal = FileJournal(self._partial / _JOURNAL, digest, resume=resumable)
 
     def _check_complete(self) -> None:
         finished = self.journal.finished()

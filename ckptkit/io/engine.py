@@ -7,14 +7,13 @@ needs), and units of work are made one at a time.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
 import time
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +23,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptkit.errors import InputError
 from ckptkit.io import faults
-from ckptkit.io.casts import check_cast, convert
+from ckptkit.io.castable import check_cast
+from ckptkit.io.casts import convert
 from ckptkit.io.crc import crc32_combine
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.plan import Comparison, OutputFile, Plan
-from ckptkit.io.schedule import Limits, Schedule, Unit, tensor_units
+from ckptkit.io.reading import compare, first_difference, hash_file, hash_tensor, read_tensor
+from ckptkit.io.schedule import Limits, Schedule, Unit
 from ckptkit.io.source import Sources
 from ckptkit.io.system import allocate, start_writeback, storage_error
-from ckptkit.tensors import Region, Tensor
+from ckptkit.tensors import Region
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -41,6 +41,7 @@ __all__ = [
     "Journal",
     "check_cast",
     "compare",
+    "first_difference",
     "hash_file",
     "hash_tensor",
     "read_tensor",
@@ -118,97 +119,6 @@ def run(
     written = plan.nbytes - job.kept
     compared = sum(comparison.left.nbytes for comparison in plan.comparisons)
     return EngineResult(written, job.kept, compared, time.monotonic() - started, job.hashes)
-
-
-def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT) -> NDArray[np.uint8]:
-    """The row-major bytes of a tensor as written: a new, writable, one-dimensional array.
-
-    Raises:
-        InputError: A source is gone or ends early.
-        UnsupportedError: A cast that does not exist.
-        StorageError: A source cannot be read.
-    """
-    out = np.empty(tensor.nbytes, np.uint8)
-    with Sources() as sources:
-        gatherer = Gatherer(sources, limits.scratch)
-        for unit in tensor_units(tensor, limits):
-            start = unit.targets[0].offset
-            if unit.cast is None:
-                gatherer.fill(unit.placements, out[start : start + unit.size])
-                continue
-            staging = np.empty(unit.size, np.uint8)
-            gatherer.fill(unit.placements, staging)
-            data = convert(staging, *unit.cast)
-            out[start : start + len(data)] = data
-    return out
-
-
-def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of the row-major bytes of a tensor as written, streamed.
-
-    Raises:
-        InputError: A source is gone or ends early.
-        UnsupportedError: A cast that does not exist.
-        StorageError: A source cannot be read.
-    """
-    digest = hashlib.sha256()
-    with Sources() as sources:
-        for chunk in _chunks(tensor, sources, _DEFAULT):
-            digest.update(chunk.data)
-    return digest.hexdigest()
-
-
-def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:
-    """Compares the bytes of two tensors, streamed.
-
-    Raises:
-        InputError: They differ (where, is said as the index of the first element in row-major order), or a
-            source is gone or ends early.
-        UnsupportedError: A cast that does not exist.
-        StorageError: A source cannot be read.
-    """
-    left, right = comparison.left, comparison.right
-    if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
-        pair = f"{left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
-        raise InputError(f"these should be equal, but are {pair}", where=comparison.what)
-    if left.same_bytes_as(right):
-        return
-    with Sources() as sources:
-        byte = _first_difference(_chunks(left, sources, limits), _chunks(right, sources, limits))
-    if byte is not None:
-        index = byte // left.out_dtype.itemsize
-        raise InputError(
-            f"these should be equal, but differ first at element {index} of {left.numel}",
-            where=comparison.what,
-            hint="the checkpoint is inconsistent: repair or replace it",
-        )
-
-
-def _chunks(tensor: Tensor, sources: Sources, limits: Limits) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a tensor in order; a chunk is valid until the next is asked for."""
-    gatherer = Gatherer(sources, limits.scratch)
-    staging = np.empty(limits.staging, np.uint8)
-    for unit in tensor_units(tensor, limits):
-        data = staging[: unit.size]
-        gatherer.fill(unit.placements, data)
-        yield data if unit.cast is None else convert(data, *unit.cast)
-
-
-def _first_difference(left: Iterator[NDArray[np.uint8]], right: Iterator[NDArray[np.uint8]]) -> int | None:
-    """The first byte at which two streams of equal length differ."""
-    position = 0
-    a = b = np.empty(0, np.uint8)
-    while True:
-        if not len(a):
-            a = next(left, a)
-        if not len(b):
-            b = next(right, b)
-        size = min(len(a), len(b))
-        if not size:
-            return None
-        if not np.array_equal(a[:size], b[:size]):
-            return position + int(np.argmax(a[:size] != b[:size]))
-        a, b, position = a[size:], b[size:], position + size
 
 
 class _Output:
@@ -488,16 +398,3 @@ class _Mover:
             self._sources.read(region.file, data.data, region.offset + done)
             output.write(data, target.offset + done)
             done += len(data)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        StorageError: It cannot be read.
-    """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise storage_error(error, path) from error

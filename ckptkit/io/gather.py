@@ -53,10 +53,7 @@ class Gatherer:
             if isinstance(first.piece, Region):
                 self._read(group, first.piece, out)
             elif isinstance(first.piece, Literal):
-                piece = first.piece
-                _rows(out, first)[...] = np.ndarray(
-                    (piece.rows, piece.width), np.uint8, piece.data, piece.offset, (piece.pitch, 1)
-                )
+                _rows(out, first)[...] = _literal_rows(first.piece)
             else:
                 _fill_pattern(_rows(out, first), first.piece.pattern)
 
@@ -97,6 +94,15 @@ def _rows(out: Bytes, placement: Placement) -> Bytes:
     """The bytes of `out` that a placement covers, as rows."""
     piece = placement.piece
     return np.ndarray((piece.rows, piece.width), np.uint8, out, placement.start, (placement.pitch, 1))
+
+
+def _literal_rows(piece: Literal) -> Bytes:
+    """The rows of bytes at hand; those that are made on demand are made here."""
+    shape, strides = (piece.rows, piece.width), (piece.pitch, 1)
+    if isinstance(piece.data, bytes):
+        return np.ndarray(shape, np.uint8, piece.data, piece.offset, strides)
+    span = (piece.rows - 1) * piece.pitch + piece.width
+    return np.ndarray(shape, np.uint8, piece.data.read(piece.offset, piece.offset + span), 0, strides)
 
 
 def _fill_pattern(rows: Bytes, pattern: bytes) -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from ckptkit.errors import InputError
-from ckptkit.io.casts import check_cast
+from ckptkit.io.castable import check_cast
 from ckptkit.io.source import Fingerprint
 from ckptkit.tensors import DTYPES, Const, Literal, Piece, Region, Tensor
 
@@ -82,6 +82,23 @@ class Comparison:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A part of a stored tensor that a conversion leaves behind.
+
+    Attributes:
+        what: What it is, the same for all of its kind.
+        where: The tensor that it is a part of.
+        found: What is stored.
+        expected: What a conversion in the other direction would store.
+    """
+
+    what: str
+    where: str
+    found: Tensor
+    expected: Tensor
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything a conversion does.
@@ -91,6 +108,8 @@ class Plan:
         comparisons: What must hold before the output is committed.
         lossy: Sentences about what does not survive (casts, dropped tensors).
         notes: Sentences a user should read (config features without a Megatron argument, ...).
+        coverage: How many stored tensors were used, are replicas, travel in the sidecar, ...
+        dropped: Parts of stored tensors that the model does not use and that stay behind.
     """
 
     files: tuple[OutputFile, ...]
@@ -98,6 +117,7 @@ class Plan:
     lossy: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     coverage: dict[str, int] = field(default_factory=dict)
+    dropped: tuple[Dropped, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -164,9 +184,13 @@ class Plan:
 
 def source_files(tensors: Iterable[Tensor]) -> set[str]:
     """The files that tensors read from."""
-    return {
-        piece.file for tensor in tensors for band in tensor.bands for piece in band.pieces if isinstance(piece, Region)
-    }
+    return {file for tensor in tensors for band in tensor.bands for piece in band.pieces for file in _files_of(piece)}
+
+
+def _files_of(piece: Piece) -> tuple[str, ...]:
+    if isinstance(piece, Region):
+        return (piece.file,)
+    return piece.data.files if isinstance(piece, Literal) and not isinstance(piece.data, bytes) else ()
 
 
 def _inside(path: str) -> bool:
@@ -196,7 +220,7 @@ def _recipe(piece: Piece, known: dict[int, str]) -> tuple[object, ...]:
             return (os.path.abspath(path), offset, rows, pitch, width)
         case Literal(data, offset, rows, pitch, width):
             if id(data) not in known:
-                known[id(data)] = hashlib.sha256(data).hexdigest()
+                known[id(data)] = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else data.digest
             return (known[id(data)], offset, rows, pitch, width)
         case Const(pattern, rows, width):
             return (pattern, rows, width)

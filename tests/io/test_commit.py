@@ -314,6 +314,13 @@ class TestSmallDisk:
             Destination(mounted / "out", plan, resume=resume)
         Destination(mounted / "out", plan).write()
 
+    def test_a_finished_run_needs_no_room(self, mounted: Path, plan: Plan) -> None:
+        Destination(mounted / "out", plan).write()
+        (mounted / "other").write_bytes(bytes(220 << 10))
+        with pytest.raises(StorageError, match="not enough space"):
+            Destination(mounted / "out2", plan)
+        Destination(mounted / "out", plan, resume=True).write()
+
     def test_mount_point(self, mounted: Path, plan: Plan) -> None:
         with pytest.raises(UsageError, match="mount point"):
             Destination(mounted, plan)
@@ -391,6 +398,19 @@ class TestSourceSafety:
     def test_gone(self, plan: Plan, source: Path, out: Path) -> None:
         with pytest.raises(InputError, match="source file is gone"):
             self.write_while(plan, out, (source / "model").unlink)
+
+    @pytest.mark.parametrize(("fault", "error", "left"), [("read-end", InputError, 0), ("read-eio", StorageError, 1)])
+    def test_only_what_can_be_gone_on_with_stays(
+        self, plan: Plan, out: Path, fault: str, error: type[CkptkitError], left: int
+    ) -> None:
+        """What was written from sources that are at fault is of no use once they are repaired: that is another plan."""
+        fill(out)
+        destination = Destination(out, plan, overwrite=True)
+        with faults.inject(f"{fault}:100"), pytest.raises(error):
+            destination.write()
+        assert contents(out) == OLD
+        assert len(siblings(out)) == left
+        assert (destination.resume_hint is None) == (left == 0)
 
 
 class TestKilled:
@@ -542,6 +562,47 @@ class TestResume:
     def test_nothing_to_resume(self, plan: Plan, out: Path, expected: dict[str, bytes]) -> None:
         Destination(out, plan, resume=True).write()
         assert contents(out) == expected
+
+
+class TestFinished:
+    """Killed after its last step: nothing tells of the run but what lies at the destination."""
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_nothing_is_done_again(self, plan: Plan, out: Path, expected: dict[str, bytes], overwrite: bool) -> None:
+        Destination(out, plan).write()
+        number = out.stat().st_ino
+        seen: list[tuple[int, int]] = []
+        destination = Destination(out, plan, overwrite=overwrite, resume=True)
+        hashes = destination.write(hash=True, progress=lambda done, total: seen.append((done, total)))
+        assert (out.stat().st_ino, contents(out)) == (number, expected)
+        assert hashes.keys() == expected.keys() and seen == [(plan.nbytes, plan.nbytes)]
+        assert siblings(out) == set()
+
+    def test_an_equal_size_is_not_enough(self, plan: Plan, out: Path, expected: dict[str, bytes]) -> None:
+        Destination(out, plan).write()
+        other = bytes(len(expected["copy"]))
+        (out / "copy").write_bytes(other)
+        with pytest.raises(UsageError, match="exists; choose another, or pass --overwrite"):
+            Destination(out, plan, resume=True).write()
+        assert (out / "copy").read_bytes() == other
+        assert siblings(out) == set()
+        Destination(out, plan, overwrite=True, resume=True).write()
+        assert contents(out) == expected
+
+    def test_only_if_asked_to_resume(self, plan: Plan, out: Path) -> None:
+        Destination(out, plan).write()
+        with pytest.raises(UsageError, match="exists"):
+            Destination(out, plan)
+
+    def test_an_unfinished_run_goes_on(self, plan: Plan, out: Path, expected: dict[str, bytes]) -> None:
+        """Its partial directory counts, not the equal model that it was to replace."""
+        Destination(out, plan).write()
+        number = out.stat().st_ino
+        assert killed(plan, out, "kill:sync", overwrite=True) == 137
+        Destination(out, plan, overwrite=True, resume=True).write()
+        assert out.stat().st_ino != number
+        assert contents(out) == expected
+        assert siblings(out) == set()
 
 
 class TestDigest:

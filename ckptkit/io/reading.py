@@ -1,0 +1,179 @@
+"""Reading tensors as streams: whole, hashed, or compared; memory does not grow with the tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptkit.errors import InputError
+from ckptkit.io.casts import convert
+from ckptkit.io.gather import Gatherer
+from ckptkit.io.plan import Comparison
+from ckptkit.io.schedule import Limits, tensor_units
+from ckptkit.io.source import Sources
+from ckptkit.io.system import storage_error
+from ckptkit.tensors import DTYPES, Tensor
+
+Bytes = NDArray[np.uint8]
+
+_DEFAULT = Limits()
+
+
+class TensorReader:
+    """What one thread reads tensors with: its open files and its buffers, used again from one tensor to the next.
+
+    A reader gives one stream at a time; two tensors side by side take two readers.
+    """
+
+    def __init__(self, limits: Limits = _DEFAULT) -> None:
+        self._limits = limits
+        self._sources = Sources()
+        self._gatherer = Gatherer(self._sources, limits.scratch)
+        self._staging = np.empty(limits.staging, np.uint8)
+
+    def chunks(self, tensor: Tensor) -> Iterator[Bytes]:
+        """The row-major bytes of a tensor as written, in whole elements; a chunk is valid until the next is asked for.
+
+        Raises:
+            InputError: A source is gone or ends early.
+            UnsupportedError: A cast that does not exist.
+            StorageError: A source cannot be read.
+        """
+        for unit in tensor_units(tensor, self._limits):
+            data = self._staging[: unit.size]
+            self._gatherer.fill(unit.placements, data)
+            yield data if unit.cast is None else convert(data, *unit.cast)
+
+    def sha256(self, tensor: Tensor) -> str:
+        """SHA-256 of the row-major bytes of a tensor as written, in hexadecimal; errors as `chunks`."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(tensor):
+            digest.update(chunk.data)
+        return digest.hexdigest()
+
+    def crc32(self, file: Path, offset: int, size: int) -> int:
+        """CRC-32 of `size` bytes of a file; errors as `chunks`."""
+        value = 0
+        for chunk in self.chunks(Tensor.from_file(str(file), offset, DTYPES["U8"], (1, size))):
+            value = zlib.crc32(chunk.data, value)
+        return value
+
+    def close(self) -> None:
+        """Closes every file."""
+        self._sources.close()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT) -> Bytes:
+    """The row-major bytes of a tensor as written: a new, writable, one-dimensional array.
+
+    Raises:
+        InputError: A source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    out = np.empty(tensor.nbytes, np.uint8)
+    with Sources() as sources:
+        gatherer = Gatherer(sources, limits.scratch)
+        for unit in tensor_units(tensor, limits):
+            start = unit.targets[0].offset
+            if unit.cast is None:
+                gatherer.fill(unit.placements, out[start : start + unit.size])
+                continue
+            staging = np.empty(unit.size, np.uint8)
+            gatherer.fill(unit.placements, staging)
+            data = convert(staging, *unit.cast)
+            out[start : start + len(data)] = data
+    return out
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 of the row-major bytes of a tensor as written, streamed.
+
+    Raises:
+        InputError: A source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    with TensorReader() as reader:
+        return reader.sha256(tensor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:
+    """Compares the bytes of two tensors, streamed.
+
+    Raises:
+        InputError: They differ (where, is said as the index of the first element in row-major order), or a
+            source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    left, right = comparison.left, comparison.right
+    if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
+        pair = f"{left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
+        raise InputError(f"these should be equal, but are {pair}", where=comparison.what)
+    byte = first_difference(left, right, limits=limits)
+    if byte is not None:
+        index = byte // left.out_dtype.itemsize
+        raise InputError(
+            f"these should be equal, but differ first at element {index} of {left.numel}",
+            where=comparison.what,
+            hint="the checkpoint is inconsistent: repair or replace it",
+        )
+
+
+def in_step(left: Iterator[Bytes], right: Iterator[Bytes]) -> Iterator[tuple[Bytes, Bytes]]:
+    """Two streams in pairs of equal length, as long as both last; a pair is valid until the next is asked for."""
+    a = b = np.empty(0, np.uint8)
+    while True:
+        if not len(a):
+            a = next(left, a)
+        if not len(b):
+            b = next(right, b)
+        size = min(len(a), len(b))
+        if not size:
+            return
+        yield a[:size], b[:size]
+        a, b = a[size:], b[size:]
+
+
+def first_difference(left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT) -> int | None:
+    """The first of the row-major bytes, as written, at which two tensors of equal size differ; None if none does.
+
+    Raises:
+        InputError: A source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
+    if left.same_bytes_as(right):
+        return None
+    position = 0
+    with TensorReader(limits) as first, TensorReader(limits) as second:
+        for a, b in in_step(first.chunks(left), second.chunks(right)):
+            if not np.array_equal(a, b):
+                return position + int(np.argmax(a != b))
+            position += len(a)
+    return None
