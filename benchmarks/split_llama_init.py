@@ -1,0 +1,225 @@
+"""Where the adapter of a split Llama had better start: two small Llamas, all initialisations, held-out loss.
+
+Two byte-level Llamas of different width are trained from scratch on the Python source of an installed public package.
+Every initialisation then makes an adapter between the first layers of the narrow one and the last layers of the wide
+one, and the hybrid's loss on other files is measured: as built, and after a few steps that train nothing but the
+adapter. `python benchmarks/split_llama_init.py` prints the table of docs/split-llama.md; it runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from ckptkit.surgery.build import SplitRecipe, build
+
+CORPUS = "numpy"
+"""The package whose source is the text."""
+LENGTH = 128
+"""Bytes of a sequence."""
+SIZES = {"narrow": (64, 4, 160), "wide": (128, 6, 320)}
+"""Width, layers and width of the MLP."""
+NUM_FIRST, NUM_LAST = 3, 3
+CASES = (
+    *(("linear", init) for init in ("kaiming", "orthogonal", "identity-pad", "procrustes", "ridge", "lstsq")),
+    ("mlp", "kaiming"),
+    ("mlp", "lstsq"),
+)
+RATES = (1e-3, 3e-3)
+"""Learning rates of the adapter; the better one counts, for every initialisation by itself."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long everything is trained.
+
+    Attributes:
+        steps: Steps of each of the two models.
+        adapter_steps: Steps of the adapter alone.
+        batch: Sequences per step.
+        held_out: Sequences of the held-out loss.
+        tokens: Tokens of the calibration.
+    """
+
+    steps: int = 100
+    adapter_steps: int = 12
+    batch: int = 16
+    held_out: int = 64
+    tokens: int = 16384
+
+
+def corpus(package: str = CORPUS) -> tuple[torch.Tensor, torch.Tensor]:
+    """The source of a package as bytes, in sequences: int64 [sequences, LENGTH] to train on, and of other files."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    files = sorted(Path(spec.origin).parent.rglob("*.py"))
+    parts = [[file for number, file in enumerate(files) if (number % 10 == 9) == held] for held in (False, True)]
+    used, held = (b"".join(file.read_bytes() for file in part) for part in parts)
+    return _sequences(used), _sequences(held)
+
+
+def _sequences(data: bytes) -> torch.Tensor:
+    whole = torch.frombuffer(bytearray(data[: len(data) // LENGTH * LENGTH]), dtype=torch.uint8)
+    return whole.view(-1, LENGTH).long()
+
+
+def draw(sequences: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Some of the sequences, int64 [count, LENGTH]."""
+    return sequences[torch.randint(len(sequences), (count,), generator=generator)]
+
+
+def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the next byte, in nats."""
+    logits: torch.Tensor = model(tokens, use_cache=False).logits[:, :-1]
+    loss: torch.Tensor = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return loss
+
+
+def train(model: Any, parameters: list[torch.nn.Parameter], sequences: torch.Tensor, how: dict[str, Any]) -> None:
+    """AdamW with a warm-up and a cosine down to a tenth.
+
+    Args:
+        model: The model.
+        parameters: What is trained of it.
+        sequences: What it is trained on.
+        how: `steps`, `batch`, `rate` and `seed`.
+    """
+    generator = torch.Generator().manual_seed(how["seed"])
+    optimizer = torch.optim.AdamW(parameters, lr=how["rate"], betas=(0.9, 0.95), weight_decay=0.0)
+    warm = max(1, how["steps"] // 10)
+
+    def scale(step: int) -> float:
+        warmed = min(1.0, (step + 1) / warm)
+        return float(warmed * (0.55 + 0.45 * math.cos(math.pi * step / how["steps"])))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    for _ in range(how["steps"]):
+        optimizer.zero_grad()
+        loss_of(model, draw(sequences, how["batch"], generator)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def trained(folder: Path, size: str, seed: int, sequences: torch.Tensor, budget: Budget) -> Path:
+    """Trains one of the two Llamas and saves it."""
+    width, layers, mlp = SIZES[size]
+    torch.manual_seed(1000 * seed + width)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    how = {"steps": budget.steps, "batch": budget.batch, "rate": 4e-3, "seed": seed}
+    train(model, list(model.parameters()), sequences, how)
+    model.save_pretrained(folder / size)
+    return folder / size
+
+
+def held_out_loss(model: Any, sequences: torch.Tensor, budget: Budget) -> float:
+    """Mean loss on held-out files, the same sequences every time."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return float(loss_of(model, draw(sequences, budget.held_out, generator)))
+
+
+def hybrid(folder: Path, pair: tuple[Path, Path], kind: str, init: str, seed: int, calibration: Path) -> Any:
+    """Builds a split Llama and loads it; nothing but its adapter takes gradients."""
+    out = folder / f"{kind}-{init}"
+    options = {"calibration": calibration, "tokens": 10**9, "length": LENGTH}
+    build(
+        SplitRecipe(str(pair[0]), str(pair[1]), NUM_FIRST, NUM_LAST, kind, init, seed, options=options),
+        out,
+        overwrite=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapter" in name)
+    return model
+
+
+def measure(
+    seed: int, used: torch.Tensor, held: torch.Tensor, budget: Budget, cases: Sequence[tuple[str, str]] = CASES
+) -> dict[str, list[float]]:
+    """One pair of models: name of a case -> held-out loss at step 0, and after the adapter alone was trained."""
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pair = (trained(folder, "narrow", seed, used, budget), trained(folder, "wide", seed, used, budget))
+        for path in pair:
+            whole = held_out_loss(LlamaForCausalLM.from_pretrained(path), held, budget)
+            results[path.name] = [whole, whole]
+        calibration = folder / "calibration.json"
+        generator = torch.Generator().manual_seed(seed)
+        calibration.write_text(json.dumps(draw(used, budget.tokens // LENGTH, generator).tolist()))
+        for kind, init in cases:
+            model = hybrid(folder, pair, kind, init, seed, calibration)
+            start = held_out_loss(model, held, budget)
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+            ends = []
+            for rate in RATES:
+                model.load_state_dict(weights)
+                parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                how = {"steps": budget.adapter_steps, "batch": budget.batch, "rate": rate, "seed": seed}
+                train(model, parameters, used, how)
+                ends.append(held_out_loss(model, held, budget))
+            results[f"{kind} {init}"] = [start, min(ends)]
+    return results
+
+
+def table(runs: list[dict[str, list[float]]], budget: Budget) -> str:
+    """Markdown: mean and standard deviation over the seeds."""
+    lines = [f"| adapter | step 0 | after {budget.adapter_steps} adapter-only steps |", "|---|---|---|"]
+    for name in runs[0]:
+        columns = [[run[name][column] for run in runs] for column in (0, 1)]
+        texts = [f"{mean(c):.3f} ± {stdev(c) if len(c) > 1 else 0.0:.3f}" for c in columns]
+        lines.append(f"| {name} | {texts[0]} | {'' if name in SIZES else texts[1]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=Budget.steps, help="steps of each of the two models")
+    parser.add_argument("--adapter-steps", type=int, default=Budget.adapter_steps)
+    arguments = parser.parse_args()
+    budget = Budget(arguments.steps, arguments.adapter_steps)
+    used, held = corpus()
+    started, runs = time.monotonic(), []
+    for seed in range(arguments.seeds):
+        runs.append(measure(seed, used, held, budget))
+        print(f"seed {seed}: {json.dumps(runs[-1])} ({time.monotonic() - started:.0f} s)", flush=True)
+    versions = {package: metadata.version(package) for package in (CORPUS, "torch", "transformers")}
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, {versions}")
+    print(f"{used.numel()} bytes to train on, {held.numel()} held out, {budget}")
+    print(table(runs, budget))
+
+
+if __name__ == "__main__":
+    main()

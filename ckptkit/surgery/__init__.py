@@ -1,0 +1,1 @@
+"""Checkpoint surgery: new models out of the layers of others."""

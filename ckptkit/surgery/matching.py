@@ -1,0 +1,115 @@
+"""Whether two Llamas can become the halves of one: what must agree, and what had better agree."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import UnsupportedError
+from ckptkit.families.fields import rope_fields
+from ckptkit.families.split_llama import incompatible
+from ckptkit.formats.hf import read_json
+
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How two models differ, as sentences.
+
+    Attributes:
+        fatal: What no split Llama can have.
+        risky: What works, but was hardly meant.
+        notes: What is worth knowing.
+    """
+
+    fatal: list[str]
+    risky: list[str]
+    notes: list[str]
+
+
+def differences(first: Checkpoint, last: Checkpoint) -> Differences:
+    """What keeps `first` and `last` from becoming the narrow and the wide half of a split Llama.
+
+    Raises:
+        UnsupportedError: One of them is no Llama.
+        InputError: A tokenizer is damaged.
+    """
+    for model in (first, last):
+        if model.family.name != "llama":
+            raise UnsupportedError(f"{model.config.architecture} is no LlamaForCausalLM", where=model.path)
+    fatal, risky, notes = [*incompatible(first.config, last.config)], list(_sizes(first, last)), []
+    tokenizers = [model.sidecar.small.get(TOKENIZER) for model in (first, last)]
+    if tokenizers[0] is not None and tokenizers[1] is not None:
+        vocabulary, rest = _tokenizers(tokenizers[0], tokenizers[1])
+        fatal += vocabulary
+        risky += rest
+    else:
+        text, unknown = _sentencepiece(first, last)
+        risky += text
+        notes += unknown
+    lengths = [model.config.max_position_embeddings for model in (first, last)]
+    if lengths[0] != lengths[1]:
+        notes.append(f"context lengths are {lengths[0]} and {lengths[1]}: the smaller one counts")
+    return Differences(fatal, risky, notes)
+
+
+def _sizes(first: Checkpoint, last: Checkpoint) -> Iterator[str]:
+    """Differences in what the caches and the positions of both halves are made of."""
+    one, other = first.config.layers[0], last.config.layers[0]
+    for name, text in (("num_kv_heads", "key/value heads"), ("head_dim", "head_dim")):
+        if getattr(one, name) != getattr(other, name):
+            yield f"{text} {getattr(one, name)} and {getattr(other, name)} (engines want one shape of cache)"
+    if one.rope != other.rope:
+        left, right = rope_fields(one.rope), rope_fields(other.rope)
+        unequal = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+        yield f"rope {', '.join(f'{key} {left.get(key)} and {right.get(key)}' for key in unequal)}"
+    if first.main_dtype != last.main_dtype:
+        yield f"dtype {first.main_dtype} and {last.main_dtype}"
+
+
+def _tokenizers(first: Path, last: Path) -> tuple[list[str], list[str]]:
+    """Differences of two tokenizer.json: of the vocabularies, and of all else that decides about token ids."""
+    if filecmp.cmp(first, last, shallow=False):
+        return [], []
+    one, other = read_json(first), read_json(last)
+    left, right = _vocabulary(one), _vocabulary(other)
+    unequal = sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token))
+    if unequal:
+        token = unequal[0]
+        ids = f"{token!r} is {left.get(token)} and {right.get(token)}"
+        return [f"tokens: {len(unequal)} have different ids ({ids}{', ...' if len(unequal) > 1 else ''})"], []
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    changed = [part for part in parts if one.get(part) != other.get(part)]
+    changed += ["merges"] if _merges(one) != _merges(other) else []
+    return [], [f"{TOKENIZER}: {', '.join(changed)}"] if changed else []
+
+
+def _model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = tokenizer.get("model")
+    return model if isinstance(model, dict) else {}
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = _model(tokenizer).get("vocab")
+    if isinstance(vocabulary, list):  # unigram models list pairs of a token and its score
+        return {str(item[0]): number for number, item in enumerate(vocabulary)}
+    return dict(vocabulary) if isinstance(vocabulary, dict) else {}
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The merges of a BPE model; newer files keep each as a pair, older ones as a string."""
+    merges = _model(tokenizer).get("merges") or []
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _sentencepiece(first: Checkpoint, last: Checkpoint) -> tuple[list[str], list[str]]:
+    files = [model.sidecar.small.get(SENTENCEPIECE) for model in (first, last)]
+    if files[0] is None or files[1] is None:
+        return [], ["the tokenizers could not be compared: both models need a tokenizer.json (or tokenizer.model)"]
+    same = filecmp.cmp(files[0], files[1], shallow=False)
+    return ([] if same else [f"{SENTENCEPIECE} (the files differ)"]), []

@@ -1,0 +1,47 @@
+"""Training nothing but the adapter, on two tensor parallel ranks, against transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.surgery.adapter_training import RUNS
+
+EXACT = 2e-5
+
+
+@pytest.fixture(scope="module")
+def answers(wide_splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two ranks saw: (kind of adapter, sequence parallelism) -> facts."""
+    folder = tmp_path_factory.mktemp("training")
+    for kind, path in wide_splits.items():
+        (folder / kind).symlink_to(path)
+    command = [sys.executable, "-m", "tests.surgery.adapter_training"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][1][-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+@pytest.mark.parametrize(("kind", "sequence_parallel", "recompute"), RUNS)
+def test_adapter_only_steps(answers: list[dict[str, Any]], kind: str, sequence_parallel: bool, recompute: bool) -> None:
+    ranks = [answer[f"{kind} {sequence_parallel} {recompute}"] for answer in answers]
+    first = ranks[0]
+    assert first["matrices"] == (["linear_1"] if kind == "linear" else ["linear_1", "linear_2"])
+    assert first["gradient_error"] < EXACT < 1e-2 < first["swapped"]
+    assert first["weight_error"] < EXACT
+    assert all(
+        one == pytest.approx(other, rel=EXACT) for one, other in zip(first["losses"], first["expected"], strict=True)
+    )
+    assert ranks[1]["losses"] == first["losses"]
+    assert first["losses"] == sorted(first["losses"], reverse=True) and first["losses"][-1] < first["losses"][0]
+    for rank in ranks:
+        assert rank["frozen"] > 20 and rank["moved"] == []
