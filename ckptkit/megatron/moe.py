@@ -1,10 +1,99 @@
-"""The router of a mixture of experts; experts and their exchange of tokens are megatron-core's."""
+"""The router of a mixture of experts, and its decisions: recorded, or prescribed.
+
+Experts and their exchange of tokens are megatron-core's. Routing is what two implementations of one model part over
+first: where two experts are nearly equal, a rounding error sends a token elsewhere, and everything after it differs.
+To compare such models, let one of them replay what the other chose, and compare the router logits by themselves:
+
+    with record_routing(chunks, length) as routing:
+        pipeline.forward(tokens)
+    routing.logits[layer], routing.experts[layer]  # of the layers that this rank holds
+
+    pipeline.forward(tokens, replay={layer: experts})  # or, around a chunk that is run by hand:
+    with replay_routing(chunks, {layer: experts}):
+        chunk(tokens, positions, None)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ckptkit.errors import UsageError
+from ckptkit.megatron.norms import RMSNorm, normalised
+from ckptkit.megatron.parallel import gather_over_tensor_ranks
+
+
+@dataclass
+class Routing:
+    """What the routers of one rank's layers saw and chose.
+
+    Attributes:
+        logits: Global layer number, from 0 -> router logits, fp32 [batch, sequence, experts] in host memory.
+        experts: Global layer number, from 0 -> numbers of the chosen experts, int64 [batch, sequence, experts per
+            token] in host memory, the most likely one first; replayed ones in the order in which they were given.
+        own: As `experts`, what the routers would have chosen had nothing been replayed.
+    """
+
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    experts: dict[int, torch.Tensor] = field(default_factory=dict)
+    own: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, logits: torch.Tensor, experts: torch.Tensor, own: torch.Tensor) -> None:
+        """Append the rows of one forward pass of one layer."""
+        for known, new in ((self.logits, logits.float()), (self.experts, experts), (self.own, own)):
+            new = new.detach().cpu()
+            known[layer] = torch.cat((known[layer], new)) if layer in known else new
+
+
+class ExpertChoice:
+    """Chooses the experts of a router: the ones that are prescribed, else the most likely ones.
+
+    It stands where megatron-core asks for a `RouterReplay` and is asked in its stead.
+
+    Attributes:
+        prescribed: int64 [tokens, experts per token] of the tokens of this call, or None. A token with a negative
+            number is left to the router.
+        chosen: What was chosen last, in that shape.
+        own: What the router would have chosen without being told, in that shape.
+    """
+
+    prescribed: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.topk,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores of the chosen experts and their numbers, [tokens, experts per token] each.
+
+        Args:
+            scores: Logits or probabilities, fp32 [tokens, experts].
+            topk: Experts per token.
+            num_groups: Passed on.
+            group_topk: Passed on.
+            default_compute_topk: megatron-core's own choice.
+        """
+        best, experts = default_compute_topk(scores, topk, num_groups, group_topk)
+        self.own = experts
+        if self.prescribed is not None:
+            experts = torch.where((self.prescribed >= 0).all(-1, keepdim=True), self.prescribed, experts)
+            best = scores.gather(1, experts)
+        self.chosen = experts
+        return best, experts
 
 
 class Router(TopKRouter):
@@ -12,8 +101,193 @@ class Router(TopKRouter):
 
     megatron-core's own needs a GPU. The logits are rounded to the model's dtype, then chosen and weighed in fp32, as in
     transformers (source: `Qwen3MoeTopKRouter`, `MixtralTopKRouter`).
+
+    Attributes:
+        replay: Experts that the tokens of every forward pass are routed to, int64 [batch, sequence, experts per token],
+            or None. All tensor parallel ranks are given the whole sequence, also where each of them holds a part of it.
+            Tokens beyond its end, which are padding, and tokens with a negative number are left to the router.
+        record: Called in every forward pass with the logits, fp32 [batch, sequence, experts], the chosen experts, and
+            those that the router would have chosen by itself, int64 [batch, sequence, experts per token], of the whole
+            sequence; or None.
     """
+
+    replay: torch.Tensor | None = None
+    record: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.router_replay = ExpertChoice()
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, fp32 [..., experts], of hidden states [..., hidden]."""
         return F.linear(input, self.weight).float()
+
+    def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [tokens, experts], zero for those not chosen, and which were chosen, of logits [s, b, experts]."""
+        sequence, batch = logits.shape[:2]
+        self.router_replay.prescribed = self._prescribed(sequence, batch, logits.device)
+        weights, chosen = super().routing(logits, *args, **options)
+        if self.record is not None:
+            assert self.router_replay.chosen is not None and self.router_replay.own is not None
+            numbers = [part.view(sequence, batch, -1) for part in (self.router_replay.chosen, self.router_replay.own)]
+            self.record(*(self._whole(part).transpose(0, 1) for part in (logits, *numbers)))
+        return weights, chosen
+
+    def _prescribed(self, sequence: int, batch: int, device: torch.device) -> torch.Tensor | None:
+        """This call's part of `replay`, [tokens, experts per token], tokens ordered as megatron-core orders them."""
+        if self.replay is None:
+            return None
+        parts = parallel_state.get_tensor_model_parallel_world_size() if self.config.sequence_parallel else 1
+        rows, length, width = self.replay.shape
+        if (rows, width) != (batch, self.topk) or length > sequence * parts:
+            raise UsageError(
+                f"replayed experts are {list(self.replay.shape)} for {batch} rows of {sequence * parts} tokens with "
+                f"{self.topk} experts each"
+            )
+        if (self.replay >= self.num_experts).any():
+            raise UsageError(f"replayed experts name expert {int(self.replay.max())} of {self.num_experts}")
+        whole = F.pad(self.replay, (0, 0, 0, sequence * parts - length), value=-1)
+        first = sequence * parallel_state.get_tensor_model_parallel_rank() if parts > 1 else 0
+        return whole[:, first : first + sequence].transpose(0, 1).flatten(0, 1).to(device)
+
+    def _whole(self, part: torch.Tensor) -> torch.Tensor:
+        """The whole sequence [sequence, batch, width] from every rank's part of it."""
+        return gather_over_tensor_ranks(part, dim=0) if self.config.sequence_parallel else part
+
+
+class ScaledRouter(Router):
+    """A router with scales of its own: one on its normalised input, and one on the weight of every expert.
+
+    Weights are renormalised over the chosen experts before they are scaled (source: `Gemma4TextRouter` of
+    transformers).
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        dtype = self.config.params_dtype
+        self.scale = torch.nn.Parameter(torch.ones(self.config.hidden_size, dtype=dtype))
+        self.per_expert_scale = torch.nn.Parameter(torch.ones(self.num_experts, dtype=dtype))
+        for scale in (self.scale, self.per_expert_scale):
+            scale.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits, fp32 [..., experts], of hidden states [..., hidden] before any norm."""
+        normed = normalised(input, self.config.layernorm_epsilon).to(input.dtype)
+        return super().gating(normed * self.scale * self.config.hidden_size**-0.5)
+
+    def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [tokens, experts], zero for those not chosen, and which were chosen, of logits [s, b, experts]."""
+        weights, chosen = super().routing(logits, *args, **options)
+        return weights * self.per_expert_scale, chosen
+
+
+class ParallelMoELayer(MoELayer):
+    """Experts and a dense MLP side by side, each with a norm before and after it; the router sees what no norm has.
+
+    The dense MLP is what Megatron calls a shared expert (names as Megatron-Bridge gives them). Source:
+    `Gemma4TextDecoderLayer` of transformers.
+
+    Args:
+        config: Megatron's config of this layer.
+        args: Passed on.
+        options: Passed on.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.post_shared_expert_layernorm, self.post_moe_layernorm = (
+            RMSNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
+        )
+
+    def norms_before(
+        self, dense: Callable[[torch.Tensor], torch.Tensor], experts: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Tell the norms before the dense MLP and before the experts; they belong to the decoder layer."""
+        self._norm_before_dense, self._norm_before_experts = dense, experts
+
+    def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output of the dense MLP, normalised before and after."""
+        dense = super().shared_experts_compute(self._norm_before_dense(hidden_states))
+        normed: torch.Tensor = self.post_shared_expert_layernorm(dense)
+        return normed
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise what the experts get, after the router has seen it as it was."""
+        result: tuple[torch.Tensor, torch.Tensor] = super().preprocess(
+            self._norm_before_experts(hidden_states), probs, routing_map
+        )
+        return result
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """The sum of both MLPs, each normalised."""
+        experts: torch.Tensor = self.post_moe_layernorm(super().postprocess(output, None))
+        return experts if shared_expert_output is None else shared_expert_output + experts
+
+
+def routers(chunks: Iterable[torch.nn.Module]) -> dict[int, Router]:
+    """Global layer number, from 0 -> router, of the layers with experts that some model chunks hold."""
+    return {
+        layer.layer_number - 1: module
+        for chunk in chunks
+        for layer in chunk.decoder.layers  # type: ignore[union-attr]
+        for module in layer.modules()
+        if isinstance(module, Router)
+    }
+
+
+@contextmanager
+def record_routing(chunks: Iterable[torch.nn.Module], length: int | None = None) -> Iterator[Routing]:
+    """Record what routers see and choose in the forward passes inside.
+
+    Every rank of the grid must record together: under sequence parallelism the parts of the ranks are gathered. With
+    activation recomputation the backward pass belongs outside, it would run the routers again.
+
+    Args:
+        chunks: Model chunks of this rank.
+        length: Tokens of a sequence that are kept; what follows them is padding. None keeps all.
+
+    Yields:
+        The record, empty at first. Rows of later passes follow those of earlier ones.
+    """
+    routing, found = Routing(), routers(chunks)
+
+    def recorder(layer: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+        return lambda *parts: routing.add(layer, *(part[:, :length] for part in parts))
+
+    for layer, router in found.items():
+        router.record = recorder(layer)
+    try:
+        yield routing
+    finally:
+        for router in found.values():
+            router.record = None
+
+
+@contextmanager
+def replay_routing(chunks: Iterable[torch.nn.Module], experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Route the tokens of each forward pass inside to given experts.
+
+    Their weights are still the router's own. With activation recomputation the backward pass belongs inside, it routes
+    again.
+
+    Args:
+        chunks: Model chunks of this rank.
+        experts: Global layer number, from 0 -> numbers of the experts, int64 [batch, sequence, experts per token] of
+            the tokens of one pass (packed rows: [1, tokens, experts per token]), the same on all ranks; see
+            `Router.replay`. Layers that this rank does not hold are left out of account.
+
+    Raises:
+        UsageError: A layer with experts is missing; inside, the shape is not that of the tokens.
+    """
+    found = routers(chunks)
+    if missing := sorted(found.keys() - experts.keys()):
+        raise UsageError(f"no experts to replay for layer {', '.join(map(str, missing))}")
+    for layer, router in found.items():
+        router.replay = experts[layer]
+    try:
+        yield
+    finally:
+        for router in found.values():
+            router.replay = None

@@ -1,0 +1,79 @@
+"""Multimodal wrappers around a text model: their config.json, and that of the text model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptkit.families.common import ConfigJson
+from ckptkit.families.config import ModelConfig
+from ckptkit.families.fields import Fields, object_in, set_dtype
+from ckptkit.families.table import Raw
+
+WRAPPER_DEFAULTS = {"tie_word_embeddings": True}
+"""What a wrapper itself says of the model, with the class defaults of Gemma 3 and 4."""
+_SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapper:
+    """How a multimodal family writes its config.json: the text model's under `text_config`.
+
+    Attributes:
+        family: Name of the family, and Hugging Face's name of the config class.
+        architecture: Hugging Face class name.
+        text: How the text model's family writes its own.
+        parse_text: The text family's translation from config.json.
+        unparse_text: The text family's translation to config.json.
+    """
+
+    family: str
+    architecture: str
+    text: ConfigJson
+    parse_text: Callable[[Raw], ModelConfig]
+    unparse_text: Callable[[ModelConfig, Raw], dict[str, Any]]
+
+    def parse(self, raw: Raw) -> ModelConfig:
+        """The text model of a wrapper.
+
+        Raises:
+            InputError: A field is missing, of the wrong type, or contradicts another.
+            UnsupportedError: No table converts such a text model.
+        """
+        text = object_in(raw, "text_config")
+        return replace(
+            self.parse_text(text),
+            family=self.family,
+            architecture=self.architecture,
+            tied=Fields(raw, WRAPPER_DEFAULTS).flag("tie_word_embeddings"),
+            dtype=Fields(raw, {}).dtype() or Fields(text, {}).dtype(),
+        )
+
+    def unparse(self, config: ModelConfig, base: Raw) -> dict[str, Any]:
+        """The raw config.json of a wrapper: `base` with the fields that differ.
+
+        Without a base the towers are unknown: transformers then takes those of its class defaults.
+        """
+        raw = deepcopy(dict(base)) or {"architectures": [config.architecture], "model_type": self.family}
+        text = raw.get("text_config") or {}
+        tied = self.text.fields(text).flag("tie_word_embeddings") if text else config.tied
+        raw["text_config"] = self.unparse_text(replace(config, tied=tied, dtype=None), text)
+        if not text:
+            del raw["text_config"]["architectures"]  # only the whole model has one
+        if Fields(raw, WRAPPER_DEFAULTS).flag("tie_word_embeddings") != config.tied:
+            raw["tie_word_embeddings"] = config.tied
+        if not base or self.parse(base).dtype != config.dtype:
+            set_dtype(raw, config.dtype)
+        return raw
+
+    def text_only(self, raw: Raw) -> dict[str, Any]:
+        """The config.json of the text model alone, which the text family's class loads."""
+        return {
+            **{key: raw[key] for key in _SHARED if key in raw},
+            **deepcopy(dict(raw.get("text_config") or {})),
+            "architectures": [self.text.architecture],
+            "model_type": self.text.model_type,
+            "tie_word_embeddings": self.parse(raw).tied,
+        }
