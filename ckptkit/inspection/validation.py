@@ -1,0 +1,334 @@
+"""`validate`: whether a checkpoint is whole and agrees with itself. It may read headers only, or every byte.
+
+The questions are asked in order: each file alone, then tensors against config, checksums, values. All files that are
+damaged are named; what comes later needs them, and is not asked then.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import InputError
+from ckptkit.formats.dcp import METADATA, open_dcp
+from ckptkit.formats.fsdp import is_fsdp
+from ckptkit.formats.hf import BIN_INDEX, INDEX, is_weights, read_shard, weight_files
+from ckptkit.formats.hub import locate
+from ckptkit.formats.pickles import read_torch_file
+from ckptkit.formats.sidecar import FOLDER
+from ckptkit.formats.torch_legacy import is_torch_legacy
+from ckptkit.formats.zipfiles import Member, is_archive, open_archive
+from ckptkit.inspection.hashing import files_in
+from ckptkit.inspection.values import Survey, survey
+from ckptkit.io.reading import compare
+from ckptkit.io.threads import Progress, Readers, read_all
+from ckptkit.locating import Place, find_place, is_hf_like
+from ckptkit.opening import open_checkpoint
+from ckptkit.tensors import Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question about a checkpoint.
+
+    Attributes:
+        name: `files`, `tensors`, `checksums` or `values`.
+        summary: One line.
+        problems: What is wrong; the checkpoint should not be used.
+        warnings: What is odd.
+    """
+
+    name: str
+    summary: str
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Whether a checkpoint is sound.
+
+    Attributes:
+        path: Where it is.
+        format: Its format, or None if it could not be opened.
+        architecture: Hugging Face class name, or None.
+        grid: The stored grid, or None.
+        checks: The questions that were asked, in order.
+        not_asked: Those that were not, as an earlier answer was no or nobody wanted them.
+        notes: What a user should know.
+        seconds: Time it took.
+    """
+
+    path: str
+    format: str | None
+    architecture: str | None
+    grid: str | None
+    checks: list[Check]
+    not_asked: list[str]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every question was answered with yes."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The validation as JSON values."""
+        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
+        return {**asdict(self), "checks": checks, "passed": self.passed}
+
+
+QUESTIONS = ("files", "tensors", "checksums", "values")
+
+
+def validate(
+    path: str | Path,
+    *,
+    checksums: bool = True,
+    values: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    hf_reference: str | Path | None = None,
+    iteration: int | None = None,
+    **source: Any,
+) -> Validation:
+    """Checks files, headers, sizes, index, and config against tensors; on request every byte.
+
+    Args:
+        path: A checkpoint of any format.
+        checksums: Also read the data of files that carry checksums (torch's zip archives).
+        values: Also read every weight: none may be NaN or infinite, no matrix all zero, copies must be equal.
+        threads: How many read; by default one for each core.
+        progress: Called with (bytes done, bytes in all), anew for each question that reads data.
+        hf_reference: Hugging Face directory that describes a Megatron checkpoint.
+        iteration: Number of the iteration, if `path` is a root with several.
+        source: Further options of `open_checkpoint`.
+
+    Raises:
+        InputError: There is nothing that looks like a checkpoint.
+        UnsupportedError: It may be sound, but no family or format of ours.
+        UsageError: What is said of it contradicts what it says itself.
+        StorageError: A file cannot be read.
+    """
+    started = time.monotonic()
+    reads = partial(read_all, threads=threads, progress=progress)
+    with ExitStack() as stack:
+        folder = stack.enter_context(locate(path)).path
+        if hf_reference is not None:
+            hf_reference = stack.enter_context(locate(hf_reference)).path
+        place = find_place(folder, iteration)
+        checks = [_files(place)]
+        checkpoint: Checkpoint | None = None
+        if checks[0].passed:
+            opening = partial(open_checkpoint, folder, hf_reference=hf_reference, iteration=iteration, **source)
+            checkpoint, answer = _tensors(opening)
+            checks.append(answer)
+        if checksums and checks[0].passed:
+            checks.append(_checksums(place, reads))
+        if values and checkpoint is not None and checks[1].passed:
+            checks.append(_values(checkpoint, reads))
+    asked = {check.name for check in checks}
+    return Validation(
+        path=str(path),
+        format=checkpoint.format if checkpoint else None,
+        architecture=checkpoint.config.architecture if checkpoint else None,
+        grid=str(checkpoint.grid) if checkpoint else None,
+        checks=checks,
+        not_asked=[name for name in QUESTIONS if name not in asked],
+        notes=list(checkpoint.notes) if checkpoint else [],
+        seconds=time.monotonic() - started,
+    )
+
+
+Reads = Callable[..., list[Any]]
+
+
+def _files(place: Place) -> Check:
+    """Every file alone: headers and sizes of weights, what else there is beside them."""
+    errors = [error for check in _weight_checks(place) if (error := _caught(check))]
+    warnings = _total_size(place.folder) if is_hf_like(place.folder) and not errors else []
+    files = files_in(place)
+    headers = f"{FOLDER}/headers/"  # copies of the headers alone
+    small = {name: file for name, file in files.items() if not is_weights(name) or name.startswith(headers)}
+    errors += [error for name, file in small.items() if (error := _caught(partial(_check_small, name, file)))]
+    summary = f"{len(files) - len(small):,} files with weights, {len(small):,} others"
+    return Check("files", summary, _one_for_each_file(errors), warnings)
+
+
+def _caught(check: Callable[[], object]) -> InputError | None:
+    try:
+        check()
+    except InputError as error:
+        return error
+    return None
+
+
+def _one_for_each_file(errors: Iterable[InputError]) -> list[str]:
+    """A file that is cut short spoils every tensor in it: that is one problem."""
+    by_file: dict[str | None, list[InputError]] = {}
+    for error in errors:
+        by_file.setdefault(error.where, []).append(error)
+    return [f"{first}{f' (and {len(more):,} more in it)' if more else ''}" for first, *more in by_file.values()]
+
+
+def _weight_checks(place: Place) -> Iterator[Callable[[], object]]:
+    """A check for each file (in torch_dist: for each tensor and object) that holds weights."""
+    folder = place.folder
+    if is_hf_like(folder):
+        names: list[str] = []
+        yield lambda: names.extend(weight_files(folder)[0])
+        for name in names:
+            yield partial(read_shard, folder / name)
+    elif is_torch_legacy(folder):
+        for file in sorted(folder.glob("mp_rank_*/*.pt")):
+            yield partial(read_torch_file, file)
+    elif is_fsdp(folder):
+        for file in sorted(folder.glob("model_*.pt")):
+            yield partial(read_torch_file, file)
+    elif (folder / METADATA).is_file():
+        files = open_dcp(folder)
+        for key in files.tensors:
+            yield partial(files.tensor, key)
+        for key in files.objects:
+            yield partial(files.object_bytes, key)
+    extras = place.root / FOLDER / "extras.safetensors"
+    if extras.is_file():
+        yield partial(read_shard, extras)
+
+
+def _check_small(name: str, file: Path) -> None:
+    """A small file must be what its name says, as far as that can be told."""
+    with file.open("rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError("a Git-LFS pointer instead of the file", where=file, hint="run `git lfs pull`")
+    if name.endswith(".json"):
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not valid JSON ({error})", where=file) from None
+
+
+def _total_size(folder: Path) -> list[str]:
+    """An index that promises another size than there is: transformers does not look at it, but others do."""
+    names, index = weight_files(folder)
+    stated = ((index or {}).get("metadata") or {}).get("total_size")
+    if stated is None:
+        return []
+    found = sum(tensor.nbytes for name in names for tensor in read_shard(folder / name)[0].values())
+    name = INDEX if (folder / INDEX).is_file() else BIN_INDEX
+    return [] if stated == found else [f"{name} says total_size {stated:,}, the tensors have {found:,} bytes"]
+
+
+def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, Check]:
+    """Index against shards, config and args against tensors, through the family's table."""
+    try:
+        checkpoint = opening()
+    except InputError as error:
+        return None, Check("tensors", "they do not make up the model", [str(error)])
+    covered = ", ".join(f"{count:,} {what}" for what, count in checkpoint.coverage.items())
+    summary = f"{len(checkpoint.tensors):,} tensors of {checkpoint.config.architecture} ({covered})"
+    return checkpoint, Check("tensors", summary, list(checkpoint.disagreements))
+
+
+def _checksums(place: Place, reads: Reads) -> Check:
+    """CRC-32 of every record of torch's archives; safetensors has no checksums."""
+    tasks = list(_archives(place))
+    if not tasks:
+        return Check("checksums", "its files carry none (`ckptkit hash` makes some)")
+    answers: list[_Sums] = reads(tasks, _check_sums, lambda task: task.size)
+    without = sum(answer.without for answer in answers)
+    warnings = [f"{without:,} records were written without checksums"] if without else []
+    problems = [text for answer in answers for text in answer.problems]
+    return Check("checksums", f"{sum(answer.checked for answer in answers):,} records", problems, warnings)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """An archive of torch.save at `start` of a file, whole or one record of it, and how many bytes are to be read."""
+
+    file: Path
+    start: int
+    length: int | None
+    size: int
+    member: Member | None = None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the checksums of records say."""
+
+    checked: int
+    without: int
+    problems: list[str]
+
+
+def _archives(place: Place) -> Iterator[_Records]:
+    """Large archives record by record; the chunks of a distributed checkpoint, which are small and many, whole."""
+    folder = place.folder
+    large: Iterable[Path] = ()
+    if is_hf_like(folder):
+        large = (folder / name for name in weight_files(folder)[0] if name.endswith(".bin"))
+    elif is_torch_legacy(folder):
+        large = sorted(folder.glob("mp_rank_*/*.pt"))
+    elif is_fsdp(folder):
+        large = sorted(folder.glob("*.pt"))
+    elif (folder / METADATA).is_file():
+        large = sorted(folder.glob("*.pt"))
+        for file, span in open_dcp(folder).spans():
+            if is_archive(file, span.offset, span.length):
+                yield _Records(file, span.offset, span.length, span.length)
+    for file in large:
+        for member in open_archive(file).members.values():
+            yield _Records(file, 0, None, member.size, member)
+
+
+def _check_sums(readers: Readers, task: _Records) -> _Sums:
+    try:
+        members = [task.member] if task.member else open_archive(task.file, task.start, task.length).members.values()
+        checked = [member for member in members if member.checked]
+        problems = [
+            f"{task.file}: record {member.name} is damaged: its checksum is wrong; fetch or copy it again"
+            for member in checked
+            if readers.first.crc32(task.file, member.offset, member.size) != member.crc
+        ]
+    except InputError as error:
+        return _Sums(0, 0, [str(error)])
+    return _Sums(len(checked), sum(not member.checked and member.size > 0 for member in members), problems)
+
+
+def _values(checkpoint: Checkpoint, reads: Reads) -> Check:
+    """Every weight: finite, no matrix all zero; copies of one tensor equal."""
+    tensors = sorted(checkpoint.hf_tensors(()).items())
+    found = reads(tensors, _survey, lambda item: item[1].nbytes)
+    problems: list[str] = []
+    warnings: list[str] = []
+    for (name, tensor), about in zip(tensors, found, strict=True):
+        if about.nan or about.inf:
+            problems.append(f"{name}: {about.nan:,} NaN and {about.inf:,} infinite of {tensor.numel:,} elements")
+        elif about.zero and tensor.numel:
+            (problems if len(tensor.shape) > 1 else warnings).append(f"{name} is all zero")
+    for comparison in checkpoint.comparisons:
+        if error := _caught(partial(compare, comparison)):
+            problems.append(str(error))
+    elements = sum(tensor.numel for _, tensor in tensors)
+    summary = f"{elements:,} elements of {len(tensors):,} tensors, {len(checkpoint.comparisons):,} copies"
+    return Check("values", summary, problems, warnings)
+
+
+def _survey(readers: Readers, item: tuple[str, Tensor]) -> Survey:
+    _, tensor = item
+    return sum((survey(chunk, tensor.out_dtype) for chunk in readers.first.chunks(tensor)), Survey())
