@@ -125,6 +125,19 @@ class DcpFiles:
         span = self.objects[key]
         return read_start(self._folder.file(key, span), span.offset, span.length, span.length)
 
+    def spans(self) -> Iterator[tuple[Path, Span]]:
+        """The bytes of every chunk and object, with the file that holds them.
+
+        Raises:
+            InputError: A file is missing or outside the folder.
+            UnsupportedError: Its bytes are compressed.
+        """
+        for key, stored in self.tensors.items():
+            for chunk in stored.chunks:
+                yield self._folder.file(key, chunk.span), chunk.span
+        for key, span in self.objects.items():
+            yield self._folder.file(key, span), span
+
     def _box(self, key: str, chunk: Chunk, dtype: DType) -> Box:
         file = self._folder.file(key, chunk.span)
         tensor = self._archives.tensor(file, chunk.span, dtype, chunk.sizes)

@@ -155,7 +155,7 @@ def _archive(dtype: DType, shape: tuple[int, ...]) -> OutputFile:
 def _bytes_of(segment: Segment) -> bytes:
     (band,) = segment.tensor.bands
     (piece,) = band.pieces
-    assert isinstance(piece, Literal)
+    assert isinstance(piece, Literal) and isinstance(piece.data, bytes)
     return piece.data
 
 

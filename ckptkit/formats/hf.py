@@ -18,6 +18,7 @@ from ckptkit.tensors import Tensor
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".ot", ".distcp"}
+_DISTRIBUTED = ".metadata"  # describes the .distcp files beside it
 _SKIPPED_FOLDERS = {".git", ".cache", "ckptkit", "__pycache__"}
 
 
@@ -44,7 +45,7 @@ class HfFiles:
 
 def is_weights(name: str) -> bool:
     """Whether a file name is that of weights, ours or another format's."""
-    return PurePosixPath(name).suffix in _WEIGHTS
+    return PurePosixPath(name).suffix in _WEIGHTS or PurePosixPath(name).name == _DISTRIBUTED
 
 
 def has_shards(path: Path) -> bool:
@@ -76,29 +77,48 @@ def open_hf(path: Path, shards: Shards | None = None) -> HfFiles:
     return HfFiles(path, config, tensors, headers, small, sorted(set(weights) - set(names)))
 
 
+def open_reference(path: Path) -> HfFiles:
+    """Opens a directory for its config, tokenizer and shard map; it need not hold weights.
+
+    Raises:
+        InputError: A file is missing or damaged, or index and shards disagree.
+    """
+    return open_hf(path, None if has_shards(path) else Shards({}, {}, []))
+
+
 def read_shards(path: Path) -> Shards:
     """The weights of a directory; the index decides what belongs to the model, or else the single file.
 
     Raises:
         InputError: A file is missing or damaged, or index and shards disagree.
     """
-    names, index = _weight_files(path)
-    pickled = names[0].endswith(".bin")
+    names, index = weight_files(path)
     headers: dict[str, Header] = {}
     tensors: dict[str, Tensor] = {}
     for name in names:
         shard = path / name
-        if pickled:
-            found = _read_bin(shard)
-        else:
-            headers[name] = safetensors.read_header(shard)
-            found = safetensors.tensors_of(shard, headers[name])
+        found, header = read_shard(shard)
+        if header is not None:
+            headers[name] = header
         if twice := sorted(found.keys() & tensors.keys()):
             raise InputError(f"tensor {twice[0]} is in two shards", where=shard)
         tensors.update(found)
     if index is not None:
         _check_index(path, index, tensors)
     return Shards(tensors, headers, names)
+
+
+def read_shard(path: Path) -> tuple[dict[str, Tensor], Header | None]:
+    """The tensors of one file, and its header if it is safetensors.
+
+    Raises:
+        InputError: It is damaged.
+        UnsupportedError: A tensor has a type that ckptkit does not know.
+    """
+    if path.suffix == ".bin":
+        return _read_bin(path), None
+    header = safetensors.read_header(path)
+    return safetensors.tensors_of(path, header), header
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,7 +173,12 @@ def lay_out_like(tensors: Mapping[str, Tensor], headers: Mapping[str, Header]) -
     return files
 
 
-def _weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+def weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """The names of the files that make up the model, and the index if there is one.
+
+    Raises:
+        InputError: There are none, the index is damaged, or names a file that is missing or outside the folder.
+    """
     for index_name, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / single).is_file():
             check_link(path / single, path)

@@ -61,6 +61,10 @@ _LISTED: dict[str, str] = {
     "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
     "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING ShardedTensorMetadata",
     "torch.distributed._shard.metadata": "ShardMetadata",
+    "torch.distributed._shard.sharded_tensor.api": "ShardedTensor ShardedTensor.ProcessGroupState",
+    "torch.distributed._shard.sharded_tensor.shard": "Shard",
+    "torch.distributed._shard.sharding_spec.chunk_sharding_spec": "ChunkShardingSpec",
+    "torch.distributed._shard.sharding_spec.api": "EnumerableShardingSpec",
     "torch.distributed.remote_device": "_remote_device",
     "torch.distributed.device_mesh": "DeviceMesh",
     "torch.distributed._mesh_layout": "_MeshLayout _FlatLayout",
@@ -91,6 +95,11 @@ LISTED_NAMES: frozenset[tuple[str, str]] = frozenset(
 
 LISTED_DTYPES: frozenset[str] = frozenset(DTYPES_BY_TORCH_NAME) | FOREIGN_TORCH_DTYPES
 """`name` of every `torch.<name>` that is an element type."""
+
+NESTED_CLASSES: frozenset[tuple[str, str]] = frozenset(
+    (f"{module}.{outer}", inner) for module, name in LISTED_NAMES for outer, _, inner in (name.partition("."),) if inner
+)
+"""(class, name in it) of listed classes inside others, which protocols before 4 spell as a `getattr`."""
 
 PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 PYTHON2_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.formats.pickle_names import LISTED_DTYPES, LISTED_NAMES, PYTHON2_MODULES, PYTHON2_NAMES
+from ckptkit.formats.pickle_names import LISTED_DTYPES, LISTED_NAMES, NESTED_CLASSES, PYTHON2_MODULES, PYTHON2_NAMES
 from ckptkit.formats.pickling import write_pickle
 from ckptkit.formats.torch_types import (
     DTYPES_BY_TORCH_NAME,
@@ -238,18 +238,24 @@ class _Meaning:
             return TorchDType(name)
         if module in PYTHON2_MODULES:
             module, name = PYTHON2_MODULES[module], PYTHON2_NAMES.get(name, name)
-        if (module, name) not in LISTED_NAMES:
-            shown = f"{module}.{name}"
-            shown = shown if len(shown) <= 120 and shown.isprintable() else ascii(shown[:120])
-            raise InputError(
-                f"its pickle names {shown}, which is not on the list of things a checkpoint needs; nothing was run",
-                where=self._where,
-            )
-        return ClassName(module, name)
+        found = ClassName(module, name)
+        if (module, name) not in LISTED_NAMES and found != _GETATTR:
+            raise self._unlisted(found)
+        return found
+
+    def _unlisted(self, found: ClassName) -> InputError:
+        shown = f"{found.module}.{found.name}"
+        shown = shown if len(shown) <= 120 and shown.isprintable() else ascii(shown[:120])
+        return InputError(
+            f"its pickle names {shown}, which is not on the list of things a checkpoint needs; nothing was run",
+            where=self._where,
+        )
 
     def call(self, target: object, args: tuple[object, ...]) -> object:
         if not isinstance(target, ClassName):
             raise Damage(f"a call of a {type(target).__name__}")
+        if target == _GETATTR:
+            return self._nested_class(args)
         if target == _REBUILD_FROM_TYPE:
             return self._rebuild_from_type(args)
         make = _MAKERS.get((target.module, target.name))
@@ -286,6 +292,13 @@ class _Meaning:
             )
         return _Storage(place, dtype_name)
 
+    def _nested_class(self, args: tuple[object, ...]) -> ClassName:
+        """`getattr(class, name)`, as long as it is one of the classes inside others that are listed."""
+        match args:
+            case (ClassName(module, outer), str(inner)) if (f"{module}.{outer}", inner) in NESTED_CLASSES:
+                return ClassName(module, f"{outer}.{inner}")
+        raise self._unlisted(_GETATTR)
+
     def _rebuild_from_type(self, args: tuple[object, ...]) -> object:
         """`(function, type, arguments, state)`: a tensor subclass, or a tensor with attributes."""
         match args:
@@ -296,6 +309,7 @@ class _Meaning:
         raise Damage("a tensor that is not rebuilt as torch does")
 
 
+_GETATTR = ClassName("builtins", "getattr")
 _REBUILD_FROM_TYPE = ClassName("torch._tensor", "_rebuild_from_type_v2")
 _PLAIN_TENSORS = {
     ("torch", "Tensor"),

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import lcm
+from math import lcm, prod
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ckptkit.formats.dcp import DcpFiles, is_dcp, open_dcp
 from ckptkit.formats.dcp_layout import NewChunk, NewObject, lay_out_dcp
 from ckptkit.formats.hf import read_json
 from ckptkit.formats.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
-from ckptkit.formats.torch_legacy import TRACKER, plain_values
+from ckptkit.formats.torch_legacy import TRACKER, OptimizerState, plain_values
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Literal, Tensor, vstack
 
@@ -41,6 +41,10 @@ _STORED_EXPERT = re.compile(r"(.*\.experts)\.experts\.(?:(\d+)\.)?(linear_fc[12]
 _EXPERT = re.compile(r"(.*\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d+)")
 _HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias)\d*)_([wv])")
 _NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler")
+_ATTENTION, _STACKED_BLOCK = "self_attention.", "decoder.layers"  # layers of multi-token prediction are not stacked
+_LINEAR = ("linear_", "per_layer_model_proj")
+_GROUPED = re.compile(r"((?:.*\.)?self_attention)(_[a-z]+)\.")
+_HYBRID_NORM = "decoder.final_norm"
 _MOE_NORM, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
 
@@ -56,6 +60,7 @@ class TorchDistFiles:
         spec: `local` if the local layer spec wrote it and that shows (only with experts), else `te`.
         stacked: Whether its layers were stacked.
         ignored: Keys that are not of the model (optimizer and random states).
+        optimizer: How much that is.
     """
 
     path: Path
@@ -65,6 +70,7 @@ class TorchDistFiles:
     spec: str
     stacked: bool
     ignored: tuple[str, ...]
+    optimizer: OptimizerState
 
 
 def is_torch_dist(path: Path) -> bool:
@@ -106,7 +112,20 @@ def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
         "local" if moved else "te",
         any(_STACKED.fullmatch(key) for key in keys),
         tuple(sorted(files.tensors.keys() - set(keys))),
+        optimizer_state(files, files.tensors.keys() - set(keys)),
     )
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a folder is a distributed checkpoint with tensors of a model, and not of an optimizer alone."""
+    return is_torch_dist(path) and is_dcp(path) and not all(_NOT_MODEL.match(key) for key in open_dcp(path).tensors)
+
+
+def optimizer_state(files: DcpFiles, keys: Iterable[str]) -> OptimizerState:
+    """What `.metadata` says of tensors that are not of the model; their chunks are not looked at."""
+    found = [files.tensors[key] for key in keys]
+    sizes = (prod(stored.shape) * stored.dtype.dtype.itemsize for stored in found if stored.dtype.dtype is not None)
+    return OptimizerState(len(found), sum(sizes))
 
 
 def _canonical(files: DcpFiles, key: str) -> Iterator[tuple[str, Tensor]]:
@@ -120,6 +139,39 @@ def _canonical(files: DcpFiles, key: str) -> Iterator[tuple[str, Tensor]]:
             prefix, number, module, kind, half = match.groups(default="")
             name = f"{prefix}.{module}.{kind}{int(number) if number else index[-1]}{half}"
         yield name, tensor
+
+
+def without_group(name: str) -> str:
+    """A name without what says that the layer's attention is stacked apart (`self_attention_sliding`)."""
+    return _GROUPED.sub(r"\1.", name)
+
+
+def ungrouped(tensors: Mapping[str, Tensor], groups: Sequence[str], stacked: bool, where: Path) -> dict[str, Tensor]:
+    """Tensors of attention that was stacked apart, by kind, under their layers' own numbers and names.
+
+    Args:
+        tensors: Names as `open_torch_dist` gives them -> tensors.
+        groups: What each layer's keys add to `self_attention`.
+        stacked: Whether layers were stacked, and so counted within their kind.
+        where: For messages.
+
+    Raises:
+        InputError: A layer is of another kind than its keys say.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        group = match and _GROUPED.match(match[3])
+        if match is None or not group:
+            found[name] = tensor
+            continue
+        of_kind = [number for number, suffix in enumerate(groups) if suffix == group[2]]
+        layers = of_kind if stacked else range(len(groups))
+        number = int(match[2])
+        if number >= len(layers) or layers[number] not in of_kind:
+            raise InputError(f"{name}: the config has {len(of_kind)} layers with this attention", where=where)
+        found[f"{match[1]}.{layers[number]}.{without_group(match[3])}"] = tensor
+    return found
 
 
 def _join_halves(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -210,7 +262,7 @@ class StageRanks:
         return lcm(self.tp, self.ep * self.expert_tp)
 
 
-def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> bool:
+def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any], groups: Sequence[str] = ()) -> bool:
     """Whether stock Megatron-Core stacks the layers of a model: they are alike, and its arguments do not say otherwise.
 
     Source: `TransformerBlock.sharded_state_dict`.
@@ -218,6 +270,7 @@ def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> bo
     Args:
         shapes: Canonical name -> shape.
         args: Arguments of the model.
+        groups: What each layer's keys add to `self_attention`, where layers whose attention differs are stacked apart.
     """
     if any(args.get(key) for key in ("hetereogenous_dist_checkpoint", "heterogeneous_layers_config_path")):
         return False
@@ -225,12 +278,18 @@ def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> bo
         value = args.get(key)
         if isinstance(value, list) or (isinstance(value, int) and value > 1):
             return False
-    layers: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
+    layers: dict[tuple[str, str, int], set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
     for name, shape in shapes.items():
         if match := _LAYER.fullmatch(name):
-            layers[match[1], int(match[2])].add((match[3], shape))
-    kinds = {(block, frozenset(content)) for (block, _), content in layers.items()}
-    return len(kinds) == len({block for block, _ in layers})
+            number = int(match[2])
+            layers[match[1], _group(match[3], groups, number), number].add((match[3], shape))
+    kinds = {(block, group, frozenset(content)) for (block, group, _), content in layers.items()}
+    return len(kinds) == len({(block, group) for block, group, _ in layers})
+
+
+def _group(rest: str, groups: Sequence[str], layer: int) -> str:
+    """What keys add to `self_attention` for a name behind its layer number, or nothing."""
+    return groups[layer] if groups and rest.startswith(_ATTENTION) else ""
 
 
 def lay_out_torch_dist(
@@ -241,6 +300,8 @@ def lay_out_torch_dist(
     ranks: StageRanks = StageRanks(),
     spec: str = "te",
     stacked: bool | None = None,
+    groups: Sequence[str] = (),
+    plain: tuple[str, ...] = (),
 ) -> list[OutputFile]:
     """The files of a checkpoint that Megatron-LM's `--load` finds as `release`; equal input gives equal bytes.
 
@@ -256,16 +317,18 @@ def lay_out_torch_dist(
             own keys. Strictness `assume_ok_unexpected`, Megatron-LM's default, loads `te` into all whose layers have
             the same names.
         stacked: Whether layers are stacked; by default as `stacks` says.
+        groups: What each layer's keys add to `self_attention`, where layers whose attention differs are stacked apart.
+        plain: Endings of modules that have no `_extra_state` in any layer spec.
 
     Raises:
         UsageError: A tensor does not divide over the ranks, or layers that differ are to be stacked.
     """
     shapes = {item.name: item.tensor.shape for item in tensors}
     if stacked is None:
-        stacked = stacks(shapes, args)
-    elif stacked and not stacks(shapes, {}):
+        stacked = stacks(shapes, args, groups)
+    elif stacked and not stacks(shapes, {}, groups):
         raise UsageError("layers that differ cannot be stacked")
-    keys = _Keys(shapes, stacked, spec)
+    keys = _Keys(shapes, stacked, spec, groups, plain)
     chunks: list[NewChunk] = []
     objects: list[NewObject] = []
     whole: dict[str, tuple[int, ...]] = {}
@@ -317,9 +380,13 @@ class _Place:
 class _Keys:
     """Canonical names -> stored keys."""
 
-    def __init__(self, names: Iterable[str], stacked: bool, spec: str) -> None:
+    def __init__(
+        self, names: Iterable[str], stacked: bool, spec: str, groups: Sequence[str], plain: tuple[str, ...]
+    ) -> None:
         self._stacked = stacked
         self._spec = spec
+        self._groups = groups
+        self._plain = plain
         self._layers: dict[str, int] = defaultdict(int)
         self._experts: dict[str, int] = defaultdict(int)
         for name in names:
@@ -338,9 +405,16 @@ class _Keys:
         key = f"{expert[1]}.experts.{expert[2]}" if expert else name
         at = (int(expert[3]),) if expert else ()
         counts = (self._experts[expert[1]],) if expert else ()
-        if layer := self._stack_of(key):
-            stack, number, rest = layer.groups()
-            key, at, counts = f"{stack}.{rest}", (int(number), *at), (self._layers[stack], *counts)
+        if layer := _LAYER.fullmatch(key):
+            stack, number, rest = layer[1], int(layer[2]), layer[3]
+            group, count = _group(rest, self._groups, number), self._layers[stack]
+            if group:
+                rest = f"self_attention{group}.{rest.removeprefix(_ATTENTION)}"
+            key = f"{stack}.{number}.{rest}"
+            if group and self._stacked:
+                number, count = self._groups[:number].count(group), self._groups.count(group)
+            if self._stacked and stack.endswith(_STACKED_BLOCK):
+                key, at, counts = f"{stack}.{rest}", (number, *at), (count, *counts)
         return _Place(key, at, counts, bool(expert))
 
     def extra_states(self, name: str) -> list[str]:
@@ -350,18 +424,17 @@ class _Keys:
         if kind != "weight":
             return []
         last = module.rpartition(".")[2]
-        modules = [module] if last.startswith("linear_") else []
+        if last.endswith(self._plain) and self._plain:
+            return []
+        modules = [module] if last.startswith(_LINEAR) else []
+        if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
+            modules.append(module.removesuffix(_HYBRID_NORM) + "output_layer")
         if self._spec == "te":
-            modules += [module] if last.endswith("layernorm") else []
+            modules += [module] if last.endswith(("layernorm", "final_norm")) else []
             modules += [module.removesuffix("linear_qkv") + "core_attention"] if last == "linear_qkv" else []
         at, counts = place.at or (0,), place.counts or (1,)
         shard = f"shard_{'.'.join(map(str, at))}_{'.'.join(map(str, counts))}"
         return [f"{module}._extra_state/{shard}" for module in modules]
-
-    def _stack_of(self, key: str) -> re.Match[str] | None:
-        """The layer of a key, if that is stacked: those of a `decoder` are, those of multi-token prediction are not."""
-        match = _LAYER.fullmatch(key)
-        return match if self._stacked and match and re.search(r"\bdecoder\.layers$", match[1]) else None
 
 
 def _chunks(item: GlobalTensor, place: _Place, ranks: StageRanks) -> Iterator[NewChunk]:
@@ -415,7 +488,7 @@ def _empty_state() -> bytes:
     """torch.save of `[None]`: a shard's list of states, the only one of which is none."""
     (segment,) = lay_out_torch_file("archive", [None]).segments
     (piece,) = segment.tensor.bands[0].pieces
-    assert isinstance(piece, Literal)
+    assert isinstance(piece, Literal) and isinstance(piece.data, bytes)
     return piece.data
 
 

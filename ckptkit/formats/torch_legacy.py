@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptkit.errors import InputError
-from ckptkit.formats.pickles import Namespace, TorchDType, UnreadableTensor, lay_out_torch_file, read_torch_file
+from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.pickles import Namespace, Record, TorchDType, UnreadableTensor, lay_out_torch_file, read_torch_file
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
-FILE = "model_optim_rng.pt"
+FILE, DISTRIBUTED_OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
+_VERL_FILE = "model.pt"
+_ITERATION = re.compile(r"release|(?:iter|global_step)_(\d+)")
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 
 RankKey = tuple[int, int, int]
@@ -26,6 +28,25 @@ RankKey = tuple[int, int, int]
 
 RankFile = dict[str, dict[str, Tensor]]
 """Chunk (`model`, or `model0`, `model1`, ...) -> local tensor name -> tensor."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """How much of a checkpoint is the optimizer's, and therefore left out.
+
+    Attributes:
+        tensors: How many tensors, as far as they can be counted from headers.
+        nbytes: Their size.
+    """
+
+    tensors: int = 0
+    nbytes: int = 0
+
+    def __bool__(self) -> bool:
+        return self.tensors > 0 or self.nbytes > 0
+
+    def __add__(self, other: OptimizerState) -> OptimizerState:
+        return OptimizerState(self.tensors + other.tensors, self.nbytes + other.nbytes)
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class TorchFiles:
         args: `args` as plain values.
         ranks: (pp_rank, tp_rank, ep_rank) -> chunks.
         chunks: How many model chunks (virtual stages) every rank has.
+        optimizer: The optimizer's state beside the model.
     """
 
     path: Path
@@ -45,24 +67,58 @@ class TorchFiles:
     args: dict[str, Any]
     ranks: dict[RankKey, RankFile]
     chunks: int
+    optimizer: OptimizerState = OptimizerState()
 
 
-def iteration_folder(path: Path) -> Path:
-    """The folder that holds the ranks of a Megatron checkpoint, through the tracker file where there is one.
+def iteration_folder(path: Path, iteration: int | None = None) -> Path:
+    """The folder that holds one iteration of a checkpoint: the one asked for, or the tracker file's, or the only one.
+
+    Args:
+        path: The checkpoint's root; any other folder is given back as it is.
+        iteration: Number of the iteration.
 
     Raises:
         InputError: The tracker names an iteration that is not there.
+        UsageError: There is no such iteration, or there are several and nothing says which.
     """
+    if iteration is not None:
+        found = _folder_of(path, str(iteration))
+        if found is None:
+            there = ", ".join(folder.name for folder in _iterations(path)) or "none"
+            raise UsageError(f"no iteration {iteration} in it", where=path, hint=f"iterations that are there: {there}")
+        return found
     tracker = path / TRACKER
     if not tracker.is_file():
-        return path
+        return _only_iteration(path)
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not text.isdigit():
+    if text != "release" and not (text.isascii() and text.isdigit()):
         raise InputError(f"expected an iteration or `release`, found {text[:40]!r}", where=tracker)
-    folder = path / (text if text == "release" else f"iter_{int(text):07d}")
-    if not folder.is_dir():
-        raise InputError(f"names {folder.name}, which is not there", where=tracker)
-    return folder
+    found = _folder_of(path, text)
+    if found is None:
+        name = text if text == "release" else f"iter_{int(text):07d}"
+        raise InputError(f"names {name}, which is not there", where=tracker)
+    return found
+
+
+def _folder_of(path: Path, text: str) -> Path | None:
+    """An iteration's folder by Megatron's name or by verl's, whichever is there."""
+    names = ["release"] if text == "release" else [f"iter_{int(text):07d}", f"global_step_{int(text)}"]
+    return next((path / name for name in names if (path / name).is_dir()), None)
+
+
+def _iterations(path: Path) -> list[Path]:
+    """The folders of iterations, the number of none larger than that of the next."""
+    found = [(match, item) for item in path.iterdir() if (match := _ITERATION.fullmatch(item.name)) and item.is_dir()]
+    return [item for _, item in sorted(found, key=lambda pair: int(pair[0][1] or -1))]
+
+
+def _only_iteration(path: Path) -> Path:
+    """Without a tracker file: the root's only iteration, or the folder itself if it has none."""
+    found = _iterations(path)
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found[-4:])
+        raise UsageError(f"several iterations ({names}) and no {TRACKER}", where=path, hint="choose with --iteration")
+    return found[0] if found else path
 
 
 def is_torch_legacy(path: Path) -> bool:
@@ -70,8 +126,14 @@ def is_torch_legacy(path: Path) -> bool:
     return path.is_dir() and any(_RANK.match(item.name) for item in path.iterdir())
 
 
-def open_torch_legacy(path: Path, root: Path) -> TorchFiles:
+def open_torch_legacy(path: Path, root: Path, *, pp: int | None = None, ep: int | None = None) -> TorchFiles:
     """Opens every rank's file; tensors are not read.
+
+    Args:
+        path: The folder with the `mp_rank_*` folders.
+        root: The folder with the tracker file, or `path` itself.
+        pp: Pipeline parallel size, where `args` do not say: the names of the folders alone are ambiguous.
+        ep: Expert parallel size, likewise.
 
     Raises:
         InputError: A file is missing or damaged, or ranks disagree.
@@ -79,14 +141,39 @@ def open_torch_legacy(path: Path, root: Path) -> TorchFiles:
     folders = [item for item in sorted(path.iterdir()) if _RANK.match(item.name)]
     contents = {folder: _read_rank(folder) for folder in folders}
     args = _common_args(contents)
-    with_experts = (args.get("pipeline_model_parallel_size") or 1) == 1 and (
-        args.get("expert_model_parallel_size") or 1
-    ) > 1
+    stages = args.get("pipeline_model_parallel_size") or pp or 1
+    with_experts = stages == 1 and (args.get("expert_model_parallel_size") or ep or 1) > 1
     ranks = {_ranks_of(folder, with_experts): _chunks(content, folder) for folder, content in contents.items()}
     counts = {len(chunks) for chunks in ranks.values()}
     if len(counts) > 1:
         raise InputError("ranks hold different numbers of virtual stages", where=path)
-    return TorchFiles(path, root, args, ranks, counts.pop())
+    optimizer = sum((_optimizer(content, folder) for folder, content in contents.items()), OptimizerState())
+    return TorchFiles(path, root, args, ranks, counts.pop(), optimizer)
+
+
+def _optimizer(content: Mapping[str, Any], folder: Path) -> OptimizerState:
+    """A rank's optimizer: inside its file, or for the distributed optimizer in one beside it, which is not opened."""
+    tensors: list[Tensor] = []
+    seen: set[int] = set()  # a damaged file may hold an object that contains itself
+    pending = [content.get("optimizer")]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, Record):
+            pending += [value.args, value.state]
+        elif isinstance(value, Namespace):
+            pending += value.fields.values()
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
+    beside = folder / DISTRIBUTED_OPTIMIZER
+    size = beside.stat().st_size if beside.is_file() else 0
+    return OptimizerState(len(tensors), size + sum(tensor.nbytes for tensor in tensors))
 
 
 def rank_folder(rank: RankKey, pp: int, ep: int) -> str:
@@ -129,12 +216,22 @@ def _ranks_of(folder: Path, with_experts: bool) -> RankKey:
 
 def _read_rank(folder: Path) -> dict[str, Any]:
     file = folder / FILE
+    if not file.is_file() and (folder / _VERL_FILE).is_file():
+        return _read_chunks(folder / _VERL_FILE)
     if not file.is_file():
         raise InputError(f"no {FILE}", where=folder)
     content = read_torch_file(file)
     if not isinstance(content, dict):
         raise InputError("not a Megatron checkpoint (no dictionary inside)", where=file)
     return content
+
+
+def _read_chunks(file: Path) -> dict[str, Any]:
+    """A rank's file as verl wrote it until 0.4: a list of the state dicts of its model chunks, and no args."""
+    chunks = read_torch_file(file)
+    if not isinstance(chunks, list) or not chunks:
+        raise InputError("not a list of model chunks", where=file)
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
 def _common_args(contents: Mapping[Path, Any]) -> dict[str, Any]:

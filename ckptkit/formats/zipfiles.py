@@ -41,6 +41,11 @@ class Member:
     crc: int
     plain: bool
 
+    @property
+    def checked(self) -> bool:
+        """Whether it has a checksum: torch writes zeros after `torch.serialization.set_crc32_options(False)`."""
+        return self.crc != 0
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -81,7 +86,7 @@ class Archive:
             raise UnsupportedError(f"record {member.name} alone has {member.size:,} bytes", where=self.path)
         with _Window(self.path, 0, None) as window:
             data = window.read(member.offset, member.size, f"record {member.name}")
-        if zlib.crc32(data) != member.crc:
+        if member.checked and zlib.crc32(data) != member.crc:
             raise InputError(f"record {member.name} is damaged: its checksum is wrong", where=self.path, hint=_AGAIN)
         return data
 
@@ -112,6 +117,16 @@ def read_start(path: Path, start: int, length: int | None, size: int) -> bytes:
     """
     with _Window(path, start, length) as window:
         return window.read(0, min(size, window.size), "the start")
+
+
+def is_archive(path: Path, start: int, length: int | None) -> bool:
+    """Whether a range of a file starts as an archive does.
+
+    Raises:
+        InputError: The file is missing or ends before the range.
+        StorageError: The file cannot be read.
+    """
+    return read_start(path, start, length, 4) == b"PK\x03\x04"
 
 
 class _Window:

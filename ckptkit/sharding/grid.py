@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from ckptkit.errors import UsageError
@@ -39,6 +39,8 @@ class Parallelism:
         loss_in_split: Count the loss as a layer when splitting (`--account-for-loss-in-pipeline-split`).
         ep: Expert model parallel size.
         etp: Expert tensor parallel size, or None for `tp`.
+        adapter_first: Where two stages part at an adapter between layers of two widths, whether it ends the first one
+            (and the wide stream is sent) or begins the second (and the narrow one is).
     """
 
     tp: int = 1
@@ -50,6 +52,7 @@ class Parallelism:
     loss_in_split: bool = False
     ep: int = 1
     etp: int | None = None
+    adapter_first: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "ep"):
@@ -97,3 +100,20 @@ class Parallelism:
     def __str__(self) -> str:
         sizes = [("VPP", self.vpp), ("EP", self.ep), ("ETP", self.etp or 1)]
         return " x ".join([f"TP{self.tp}", f"PP{self.pp}", *(f"{name}{size}" for name, size in sizes if size > 1)])
+
+
+@dataclass(frozen=True, slots=True)
+class StatedGrid:
+    """What somebody says of a stored grid that does not describe itself, in sizes of a `Parallelism`; None: nothing."""
+
+    tp: int | None = None
+    pp: int | None = None
+    vpp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """What is said: name of a size in `Parallelism` -> size."""
+        return {field.name: size for field in fields(self) if (size := getattr(self, field.name)) is not None}

@@ -28,6 +28,7 @@ class Split:
         expert: Whether the ranks are the expert tensor parallel ones, on one expert parallel rank.
         axis: The axis that the ranks divide (-1: the last), or None if they do not.
         blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up.
+        copies: The shards of all ranks -> pairs of pieces of them that hold the same elements.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Split:
     expert: bool = False
     axis: int | None = 0
     blocks: int = 1
+    copies: Callable[[Sequence[Tensor]], Sequence[tuple[Tensor, Tensor]]] = lambda shards: ()
 
 
 def _share(length: int, size: int, axis: str) -> int:

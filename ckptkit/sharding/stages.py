@@ -52,6 +52,11 @@ def split_layers(num_layers: int, grid: Parallelism) -> list[Stage]:
     return [stages[key] for key in sorted(stages)]
 
 
+def holds_cut(stage: Stage, cut: int, grid: Parallelism) -> bool:
+    """Whether a stage holds the adapter that stands before layer `cut`: it lives beside a layer of its side."""
+    return cut - int(grid.adapter_first) in stage.layers
+
+
 def stage_of_layer(stages: list[Stage]) -> dict[int, tuple[Stage, int]]:
     """Global layer number -> the stage that holds it and its number there."""
     return {layer: (stage, local) for stage in stages for local, layer in enumerate(stage.layers)}

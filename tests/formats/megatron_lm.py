@@ -1,11 +1,13 @@
 """Megatron-LM's own way into a checkpoint: its command line, `load_args_from_checkpoint` and `load_checkpoint`.
 
 The wheel of megatron-core 0.19.2 holds that part of Megatron-LM. A job of `megatron_ranks` with the action
-`megatron_lm` names the folder with the tracker file; its options go to `model_flags` and to the command line.
+`megatron_lm` names the folder with the tracker file; its options go to `model_flags` and to the command line. Only
+models that are Hugging Face's, too, are loaded so: what is converted has the arguments that ckptkit writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -18,59 +20,16 @@ from tests.formats.megatron_ranks import (
     HEADS,
     HIDDEN,
     LAYERS,
-    SHARED_FFN,
     VOCAB,
     WIDTH,
     Job,
     Ranks,
+    is_moe,
+    is_tied,
 )
 
 SEQUENCE = 16
-
-
-def stored_arguments(model: str, tp: int = 1, pp: int = 1, ep: int = 1) -> dict[str, Any]:
-    """What `args` of a checkpoint must say so that `--use-checkpoint-args` builds the model from it."""
-    moe = {
-        "num_experts": EXPERTS,
-        "moe_ffn_hidden_size": EXPERT_FFN,
-        "moe_shared_expert_intermediate_size": SHARED_FFN,
-        "moe_router_topk": 2,
-        "moe_layer_freq": 1,
-        "moe_grouped_gemm": False,
-    }
-    return {
-        "num_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "ffn_hidden_size": FFN,
-        "seq_length": SEQUENCE,
-        "max_position_embeddings": SEQUENCE,
-        "num_attention_heads": HEADS,
-        "group_query_attention": True,
-        "num_query_groups": GROUPS,
-        "kv_channels": WIDTH,
-        "position_embedding_type": "rope",
-        "add_position_embedding": True,
-        "use_rotary_position_embeddings": True,
-        "rotary_base": 10000,
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "squared_relu": False,
-        "swiglu": True,
-        "untie_embeddings_and_output_weights": model != "tied",
-        "apply_layernorm_1p": False,
-        "normalization": "RMSNorm",
-        "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "padded_vocab_size": VOCAB,
-        "make_vocab_size_divisible_by": 8,
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "expert_model_parallel_size": ep,
-        **(moe if model == "moe" else {}),
-    }
+DIVISIBLE_BY = 8
 
 
 def model_flags(model: str) -> list[str]:
@@ -89,15 +48,10 @@ def model_flags(model: str) -> list[str]:
         "attention-dropout": 0.0,
         "hidden-dropout": 0.0,
     }
-    if model == "moe":
-        values |= {
-            "num-experts": EXPERTS,
-            "moe-ffn-hidden-size": EXPERT_FFN,
-            "moe-shared-expert-intermediate-size": SHARED_FFN,
-            "moe-router-topk": 2,
-        }
-    switches = ["--group-query-attention", "--swiglu", "--disable-bias-linear", "--add-qkv-bias"]
-    if model != "tied":
+    if is_moe(model, 0):
+        values |= {"num-experts": EXPERTS, "moe-ffn-hidden-size": EXPERT_FFN, "moe-router-topk": 2}
+    switches = ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
+    if not is_tied(model):
         switches.append("--untie-embeddings-and-output-weights")
     return [*switches, *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
 
@@ -115,11 +69,12 @@ def _flags(job: Job, cuda: bool) -> list[str]:
         "lr": 0.001,
         "tokenizer-type": "NullTokenizer",
         "vocab-size": VOCAB - 1,
-        "make-vocab-size-divisible-by": 8,
+        "make-vocab-size-divisible-by": DIVISIBLE_BY,
         "transformer-impl": "local",
         "distributed-backend": "gloo",
         "moe-token-dispatcher-type": "allgather",
         "dist-ckpt-strictness": job.strict,
+        "ckpt-format": job.metadata.get("ckpt_format", "torch_dist"),
     }
     switches = [
         "--qk-layernorm",
@@ -138,9 +93,8 @@ def _flags(job: Job, cuda: bool) -> list[str]:
 def run(ranks: Ranks, store: Any, job: Job) -> None:
     """One rank of a job: arguments, model, weights; every parameter must have its golden values, bit for bit."""
     import torch
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
+    from megatron.core import parallel_state
+    from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import unset_global_variables
 
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(job.world_size), LOCAL_RANK="0")
@@ -149,20 +103,43 @@ def run(ranks: Ranks, store: Any, job: Job) -> None:
     args = parse_and_validate_args()  # before there are process groups, as training does
     torch.distributed.init_process_group("gloo", store=store, rank=ranks.rank, world_size=job.world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-        )
-        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
-        assert args.padded_vocab_size == VOCAB, args.padded_vocab_size
-        (chunk,) = ranks.chunks(job, core_transformer_config_from_args(args))
-        ranks.forget(chunk)
-        iteration, _ = load_checkpoint([chunk], None, None, strict=True)
-        assert iteration == 0, iteration
-        ranks.compare(job, chunk)
+        with contextlib.nullcontext() if ranks.cuda else _cuda_is_cpu():
+            _load(ranks, job, args)
         torch.distributed.barrier()
     finally:
         unset_global_variables()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def _load(ranks: Ranks, job: Job, args: Any) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.training.arguments import core_transformer_config_from_args
+    from megatron.training.checkpointing import load_checkpoint
+
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+    )
+    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    assert args.padded_vocab_size == VOCAB, args.padded_vocab_size
+    (chunk,) = ranks.chunks(job, core_transformer_config_from_args(args))
+    ranks.forget(chunk)
+    iteration, _ = load_checkpoint([chunk], None, None, strict=True)
+    assert iteration == 0, iteration
+    ranks.compare(job, chunk)
+
+
+def _cuda_is_cpu() -> Any:
+    """Makes tensors on the CPU where Megatron-LM asks for `device="cuda"`, as it does to agree on an iteration."""
+    from torch.overrides import TorchFunctionMode
+
+    class OnCpu(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if str(kwargs.get("device")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return function(*args, **kwargs)
+
+    return OnCpu()

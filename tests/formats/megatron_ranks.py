@@ -1,28 +1,25 @@
 """Real Megatron-Core models on a grid of processes: they save and load distributed checkpoints for the tests.
 
-Runs as a program, because `dist_checkpointing.save` starts processes that import the main module again:
-`python -m tests.formats.megatron_ranks JOBS.json`. Every parameter has a value that only its global name and place
-decide (`golden`), and shards are cut here with torch alone, so neither side judges itself.
+The program of a rank (see `rank_pool`): `python -m tests.formats.megatron_ranks RANK`. It is one because
+`dist_checkpointing.save` starts processes that import the main module again. Every parameter has a value that only
+its global name and place decide (`golden`), and shards are cut here with torch alone, so neither side judges itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import multiprocessing
-import os
 import re
-import signal
-import subprocess
 import sys
 import traceback
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.formats import hybrid_model
+from tests.formats.rank_pool import RankProcesses, incoming
+
 LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, FFN, VOCAB = 4, 32, 4, 2, 8, 48, 96
 EXPERTS, EXPERT_FFN, SHARED_FFN = 4, 16, 24
 
@@ -32,9 +29,12 @@ class Job:
     """One save or load.
 
     Attributes:
-        action: `save`, `load`, `refuse` (to load), or `megatron_lm` (see the module of that name).
+        action: `save` or `load` a distributed checkpoint, `refuse` to; `save_torch` or `load_torch` mp_rank files; or
+            `megatron_lm` (see the module of that name).
         folder: The checkpoint, without the tracker file (but with it for `megatron_lm`).
-        model: `dense`, `tied` or `moe`; `mixed` is a `moe` whose first layer is dense.
+        model: `dense`, `tied` or `moe`; `mixed` is a `moe` whose first layer is dense. `qwen3`, `qwen3_tied` and
+            `qwen3_moe` are models that exist at Hugging Face, too (see `golden_hf`).
+        schema: `gpt`, or `hybrid` for the real HybridModel.
         metadata: What `sharded_state_dict` gets as `metadata`; for `megatron_lm`, `use_checkpoint_args`.
     """
 
@@ -47,6 +47,7 @@ class Job:
     vpp: int = 1
     dtype: str = "float32"
     strict: str = "raise_all"
+    schema: str = "gpt"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,49 +55,30 @@ class Job:
         return self.tp * self.pp * self.ep
 
 
-def run(jobs: list[Job], folder: Path, timeout: float = 300) -> list[str]:
-    """Runs jobs of equal world size one after the other, in one set of processes.
+def run(ranks: RankProcesses, jobs: list[Job]) -> list[str]:
+    """Runs jobs one after the other.
 
     Returns:
         What went wrong with each: nothing, or the end of what the ranks said.
     """
-    (world_size,) = {job.world_size for job in jobs}
-    script = folder / f"jobs_{world_size}.json"
-    script.write_text(json.dumps([asdict(job) for job in jobs]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    command = [sys.executable, "-m", "tests.formats.megatron_ranks", str(script)]
-    log = script.with_suffix(".log")
-    with log.open("wb") as out:
-        ranks = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
-        try:
-            ranks.wait(timeout)
-        except subprocess.TimeoutExpired:
-            out.write(f"\nnot done after {timeout} seconds".encode())
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(ranks.pid, signal.SIGKILL)  # the helpers of a rank that died live on
-            ranks.wait()
-    output = log.read_text(errors="replace")[-6000:]
-    return [
-        "" if all(_mark(script, number, rank).exists() for rank in range(world_size)) else f"{job}: {output}"
-        for number, job in enumerate(jobs)
-    ]
+    return [ranks.run(job.world_size, asdict(job)) for job in jobs]
 
 
-def _mark(script: Path, number: int, rank: int) -> Path:
-    """The file that says that a rank finished a job."""
-    return script.with_suffix(f".{number}.{rank}.done")
-
-
-def arguments() -> dict[str, Any]:
-    """What `args` says of the model, as plain values."""
+def arguments(job: Job | None = None) -> dict[str, Any]:
+    """What `args` says of the model of a job on its grid, as plain values; by default of a dense one on TP2 x PP2."""
+    job = job or Job("save", "", tp=2, pp=2)
+    hybrid = job.schema == "hybrid"
+    moe = [is_moe(job.model, layer) for layer in range(LAYERS)]
     return {
-        "num_layers": LAYERS,
+        "num_layers": 2 * LAYERS if hybrid else LAYERS,
         "hidden_size": HIDDEN,
         "num_attention_heads": HEADS,
         "padded_vocab_size": VOCAB,
-        "tensor_model_parallel_size": 2,
-        "pipeline_model_parallel_size": 2,
+        "tensor_model_parallel_size": job.tp,
+        "pipeline_model_parallel_size": job.pp,
+        **({"virtual_pipeline_model_parallel_size": job.vpp} if job.vpp > 1 else {}),
+        **({"expert_model_parallel_size": job.ep} if job.ep > 1 else {}),
+        **({"hybrid_layer_pattern": hybrid_model.pattern(moe, job.pp * job.vpp)} if hybrid else {}),
     }
 
 
@@ -114,18 +96,18 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
         "embedding.word_embeddings.weight": (VOCAB, HIDDEN),
         "decoder.final_layernorm.weight": (HIDDEN,),
     }
-    if model != "tied":
+    if not is_tied(model):
         sizes["output_layer.weight"] = (VOCAB, HIDDEN)
     rows = (HEADS + 2 * GROUPS) * WIDTH
     for layer in range(LAYERS):
         block = {
             "self_attention.linear_qkv.layer_norm_weight": (HIDDEN,),
             "self_attention.linear_qkv.weight": (rows, HIDDEN),
-            "self_attention.linear_qkv.bias": (rows,),
+            **({"self_attention.linear_qkv.bias": (rows,)} if has_extras(model) else {}),
             "self_attention.linear_proj.weight": (HIDDEN, HEADS * WIDTH),
             "self_attention.q_layernorm.weight": (WIDTH,),
             "self_attention.k_layernorm.weight": (WIDTH,),
-            **(_moe() if is_moe(model, layer) else _mlp("mlp", FFN)),
+            **(_moe(has_extras(model)) if is_moe(model, layer) else _mlp("mlp", FFN)),
         }
         if not is_moe(model, layer):
             block["mlp.linear_fc1.layer_norm_weight"] = (HIDDEN,)
@@ -134,14 +116,23 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_moe(model: str, layer: int) -> bool:
-    return model == "moe" or (model == "mixed" and layer > 0)
+    return model in ("moe", "qwen3_moe") or (model == "mixed" and layer > 0)
+
+
+def is_tied(model: str) -> bool:
+    return model in ("tied", "qwen3_tied")
+
+
+def has_extras(model: str) -> bool:
+    """Whether a model has what Qwen3 has not: biases of q, k and v, and shared experts beside the others."""
+    return not model.startswith("qwen3")
 
 
 def _mlp(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}.linear_fc1.weight": (2 * ffn, HIDDEN), f"{prefix}.linear_fc2.weight": (HIDDEN, ffn)}
 
 
-def _moe() -> dict[str, tuple[int, ...]]:
+def _moe(shared: bool) -> dict[str, tuple[int, ...]]:
     experts: dict[str, tuple[int, ...]] = {}
     for expert in range(EXPERTS):
         experts[f"mlp.experts.linear_fc1.weight{expert}"] = (2 * EXPERT_FFN, HIDDEN)
@@ -149,7 +140,7 @@ def _moe() -> dict[str, tuple[int, ...]]:
     return {
         "pre_mlp_layernorm.weight": (HIDDEN,),
         "mlp.router.weight": (EXPERTS, HIDDEN),
-        **_mlp("mlp.shared_experts", SHARED_FFN),
+        **(_mlp("mlp.shared_experts", SHARED_FFN) if shared else {}),
         **experts,
     }
 
@@ -182,8 +173,12 @@ def canonical(name: str, layer_numbers: list[int], job: Job, ep_rank: int) -> st
     """The canonical name of a parameter of a local-spec model chunk."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
-        return "embedding.word_embeddings.weight" if job.model == "tied" and name == "output_layer.weight" else name
+        name = "decoder.final_layernorm.weight" if name == "decoder.final_norm.weight" else name
+        return "embedding.word_embeddings.weight" if is_tied(job.model) and name == "output_layer.weight" else name
     layer, rest = layer_numbers[int(match[1])], match[2]
+    if job.schema == "hybrid":
+        assert rest.startswith(("mlp.", "pre_mlp_layernorm.") if layer % 2 else ("self_attention.", "input_layernorm."))
+        layer //= 2
     if not (is_moe(job.model, layer) and rest == "pre_mlp_layernorm.weight"):
         rest = _LOCAL_NAMES.get(rest, rest)
     if expert := re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", rest):
@@ -194,25 +189,25 @@ def canonical(name: str, layer_numbers: list[int], job: Job, ep_rank: int) -> st
 class Ranks:
     """One rank's part in the jobs."""
 
-    def __init__(self, rank: int, store: str) -> None:
+    def __init__(self, rank: int) -> None:
         import torch
 
         self.rank = rank
-        self.store = store
         self.cuda = torch.cuda.is_available()
         if self.cuda:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         else:
             torch.cuda.current_device = lambda: "cpu"
             torch.cuda.synchronize = lambda *args: None
+            torch.cuda.get_device_properties = lambda *args: SimpleNamespace(major=9, minor=0)
             torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 
-    def run(self, number: int, job: Job) -> None:
-        """Runs one job in process groups of its own."""
+    def run(self, job: Job, path: str) -> None:
+        """Runs one job in process groups of its own, which meet in a file."""
         import torch
         from megatron.core import parallel_state, tensor_parallel
 
-        store = torch.distributed.FileStore(f"{self.store}.{number}", job.world_size)
+        store = torch.distributed.FileStore(path, job.world_size)
         if job.action == "megatron_lm":
             from tests.formats import megatron_lm
 
@@ -239,12 +234,12 @@ class Ranks:
         moe = {
             "num_moe_experts": EXPERTS,
             "moe_ffn_hidden_size": EXPERT_FFN,
-            "moe_shared_expert_intermediate_size": SHARED_FFN,
+            "moe_shared_expert_intermediate_size": SHARED_FFN if has_extras(job.model) else None,
             "moe_token_dispatcher_type": "allgather",
             "moe_layer_freq": [0, *[1] * (LAYERS - 1)] if job.model == "mixed" else 1,
         }
         config = TransformerConfig(
-            num_layers=LAYERS,
+            num_layers=2 * LAYERS if job.schema == "hybrid" else LAYERS,
             hidden_size=HIDDEN,
             num_attention_heads=HEADS,
             num_query_groups=GROUPS,
@@ -253,7 +248,7 @@ class Ranks:
             normalization="RMSNorm",
             qk_layernorm=True,
             add_bias_linear=False,
-            add_qkv_bias=True,
+            add_qkv_bias=has_extras(job.model),
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             tensor_model_parallel_size=job.tp,
@@ -269,9 +264,30 @@ class Ranks:
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            **(moe if job.model in ("moe", "mixed") else {}),
+            **(moe if is_moe(job.model, LAYERS - 1) else {}),
         )
-        return self.chunks(job, config)
+        return self.hybrid_chunks(job, config) if job.schema == "hybrid" else self.chunks(job, config)
+
+    def hybrid_chunks(self, job: Job, config: Any) -> list[Any]:
+        """The model chunks of this rank of the real HybridModel."""
+        from megatron.core import parallel_state
+
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        chunks = []
+        for stage in range(job.vpp):
+            model = hybrid_model.build(
+                config,
+                is_moe(job.model, 0),
+                hybrid_model.pattern([is_moe(job.model, layer) for layer in range(LAYERS)], job.pp * job.vpp),
+                stage if job.vpp > 1 else None,
+                vocab_size=VOCAB,
+                max_sequence_length=16,
+                pre_process=pp_rank == 0 and stage == 0,
+                post_process=pp_rank == job.pp - 1 and stage == job.vpp - 1,
+                share_embeddings_and_output_weights=is_tied(job.model),
+            )
+            chunks.append(model.cuda() if self.cuda else model)
+        return chunks
 
     def chunks(self, job: Job, config: Any) -> list[Any]:
         """The model chunks of this rank with a config of Megatron-Core, local spec."""
@@ -291,7 +307,7 @@ class Ranks:
                 max_sequence_length=16,
                 pre_process=pp_rank == 0 and stage == 0,
                 post_process=pp_rank == job.pp - 1 and stage == job.vpp - 1,
-                share_embeddings_and_output_weights=job.model == "tied",
+                share_embeddings_and_output_weights=is_tied(job.model),
                 position_embedding_type="none",
                 vp_stage=vp_stage,
             )
@@ -313,7 +329,7 @@ class Ranks:
 
     def sharded(self, job: Job, chunks: list[Any]) -> dict[str, Any]:
         """The sharded state dict of all chunks, keyed as Megatron-LM keys it."""
-        names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+        names = self.keys(chunks)
         metadata = dict(job.metadata)
         if metadata:
             from megatron.core import parallel_state
@@ -330,18 +346,61 @@ class Ranks:
         import torch
         from megatron.core import dist_checkpointing
 
-        with torch.no_grad():
-            for chunk in chunks:
-                expected = self.expected(job, chunk)
-                for name, parameter in chunk.named_parameters():
-                    parameter.copy_(expected[name])
+        self.fill(job, chunks)
         state = self.sharded(job, chunks)
-        state["args"] = argparse.Namespace(**arguments(), params_dtype=torch.bfloat16)
+        state["args"] = argparse.Namespace(**arguments(job), params_dtype=torch.bfloat16)
         state.update(checkpoint_version=3.0, iteration=7)
         Path(job.folder).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         content = {"singleton_local_shards": bool(job.metadata.get("singleton_local_shards"))}
         dist_checkpointing.save(state, job.folder, content_metadata=content)
+
+    def fill(self, job: Job, chunks: list[Any]) -> None:
+        """Gives every parameter its golden values."""
+        import torch
+
+        with torch.no_grad():
+            for chunk in chunks:
+                expected = self.expected(job, chunk)
+                for name, parameter in chunk.named_parameters():
+                    parameter.copy_(expected[name])
+
+    def file(self, job: Job) -> Path:
+        """This rank's file of a checkpoint of format `torch`."""
+        from megatron.core import parallel_state
+
+        name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}" if job.pp > 1 else ""
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}" if job.ep > 1 else ""
+        return Path(job.folder) / name / "model_optim_rng.pt"
+
+    def save_torch(self, job: Job, chunks: list[Any]) -> None:
+        """Saves golden values as Megatron-LM's format `torch`."""
+        import argparse
+
+        import torch
+
+        self.fill(job, chunks)
+        state: dict[str, Any] = {"args": argparse.Namespace(**arguments(job)), "checkpoint_version": 3.0}
+        state.update(zip(self.keys(chunks), (chunk.state_dict() for chunk in chunks), strict=True))
+        file = self.file(job)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, file)
+
+    def load_torch(self, job: Job, chunks: list[Any]) -> None:
+        """Loads mp_rank files strictly, and compares every parameter with its golden values, bit for bit."""
+        import torch
+
+        state = torch.load(self.file(job), weights_only=True)  # megatron-core has registered what `args` consist of
+        for key, chunk in zip(self.keys(chunks), chunks, strict=True):
+            self.forget(chunk)
+            chunk.load_state_dict(state[key], strict=True)
+            self.compare(job, chunk)
+
+    @staticmethod
+    def keys(chunks: list[Any]) -> list[str]:
+        """What Megatron-LM calls the chunks of a rank."""
+        return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
 
     def load(self, job: Job, chunks: list[Any]) -> None:
         """Loads, and compares every parameter with its golden values, bit for bit."""
@@ -354,7 +413,8 @@ class Ranks:
         for name, chunk in zip(state, chunks, strict=True):
             chunk.load_state_dict(loaded[name], strict=True)
             self.compare(job, chunk)
-        assert loaded["args"].num_layers == LAYERS, loaded["args"]
+        layers = 2 * LAYERS if job.schema == "hybrid" else LAYERS
+        assert loaded["args"].num_layers == layers, loaded["args"]
 
     def forget(self, chunk: Any) -> None:
         """Leaves nothing in the parameters that could pass for loaded."""
@@ -384,38 +444,22 @@ class Ranks:
         raise AssertionError(f"rank {self.rank}: {job} was not refused")
 
 
-def _rank(rank: int, jobs: list[Job], store: str) -> None:
-    warnings.simplefilter("ignore")
-    try:
-        ranks = Ranks(rank, store)
-        for number, job in enumerate(jobs):
-            ranks.run(number, job)
-            _mark(Path(store), number, rank).touch()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def main(script: str) -> int:
-    """Runs the jobs of a file in forked processes, so that megatron-core is imported once."""
-    jobs = [Job(**job) for job in json.loads(Path(script).read_text())]
+def main(rank: int) -> int:
+    """Runs jobs until there are no more, or one fails."""
     warnings.simplefilter("ignore")
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(rank, jobs, script)) for rank in range(jobs[0].world_size)]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes):
-        for process in processes:
-            process.join(0.2)
-        if any(process.exitcode for process in processes):
-            for process in processes:
-                process.kill()  # the others wait for one that is gone
-    return max(process.exitcode or 0 for process in processes) or int(any(p.exitcode for p in processes))
+    ranks = Ranks(rank)
+    for job, store in incoming():
+        try:
+            ranks.run(Job(**job), store)
+        except BaseException:
+            traceback.print_exc()
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1])))

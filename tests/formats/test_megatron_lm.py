@@ -1,49 +1,68 @@
-"""Megatron-LM itself loads what we write: `pytest -m gpu` where megatron-core 0.19.2 and a CUDA device are."""
+"""Megatron-LM itself loads what we convert: `pytest -m gpu` where megatron-core 0.19.2 is.
+
+With a CUDA device everything runs there. Without one, the tensors by which ranks agree on an iteration are made on the
+CPU, the question for the GPU's architecture is answered with one, and nothing else of Megatron-LM is replaced.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ckptkit.formats.torch_dist import StageRanks, lay_out_torch_dist
-from tests.formats.megatron_lm import stored_arguments
+from ckptkit.conversion import convert
+from ckptkit.sharding.grid import Parallelism
+from tests.formats.golden_hf import save_hf
+from tests.formats.megatron_lm import DIVISIBLE_BY
 from tests.formats.megatron_ranks import Job, run
-from tests.formats.test_torch_dist import items
-from tests.formats.torch_files import write_out
+from tests.formats.rank_pool import RankProcesses
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("megatron.training", reason="the wheel of megatron-core 0.16.1 has no megatron.training")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="Megatron-LM asks for CUDA")]
+pytestmark = pytest.mark.gpu
 
+STRICT, USUAL = "raise_all", "assume_ok_unexpected"
 FROM_CHECKPOINT = {"use_checkpoint_args": True}
-JOBS = {
-    1: [
-        Job("megatron_lm", "dense"),
-        Job("megatron_lm", "dense", metadata=FROM_CHECKPOINT),
-        Job("megatron_lm", "tied", "tied", metadata=FROM_CHECKPOINT),
-        Job("megatron_lm", "moe", "moe"),
-        Job("megatron_lm", "moe", "moe", metadata=FROM_CHECKPOINT),
-        Job("megatron_lm", "te", strict="assume_ok_unexpected", metadata=FROM_CHECKPOINT),
-    ],
-    4: [
-        Job("megatron_lm", "dense", tp=2, pp=2, metadata=FROM_CHECKPOINT),
-        Job("megatron_lm", "moe", "moe", tp=2, ep=2, metadata=FROM_CHECKPOINT),
-    ],
-}
 
 
-@pytest.mark.parametrize("size", JOBS)
-def test_load_checkpoint_of_megatron_lm(tmp_path: Path, size: int) -> None:
-    for name, model, spec in (
-        ("dense", "dense", "local"),
-        ("tied", "tied", "local"),
-        ("moe", "moe", "local"),
-        ("te", "dense", "te"),
-    ):
-        ranks = StageRanks(2, 2 if model == "moe" else 1)
-        args = stored_arguments(model, 2, 1, ranks.ep)
-        for file in lay_out_torch_dist(items(model), args, dtype="float32", ranks=ranks, spec=spec):
-            write_out(file, tmp_path / name)
-    jobs = [Job(**{**vars(job), "folder": str(tmp_path / job.folder)}) for job in JOBS[size]]
-    assert [problem for problem in run(jobs, tmp_path) if problem] == []
+def label(case: tuple[Job, str, Parallelism, str]) -> str:
+    job, to, grid, spec = case
+    flags = "args" if job.metadata else "flags"
+    return f"{job.model}-{to}-{spec}-{str(grid).replace(' ', '')}-on-tp{job.tp}pp{job.pp}ep{job.ep}-{flags}"
+
+
+def cases() -> list[tuple[Job, str, Parallelism, str]]:
+    """The job, and what is converted for it: format, grid and spec. Only `torch_dist` may be of another grid."""
+    found = []
+    grids = {"qwen3": (2, 2, 1), "qwen3_tied": (1, 2, 1), "qwen3_moe": (2, 1, 2)}
+    for model, (tp, pp, ep) in grids.items():
+        one, grid = Job("megatron_lm", "", model), Job("megatron_lm", "", model, tp=tp, pp=pp, ep=ep)
+        for metadata in ({}, FROM_CHECKPOINT):
+            for job in (replace(one, metadata=metadata), replace(grid, metadata=metadata)):
+                own = Parallelism(job.tp, job.pp, ep=job.ep)
+                other = Parallelism(2, 2) if job is one else Parallelism()
+                found.append((job, "torch", own, "local"))
+                found.append((job, "torch_dist", other, "local"))
+    te = Job("megatron_lm", "", "qwen3", strict=USUAL, metadata=FROM_CHECKPOINT)
+    return [*found, (te, "torch_dist", Parallelism(2), "te")]
+
+
+@pytest.mark.parametrize("case", cases(), ids=label)
+def test_load_checkpoint_of_megatron_lm(
+    megatron_ranks: RankProcesses, tmp_path: Path, case: tuple[Job, str, Parallelism, str]
+) -> None:
+    job, to, grid, spec = case
+    source = save_hf(tmp_path / "hf", job.model)
+    convert(source, tmp_path / "megatron", to=to, grid=grid, spec=spec, make_vocab_size_divisible_by=DIVISIBLE_BY)
+    (problem,) = run(megatron_ranks, [replace(job, folder=str(tmp_path / "megatron"))])
+    assert not problem, problem
+
+
+def test_a_checkpoint_of_another_model_is_refused(megatron_ranks: RankProcesses, tmp_path: Path) -> None:
+    """What passes above could fail: the weights of another model, and arguments that contradict the command line."""
+    source = save_hf(tmp_path / "hf", "qwen3_tied")
+    convert(source, tmp_path / "megatron", to="torch_dist", spec="local", make_vocab_size_divisible_by=DIVISIBLE_BY)
+    job = Job("megatron_lm", str(tmp_path / "megatron"), "qwen3")
+    (problem,) = run(megatron_ranks, [job])
+    assert "output_layer.weight" in problem

@@ -25,6 +25,7 @@ from ckptkit.formats.torch_dist import (
 from ckptkit.formats.torch_legacy import iteration_folder
 from ckptkit.tensors import DTYPES, Tensor
 from tests.formats.megatron_ranks import EXPERTS, LAYERS, Job, arguments, run, weights
+from tests.formats.rank_pool import RankProcesses
 from tests.formats.torch_files import as_torch, contents, torch_bytes, write_out
 
 torch = pytest.importorskip("torch")
@@ -124,10 +125,10 @@ LOADS_4 = [
 class World:
     """What happened when real ranks ran all jobs of a size."""
 
-    def __init__(self, folder: Path, jobs: list[Job]) -> None:
+    def __init__(self, ranks: RankProcesses, folder: Path, jobs: list[Job]) -> None:
         self.folder = folder
         placed = [Job(**{**vars(job), "folder": str(self.path(job.folder))}) for job in jobs]
-        self.results = dict(zip(map(repr, jobs), run(placed, folder), strict=True))
+        self.results = dict(zip(map(repr, jobs), run(ranks, placed), strict=True))
 
     def path(self, name: str) -> Path:
         """The folder of a checkpoint."""
@@ -149,13 +150,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder: Path) -> World:
-    return World(folder, [*SAVES_1, *LOADS_1])
+def one_rank(megatron_ranks: RankProcesses, folder: Path) -> World:
+    return World(megatron_ranks, folder, [*SAVES_1, *LOADS_1])
 
 
 @pytest.fixture(scope="module")
-def four_ranks(folder: Path) -> World:
-    return World(folder, [*SAVES_4, *LOADS_4])
+def four_ranks(megatron_ranks: RankProcesses, folder: Path) -> World:
+    return World(megatron_ranks, folder, [*SAVES_4, *LOADS_4])
 
 
 def label(job: Job) -> str:
@@ -227,7 +228,7 @@ def test_empty_states_and_metadata_are_those_of_megatron_core(one_rank: World) -
 @pytest.mark.slow
 def test_args_of_either_form_are_read(one_rank: World) -> None:
     path = one_rank.path("dense")
-    assert open_torch_dist(path, path).args == arguments()
+    assert open_torch_dist(path, path).args == arguments(SAVES_1[0])
 
 
 def test_ranks_write_files_of_their_own(folder: Path) -> None:

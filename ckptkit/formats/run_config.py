@@ -1,0 +1,75 @@
+"""`run_config.yaml`, by which Megatron-Bridge knows the model of a distributed checkpoint: it lies beside `.metadata`.
+
+The `model` section names a class (`_target_`) and its arguments; a value that YAML has no form for is the name of a
+Python object that is not called (`_call_: false`). Here it is read and written as plain data, so nothing in it runs.
+
+Source: `load_model_config` and `read_run_config` of Megatron-Bridge 0.6.2, `instantiate_utils` and `yaml_utils` of
+`megatron.training.config` 0.19.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptkit.errors import InputError
+from ckptkit.io.plan import OutputFile
+
+RUN_CONFIG = "run_config.yaml"
+_LARGEST = 16 << 20
+
+# What a run that goes on from the checkpoint asks for: there is no optimizer, and no state of random numbers.
+_CHECKPOINT = {
+    "ckpt_format": "torch_dist",
+    "fully_parallel_save": True,
+    "save_optim": False,
+    "save_rng": False,
+}
+
+
+def reference(name: str) -> dict[str, Any]:
+    """A Python object (`torch.bfloat16`, a function) as a value: its dotted name."""
+    return {"_target_": name, "_call_": False}
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a value is a Python object's dotted name."""
+    return isinstance(value, Mapping) and isinstance(value.get("_target_"), str) and value.get("_call_") is False
+
+
+def lay_out_run_config(model: Mapping[str, Any], folder: str) -> OutputFile:
+    """The file that describes a model.
+
+    Args:
+        model: The `model` section: `_target_`, and values of plain types or made by `reference`.
+        folder: The folder of `.metadata`, below the checkpoint's root.
+    """
+    import yaml
+
+    text = yaml.safe_dump({"model": dict(model), "checkpoint": dict(_CHECKPOINT)}, sort_keys=True)
+    return OutputFile.small(f"{folder}/{RUN_CONFIG}", text.encode())
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The `model` section beside a checkpoint's `.metadata`; empty if there is no such file.
+
+    Raises:
+        InputError: It is damaged, or has no such section.
+    """
+    path = folder / RUN_CONFIG
+    if not path.is_file():
+        return {}
+    import yaml
+
+    if path.stat().st_size > _LARGEST:
+        raise InputError(f"larger than {_LARGEST >> 20} MiB", where=path)
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = " ".join(str(error).split())[:120]
+        raise InputError(f"not valid YAML ({problem})", where=path) from None
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise InputError("no section `model`", where=path)
+    return model

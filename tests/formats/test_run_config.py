@@ -1,0 +1,199 @@
+"""`run_config.yaml`: what Megatron-Bridge makes of it is what its own bridge makes of config.json.
+
+Those tests need Megatron-Bridge; the others compare with the structure that its loader asks for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ckptkit.conversion import convert
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.opening import open_checkpoint
+from ckptkit.sharding.grid import Parallelism
+from tests.models import save_llama, save_model
+
+BRIDGED = ["gqa", "tied", "llama3", "biased", "qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "mistral", "mistral-nemo"]
+GEMMA = ["gemma3_text"]
+NOT_BRIDGED = {
+    "mixtral": "has no MixtralForCausalLM",
+    "ministral": "has no MinistralForCausalLM",
+    "apertus": "has no ApertusForCausalLM",
+    "gemma3": "has no Gemma3ForConditionalGeneration",
+    "gemma3_text-capped": "has no Gemma 3 with capped logits",
+    "qwen3_moe-mixed": "has no provider with experts on some layers only",
+    "qwen3-biased": "has no model with biases on some linear layers only",
+}
+
+
+def save(path: Path, kind: str, **options: Any) -> Path:
+    return save_llama(path, kind, **options) if kind in ("gqa", "tied", "llama3", "biased") else save_model(path, kind)
+
+
+def with_pattern(path: Path) -> Path:
+    """A Gemma 3 whose global layers come in turns, as Megatron-Bridge has them."""
+    types = [*["sliding_attention"] * 5, "full_attention"]
+    return save_model(path, "gemma3_text", num_hidden_layers=6, layer_types=types, query_pre_attn_scalar=16)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    content = yaml.safe_load((folder / "release" / "run_config.yaml").read_text())
+    assert content.keys() == {"model", "checkpoint"}
+    assert content["checkpoint"]["save_optim"] is content["checkpoint"]["save_rng"] is False
+    found: dict[str, Any] = content["model"]
+    return found
+
+
+@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA])
+def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
+    source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
+    result = convert(source, tmp_path / "megatron", to="torch_dist", grid=Parallelism(2, 2))
+    assert not [note for note in result.notes if "run_config" in note]
+    model = written(tmp_path / "megatron")
+    assert model["_target_"].startswith("megatron.bridge.models.")
+    assert model["params_dtype"] == {"_target_": "torch.float32", "_call_": False}
+    assert (model["tensor_model_parallel_size"], model["pipeline_model_parallel_size"]) == (2, 2)
+    layers = 6 if kind in GEMMA else 4
+    assert (model["hidden_size"], model["num_layers"], model["vocab_size"]) == (96, layers, 250)
+
+
+@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA])
+def test_is_a_source_of_the_config(tmp_path: Path, kind: str) -> None:
+    """A checkpoint as Megatron-Bridge leaves it: no `args`, no sidecar."""
+    source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
+    convert(source, tmp_path / "megatron", to="torch_dist", grid=Parallelism(2, 2))
+    convert(tmp_path / "megatron", tmp_path / "by_args", to="hf")
+    shutil.rmtree(tmp_path / "megatron" / "ckptkit")
+    by_args = open_checkpoint(tmp_path / "megatron").config
+    (tmp_path / "megatron" / "release" / "common.pt").unlink()
+    opened = open_checkpoint(tmp_path / "megatron")
+    assert dataclasses.replace(opened.config, vocab_size=250) == by_args
+    assert str(opened.grid) == "TP2 x PP2"
+    (tmp_path / "megatron" / "release" / "run_config.yaml").unlink()
+    with pytest.raises(InputError, match="args lack num_layers"):
+        open_checkpoint(tmp_path / "megatron")
+
+
+def test_says_only_what_the_bridge_can_build(tmp_path: Path) -> None:
+    for kind, reason in NOT_BRIDGED.items():
+        source = save_model(tmp_path / kind, kind)
+        result = convert(source, tmp_path / f"{kind}-megatron", to="torch_dist", dry_run=True)
+        assert not [file for file in result.files if "run_config" in file["path"]]
+        (note,) = (note for note in result.notes if "run_config" in note)
+        assert note.endswith(f"Megatron-Bridge 0.6.2 {reason}")
+
+
+def test_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
+    types = ["sliding_attention", "full_attention"] * 2
+    source = save_model(tmp_path / "hf", "gemma3", layer_types=types)
+    convert(source, tmp_path / "megatron", to="torch_dist", layout="text")
+    assert written(tmp_path / "megatron")["_target_"].endswith(".Gemma3ModelProvider")
+
+
+def test_specs_and_padding(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "hf", "qwen3_moe")
+    convert(source, tmp_path / "local", to="torch_dist", spec="local")
+    model = written(tmp_path / "local")
+    assert model["transformer_layer_spec"]["_target_"].endswith(".local_layer_spec")
+    assert (model["moe_grouped_gemm"], model["should_pad_vocab"]) == (False, False)
+    convert(source, tmp_path / "te", to="torch_dist", grid=Parallelism(4))
+    model = written(tmp_path / "te")
+    assert "transformer_layer_spec" not in model
+    assert (model["moe_grouped_gemm"], model["should_pad_vocab"]) == (True, True)
+
+
+def test_damaged(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "hf")
+    convert(source, tmp_path / "megatron", to="torch_dist")
+    shutil.rmtree(tmp_path / "megatron" / "ckptkit")
+    release = tmp_path / "megatron" / "release"
+    (release / "common.pt").unlink()
+    model = written(tmp_path / "megatron")
+    cases: dict[str, tuple[type[Exception], str]] = {
+        "model: [": (InputError, "not valid YAML"),
+        "model: !!python/object/apply:os.system ['true']": (InputError, "not valid YAML"),
+        "[]": (InputError, "no section `model`"),
+        "model: 3": (InputError, "no section `model`"),
+        "model: " + "[" * 5000: (InputError, "not valid YAML"),
+        yaml.safe_dump({"model": {**model, "num_layers": "many"}}): (InputError, "args lack num_layers"),
+        yaml.safe_dump({"model": {**model, "interleaved_attn_pattern": 3}}): (InputError, "makes no sense"),
+        yaml.safe_dump({"model": {**model, "position_embedding_type": "yarn"}}): (UnsupportedError, "'yarn'"),
+    }
+    for text, (error, match) in cases.items():
+        (release / "run_config.yaml").write_text(text)
+        with pytest.raises(error, match=match) as raised:
+            open_checkpoint(tmp_path / "megatron")
+        assert "\n" not in str(raised.value)
+
+
+def bridge_of(kind: str) -> Any:
+    """Megatron-Bridge's own bridge of a kind."""
+    import importlib
+
+    stem = {"gqa": "llama", "tied": "llama", "llama3": "llama", "biased": "llama"}.get(kind, kind.split("-")[0])
+    modules = {
+        "llama": ("llama.llama_bridge", "LlamaBridge"),
+        "qwen2": ("qwen.qwen2_bridge", "Qwen2Bridge"),
+        "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
+        "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
+        "mistral": ("mistral.mistral_bridge", "MistralBridge"),
+        "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
+    }
+    module, name = modules[stem]
+    return getattr(importlib.import_module(f"megatron.bridge.models.{module}"), name)()
+
+
+OURS_ALONE = {
+    # The grid and the padding of the checkpoint at hand.
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "make_vocab_size_divisible_by",
+    "should_pad_vocab",
+    # Which type autocasting and pipelines use: that of the weights, which the bridges leave to defaults or to bfloat16.
+    "autocast_dtype",
+    "pipeline_dtype",
+    # Fusions that a bridge turns on for speed; they are settings of a run.
+    "bias_activation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+    "bias_dropout_fusion",
+    "apply_rope_fusion",
+}
+
+
+@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA])
+def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("megatron.bridge")
+    from megatron.bridge.training.model_load_save import load_model_config
+    from transformers import AutoConfig
+
+    source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
+    convert(source, tmp_path / "megatron", to="torch_dist")
+    ours, _ = load_model_config(str(tmp_path / "megatron" / "release"))
+    stand_in = type("Model", (), {"config": AutoConfig.from_pretrained(source)})()
+    theirs = bridge_of(kind).provider_bridge(stand_in)
+    theirs = theirs() if isinstance(theirs, partial) else theirs
+    assert type(ours) is type(theirs)
+    if theirs.kv_channels is None:  # it is derived when the model is built
+        theirs.kv_channels = theirs.hidden_size // theirs.num_attention_heads
+    different = {
+        field.name: (getattr(ours, field.name), getattr(theirs, field.name))
+        for field in dataclasses.fields(ours)
+        if field.name not in OURS_ALONE and not same(getattr(ours, field.name), getattr(theirs, field.name))
+    }
+    assert different == {}
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a field mean the same: YAML has no tuples."""
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return list(ours) == list(theirs)
+    return bool(ours == theirs) or (callable(ours) and getattr(ours, "__name__", 1) == getattr(theirs, "__name__", 2))
