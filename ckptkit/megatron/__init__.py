@@ -2,3 +2,6 @@
 
 Modules here import torch and megatron-core when they are imported: import them inside the function that needs them.
 """
+
+DDP, FSDP2 = DP_KINDS = ("ddp", "fsdp2")
+"""Ways to make replicas: megatron-core's DistributedDataParallel, and torch's `fully_shard`."""

@@ -51,20 +51,41 @@ def submodules_of(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
+def with_module(spec: Any, module: type) -> Any:
+    """The MLP entry of a layer spec, to be built with a subclass `module` of its own class."""
+    if isinstance(spec, functools.partial):
+        return functools.partial(module, *spec.args, **spec.keywords)
+    spec.module = module
+    return spec
+
+
 @contextlib.contextmanager
 def runs_on(device: torch.device) -> Iterator[None]:
     """Make megatron-core allocate its buffers on `device`.
 
     Collectives of both releases allocate with `device=torch.cuda.current_device()`, for CPU tensors too, and that call
-    fails where there is no driver. In this context it answers with the CPU; a CUDA `device` becomes the current one.
+    fails where there is no driver; so does saving the state of its generator, which activation recomputation does. In
+    this context the first answers with the CPU and there is no such state; a CUDA `device` becomes the current one.
+    On the CPU what megatron-core marks for compilation runs as it is: where there is a GPU, the compiler of torch does
+    not take the answer.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             yield
         return
-    original = torch.cuda.current_device
-    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    from megatron.core.tensor_parallel import random
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: device),
+        (random, "_get_cuda_rng_state", lambda *args, **options: None),
+        (random, "_set_cuda_rng_state", lambda *args, **options: None),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, stand_in in replaced:
+        setattr(module, name, stand_in)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        torch.cuda.current_device = original
+        for (module, name, _), original in zip(replaced, originals, strict=True):
+            setattr(module, name, original)

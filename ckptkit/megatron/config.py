@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ckptkit.errors import UnsupportedError, UsageError
+from ckptkit.errors import UnsupportedError
 from ckptkit.families.config import LayerConfig, ModelConfig
 from ckptkit.megatron.activations import activation
 from ckptkit.sharding.grid import Parallelism
 
-if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+
+@dataclass
+class RuntimeConfig(TransformerConfig):
+    """megatron-core's `TransformerConfig` and what the runtime's own modules read beside it.
+
+    Attributes:
+        norms_scale_in_fp32: Whether an RMSNorm multiplies by its weight before it rounds to the model's dtype.
+    """
+
+    norms_scale_in_fp32: bool = False
 
 
 def transformer_config(
@@ -23,7 +33,8 @@ def transformer_config(
     dtype: torch.dtype,
     device: torch.device,
     sequence_parallel: bool = False,
-) -> TransformerConfig:
+    recompute: bool = False,
+) -> RuntimeConfig:
     """The model-wide `TransformerConfig`; its per-layer sizes are those of the first layer, its activation is unset.
 
     Fusions are off because they need CUDA extensions, dropout is off, and no parameter is initialised: every one is
@@ -35,14 +46,13 @@ def transformer_config(
         dtype: Dtype of parameters and activations.
         device: Where the parameters live.
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
+        recompute: Keep only the inputs of layers in training, and compute their activations again backwards.
 
     Raises:
         UnsupportedError: megatron-core cannot express the biases or the router.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     first = config.layers[0]
-    base = TransformerConfig(
+    base = RuntimeConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=first.num_heads,
@@ -80,11 +90,27 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
+        # Of the families, only Gemma 4 normalises values; its norms round last.
+        norms_scale_in_fp32=config.value_norm,
+        **_recompute_fields(recompute),
         **_expert_fields(config, grid),
     )
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
+    # What stages send one another may be wider or narrower than the model: Megatron's schedules then send shapes, too.
+    # megatron-core's own check of this field only knows of experts.
+    base.variable_seq_lengths = (
+        config.adapter is not None
+        or bool(config.per_layer_input_size)
+        or any(layer.kv_donor is not None for layer in config.layers)
+    )
     return base
+
+
+def _recompute_fields(recompute: bool) -> dict[str, Any]:
+    if not recompute:
+        return {}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _expert_fields(config: ModelConfig, grid: Parallelism) -> dict[str, Any]:
@@ -102,6 +128,7 @@ def _expert_fields(config: ModelConfig, grid: Parallelism) -> dict[str, Any]:
     return {
         "num_moe_experts": config.num_experts,
         "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": config.layers[0].ffn_hidden_size if config.parallel_dense else None,
         "moe_router_topk": config.experts_per_token,
         # Softmax over the chosen experts equals softmax over all of them, renormalised.
         "moe_router_pre_softmax": not config.norm_topk_prob,
@@ -127,10 +154,14 @@ def layer_config(base: TransformerConfig, layer: LayerConfig, activation_name: s
     """
     sized = copy.copy(base)
     sized.activation_func = activation(activation_name, base.params_dtype)
+    sized.hidden_size = layer.hidden_size or base.hidden_size
+    sized.layernorm_epsilon = base.layernorm_epsilon if layer.norm_eps is None else layer.norm_eps
     sized.num_attention_heads = layer.num_heads
     sized.num_query_groups = layer.num_kv_heads
     sized.kv_channels = layer.head_dim
     sized.ffn_hidden_size = layer.ffn_hidden_size
+    if base.moe_shared_expert_intermediate_size is not None:
+        sized.moe_shared_expert_intermediate_size = layer.ffn_hidden_size
     # Megatron counts the tokens to the left of the current one, ckptkit and Hugging Face count that one too.
     sized.window_size = None if layer.window is None else (layer.window - 1, 0)
     return sized
@@ -142,32 +173,3 @@ def attention_config(base: TransformerConfig, qkv_bias: bool, out_bias: bool) ->
     own.add_qkv_bias = qkv_bias
     own.add_bias_linear = out_bias
     return own
-
-
-def check_grid(config: ModelConfig, grid: Parallelism, padded_vocab_size: int) -> None:
-    """Refuse a grid that megatron-core cannot build, with the size to blame.
-
-    Raises:
-        UsageError: Heads, query groups, MLP width, experts or vocabulary do not divide.
-    """
-    tp = grid.tp
-    if config.num_experts % grid.ep or (grid.ep > 1 and not config.num_experts):
-        raise UsageError(f"{config.num_experts} experts do not divide over --ep {grid.ep}")
-    if config.moe_ffn_hidden_size % grid.expert_tp:
-        raise UsageError(
-            f"moe_ffn_hidden_size {config.moe_ffn_hidden_size} does not divide over {grid.expert_tp} ranks"
-        )
-    for number, layer in enumerate(config.layers):
-        sizes = {"num_attention_heads": layer.num_heads} | (
-            {} if layer.moe else {"ffn_hidden_size": layer.ffn_hidden_size}
-        )
-        for name, size in sizes.items():
-            if size % tp:
-                raise UsageError(f"{name} {size} of layer {number} does not divide over --tp {tp}")
-        if layer.num_kv_heads % tp and tp % layer.num_kv_heads:
-            raise UsageError(
-                f"--tp {tp} and {layer.num_kv_heads} query groups of layer {number} do not divide one another",
-                hint="choose a tensor parallel size that divides the number of key/value heads, or is a multiple of it",
-            )
-    if padded_vocab_size % tp:
-        raise UsageError(f"padded vocabulary {padded_vocab_size} does not divide over --tp {tp}")

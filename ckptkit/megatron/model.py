@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_pipeline_model_parallel_rank
 
 from ckptkit.errors import InputError, VerificationError
-from ckptkit.families.config import ModelConfig
+from ckptkit.families.config import Adapter, ModelConfig
+from ckptkit.families.divisibility import check_divides
+from ckptkit.megatron.adapter import add_adapter, received_width
+from ckptkit.megatron.carried import Carried
 from ckptkit.megatron.compat import runs_on
-from ckptkit.megatron.config import check_grid, transformer_config
+from ckptkit.megatron.config import transformer_config
+from ckptkit.megatron.heads import ValueHead
+from ckptkit.megatron.inputs import add_per_layer_inputs, per_layer_inputs
 from ckptkit.megatron.layers import block_spec
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.sharding.stages import Stage, split_layers
+from ckptkit.sharding.stages import Stage, holds_cut, split_layers
 
 NAMED = 6
 """How many tensors an error message names before it counts the rest."""
@@ -29,24 +36,96 @@ class CausalModel(GPTModel):
     loading overwrites it anyway.
 
     Args:
-        model: The model: scale of the embedding and cap of the logits.
+        model: The model: scale of the embedding, cap of the logits, per-layer inputs, adapter.
+        stage: Which part of it this chunk is.
+        has_adapter: Whether the adapter between layers of two widths is on this stage.
         options: Passed on.
+
+    Attributes:
+        input_width: Columns of what a stage that is not the first receives: the hidden state, and what is carried
+            beside it (see `Carried`).
+        value_head: Whether the output is one value per token, on every tensor parallel rank.
     """
 
-    def __init__(self, *, model: ModelConfig, **options: Any) -> None:
+    embedding: Any
+
+    def __init__(self, *, model: ModelConfig, stage: Stage, has_adapter: bool = False, **options: Any) -> None:
         super().__init__(**options)
+        self.value_head = model.value_head
+        if self.post_process and model.value_head:
+            self.output_layer = ValueHead(self.config, model.value_bias)
+        carried = Carried.under(self.config, model)
+        entering = carried.width(carried.entering(stage.layers.start))
+        self.input_width = received_width(model, stage, has_adapter) + entering
+        if model.adapter is not None and self.pre_process:
+            self._embed_narrow(model.adapter)
+        if model.adapter is not None and has_adapter:
+            add_adapter(self.decoder, model.adapter, stage)
+        self.inputs_of = model if self.pre_process and model.per_layer_input_size else None
+        if self.inputs_of is not None:
+            add_per_layer_inputs(self, model, self.config)
         # On the modules' outputs, not in `forward`: the loss must see the capped logits, too.
         if self.pre_process and model.scaled_embedding:
             scale = _rounded(model.embedding_scale, self.config.params_dtype)
             self.embedding.register_forward_hook(lambda module, inputs, output: output * scale)
-        if self.post_process and model.logit_softcap is not None:
+        if self.post_process and model.logit_softcap is not None and not model.value_head:
             cap = model.logit_softcap
             self.output_layer.register_forward_hook(
                 lambda module, inputs, output: (torch.tanh(output[0] / cap) * cap, output[1])
             )
 
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        decoder_input: torch.Tensor | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Logits, the loss, or, before the last stage, what the next one receives; as `GPTModel`.
+
+        Args:
+            input_ids: Token ids, int64 [batch, sequence].
+            position_ids: Unused, layers count positions themselves.
+            attention_mask: None: attention is causal by itself.
+            decoder_input: Embeddings in place of those of `input_ids`, [sequence, batch, hidden].
+            args: Passed on.
+            options: Passed on.
+        """
+        if self.inputs_of is not None:
+            if decoder_input is None:
+                decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            inputs = per_layer_inputs(self, self.inputs_of, input_ids, decoder_input)
+            decoder_input = torch.cat((decoder_input, inputs), dim=-1)
+        output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input, *args, **options)
+        return output
+
+    def _embed_narrow(self, adapter: Adapter) -> None:
+        """Embeddings of the width of the first layers, where megatron-core made those of the model's."""
+        narrow = copy.copy(self.config)
+        narrow.hidden_size = adapter.hidden_size
+        del self.embedding  # before there is another one: its memory
+        self.embedding = LanguageModelEmbedding(
+            narrow,
+            self.vocab_size,
+            self.max_sequence_length,
+            position_embedding_type="none",
+            tp_group=self.pg_collection.tp,
+        )
+        weight = self.embedding.word_embeddings.weight
+        weight.is_embedding_or_output_parameter = True  # what `setup_embeddings_and_output_layer` had marked
+        if self.config.recompute_granularity is not None:
+            # Recomputed layers have gradients only if their input has: an adapter behind frozen layers would get none.
+            self.embedding.register_forward_hook(lambda module, inputs, output: _with_gradient(output))
+
     def _is_in_embd_group(self) -> bool:
         return False
+
+
+def _with_gradient(states: torch.Tensor) -> torch.Tensor:
+    """`states`, where gradients are kept as something that has one."""
+    return states.requires_grad_() if torch.is_grad_enabled() and not states.requires_grad else states
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:
@@ -62,6 +141,7 @@ def build_chunks(
     dtype: torch.dtype,
     device: torch.device,
     sequence_parallel: bool = False,
+    recompute: bool = False,
 ) -> list[CausalModel]:
     """The model chunks of this rank, one per virtual stage, in evaluation mode; parameters hold no values yet.
 
@@ -74,22 +154,25 @@ def build_chunks(
         dtype: Dtype of parameters and activations.
         device: Where the parameters live.
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
+        recompute: In training, keep only the inputs of layers and compute their activations again backwards.
 
     Raises:
         UsageError: The model does not divide over the grid.
         UnsupportedError: megatron-core or this runtime has no module for it.
         VerificationError: megatron-core placed other layers on this rank than `sharding.stages` does.
     """
-    check_grid(config, grid, padded_vocab_size)
+    check_divides(config, grid, padded_vocab_size)
     stages = [s for s in split_layers(config.num_layers, grid) if s.pp_rank == get_pipeline_model_parallel_rank()]
     with warnings.catch_warnings(), runs_on(device):
         warnings.simplefilter("ignore")
         megatron_config = transformer_config(
-            config, grid, dtype=dtype, device=device, sequence_parallel=sequence_parallel
+            config, grid, dtype=dtype, device=device, sequence_parallel=sequence_parallel, recompute=recompute
         )
         chunks = [
             CausalModel(
                 model=config,
+                stage=stage,
+                has_adapter=config.adapter is not None and holds_cut(stage, config.adapter.after, grid),
                 config=megatron_config,
                 transformer_layer_spec=block_spec(config, stage.layers),
                 vocab_size=padded_vocab_size,
@@ -131,13 +214,20 @@ def expected_tensors(chunk: CausalModel) -> dict[str, torch.Tensor]:
     }
 
 
-def load_strict(chunk: CausalModel, state: Mapping[str, torch.Tensor], *, where: object = None) -> None:
+def load_strict(
+    chunk: CausalModel,
+    state: Mapping[str, Any],
+    *,
+    where: object = None,
+    read: Callable[[Any], torch.Tensor] = lambda value: value,
+) -> None:
     """Copy `state` into a chunk, cast to its dtype.
 
     Args:
         chunk: From `build_chunks`.
         state: Megatron's local-spec names, layers numbered from 0 within the chunk; `_extra_state` is ignored.
         where: What to call the source of `state` in an error.
+        read: Makes a tensor of a value of `state`, which has a `shape`; called for one at a time.
 
     Raises:
         InputError: Tensors are missing, unexpected, or of another shape.
@@ -159,7 +249,7 @@ def load_strict(chunk: CausalModel, state: Mapping[str, torch.Tensor], *, where:
         raise InputError(f"the shard does not fit the model: {text}", where=where)
     with torch.no_grad():
         for name, value in expected.items():
-            value.copy_(state[name])
+            value.copy_(read(state[name]))
 
 
 def _some(names: list[str]) -> str:

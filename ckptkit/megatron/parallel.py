@@ -14,23 +14,40 @@ from ckptkit.sharding.grid import Parallelism
 
 
 def initialize(
-    grid: Parallelism, rank: int, *, store: dist.Store, device: torch.device, timeout_seconds: float = 600.0
+    grid: Parallelism,
+    rank: int,
+    *,
+    store: dist.Store,
+    device: torch.device,
+    timeout_seconds: float = 600.0,
+    replicas: int = 1,
 ) -> None:
     """Join the process group of `grid` and create Megatron's groups.
 
     Args:
-        grid: The parallel grid; its world size is the size of the group.
+        grid: The parallel grid; its world size, times the replicas, is the size of the group.
         rank: Global rank; tensor parallel ranks are neighbours.
         store: Where the ranks meet; a fresh one (or a fresh prefix) for every call.
         device: `cpu`, or the CUDA device of this rank.
         timeout_seconds: How long a collective may wait.
+        replicas: How many times the grid is there, for data parallelism.
     """
+    world_size = grid.world_size * replicas
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend(device, grid.world_size), store=store, rank=rank, world_size=grid.world_size, timeout=timeout
-    )
+    dist.init_process_group(backend(device, world_size), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    create_groups(grid, device=device, timeout_seconds=timeout_seconds)
+
+
+def create_groups(grid: Parallelism, *, device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Create Megatron's groups inside the process group that is there; ranks beyond the grid's are replicas.
+
+    Args:
+        grid: The parallel grid; its world size divides that of the process group.
+        device: Where this rank computes.
+        timeout_seconds: How long a collective may wait.
+    """
     with runs_on(device):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=grid.tp,

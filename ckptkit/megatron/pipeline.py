@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from ckptkit.megatron import parallel
 from ckptkit.megatron.compat import runs_on
 from ckptkit.megatron.model import CausalModel
+from ckptkit.megatron.moe import replay_routing
+from ckptkit.megatron.packed import PackedBatch, pad, unpad
 from ckptkit.sharding.grid import Parallelism
 
 TOKENS_PER_PASS = 8192
@@ -25,8 +31,9 @@ class Pipeline:
         chunks: This rank's model chunks, one per virtual stage.
         grid: The grid that they were built for.
         device: Where they live.
-        vocab_size: Entries of the vocabulary; the padding after it is cut off.
+        vocab_size: Outputs per token: entries of the vocabulary, the padding after it is cut off; 1 of a value model.
         tokens_per_pass: Upper bound of the tokens in flight, unless one sequence is longer.
+        replicated: What runs in place of each chunk under data parallelism, see `replicas.replicate`; else empty.
     """
 
     chunks: list[CausalModel]
@@ -34,8 +41,9 @@ class Pipeline:
     device: torch.device
     vocab_size: int
     tokens_per_pass: int = TOKENS_PER_PASS
+    replicated: Sequence[Callable[..., torch.Tensor]] = ()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, tokens: torch.Tensor, *, replay: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor | None:
         """Logits of every position.
 
         All ranks call this with the same tokens; expert parallel ranks, which share experts like data parallel ones,
@@ -44,6 +52,8 @@ class Pipeline:
 
         Args:
             tokens: Token ids, int64 [batch, sequence].
+            replay: Global layer number -> experts that the tokens are routed to, int64 [batch, sequence, experts per
+                token], or None for the routers' own choice.
 
         Returns:
             fp32 [batch, sequence, vocab_size] in host memory on the ranks of the last pipeline stage; None elsewhere.
@@ -52,9 +62,49 @@ class Pipeline:
         tokens = F.pad(tokens, (0, -length % self._sequence_split))  # causal: what is added at the end is not seen
         rows = max(1, self.tokens_per_pass // max(1, length))
         with torch.no_grad(), runs_on(self.device):
-            parts = [self._pass(part.to(self.device), length) for part in tokens.split(rows)]
+            parts = [
+                self._pass(tokens[at : at + rows].to(self.device), length, _rows(replay, at, at + rows))
+                for at in range(0, max(1, tokens.size(0)), rows)
+            ]
         logits = [part for part in parts if part is not None]
         return torch.cat(logits) if logits else None
+
+    def forward_packed(
+        self, batch: PackedBatch, *, replay: Mapping[int, torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
+        """Logits of every token of a packed batch, which goes through the pipeline in one piece.
+
+        All ranks call this with the same batch. Under sequence parallelism it is filled up to a multiple of the tensor
+        parallel size with a sequence that no other one sees, and that is cut off again.
+
+        Args:
+            batch: The sequences.
+            replay: As for `forward`, [1, total_nnz, experts per token].
+
+        Returns:
+            fp32 [total_nnz, vocab_size] in host memory on the ranks of the last pipeline stage; None elsewhere.
+        """
+        filled = batch.filled(self._sequence_split).to(self.device)
+        with torch.no_grad(), runs_on(self.device):
+            logits = self._pass(filled.input_ids[None], batch.total, _rows(replay, 0, 1), filled.params())
+        return None if logits is None else logits[0]
+
+    def forward_padded(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Logits of a padded batch, computed without its padding.
+
+        Args:
+            tokens: Token ids, int64 [batch, sequence].
+            attention_mask: 1 where a token counts, 0 where it is padding, [batch, sequence]; see `packed.unpad`.
+
+        Returns:
+            As `forward`, 0 where the padding is.
+
+        Raises:
+            UsageError: The mask does not fit.
+        """
+        batch, places = unpad(tokens, attention_mask)
+        logits = self.forward_packed(batch)
+        return None if logits is None else pad(logits, places.cpu(), *tokens.shape)
 
     def greedy(self, tokens: torch.Tensor, steps: int) -> torch.Tensor:
         """`tokens` [batch, sequence] with the `steps` most likely tokens appended to every row, on every rank.
@@ -64,7 +114,7 @@ class Pipeline:
         for _ in range(steps):
             logits = self.forward(tokens)
             chosen = torch.zeros(tokens.size(0), dtype=torch.int64) if logits is None else logits[:, -1].argmax(-1)
-            chosen = parallel.broadcast(chosen.to(self.device), self.grid.world_size - 1).cpu()
+            chosen = parallel.broadcast(chosen.to(self.device), dist.get_world_size() - 1).cpu()
             tokens = torch.cat((tokens, chosen[:, None]), dim=1)
         return tokens
 
@@ -72,25 +122,39 @@ class Pipeline:
     def _sequence_split(self) -> int:
         return self.grid.tp if self.chunks[0].config.sequence_parallel else 1
 
-    def _pass(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
+    def _pass(
+        self,
+        tokens: torch.Tensor,
+        length: int,
+        replay: dict[int, torch.Tensor] | None,
+        packed: PackedSeqParams | None = None,
+    ) -> torch.Tensor | None:
         """One batch [batch, sequence] through every chunk of this rank, virtual stage after virtual stage."""
         logits = None
-        for chunk in self.chunks:
-            output = self._run(chunk, tokens)
+        for number, chunk in enumerate(self.chunks):
+            with contextlib.nullcontext() if replay is None else replay_routing([chunk], replay):
+                output = self._run(number, tokens, packed)
             if chunk.post_process:
-                logits = parallel.gather_over_tensor_ranks(output[:, :length].float(), dim=-1)
+                logits = output[:, :length].float()
+                if not chunk.value_head:
+                    logits = parallel.gather_over_tensor_ranks(logits, dim=-1)
             else:
                 parallel.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
         return None if logits is None else logits[..., : self.vocab_size].cpu()
 
-    def _run(self, chunk: CausalModel, tokens: torch.Tensor) -> torch.Tensor:
+    def _run(self, number: int, tokens: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor:
         """One batch through one chunk: [sequence / split, batch, hidden], or logits [batch, sequence, entries / tp]."""
-        batch, length = tokens.shape
+        chunk, (batch, length) = self.chunks[number], tokens.shape
         if not chunk.pre_process:
-            shape = (length // self._sequence_split, batch, chunk.config.hidden_size)
+            shape = (length // self._sequence_split, batch, chunk.input_width)
             dtype = chunk.config.params_dtype
             before = parallel_state.get_pipeline_model_parallel_prev_rank()
             chunk.set_input_tensor(parallel.receive(shape, dtype, self.device, before))
         positions = torch.arange(length, device=self.device).expand(batch, length)
-        output: torch.Tensor = chunk(tokens, positions, None)
+        run = self.replicated[number] if self.replicated else chunk
+        output: torch.Tensor = run(tokens, positions, None, packed_seq_params=packed)
         return output
+
+
+def _rows(replay: Mapping[int, torch.Tensor] | None, start: int, end: int) -> dict[int, torch.Tensor] | None:
+    return None if replay is None else {layer: experts[start:end] for layer, experts in replay.items()}

@@ -17,7 +17,7 @@ from ckptkit.families.config import Rope
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Rotation per token of each pair of channels, fp32 [head_dim / 2], in radians.
 
-    Source: `ROPE_INIT_FUNCTIONS` of transformers (default, linear and llama3).
+    Source: `ROPE_INIT_FUNCTIONS` of transformers (default, linear, llama3 and proportional).
 
     Raises:
         UnsupportedError: The runtime does not know this kind of scaling.
@@ -30,7 +30,10 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
         return frequencies / rope.factor
     if rope.kind == "llama3":
         return _llama3(frequencies, rope)
-    raise UnsupportedError(f"rotary scaling {rope.kind!r} is not in the runtime", hint="known: default, linear, llama3")
+    if rope.kind == "proportional":
+        return _proportional(frequencies, rope)
+    known = "default, linear, llama3, proportional"
+    raise UnsupportedError(f"rotary scaling {rope.kind!r} is not in the runtime", hint=f"known: {known}")
 
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -44,12 +47,19 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.where(slow, frequencies / rope.factor, torch.where(fast, frequencies, blended))
 
 
+def _proportional(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Let the first pairs rotate as in a whole head, and the others not at all."""
+    rotating = int(rope.partial * 2 * len(frequencies) // 2)  # in this order, as transformers rounds
+    kept = torch.arange(len(frequencies)) < rotating
+    return torch.where(kept, frequencies, torch.zeros_like(frequencies)) / rope.factor
+
+
 class RotaryEmbedding(torch.nn.Module):
     """Angles of one layer's rotary embedding.
 
     Args:
         rope: Base and scaling.
-        head_dim: Width of a head; all of it is rotated.
+        head_dim: Width of a head.
     """
 
     inv_freq: torch.Tensor

@@ -47,7 +47,7 @@ def cases() -> list[Any]:
     for kind in MODELS:
         kinds.setdefault(kind.split("-")[0], []).append(kind)
     quick = [(turns[at % len(turns)], grid) for turns in kinds.values() for at, grid in enumerate(GRIDS)]
-    quick += [(kind, EXPERT_GRIDS[at]) for at, kind in enumerate([*EXPERTS, EXPERTS[0]])]
+    quick += [(kind, EXPERT_GRIDS[at % len(EXPERT_GRIDS)]) for at, kind in enumerate([*EXPERTS, EXPERTS[0]])]
     quick += [("mixtral", EXPERT_GRIDS[0]), ("gemma3_text", MORE_GRIDS[1])]
     every = [*itertools.product(MODELS, GRIDS + MORE_GRIDS), *itertools.product(EXPERTS, EXPERT_GRIDS)]
     slow = [case for case in every if case not in quick]
@@ -227,7 +227,7 @@ DAMAGE: dict[str, tuple[str, Parallelism, Callable[[dict[str, Any]], None], str,
         "mixtral",
         Parallelism(),
         put(MLP + "router.weight", lambda weight: weight.roll(1, 0)),
-        "layer 1 mlp",
+        "layer 1 router",
         "router.weight",
     ),
     "experts of one rank swapped": (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
@@ -96,23 +96,6 @@ def test_experts_are_named_as_megatron_saves_them(one_rank: Parallelism) -> None
         build(moe_config(post_norms=True), one_rank)
 
 
-@pytest.mark.parametrize(
-    ("grid", "text"),
-    [
-        (Parallelism(ep=3), "4 experts do not divide over --ep 3"),
-        (Parallelism(5, ep=1, etp=5), "moe_ffn_hidden_size 24"),
-    ],
-)
-def test_experts_that_do_not_divide(grid: Parallelism, text: str) -> None:
-    from ckptkit.megatron.config import check_grid
-
-    check_grid(moe_config(), Parallelism(2, ep=4, etp=1), 64)
-    with pytest.raises(UsageError, match=text):
-        check_grid(moe_config(), grid, 64)
-    with pytest.raises(UsageError, match="0 experts"):
-        check_grid(CONFIG, Parallelism(ep=2), 64)
-
-
 def test_the_embedding_is_scaled_as_transformers_rounds_it(one_rank: Parallelism) -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -177,25 +160,6 @@ def test_loading_is_strict(one_rank: Parallelism) -> None:
     ):
         with pytest.raises(InputError, match=f"here.*{text}"):
             load_strict(chunk, damaged, where="here")
-
-
-@pytest.mark.parametrize(
-    ("changes", "padded", "text"),
-    [
-        ({"num_heads": 5}, 64, "num_attention_heads 5 of layer 1"),
-        ({"num_heads": 6, "num_kv_heads": 3}, 64, "3 query groups of layer 1"),
-        ({"ffn_hidden_size": 47}, 64, "ffn_hidden_size 47 of layer 1"),
-        ({}, 63, "padded vocabulary 63"),
-    ],
-)
-def test_grids_that_do_not_divide(changes: dict[str, int], padded: int, text: str) -> None:
-    from ckptkit.megatron.config import check_grid
-
-    config = replace(CONFIG, layers=(LAYER, replace(LAYER, **changes)))
-    check_grid(CONFIG, Parallelism(2), 64)
-    check_grid(CONFIG, Parallelism(4), 64)  # twice as many ranks as query groups
-    with pytest.raises(UsageError, match=text):
-        check_grid(config, Parallelism(2), padded)
 
 
 def run(chunk: Any, state: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,128 @@
+"""Value models: any family's body with one output per token in place of the language model head.
+
+Hugging Face has them as classifiers of tokens or of sequences with a single label. Both hold `score.weight` [1, D];
+that of tokens also has a bias, unless config.json says `token_classification_bias: false`. Trainers on Megatron put a
+plain linear layer where the output layer was, whole on every tensor parallel rank: `output_layer.weight` [1, D]
+(source: `LinearForLastLayer` of verl and mbridge). A classifier of sequences is the same model, read at the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckptkit.errors import UnsupportedError
+from ckptkit.families.config import LayerConfig, ModelConfig
+from ckptkit.families.table import ONE, D, Family, Raw, Row, copy
+from ckptkit.sharding.rules import REPLICATED
+
+OF_TOKENS, OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
+STEMS: Mapping[str, tuple[str, ...]] = {
+    "llama": ("Llama" + OF_TOKENS, "Llama" + OF_SEQUENCES),
+    "qwen2": ("Qwen2" + OF_TOKENS, "Qwen2" + OF_SEQUENCES),
+    "qwen3": ("Qwen3" + OF_TOKENS, "Qwen3" + OF_SEQUENCES),
+    "qwen3_moe": ("Qwen3Moe" + OF_TOKENS, "Qwen3Moe" + OF_SEQUENCES),
+    "mistral": ("Mistral" + OF_TOKENS, "Mistral" + OF_SEQUENCES),
+    "ministral": ("Ministral" + OF_TOKENS, "Ministral" + OF_SEQUENCES),
+    "mixtral": ("Mixtral" + OF_TOKENS, "Mixtral" + OF_SEQUENCES),
+    "apertus": ("Apertus" + OF_TOKENS,),
+    "gemma3_text": ("Gemma3Text" + OF_SEQUENCES,),
+}
+"""Family -> the classes of transformers that are its value models; the first is what a language model becomes."""
+
+_WEIGHT, _BIAS = "output_layer.weight", "output_layer.bias"
+
+
+def _has_bias(config: ModelConfig, layer: LayerConfig) -> bool:
+    return config.value_bias
+
+
+ROWS = (
+    Row(_WEIGHT, {"score.weight": (ONE, D)}, copy, REPLICATED),
+    Row(_BIAS, {"score.bias": (ONE,)}, copy, REPLICATED, when=_has_bias),
+)
+"""The head of a value model."""
+
+
+def value_families(families: Iterable[Family]) -> list[Family]:
+    """The value models of those families that transformers has classes for."""
+    return [value_family(family, STEMS[family.name]) for family in families if family.name in STEMS]
+
+
+def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
+    """A family with its head replaced.
+
+    Args:
+        family: A family of language models.
+        architectures: Hugging Face's classes with the other head.
+    """
+    name = f"{family.name}_value"
+
+    def parse(raw: Raw) -> ModelConfig:
+        architecture = (raw.get("architectures") or architectures)[0]
+        if "architectures" in raw:
+            _check_labels(raw, architecture)
+        bias = architecture.endswith(OF_TOKENS) and bool(raw.get("token_classification_bias", True))
+        return replace(
+            family.parse(raw),
+            family=name,
+            architecture=architecture,
+            tied=False,  # whatever config.json says of the head that is not there
+            value_head=True,
+            value_bias=bias,
+        )
+
+    def unparse(config: ModelConfig, base: Raw) -> dict[str, Any]:
+        tied = family.parse(base).tied if base else False
+        body = replace(
+            config,
+            family=family.name,
+            architecture=family.architectures[0],
+            tied=tied,
+            value_head=False,
+            value_bias=False,
+        )
+        return as_value_config(family.unparse(body, base), config.architecture, config.value_bias)
+
+    return replace(
+        family,
+        name=name,
+        architectures=architectures,
+        rows=(*(row for row in family.rows if row.megatron != _WEIGHT), *ROWS),
+        parse=parse,
+        unparse=unparse,
+        replicas=tuple(replica for replica in family.replicas if not replica.hf.endswith("lm_head.weight")),
+        marks=(*family.marks, _BIAS),
+    )
+
+
+def as_value_config(raw: Raw, architecture: str, bias: bool) -> dict[str, Any]:
+    """A config.json that says of its model that it is a value model.
+
+    Args:
+        raw: The config.json of a model with the same body.
+        architecture: Its class.
+        bias: Whether its head has a bias.
+    """
+    changed = {**raw, "architectures": [architecture]}
+    if _labels(raw) != 1:
+        changed |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if architecture.endswith(OF_TOKENS) and bool(raw.get("token_classification_bias", True)) != bias:
+        changed["token_classification_bias"] = bias
+    return changed
+
+
+def _labels(raw: Raw) -> int:
+    """How many labels a classifier tells apart; transformers assumes two where config.json does not say."""
+    names = raw.get("id2label")
+    count = len(names) if isinstance(names, Mapping) else raw.get("num_labels", 2)
+    return count if type(count) is int else 2
+
+
+def _check_labels(raw: Raw, architecture: str) -> None:
+    if (count := _labels(raw)) != 1:
+        raise UnsupportedError(
+            f"{architecture} with {count} labels",
+            hint="a value model has one: id2label of config.json must name a single label",
+        )
