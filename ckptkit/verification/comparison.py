@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ckptkit.verification.report import Agreement, Greedy, NoiseFloor
+from ckptkit.verification.figures import Agreement, Greedy, NoiseFloor
 from ckptkit.verification.runs import Run, row_logits
 
 if TYPE_CHECKING:
@@ -79,12 +79,24 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> list[float]:
     return (p.exp() * (p - q)).sum(-1).nan_to_num(nan=math.inf).clamp(min=0.0).tolist()
 
 
-def noise_ratios(reference: Run, low_reference: Run, low_candidate: Run) -> list[list[float]]:
-    """The ratio r of `NoiseFloor` at each position of each row; all three runs saw the same rows."""
+def noise_ratios(reference: Run, low_references: Sequence[Run], low_candidate: Run) -> list[list[float]]:
+    """The ratio r of `NoiseFloor` at each position of each row; all runs saw the same rows.
+
+    Args:
+        reference: The reference in fp32.
+        low_references: Runs of it in the candidate's dtype, which differ in rounding only.
+        low_candidate: The candidate.
+    """
+    import torch
+
     ratios: list[list[float]] = [[] for _ in reference.rows]
-    for block in blocks(reference, low_reference, low_candidate):
-        exact, noisy, found = (logits.double() for logits in block.logits)
-        own, theirs = ((logits - exact).square().mean(-1).sqrt() for logits in (noisy, found))
+    for block in blocks(reference, low_candidate, *low_references):
+        exact, *others = (logits.double() for logits in block.logits)
+        squares = [(logits - exact).square() for logits in others]
+        if exact.size(-1) == 1:  # a value says too little by itself: one ratio for all positions of the block
+            squares = [square.mean(0, keepdim=True).expand_as(square) for square in squares]
+        theirs, *noise = (square.mean(-1) for square in squares)
+        theirs, own = theirs.sqrt(), torch.stack(noise).mean(0).sqrt()
         ratio = theirs / own
         ratio[(theirs == 0) & (own == 0)] = 0.0  # a reference without rounding error is met exactly
         ratio[~own.isfinite()] = math.inf  # nothing can be measured in such units
@@ -92,14 +104,27 @@ def noise_ratios(reference: Run, low_reference: Run, low_candidate: Run) -> list
     return ratios
 
 
-def noise_floor(ratios: list[list[float]]) -> NoiseFloor:
-    """Median and 99th percentile of the ratios (the smallest ratio that this share of them does not exceed)."""
+def low_runs(low: Run) -> list[Run]:
+    """The runs of the reference below fp32: one, or two with different implementations of attention."""
+    return [low, *([replace(low, logits=low.again)] if low.again is not None else [])]
+
+
+def noise_floor(ratios: list[list[float]], repeated: list[list[float]] | None = None) -> NoiseFloor:
+    """Median and 99th percentile of the ratios (the smallest ratio that this share of them does not exceed).
+
+    Args:
+        ratios: Those of the candidate.
+        repeated: Those of a second run of the reference, in units of the first one alone; None without a second.
+    """
+    median, p99 = _quantiles(ratios)
+    again = _quantiles(repeated) if repeated is not None else (None, None)
+    return NoiseFloor(median, p99, MEDIAN_LIMIT, P99_LIMIT, 1 if repeated is None else 2, *again)
+
+
+def _quantiles(ratios: list[list[float]]) -> tuple[float, float]:
     ordered = sorted(ratio for row in ratios for ratio in row)
-
-    def quantile(share: float) -> float:
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-    return NoiseFloor(quantile(0.5), quantile(0.99), MEDIAN_LIMIT, P99_LIMIT)
+    at = [max(0, math.ceil(share * len(ordered)) - 1) for share in (0.5, 0.99)]
+    return ordered[at[0]], ordered[at[1]]
 
 
 def compare_greedy(reference: Run, candidate: Run, steps: int, largest: float) -> tuple[Greedy, list[tuple[int, int]]]:

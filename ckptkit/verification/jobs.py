@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ckptkit import errors
@@ -27,8 +28,15 @@ class LogitsJob:
         rows: Token ids, one list per sequence.
         greedy: Most likely tokens to append to every row before the logits are taken.
         output: Safetensors file for the logits (see `runs.save_logits`).
+        again: Transformers only: file for the logits of a second run, which computes attention in another way, or None.
         probes: Directory for hidden states, or None.
+        whole_layers: Keep hidden states between layers only, not within them.
+        routing: Directory for what routers see and choose, or None.
+        replay: Directory of another run's routing, whose experts the tokens are sent to, or None.
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
+        packed: Take the logits from packed rows of all lengths; hidden states and routing stay those of plain rows.
+        replicas: How many times the grid is there; all must compute the same.
+        replication: What makes them replicas, `ddp` (megatron-core's) or `fsdp2`.
         timeout: Seconds that a collective may wait.
         opener: What opens the checkpoint, as `module:function`.
     """
@@ -40,15 +48,28 @@ class LogitsJob:
     rows: list[list[int]]
     output: str
     greedy: int = 0
+    again: str | None = None
     probes: str | None = None
+    whole_layers: bool = False
+    routing: str | None = None
+    replay: str | None = None
     sequence_parallel: bool = False
+    packed: bool = False
+    replicas: int = 1
+    replication: str = "ddp"
     timeout: float = 600.0
     opener: str = OPENER
 
     @property
     def world_size(self) -> int:
         """Ranks that the job needs."""
-        return self.grid.world_size
+        return self.grid.world_size * self.replicas
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """Fields of a `runs.Run` that name files."""
+        paths = {"logits": self.output, "again": self.again, "probes": self.probes, "routing": self.routing}
+        return {name: None if path is None else Path(path) for name, path in paths.items()}
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptkit.verification.probes import KEPT, places
-from ckptkit.verification.report import Location
+from ckptkit.verification.figures import Location
+from ckptkit.verification.probes import ALL_PARTS, KEPT, places
+from ckptkit.verification.routing import read_router_logits
 from ckptkit.verification.runs import Run, read_probes, row_logits
 
 if TYPE_CHECKING:
@@ -38,23 +39,36 @@ def locate(reference: Run, candidate: Run) -> Location | None:
         return None
     # The first clear jump; if the error creeps up, the steepest step.
     _, place, error, earlier = next((jump for jump in jumps if jump[0] > JUMP), max(jumps))
-    return Location(_readable(place), error, earlier, candidate.feeds.get(place, []))
+    return Location(readable(place), error, earlier, candidate.feeds.get(place, []))
 
 
 def _errors(reference: Run, candidate: Run) -> dict[str, float]:
     """Relative error at every place, in the order of the computation, the head last."""
-    expected, found = read_probes(reference), read_probes(candidate)
+    expected, found = (read_probes(run) | _router_states(run) for run in (reference, candidate))
     num_layers = sum(name.endswith(".mlp") for name in expected)
     errors = {}
-    for place in places(num_layers):
+    for place in (place for place in places(num_layers, ALL_PARTS) if place in expected):
         # A layer that one side does not have is as wrong as can be.
         copies = found.get(place, [])
         errors[place] = max((_relative(expected[place][0], copy) for copy in copies), default=float("inf"))
-    with row_logits(reference) as theirs, row_logits(candidate) as ours:
-        length = len(reference.rows[0])
-        part = slice(max(0, length - KEPT), length)
-        errors["head"] = _relative(theirs[0][part], ours[0][part])
+    errors["head"] = _relative(head_states(reference), head_states(candidate))
     return errors
+
+
+def _router_states(run: Run) -> dict[str, list[torch.Tensor]]:
+    """Router logits of the only row as states, so that a router is told from its experts."""
+    return {
+        f"layers.{layer}.router": [copy[-KEPT:] for copy in copies]
+        for layer, copies in read_router_logits(run.routing).items()
+    }
+
+
+def head_states(run: Run) -> torch.Tensor:
+    """Logits at the last positions of the first row, fp32 [positions, vocabulary]."""
+    with row_logits(run) as rows:
+        length = len(run.rows[0])
+        state: torch.Tensor = rows[0][slice(max(0, length - KEPT), length)]
+        return state
 
 
 def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
@@ -66,7 +80,8 @@ def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float(error / size) if size > 0 else (0.0 if error == 0 else float("inf"))
 
 
-def _readable(place: str) -> str:
+def readable(place: str) -> str:
+    """A place as people read it: `layer 3 mlp`."""
     kind, _, rest = place.partition(".")
     number, _, part = rest.partition(".")
     return f"layer {number} {part}" if kind == "layers" else place.replace("_", " ")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, InputError, UsageError, VerificationError
+from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
 from ckptkit.verification.jobs import OPENER, LogitsJob, find
 from ckptkit.verification.pool import RankPool, Ranks, TorchrunRanks, inside_torchrun
-from ckptkit.verification.report import Agreement, Greedy, Location, LogitsReport, NoiseFloor
+from ckptkit.verification.report import LogitsReport
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import check_rows, default_rows, read_rows
 
@@ -43,6 +45,7 @@ class _Model:
     side: Side
     vocab_size: int
     grid: Parallelism
+    value_head: bool
 
 
 def verify_logits(
@@ -54,6 +57,11 @@ def verify_logits(
     tokens: Sequence[Sequence[int]] | str | Path | None = None,
     tolerance: float = TOLERANCE,
     greedy: int = GREEDY_STEPS,
+    replay: bool = True,
+    packed: bool = False,
+    sequence_parallel: bool = False,
+    dp: int = 1,
+    dp_kind: str = DDP,
     pool: Ranks | None = None,
     save_logits: str | Path | None = None,
     timeout: float = 600.0,
@@ -63,8 +71,9 @@ def verify_logits(
 
     The reference also continues every row greedily, and the candidate must pick the same tokens. fp32 passes if the
     largest error is at most `tolerance` times the largest |logit| and the greedy texts are equal. Below fp32 the
-    candidate's error is measured in units of the reference's own error in that dtype (see `NoiseFloor`). After a
-    failure both run again in fp32, on the tokens up to the first bad position, to find the layer where they part.
+    candidate's error is measured in units of the reference's own error in that dtype (see `NoiseFloor`). Routers are
+    judged by themselves (see `routing.judge_routing`). After a failure both run again in fp32, on the tokens up to the
+    first bad position, to find the layer where they part.
 
     The sides run one after the other. Inside torchrun every process calls this and is its own rank; all must share the
     directory for temporary files.
@@ -77,6 +86,11 @@ def verify_logits(
         tokens: Token ids, or a JSON file with a list of lists; pseudo-random ones if None.
         tolerance: Largest relative error that passes in fp32.
         greedy: Tokens of the greedy continuation.
+        replay: With experts: send the candidate's tokens where the reference's went, and judge the routers apart.
+        packed: Take the candidate's logits from rows packed together, without padding between them.
+        sequence_parallel: Split the candidate's sequence over its tensor parallel ranks outside of the linears.
+        dp: Replicas of the candidate's grid; all must compute the same.
+        dp_kind: What makes them replicas: `ddp`, megatron-core's DistributedDataParallel, or `fsdp2`.
         pool: Ranks to use; None starts as many as needed.
         save_logits: File to write both sides' logits to; see `runs.keep_logits`.
         timeout: Seconds that a run of a Megatron side may take.
@@ -95,19 +109,41 @@ def verify_logits(
     if device == "cuda":
         _check_cuda()
     models = [_open(Side(*side), opener) for side in (reference, candidate)]
+    _check_how(models[1], packed, sequence_parallel, dp, dp_kind)
     if models[0].vocab_size != models[1].vocab_size:
         summary = f"the vocabularies differ: {models[0].vocab_size} and {models[1].vocab_size} tokens"
-        return LogitsReport(False, summary, device, dtype, tolerance, [])
+        checks = [Check("vocabulary", False, summary)]
+        return LogitsReport(False, summary, device, dtype, tolerance, [], checks=checks)
     rows = _rows(tokens, models[0].vocab_size)
     with ExitStack() as stack:
-        ranks = pool or stack.enter_context(_own_ranks(models))
+        ranks = pool or stack.enter_context(_own_ranks(models, dp))
         folder = Path(ranks.once(lambda: tempfile.mkdtemp(prefix="ckptkit-verify-")))
         stack.callback(_remove, ranks, folder)
-        check = _Check(models[0], models[1], device, dtype, tolerance, greedy, ranks, folder, timeout, opener)
+        how = {"packed": packed, "sequence_parallel": sequence_parallel, "replicas": dp, "replication": dp_kind}
+        greedy = 0 if any(model.value_head for model in models) else greedy
+        check = _Check(
+            models[0], models[1], device, dtype, tolerance, greedy, replay, ranks, folder, timeout, opener, how
+        )
         report = check.run(rows)
         if save_logits is not None:
             ranks.once(lambda: check.keep(Path(save_logits), [len(row) for row in rows]))
     return report
+
+
+def _check_how(candidate: _Model, packed: bool, sequence_parallel: bool, dp: int, dp_kind: str) -> None:
+    """Whether the candidate can run as asked."""
+    if dp < 1:
+        raise UsageError(f"--dp must be at least 1, got {dp}")
+    if dp_kind not in DP_KINDS:
+        raise UsageError(f"no data parallelism by {dp_kind!r}", hint=f"choose {' or '.join(DP_KINDS)}")
+    if candidate.side.kind == "hf" and (packed or sequence_parallel or dp > 1):
+        raise UsageError(
+            "packed rows, sequence parallelism and replicas are of a candidate that megatron-core runs",
+            where=candidate.side.path,
+            hint="convert it with --to torch or --to packed first",
+        )
+    if sequence_parallel and candidate.grid.tp == 1:
+        raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.side.path)
 
 
 def _check_cuda() -> None:
@@ -126,15 +162,16 @@ def _remove(ranks: Ranks, folder: Path) -> None:
 def _open(side: Side, opener: str) -> _Model:
     if side.kind == "megatron":
         checkpoint = find(opener)(str(side.path))
-        return _Model(side, checkpoint.config.vocab_size, checkpoint.grid)
+        return _Model(side, checkpoint.config.vocab_size, checkpoint.grid, checkpoint.config.value_head)
     if side.kind != "hf":
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)
     try:
         raw = json.loads((Path(side.path) / "config.json").read_text())
         vocab_size = int((raw.get("text_config") or raw)["vocab_size"])
+        value_head = any(str(name).endswith("Classification") for name in raw.get("architectures") or ())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"cannot read vocab_size from config.json ({error!r})", where=side.path) from None
-    return _Model(side, vocab_size, Parallelism())
+    return _Model(side, vocab_size, Parallelism(), value_head)
 
 
 def _rows(tokens: Sequence[Sequence[int]] | str | Path | None, vocab_size: int) -> list[list[int]]:
@@ -145,11 +182,11 @@ def _rows(tokens: Sequence[Sequence[int]] | str | Path | None, vocab_size: int) 
     return rows
 
 
-def _own_ranks(models: list[_Model]) -> AbstractContextManager[Ranks]:
+def _own_ranks(models: list[_Model], replicas: int) -> AbstractContextManager[Ranks]:
     """The processes that are there, or a pool for the larger grid, which starts when it is first used."""
     if inside_torchrun():
         return nullcontext(TorchrunRanks())
-    return RankPool(max(model.grid.world_size for model in models))
+    return RankPool(max(model.grid.world_size for model in models) * replicas)
 
 
 @dataclass
@@ -162,10 +199,12 @@ class _Check:
     dtype: str
     tolerance: float
     greedy: int
+    replay: bool
     ranks: Ranks
     folder: Path
     timeout: float
     opener: str
+    how: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
 
     def run(self, rows: list[list[int]]) -> LogitsReport:
@@ -173,8 +212,10 @@ class _Check:
         exact = self._run(self.reference, rows, "reference", greedy=self.greedy)
         runs = {"reference": exact}
         if self.dtype != "float32":
-            runs["low_reference"] = self._run(self.reference, exact.rows, "low_reference", dtype=self.dtype)
-        found = runs["candidate"] = self._run(self.candidate, exact.rows, "candidate", dtype=self.dtype)
+            low = self._run(self.reference, exact.rows, "low_reference", dtype=self.dtype, routed_as=exact, twice=True)
+            runs["low_reference"] = low
+        found = self._run(self.candidate, exact.rows, "candidate", dtype=self.dtype, routed_as=exact)
+        runs["candidate"] = found
         self.runs.update(runs)
         return self._judge(exact, runs.get("low_reference"), found)
 
@@ -185,24 +226,29 @@ class _Check:
         keep_logits(target, self.runs["reference"], self.runs["candidate"], lengths)
 
     def _judge(self, exact: Run, low: Run | None, found: Run) -> LogitsReport:
-        from ckptkit.verification.comparison import compare, compare_greedy, noise_floor, noise_ratios
+        from ckptkit.verification.comparison import compare, compare_greedy, low_runs, noise_floor, noise_ratios
+        from ckptkit.verification.curve import error_curve
+        from ckptkit.verification.routing import judge_routing
 
         agreement = compare(exact, found)
         greedy, parted = compare_greedy(exact, found, self.greedy, agreement.max_abs_logit)
         noise = None
         if low is None:
-            passed = agreement.finite and agreement.relative_error <= self.tolerance and greedy.passed
             bad = _bad_positions(agreement.per_position, self.tolerance) + parted
         else:
-            ratios = noise_ratios(exact, low, found)
-            noise = noise_floor(ratios)
-            passed = agreement.finite and noise.passed
-            bad = _bad_positions(ratios, noise.p99_limit) or [agreement.worst]
-        location, messages = (None, []) if passed else self._locate(exact, bad or [agreement.worst])
+            first, *second = low_runs(low)
+            ratios = noise_ratios(exact, [first, *second], found)
+            noise = noise_floor(ratios, noise_ratios(exact, [first], second[0]) if second else None)
+            bad = _bad_positions(ratios, noise.p99_limit)
+        routing = judge_routing(exact, low, found, self.tolerance) if self.replay else None
+        curve = error_curve(exact, low, found)
+        checks = _checks(agreement, greedy, noise, routing, self.tolerance, self.dtype)
+        passed = all(check.passed for check in checks)
+        location, messages = (None, []) if passed else self._locate(exact, bad or [agreement.worst], curve)
         modules = {**exact.modules, **found.modules}
         return LogitsReport(
             passed=passed,
-            summary=_summary(passed, agreement, greedy, noise, self.tolerance, self.dtype),
+            summary=_summary(checks, agreement, greedy),
             device=self.device,
             dtype=self.dtype,
             tolerance=self.tolerance,
@@ -210,6 +256,9 @@ class _Check:
             agreement=agreement,
             greedy=greedy,
             noise=noise,
+            routing=routing,
+            hidden_states=curve,
+            checks=checks,
             location=location,
             messages=messages,
             megatron_modules={name: count for name, count in modules.items() if name.startswith("megatron.")},
@@ -222,24 +271,32 @@ class _Check:
             },
         )
 
-    def _locate(self, exact: Run, bad: list[tuple[int, int]]) -> tuple[Location | None, list[str]]:
+    def _locate(
+        self, exact: Run, bad: list[tuple[int, int]], curve: list[StateError]
+    ) -> tuple[Location | None, list[str]]:
         """Where the models part, seen from the earliest bad position, and what to tell about it."""
+        from ckptkit.verification.curve import first_excess
         from ckptkit.verification.location import locate
 
         row, position = min(bad, key=lambda place: (place[1], place[0]))
         messages = [f"first seen in row {row} at position {position}"]
         prefix = [exact.rows[row][: position + 1]]
         try:
-            runs = [
-                self._run(model, prefix, f"probe_{name}", probes=True)
-                for name, model in (("reference", self.reference), ("candidate", self.candidate))
-            ]
+            theirs = self._run(self.reference, prefix, "probe_reference", whole_layers=False)
+            ours = self._run(self.candidate, prefix, "probe_candidate", whole_layers=False, routed_as=theirs)
         except CkptkitError as error:
             return None, [*messages, f"the layer could not be found: {error}"]
-        location = locate(*runs)
-        if location is None:
-            return None, [*messages, f"in float32 the models agree there: the difference arises only in {self.dtype}"]
-        return location, [*messages, str(location)]
+        location = locate(theirs, ours)
+        if location is not None:
+            return location, [*messages, str(location)]
+        if self.how["packed"]:
+            return None, [*messages, "that row alone, the models agree: the difference arises only beside other rows"]
+        messages.append(f"in float32 the models agree there: the difference arises only in {self.dtype}")
+        excess = first_excess(curve)
+        if excess is not None and excess.noise:
+            times = excess.rms_error / excess.noise
+            messages.append(f"it is first seen at {excess.place}: {times:.1f} times the reference's own error")
+        return None, messages
 
     def _run(
         self,
@@ -249,43 +306,54 @@ class _Check:
         *,
         dtype: str = "float32",
         greedy: int = 0,
-        probes: bool = False,
+        whole_layers: bool = True,
+        routed_as: Run | None = None,
+        twice: bool = False,
     ) -> Run:
-        """Run one side over rows; its files are called `name`."""
-        output, states = self.folder / f"{name}.safetensors", self.folder / name if probes else None
-        runner = self._run_hf if model.side.kind == "hf" else self._run_megatron
-        return runner(model, rows, output, states, dtype, greedy)
+        """Run one side over rows; its files are called `name`.
 
-    def _run_hf(
-        self, model: _Model, rows: list[list[int]], output: Path, probes: Path | None, dtype: str, greedy: int
-    ) -> Run:
-        from ckptkit.verification.reference import run_reference
-
-        def task() -> dict[str, Any]:
-            run = run_reference(
-                model.side.path, rows, dtype=dtype, device=self.device, output=output, greedy=greedy, probes=probes
-            )
-            return {key: value for key, value in asdict(run).items() if key not in ("logits", "probes")}
-
-        return Run(logits=output, probes=probes, **self.ranks.once(task))
-
-    def _run_megatron(
-        self, model: _Model, rows: list[list[int]], output: Path, probes: Path | None, dtype: str, greedy: int
-    ) -> Run:
+        Args:
+            model: The side.
+            rows: Token ids.
+            name: Of its files.
+            dtype: What to run in.
+            greedy: Tokens to append to every row.
+            whole_layers: Keep hidden states between layers only, not within them.
+            routed_as: A run whose experts the tokens are sent to, where routing is replayed.
+            twice: Run again with another implementation of attention, where there is one.
+        """
         job = LogitsJob(
             checkpoint=str(model.side.path),
             grid=model.grid,
             device=self.device,
             dtype=dtype,
             rows=rows,
-            output=str(output),
+            output=str(self.folder / f"{name}.safetensors"),
             greedy=greedy,
-            probes=None if probes is None else str(probes),
+            again=str(self.folder / f"{name}.again.safetensors") if twice and model.side.kind == "hf" else None,
+            probes=str(self.folder / name),
+            whole_layers=whole_layers,
+            routing=str(self.folder / f"{name}.routers") if self.replay else None,
+            replay=str(routed_as.routing) if routed_as is not None and routed_as.routing is not None else None,
             timeout=self.timeout,
             opener=self.opener,
+            **(self.how if model is self.candidate else {}),
         )
+        return self._run_hf(job) if model.side.kind == "hf" else self._run_megatron(job)
+
+    def _run_hf(self, job: LogitsJob) -> Run:
+        from ckptkit.verification.reference import run_reference
+
+        def task() -> dict[str, Any]:
+            return {key: value for key, value in asdict(run_reference(job)).items() if key not in job.files}
+
+        run = Run(**job.files, **self.ranks.once(task))
+        # Not every model has a second implementation of attention.
+        return run if run.again is None or run.again.is_file() else replace(run, again=None)
+
+    def _run_megatron(self, job: LogitsJob) -> Run:
         answers = self.ranks.run(job)
-        run = Run(logits=output, probes=probes, **answers[0])
+        run = Run(**job.files, **answers[0])
         for answer in answers[1:]:
             run.feeds.update(answer["feeds"])
             for module, count in answer["modules"].items():
@@ -297,21 +365,44 @@ def _bad_positions(errors: list[list[float]], limit: float) -> list[tuple[int, i
     return [(row, at) for row, line in enumerate(errors) for at, error in enumerate(line) if not error <= limit]
 
 
-def _summary(
-    passed: bool, agreement: Agreement, greedy: Greedy, noise: NoiseFloor | None, tolerance: float, dtype: str
-) -> str:
-    if not agreement.finite:
-        sides = ", ".join(f"{count} of the {side}" for side, count in agreement.non_finite.items() if count)
-        return f"logits are not finite: {sides}"
-    parts = []
+def _checks(
+    agreement: Agreement,
+    greedy: Greedy,
+    noise: NoiseFloor | None,
+    routing: RoutingReport | None,
+    tolerance: float,
+    dtype: str,
+) -> list[Check]:
+    """Every question of the level with its answer, the same ones for one dtype and model whatever the answers are."""
+    sides = ", ".join(f"{count} of the {side}" for side, count in agreement.non_finite.items() if count)
+    checks = [
+        Check("finite", agreement.finite, f"logits are not finite: {sides}" if sides else "all logits are finite")
+    ]
     if noise is None:
-        parts.append(f"largest error {agreement.relative_error:.1e} of the largest |logit| (tolerance {tolerance:.0e})")
+        text = f"largest error {agreement.relative_error:.1e} of the largest |logit| (tolerance {tolerance:.0e})"
+        checks.append(Check("error", agreement.relative_error <= tolerance, text))
+        checks.append(Check("greedy", greedy.passed, _equal(greedy)))
     else:
-        parts.append(
+        text = (
             f"{dtype} error {noise.median:.2f} (median) and {noise.p99:.2f} (p99) times the reference's own"
             f" (limits {noise.median_limit:g} and {noise.p99_limit:g})"
         )
-    parts.append(f"top-1 agreement {100 * agreement.top1_agreement:.1f} %")
-    same = greedy.equal + greedy.ties
-    parts.append(f"greedy tokens {same} of {greedy.steps} equal")
-    return ", ".join(parts)
+        if noise.repeat_median is not None:
+            text += f"; a second run of the reference {noise.repeat_median:.2f} and {noise.repeat_p99:.2f}"
+        checks.append(Check("noise floor", noise.passed, text))
+    return checks + (routing.checks() if routing is not None else [])
+
+
+def _summary(checks: list[Check], agreement: Agreement, greedy: Greedy) -> str:
+    """One line: what is not finite, or all figures."""
+    if not checks[0].passed:
+        return checks[0].summary
+    texts = {check.name: check.summary for check in checks[1:] if check.name != "greedy"}
+    if "router logits" in texts:
+        texts["router logits"] = f"router logits {texts['router logits']}"
+    error, *others = texts.values()
+    return ", ".join((error, f"top-1 agreement {100 * agreement.top1_agreement:.1f} %", _equal(greedy), *others))
+
+
+def _equal(greedy: Greedy) -> str:
+    return f"greedy tokens {greedy.equal + greedy.ties} of {greedy.steps} equal"

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ckptkit.checkpoint import EMBEDDING, HEAD
+from ckptkit.verification.routing import decoder_layers, is_router
 
 KEPT = 64
-"""Positions, counted from the end, whose hidden states are kept."""
+"""Positions of a row, counted from the end, whose hidden states are kept."""
+KEPT_IN_ALL = 512
+"""Positions of all rows whose hidden states are kept."""
+WITHIN = (".self_attention", ".mlp")
+PARTS = ("self_attention", "router", "mlp", "output")
+ALL_PARTS = ("adapter", *PARTS)
+"""With what one layer of a model may have before it."""
 
 
-def places(num_layers: int) -> list[str]:
+def places(num_layers: int, parts: Sequence[str] = PARTS) -> list[str]:
     """Names of all probes in the order of the computation; the head follows the last one."""
-    parts = ("self_attention", "mlp", "output")
     return ["embedding", *(f"layers.{i}.{part}" for i in range(num_layers) for part in parts), "final_norm"]
 
 
@@ -27,12 +33,12 @@ class Site:
 
     Attributes:
         module: The module whose output is kept.
-        take: Hidden state [batch, sequence, hidden] from that output.
+        take: Hidden state [batch, sequence, hidden] from that output; None where something else is kept.
         feeds: Names of the tensors between the previous probe and this one.
     """
 
     module: torch.nn.Module
-    take: Callable[[Any], torch.Tensor]
+    take: Callable[[Any], torch.Tensor] | None
     feeds: list[str]
 
 
@@ -41,32 +47,44 @@ class Recorder:
 
     Args:
         sites: Place -> site.
+        whole_layers: Keep no states within layers.
 
     Attributes:
         sites: As given.
         states: Place -> fp32 [positions of all sequences, hidden] in host memory, sequence after sequence; of each
-            sequence its last `KEPT` positions.
+            sequence its last `KEPT` positions, and no more than `KEPT_IN_ALL` of all of them.
     """
 
-    def __init__(self, sites: dict[str, Site]) -> None:
+    def __init__(self, sites: dict[str, Site], whole_layers: bool = False) -> None:
         self.sites = sites
+        self._takes = {
+            place: site.take
+            for place, site in sites.items()
+            if site.take is not None and not (whole_layers and place.endswith(WITHIN))
+        }
         self.states: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def over(self, length: int) -> Iterator[None]:
         """Keep what passes inside, of sequences of `length` tokens; what follows them is padding."""
-        handles = [site.module.register_forward_hook(self._hook(place, length)) for place, site in self.sites.items()]
+        handles = [
+            self.sites[place].module.register_forward_hook(self._hook(take, place, length))
+            for place, take in self._takes.items()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, place: str, length: int) -> Callable[..., None]:
+    def _hook(self, take: Callable[[Any], torch.Tensor], place: str, length: int) -> Callable[..., None]:
         def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            known = self.states.get(place)
+            room = KEPT_IN_ALL - (0 if known is None else len(known))
             # A copy: megatron-core adds the residual into the output of attention and MLP in place.
-            state = self.sites[place].take(output).detach()[:, :length][:, -KEPT:].flatten(0, 1).float().cpu().clone()
-            self.states[place] = torch.cat((self.states[place], state)) if place in self.states else state
+            whole = take(output).detach()  # a collective under sequence parallelism: no rank may leave it out
+            state = whole[:, :length][:, -KEPT:].flatten(0, 1)[:room].float().cpu().clone()
+            self.states[place] = state if known is None else torch.cat((known, state))
 
         return keep
 
@@ -83,6 +101,10 @@ def megatron_sites(chunks: list[Any]) -> dict[str, Site]:
         for number, layer in zip(layer_numbers(chunk), chunk.decoder.layers, strict=True):
             prefix = f"decoder.layers.{number}."
             sites.update(_layer_sites(f"layers.{number}", layer, prefix, take, layer.self_attention))
+            sites[f"layers.{number}.output"] = replace(sites[f"layers.{number}.output"], take=_whole_layer(chunk, take))
+        if (adapter := getattr(chunk.decoder, "adapter", None)) is not None:
+            sites[f"layers.{adapter.after}.adapter"] = Site(adapter, take, _names(adapter, "decoder.adapter."))
+        _add_inputs(sites, chunk, "")
         if chunk.post_process:
             norm = chunk.decoder.final_layernorm
             sites["final_norm"] = Site(norm, take, _names(norm, "decoder.final_layernorm."))
@@ -99,6 +121,8 @@ def megatron_head(chunks: list[Any]) -> list[str]:
 
 def hf_head(model: Any) -> list[str]:
     """Names of the tensors of the head."""
+    if hasattr(model, "score"):
+        return _names(model.score, "score.")
     head = model.get_output_embeddings()
     return [name for name, parameter in model.named_parameters() if parameter is head.weight]
 
@@ -109,8 +133,10 @@ def hf_sites(model: Any) -> dict[str, Site]:
     prefixes = {module: name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()
     sites = {"embedding": Site(embedding, _first, _names(embedding, f"{prefixes[embedding]}."))}
-    for number, layer in enumerate(decoder.layers):
+    for number, layer in enumerate(decoder_layers(model)):
         sites.update(_layer_sites(f"layers.{number}", layer, f"{prefixes[layer]}.", _first, layer.self_attn))
+    _add_adapter(sites, decoder, f"{prefixes[decoder]}.")
+    _add_inputs(sites, decoder, f"{prefixes[decoder]}.")
     sites["final_norm"] = Site(decoder.norm, _first, _names(decoder.norm, f"{prefixes[decoder.norm]}."))
     return sites
 
@@ -122,25 +148,62 @@ def _layer_sites(
 
     Norms after attention and MLP belong to those: in Megatron they are part of the last linear.
     """
-    feeds: dict[str, list[str]] = {"self_attention": [], "mlp": [], "output": []}
+    feeds: dict[str, list[str]] = {part: [] for part in PARTS}
     modules = {"self_attention": attention, "mlp": layer.mlp, "output": layer}
-    if hasattr(layer, "post_feedforward_layernorm"):
-        modules |= {"self_attention": layer.post_attention_layernorm, "mlp": layer.post_feedforward_layernorm}
+    modules |= {part: getattr(layer, norm) for norm, part in _norms_after(layer).items()}
     post_norms = {module: part for part, module in modules.items()}
     for child, module in layer.named_children():
         feeds[post_norms.get(module) or _part(child)] += _names(module, f"{prefix}{child}.")
-    feeds["output"] += [prefix + parameter for parameter, _ in layer.named_parameters(recurse=False)]
-    return {f"{name}.{part}": Site(modules[part], take, feeds[part]) for part in feeds}
+    for tensors in (layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
+        feeds["output"] += [prefix + tensor for tensor, _ in tensors]
+    sites = {part: Site(modules[part], take, feeds[part]) for part in modules}
+    for child, module in layer.named_modules(prefix=prefix.rstrip(".")):
+        if is_router(module):
+            # Scales of what experts give come after the router's logits, and do not show in them.
+            own = [tensor for tensor in _names(module, f"{child}.") if not tensor.endswith(".per_expert_scale")]
+            for part in modules:
+                feeds[part][:] = [tensor for tensor in feeds[part] if tensor not in own]
+            sites["router"] = Site(module, None, own)  # what it says is in the record of the routing
+    return {f"{name}.{part}": site for part, site in sites.items()}
 
 
 def _part(child: str) -> str:
     """Which probe of a layer sees the tensors of one of its children first."""
     if child in ("input_layernorm", "attention_layernorm", "self_attention", "self_attn"):
         return "self_attention"
-    if child in ("pre_mlp_layernorm", "pre_feedforward_layernorm", "feedforward_layernorm", "mlp"):
-        return "mlp"
     # Llama's post_attention_layernorm precedes the MLP.
-    return "mlp" if child == "post_attention_layernorm" else "output"
+    before = ("pre_mlp_", "pre_shared_expert_", "pre_feedforward_", "feedforward_", "post_attention_")
+    within = ("mlp", "experts", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2")
+    return "mlp" if child in within or child.startswith(before) else "output"
+
+
+def _norms_after(layer: Any) -> dict[str, str]:
+    """Names of the norms after attention and MLP that a layer has by itself -> the part whose output they are."""
+    if hasattr(layer, "post_feedforward_layernorm"):
+        return {"post_attention_layernorm": "self_attention", "post_feedforward_layernorm": "mlp"}
+    megatron = {"post_self_attn_layernorm": "self_attention", "post_mlp_layernorm": "mlp", "post_ffn_layernorm": "mlp"}
+    return {norm: part for norm, part in megatron.items() if hasattr(layer, norm)}
+
+
+def _add_inputs(sites: dict[str, Site], model: Any, prefix: str) -> None:
+    """Count the tensors of per-layer inputs to the first layer's output, where they show first."""
+    for child, module in model.named_children():
+        if child.startswith(("per_layer_", "embed_tokens_per_layer")):
+            sites["layers.0.output"].feeds.extend(_names(module, f"{prefix}{child}."))
+
+
+def _add_adapter(sites: dict[str, Site], decoder: Any, prefix: str) -> None:
+    """What comes out of a split Llama's adapter, which is one module or two."""
+    stems = [stem for stem in ("adapter", "adapter_linear_1", "adapter_linear_2") if hasattr(decoder, stem)]
+    if stems:
+        feeds = [f"{prefix}{stem}.weight" for stem in stems]
+        place = f"layers.{len(decoder.layers_first)}.adapter"
+        sites[place] = Site(getattr(decoder, stems[-1]), _first, feeds)
+
+
+def _whole_layer(chunk: Any, take: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """Reads the output of a Megatron layer: the hidden state without what is carried beside it to later layers."""
+    return lambda output: take(output[0][..., : chunk.config.hidden_size])
 
 
 def _names(module: torch.nn.Module, prefix: str) -> list[str]:

@@ -6,65 +6,59 @@ import contextlib
 import gc
 import json
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
+from ckptkit.families.split_llama import ARCHITECTURE as SPLIT_LLAMA
+from ckptkit.verification.jobs import LogitsJob
 from ckptkit.verification.report import installed_versions
 from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
 
 if TYPE_CHECKING:
     import torch
 
+    from ckptkit.verification.routing import Record
+
+OTHER_ATTENTION = "sdpa"
+"""What a second run computes attention with; the first one is eager."""
 TOKENS_PER_PASS = 8192
 """Tokens that go through the model at a time; at least one sequence."""
 
 
-def run_reference(
-    path: str | Path,
-    rows: list[list[int]],
-    *,
-    dtype: str,
-    device: str,
-    output: Path,
-    greedy: int = 0,
-    probes: Path | None = None,
-) -> Run:
+def run_reference(job: LogitsJob) -> Run:
     """Run a Hugging Face directory over the tokens.
 
     Args:
-        path: Directory with config.json and weights.
-        rows: Token ids, one list per sequence.
-        dtype: torch's name of the dtype to run in.
-        device: `cpu` or `cuda`.
-        output: File for the logits.
-        greedy: Most likely tokens to append to every row before the logits are taken.
-        probes: Directory for hidden states, or None.
+        job: What to run and what to keep; it has no grid here.
 
     Raises:
         InputError: The directory is damaged, or weights are missing, unexpected or mis-shaped.
-        UnsupportedError: This transformers has no such class.
+        UnsupportedError: This transformers has no such class, or its routing cannot be replayed.
         VerificationError: There is no memory for it, or the device failed.
     """
     import torch
 
     start = time.monotonic()
-    model = load_model(path, getattr(torch, dtype))
+    model = load_model(job.checkpoint, getattr(torch, job.dtype), job.device)
     loaded = time.monotonic()
     try:
-        run = _run(model.to(device), rows, output, greedy, probes)
+        run = _Runner(model, job).run()
     except (MemoryError, RuntimeError) as error:
-        raise VerificationError(f"transformers could not run it ({_line(error)})", where=path) from error
+        raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:
         del model
         gc.collect()
-        if device != "cpu":
+        if job.device != "cpu":
             torch.cuda.empty_cache()
     seconds = {"load": loaded - start, "run": time.monotonic() - loaded}
     return Run(**{**run, "versions": installed_versions(), "seconds": seconds})
 
 
-def load_model(path: str | Path, dtype: torch.dtype) -> Any:
+def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model that config.json's `architectures` names, in evaluation mode, with eager attention and experts.
 
     `from_pretrained` fills what a file lacks with random values and goes on; here that is an error.
@@ -77,18 +71,23 @@ def load_model(path: str | Path, dtype: torch.dtype) -> Any:
     import transformers
 
     name = _architecture(Path(path))
-    if not hasattr(transformers, name):
+    found = _class(name)
+    if found is None:
         raise UnsupportedError(f"transformers {transformers.__version__} has no {name}", where=path)
+    # Straight onto the device where transformers can: a model in fp32 may be larger than what the host has left.
+    direct = {"device_map": {"": device}} if device != "cpu" and find_spec("accelerate") else {}
     with _quiet(transformers):
         try:
-            model, info = getattr(transformers, name).from_pretrained(
+            model, info = found.from_pretrained(
                 str(path),
                 dtype=dtype,
                 attn_implementation="eager",
                 experts_implementation="eager",
                 local_files_only=True,
                 output_loading_info=True,
+                **direct,
             )
+            model.to(device)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             # torch tells a lack of memory from a tensor of the wrong shape only in the text.
             kind = VerificationError if isinstance(error, MemoryError) or "memory" in str(error) else InputError
@@ -105,52 +104,122 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def _class(name: str) -> Any:
+    """The class of an architecture, or None. For a split Llama it is ours: code beside the weights is not run."""
+    import transformers
+
+    if name == SPLIT_LLAMA:
+        from ckptkit.surgery.remote.modeling_custom_split_llama import CustomSplitLLamaForCausalLM
+
+        return CustomSplitLLamaForCausalLM
+    return getattr(transformers, name, None)
+
+
 def _architecture(path: Path) -> str:
     try:
-        names = json.loads((path / "config.json").read_text()).get("architectures")
+        raw = json.loads((path / "config.json").read_text())
+        names = raw.get("architectures")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"cannot read config.json ({error})", where=path) from None
     if not names:
         raise InputError("config.json names no architecture", where=path, hint='it needs e.g. "architectures": ["..."]')
+    if names[0] == SPLIT_LLAMA and "first_config" not in raw:
+        hint = "ckptkit convert it with --to hf, which makes it self-contained"
+        raise InputError("the legacy layout of a split Llama does not load by itself", where=path, hint=hint)
     return str(names[0])
 
 
-def _run(model: Any, rows: list[list[int]], output: Path, greedy: int, probes: Path | None) -> dict[str, Any]:
-    import torch
+class _Runner:
+    """A loaded model and what to keep of a run."""
 
-    from ckptkit.verification.probes import Recorder, hf_head, hf_sites
+    def __init__(self, model: Any, job: LogitsJob) -> None:
+        from ckptkit.verification.probes import Recorder, hf_sites
+        from ckptkit.verification.routing import Record, hf_routers, read_experts
 
-    recorder = Recorder(hf_sites(model) if probes else {})
+        self.model, self.job = model, job
+        self.recorder = Recorder(hf_sites(model) if job.probes else {}, job.whole_layers)
+        self.record = Record()
+        self.routers = hf_routers(model) if job.routing or job.replay else {}
+        self.experts = read_experts(job.replay)
 
-    def forward(tokens: torch.Tensor) -> torch.Tensor:
-        with recorder.over(tokens.size(1)):
-            return _logits(model, tokens)
+    def run(self) -> dict[str, Any]:
+        """The fields of `Run` that a run gives."""
+        import torch
 
-    with torch.no_grad():
-        rows, groups = run_by_length(rows, lambda tokens: _continue(model, tokens, greedy), forward)
-    save_logits(output, groups)
-    if probes is not None:
-        save_probes(probes, recorder.states)
-    feeds = {place: site.feeds for place, site in recorder.sites.items()} | {"head": hf_head(model)}
-    return {"rows": rows, "logits": output, "probes": probes, "feeds": feeds}
+        from ckptkit.verification.probes import hf_head
+
+        job = self.job
+        with torch.no_grad():
+            rows, groups = run_by_length(job.rows, lambda tokens: self._continue(tokens, job.greedy), self._forward)
+        save_logits(job.output, groups)
+        if job.probes:
+            save_probes(Path(job.probes), self.recorder.states)
+        if job.routing:
+            self.record.save(Path(job.routing))
+        feeds = {place: site.feeds for place, site in self.recorder.sites.items()} | {"head": hf_head(self.model)}
+        if job.again:
+            self._run_again(rows, job.again)
+        return {"rows": rows, **job.files, "feeds": feeds}
+
+    def _run_again(self, rows: list[list[int]], output: str) -> None:
+        """Logits of the same rows with another implementation of attention, if the model has one."""
+        import torch
+
+        try:
+            self.model.set_attn_implementation(OTHER_ATTENTION)
+        except (AttributeError, ImportError, NotImplementedError, ValueError):
+            return
+        with torch.no_grad():
+            _, groups = run_by_length(rows, lambda tokens: tokens, self._routed_logits)
+        save_logits(output, groups)
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of the run that counts."""
+        with self.recorder.over(tokens.size(1)):
+            return self._routed_logits(tokens, self.record)
+
+    def _routed_logits(self, tokens: torch.Tensor, record: Record | None = None) -> torch.Tensor:
+        """Logits, with the experts that are prescribed."""
+        from ckptkit.verification.routing import hf_routing
+
+        def routed(batch: torch.Tensor, first: int) -> AbstractContextManager[None]:
+            experts = self.experts.get(batch.size(1))
+            part = None if experts is None else {layer: e[first : first + len(batch)] for layer, e in experts.items()}
+            return hf_routing(self.routers, len(batch), batch.size(1), record, part)
+
+        return self._logits(tokens, routed)
+
+    def _logits(
+        self, tokens: torch.Tensor, around: Callable[[torch.Tensor, int], AbstractContextManager[None]]
+    ) -> torch.Tensor:
+        """fp32 [batch, sequence, vocabulary] in host memory, a few rows at a time, each pass inside of `around`."""
+        import torch
+
+        rows, parts = max(1, TOKENS_PER_PASS // tokens.size(1)), []
+        for first in range(0, len(tokens), rows):
+            batch = tokens[first : first + rows].to(self.model.device)
+            with around(batch, first):
+                parts.append(_outputs(self.model, batch).float().cpu())
+        return torch.cat(parts)
+
+    def _continue(self, tokens: torch.Tensor, steps: int) -> torch.Tensor:
+        """`tokens` with the `steps` most likely ones appended; the whole row runs again for each, nothing is cached."""
+        import torch
+
+        for _ in range(steps):
+            last = self._logits(tokens, lambda batch, first: contextlib.nullcontext())[:, -1]
+            tokens = torch.cat((tokens, last.argmax(-1)[:, None]), dim=1)
+        return tokens
 
 
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """fp32 [batch, sequence, vocabulary] in host memory."""
-    import torch
-
-    rows = max(1, TOKENS_PER_PASS // tokens.size(1))
-    batches = [part.to(model.device) for part in tokens.split(rows)]
-    return torch.cat([model(input_ids=batch, use_cache=False).logits.float().cpu() for batch in batches])
-
-
-def _continue(model: Any, tokens: torch.Tensor, steps: int) -> torch.Tensor:
-    """`tokens` with the `steps` most likely ones appended; the whole row runs again for each, nothing is cached."""
-    import torch
-
-    for _ in range(steps):
-        tokens = torch.cat((tokens, _logits(model, tokens)[:, -1].argmax(-1)[:, None]), dim=1)
-    return tokens
+def _outputs(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """What the head makes of every position, [batch, sequence, outputs]; classifiers of sequences keep one of them."""
+    if not hasattr(model, "score"):
+        logits: torch.Tensor = model(input_ids=batch, use_cache=False).logits
+        return logits
+    states = getattr(model, model.base_model_prefix)(input_ids=batch, use_cache=False).last_hidden_state
+    values: torch.Tensor = model.score(states)
+    return values
 
 
 @contextlib.contextmanager

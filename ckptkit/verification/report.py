@@ -8,10 +8,16 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
+from ckptkit.verification.placement import SideReport
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-PACKAGES = ("ckptkit", "torch", "transformers", "megatron-core")
+PACKAGES = ("ckptkit-megatron", "torch", "transformers", "megatron-core")
+SCHEMA = 1
+"""Version of the JSON report; docs/report-schema.md describes its fields. Only a field that goes away, or changes its
+meaning, raises it."""
 
 
 @dataclass(frozen=True)
@@ -23,114 +29,16 @@ class LevelResult:
         passed: Whether the two sides agree on this level.
         summary: One line.
         details: Figures and lists behind it, JSON types.
+        checks: The questions of the level, in order; it passes if all of them do.
+        seconds: Wall-clock seconds that it took.
     """
 
     name: str
     passed: bool
     summary: str
     details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where two models part.
-
-    Attributes:
-        place: `embedding`, `layer 3 self_attention`, `layer 3 mlp`, `layer 3 output`, `final norm` or `head`.
-        relative_error: Error of the hidden state there, relative to its own size.
-        error_before: Largest relative error at any place before it.
-        tensors: The candidate's tensors between the place before and this one.
-    """
-
-    place: str
-    relative_error: float
-    error_before: float
-    tensors: list[str]
-
-    def __str__(self) -> str:
-        fed = ", ".join(self.tensors) or "no tensors"
-        return (
-            f"the models part at {self.place}: relative error {self.relative_error:.1e}, {self.error_before:.1e} before"
-            f" it; it is fed by {fed}, and by the configuration"
-        )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Figures of a comparison of logits; positions are counted from 0.
-
-    Attributes:
-        max_abs_error: Largest difference of two logits.
-        max_abs_logit: Largest logit of the reference.
-        relative_error: The first over the second.
-        worst: (row, position) of the largest difference.
-        top1_agreement: Share of positions with the same most likely token.
-        kl_mean: Mean over positions of KL(reference || candidate), in nats.
-        kl_max: Largest of them.
-        non_finite: Side -> how many of its logits are not finite.
-        per_position: Largest difference at each position of each row, over `max_abs_logit`.
-    """
-
-    max_abs_error: float
-    max_abs_logit: float
-    relative_error: float
-    worst: tuple[int, int]
-    top1_agreement: float
-    kl_mean: float
-    kl_max: float
-    non_finite: dict[str, int]
-    per_position: list[list[float]]
-
-    @property
-    def finite(self) -> bool:
-        """Whether all logits of both sides are finite."""
-        return not any(self.non_finite.values())
-
-
-@dataclass(frozen=True)
-class NoiseFloor:
-    """The candidate's low-precision error in units of the reference's own, over positions.
-
-    r = RMS(candidate_low - reference_fp32) / RMS(reference_low - reference_fp32).
-
-    Attributes:
-        median: Median of r.
-        p99: 99th percentile of r.
-        median_limit: Largest median that passes.
-        p99_limit: Largest 99th percentile that passes.
-    """
-
-    median: float
-    p99: float
-    median_limit: float
-    p99_limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the candidate is as good as the reference in that precision (never if r is not a number)."""
-        return self.median <= self.median_limit and self.p99 <= self.p99_limit
-
-
-@dataclass(frozen=True)
-class Greedy:
-    """The reference's greedy continuation and whether the candidate would have written it.
-
-    Attributes:
-        continuation: Tokens that the reference appended to each row.
-        steps: How many tokens in all.
-        equal: At how many of them the candidate, fed the reference's text, picks the same token.
-        ties: At how many it picks another one that the reference holds equally likely.
-    """
-
-    continuation: list[list[int]]
-    steps: int
-    equal: int
-    ties: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether both would write the same text."""
-        return self.equal + self.ties == self.steps
+    checks: list[Check] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +55,9 @@ class LogitsReport:
         agreement: Candidate against the reference (in fp32).
         greedy: The greedy continuation.
         noise: Only below fp32: the noise-floor figures.
+        routing: Only with experts and replayed routing: what the routers did.
+        hidden_states: Error of the candidate's hidden states, layer by layer.
+        checks: The questions asked.
         location: Only on failure: where the two part.
         messages: What else to know, one line each.
         megatron_modules: Classes of megatron-core that ran -> how many.
@@ -164,6 +75,9 @@ class LogitsReport:
     agreement: Agreement | None = None
     greedy: Greedy | None = None
     noise: NoiseFloor | None = None
+    routing: RoutingReport | None = None
+    hidden_states: list[StateError] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
     location: Location | None = None
     messages: list[str] = field(default_factory=list)
     megatron_modules: dict[str, int] = field(default_factory=dict)
@@ -178,7 +92,10 @@ class LogitsReport:
 
     def level(self) -> LevelResult:
         """As one level of a `VerificationReport`."""
-        return LevelResult("logits", self.passed, self.summary, self.to_dict())
+        details = self.to_dict()
+        for of_the_level in ("passed", "summary", "checks"):
+            del details[of_the_level]
+        return LevelResult("logits", self.passed, self.summary, details, self.checks)
 
 
 @dataclass(frozen=True)
@@ -190,12 +107,18 @@ class VerificationReport:
         candidate: What was questioned.
         levels: The levels that ran, in order; the first that fails ends the verification.
         messages: What else to know, one line each.
+        sides: `reference` and `candidate` -> what each is, and which rank holds what of it.
+        not_run: Levels that were asked for and not reached.
+        schema: Version of the JSON.
     """
 
     reference: str
     candidate: str
     levels: list[LevelResult]
     messages: list[str] = field(default_factory=list)
+    sides: dict[str, SideReport] = field(default_factory=dict)
+    not_run: list[str] = field(default_factory=list)
+    schema: int = SCHEMA
 
     @property
     def passed(self) -> bool:

@@ -22,7 +22,9 @@ class Run:
     Attributes:
         rows: Token ids that went in, greedy continuation included.
         logits: Safetensors file of the logits: `logits.<length>` [rows of that length, length, vocabulary], fp32.
+        again: Like `logits`, of the same run with attention computed in another way; or None.
         probes: Directory of hidden states, or None.
+        routing: Directory of what routers saw and chose, or None.
         feeds: Probe -> names of the tensors that feed it, in the side's own spelling.
         modules: Class of module -> how many of them ran.
         versions: Package -> version.
@@ -31,7 +33,9 @@ class Run:
 
     rows: list[list[int]]
     logits: Path
+    again: Path | None = None
     probes: Path | None = None
+    routing: Path | None = None
     feeds: dict[str, list[str]] = field(default_factory=dict)
     modules: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

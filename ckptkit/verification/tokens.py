@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckptkit.errors import InputError, UsageError
+from ckptkit.errors import UsageError
 
 SEED = 20240229
 
@@ -24,14 +24,14 @@ def read_rows(path: str | Path) -> list[list[int]]:
     """Token ids from a JSON file: a list of lists, lengths may differ.
 
     Raises:
-        InputError: The file is not that.
+        UsageError: The file is not that.
     """
     try:
         rows = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read token ids ({error})", where=path) from None
+        raise UsageError(f"cannot read token ids ({error})", where=path, hint="write a JSON list of lists") from None
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise InputError("not a JSON list of lists of token ids", where=path)
+        raise UsageError("not a JSON list of lists of token ids", where=path)
     return rows
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import UsageError
 from ckptkit.formats.hub import locate
+from ckptkit.megatron import DDP
 from ckptkit.opening import open_checkpoint
 from ckptkit.verification.logits import TOLERANCE, Side, verify_logits
+from ckptkit.verification.placement import describe
 from ckptkit.verification.pool import Ranks
 from ckptkit.verification.report import LevelResult, VerificationReport
 from ckptkit.verification.weights import check_structure, check_weights
@@ -29,6 +33,11 @@ def verify(
     prompts: Sequence[str] | None = None,
     tokens: Sequence[Sequence[int]] | None = None,
     tolerance: float | None = None,
+    replay: bool = True,
+    packed: bool = False,
+    sequence_parallel: bool = False,
+    dp: int = 1,
+    dp_kind: str = DDP,
     save_logits: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     pool: Ranks | None = None,
@@ -47,6 +56,12 @@ def verify(
         prompts: Texts to compare on; a side must have a tokenizer.
         tokens: Token ids to compare on; pseudo-random ones where neither is given.
         tolerance: Largest fp32 error that passes, relative to the largest |logit|.
+        replay: Whether the candidate's tokens go to the experts that the reference chose, and routers are judged by
+            themselves; without experts it changes nothing.
+        packed: Take the candidate's logits from rows packed together, without padding between them.
+        sequence_parallel: Split the candidate's sequence over its tensor parallel ranks outside of the linears.
+        dp: Replicas of the candidate's grid; all must compute the same.
+        dp_kind: What makes them replicas: `ddp`, megatron-core's DistributedDataParallel, or `fsdp2`.
         save_logits: A safetensors file for `reference` and `candidate`, [batch, seq, vocab] float32.
         progress: Called with (bytes compared, bytes in all) at the weights level.
         pool: Ranks to use instead of starting some.
@@ -62,17 +77,27 @@ def verify(
     with ExitStack() as stack:
         paths = [stack.enter_context(locate(side)).path for side in (reference, candidate)]
         sides = open_checkpoint(paths[0]), open_checkpoint(paths[1])
+    asked = LEVELS[: LEVELS.index(level) + 1]
+    how = {"packed": packed, "sequence_parallel": sequence_parallel, "dp": dp, "dp_kind": dp_kind}
     levels: list[LevelResult] = []
     messages = _messages(*sides) if level == "logits" else []
 
     def ask(name: str, question: Callable[[], LevelResult]) -> None:
-        if LEVELS.index(name) <= LEVELS.index(level) and all(answer.passed for answer in levels):
-            levels.append(question())
+        if name in asked and all(answer.passed for answer in levels):
+            start = time.monotonic()
+            levels.append(replace(question(), seconds=time.monotonic() - start))
 
     ask("structure", lambda: check_structure(*sides))
     ask("weights", lambda: check_weights(*sides, progress))
-    ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, save_logits, pool))
-    return VerificationReport(str(reference), str(candidate), levels, messages)
+    ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, replay, how, save_logits, pool))
+    return VerificationReport(
+        reference=str(reference),
+        candidate=str(candidate),
+        levels=levels,
+        messages=messages,
+        sides={name: describe(side) for name, side in zip(("reference", "candidate"), sides, strict=True)},
+        not_run=list(asked[len(levels) :]),
+    )
 
 
 def _logits(
@@ -82,6 +107,8 @@ def _logits(
     prompts: Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
     tolerance: float | None,
+    replay: bool,
+    how: dict[str, Any],
     save_logits: str | Path | None,
     pool: Ranks | None,
 ) -> LevelResult:
@@ -94,6 +121,8 @@ def _logits(
         dtype=dtype,
         tokens=tokens,
         tolerance=TOLERANCE if tolerance is None else tolerance,
+        replay=replay,
+        **how,
         pool=pool,
         save_logits=save_logits,
     )

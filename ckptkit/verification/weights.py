@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import InputError
-from ckptkit.families.config import LayerConfig, ModelConfig
+from ckptkit.inspection.structure import config_differences
 from ckptkit.io.engine import compare
 from ckptkit.io.plan import Comparison
+from ckptkit.tensors import Tensor
+from ckptkit.verification.figures import Check
 from ckptkit.verification.report import LevelResult
 
-_NOT_THE_MODEL = {"dtype", "init_std", "max_position_embeddings", "layers"}
-"""Fields of a `ModelConfig` that change no logit."""
+_SIDES = ("the reference", "the candidate")
 
 
 def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult:
     """Names, shapes and config of one side against the other; opening has checked each against its own config."""
-    problems = [*_config_problems(reference.config, candidate.config), *candidate.disagreements]
-    problems += [f"reference: {text}" for text in reference.disagreements]
+    contradictions = [*candidate.disagreements, *(f"reference: {text}" for text in reference.disagreements)]
+    config = [*config_differences(reference.config, candidate.config, _SIDES), *contradictions]
+    problems = []
     for key in reference.tensors.keys() ^ candidate.tensors.keys():
         side = "candidate" if key in reference.tensors else "reference"
         problems.append(f"{key} is missing in the {side}")
@@ -28,51 +29,57 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
         if left != right:
             problems.append(f"{key} is {list(left)} in the reference, {list(right)} in the candidate")
     count = len(reference.tensors)
-    summary = problems[0] if problems else f"{count} tensors, names, shapes and config agree"
-    return LevelResult("structure", not problems, summary, {"tensors": count, "problems": problems})
-
-
-def _config_problems(reference: ModelConfig, candidate: ModelConfig) -> list[str]:
-    problems = [
-        f"{name} is {getattr(reference, name)!r} in the reference, {getattr(candidate, name)!r} in the candidate"
-        for name in (f.name for f in fields(ModelConfig) if f.name not in _NOT_THE_MODEL)
-        if getattr(reference, name) != getattr(candidate, name)
+    checks = [
+        Check("config", not config, config[0] if config else "the configs agree"),
+        Check("tensors", not problems, problems[0] if problems else f"{count} tensors, names and shapes agree"),
     ]
-    if reference.num_layers != candidate.num_layers:
-        problems.append(f"{reference.num_layers} layers in the reference, {candidate.num_layers} in the candidate")
-        return problems
-    for index, (left, right) in enumerate(zip(reference.layers, candidate.layers, strict=True)):
-        for name in (f.name for f in fields(LayerConfig) if getattr(left, f.name) != getattr(right, f.name)):
-            values = f"{getattr(left, name)} in the reference, {getattr(right, name)} in the candidate"
-            return [*problems, f"layer {index}: {name} is {values}"]
-    return problems
+    everything = config + problems
+    summary = everything[0] if everything else f"{count} tensors, names, shapes and config agree"
+    return LevelResult("structure", not everything, summary, {"tensors": count, "problems": everything}, checks)
+
+
+def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, reference, candidate) of what the model uses of a tensor: all of it, or the parts beside unused slots."""
+    left, right, item = reference.tensors[key], candidate.tensors[key], reference.items[key]
+    if not item.slots:
+        yield key, left, right
+        return
+    others = item.unpack(right)
+    for name, part in item.unpack(left).items():
+        yield f"{key} ({name})", part, others[name]
 
 
 def check_weights(
     reference: Checkpoint, candidate: Checkpoint, progress: Callable[[int, int], None] | None = None
 ) -> LevelResult:
-    """Every byte equal after translation, streamed; replicated shards and tied copies equal too.
+    """Every byte that the model uses equal after translation, streamed; replicated shards and tied copies equal too.
 
     Where the two differ in dtype, the reference is cast to the candidate's, as a conversion with `--dtype` does.
     """
-    comparisons = [
-        *reference.comparisons,
-        *candidate.comparisons,
-        *(
-            Comparison(tensor.astype(candidate.tensors[key].out_dtype), candidate.tensors[key], key)
-            for key, tensor in reference.tensors.items()
-        ),
+    replicas = [*reference.comparisons, *candidate.comparisons]
+    across = [
+        Comparison(left.astype(right.out_dtype), right, what)
+        for key in reference.tensors
+        for what, left, right in _used(reference, candidate, key)
     ]
-    total = sum(comparison.left.nbytes for comparison in comparisons)
-    done, problems = 0, []
-    for comparison in comparisons:
-        try:
-            compare(comparison)
-        except InputError as error:
-            problems.append(str(error))
-        done += comparison.left.nbytes
-        if progress is not None:
-            progress(done, total)
+    total = sum(comparison.left.nbytes for comparison in replicas + across)
+    done = 0
+
+    def differing(comparisons: list[Comparison]) -> list[str]:
+        nonlocal done
+        found = []
+        for comparison in comparisons:
+            try:
+                compare(comparison)
+            except InputError as error:
+                found.append(str(error))
+            done += comparison.left.nbytes
+            if progress is not None:
+                progress(done, total)
+        return found
+
+    apart, differ = differing(replicas), differing(across)
+    problems = apart + differ
     cast = sorted(
         {
             f"{tensor.out_dtype} -> {candidate.tensors[key].out_dtype}"
@@ -84,4 +91,8 @@ def check_weights(
     if cast and not problems:
         summary += f" after the cast {', '.join(cast)}"
     details = {"bytes": total, "tensors": len(reference.tensors), "casts": cast, "problems": problems[:20]}
-    return LevelResult("weights", not problems, summary, details)
+    checks = [
+        Check("replicas", not apart, apart[0] if apart else f"{len(replicas)} copies within a side are equal"),
+        Check("bytes", not differ, differ[0] if differ else f"{len(across)} tensors are equal"),
+    ]
+    return LevelResult("weights", not problems, summary, details, checks)

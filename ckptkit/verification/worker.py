@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
@@ -50,7 +51,9 @@ def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
     device = parallel.device_of(job.device, rank)
     torch.set_float32_matmul_precision("highest")
     try:
-        parallel.initialize(job.grid, rank, store=store, device=device, timeout_seconds=job.timeout)
+        parallel.initialize(
+            job.grid, rank, store=store, device=device, timeout_seconds=job.timeout, replicas=job.replicas
+        )
         return _run(job, rank, device)
     finally:
         parallel.finalize()
@@ -60,30 +63,89 @@ def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
 
 
 def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
-    from ckptkit.verification.probes import Recorder, megatron_head, megatron_sites
-    from ckptkit.verification.runs import run_by_length, save_logits, save_probes
+    from ckptkit.megatron.replicas import check_alike, replica_group, replicate
+    from ckptkit.verification.probes import megatron_head
 
     start = time.monotonic()
     pipeline = _together(job, rank, device)
+    group = replica_group(job.grid, job.replicas, rank) if job.replicas > 1 else None
+    if group is not None:
+        pipeline = replace(pipeline, replicated=replicate(job.replication, pipeline.chunks, group, device))
     loaded = time.monotonic()
-    recorder = Recorder(megatron_sites(pipeline.chunks) if job.probes else {})
-
-    def forward(tokens: torch.Tensor) -> torch.Tensor | None:
-        with recorder.over(tokens.size(1)):
-            return pipeline.forward(tokens)
-
-    rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), forward)
-    if rank == job.world_size - job.grid.stage_size:  # the first rank of the last stage
-        save_logits(job.output, groups)
-    if job.probes:
-        save_probes(Path(job.probes), recorder.states, rank)
+    runner = _Runner(job, pipeline)
+    rows, groups = runner.run()
+    if group is not None:
+        for logits in groups.values():
+            check_alike(logits, group, device)
+    runner.save(rank, groups)
+    feeds = {place: site.feeds for place, site in runner.recorder.sites.items()}
     return {
         "rows": rows,
-        "feeds": {place: site.feeds for place, site in recorder.sites.items()} | _head(megatron_head(pipeline.chunks)),
+        "feeds": feeds | _head(megatron_head(pipeline.chunks)),
         "modules": _modules(pipeline.chunks),
         "versions": installed_versions(),
         "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},
     }
+
+
+class _Runner:
+    """A loaded model and what to keep of a run."""
+
+    def __init__(self, job: LogitsJob, pipeline: Pipeline) -> None:
+        from ckptkit.megatron.moe import routers
+        from ckptkit.verification.probes import Recorder, megatron_sites
+        from ckptkit.verification.routing import Record, read_experts
+
+        self.job, self.pipeline = job, pipeline
+        self.recorder = Recorder(megatron_sites(pipeline.chunks) if job.probes else {}, job.whole_layers)
+        self.record, self.experts = Record(), read_experts(job.replay)
+        self.routers = routers(pipeline.chunks)
+
+    def run(self) -> tuple[list[list[int]], dict[int, torch.Tensor]]:
+        """The rows with their greedy continuation, and the logits by length on the ranks of the last stage."""
+        from ckptkit.verification.packing import run_packed
+        from ckptkit.verification.runs import run_by_length
+
+        job, pipeline = self.job, self.pipeline
+        rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), self._forward)
+        if not job.packed:
+            return rows, groups
+        replay = self.experts if all(map(self._fits, self.experts.values())) else {}
+        return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Logits of rows of one length."""
+        from ckptkit.megatron.moe import record_routing
+
+        experts, length = self.experts.get(tokens.size(1)), tokens.size(1)
+        with self.recorder.over(length), record_routing(self.pipeline.chunks, length) as routing:
+            logits = self.pipeline.forward(tokens, replay=experts if self._fits(experts) else None)
+        self.record.add(routing.logits, routing.experts, routing.own)
+        return logits
+
+    def _fits(self, experts: Mapping[int, torch.Tensor] | None) -> bool:
+        """Whether the other side's choice can be replayed.
+
+        A router that chooses another number of experts, or is none of the other side's, goes by its own choice.
+        """
+        return experts is not None and all(
+            layer in experts and experts[layer].size(-1) == router.topk for layer, router in self.routers.items()
+        )
+
+    def save(self, rank: int, groups: Mapping[int, torch.Tensor]) -> None:
+        """Write what this rank has; of replicas, which are all the same, the first one does."""
+        from ckptkit.megatron.replicas import seat
+        from ckptkit.verification.runs import save_logits, save_probes
+
+        job, sits = self.job, seat(self.job.grid, self.job.replicas, rank)
+        if sits.replica:
+            return
+        if sits.number == job.grid.world_size - job.grid.stage_size:  # the first rank of the last stage
+            save_logits(job.output, groups)
+        if job.probes:
+            save_probes(Path(job.probes), self.recorder.states, rank)
+        if job.routing:
+            self.record.save(Path(job.routing), rank)
 
 
 def _together(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
@@ -107,9 +169,10 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
 
     from ckptkit.megatron.model import build_chunks, load_strict
     from ckptkit.megatron.pipeline import Pipeline
+    from ckptkit.megatron.replicas import seat
 
     checkpoint = find(job.opener)(job.checkpoint)
-    here = list(job.grid.ranks())[rank]
+    here = seat(job.grid, job.replicas, rank).place
     shards = [
         checkpoint.shard(
             grid=job.grid,
@@ -122,10 +185,13 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         )
         for vp_stage in range(job.grid.vpp)
     ]
+    value_head = checkpoint.config.value_head
     chunks = build_chunks(
         checkpoint.config,
         job.grid,
-        _padded_vocab_size(shards, job.grid.tp, checkpoint.padded_vocab_size),
+        _padded_vocab_size(
+            shards, job.grid.tp, checkpoint.padded_vocab_size, [EMBEDDING] if value_head else [EMBEDDING, HEAD]
+        ),
         dtype=getattr(torch, job.dtype),
         device=device,
         sequence_parallel=job.sequence_parallel,
@@ -135,13 +201,13 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         where = f"{job.checkpoint} ({place})"
         load_strict(chunk, shard, where=where)
         shard.clear()
-    return Pipeline(chunks, job.grid, device, checkpoint.config.vocab_size)
+    return Pipeline(chunks, job.grid, device, 1 if value_head else checkpoint.config.vocab_size)
 
 
-def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: int) -> int:
-    """Rows of the whole embedding, from the shard's own rows; as stated on ranks that hold no part of it."""
+def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: int, names: list[str]) -> int:
+    """Rows of the whole of `names`, from the shard's own rows; as stated on ranks that hold no part of them."""
     for shard in shards:
-        for name in (EMBEDDING, HEAD):
+        for name in names:
             if name in shard:
                 return int(shard[name].shape[0]) * tp
     return stated

@@ -14,6 +14,7 @@ from ckptkit.verification.location import locate
 from ckptkit.verification.probes import places
 from ckptkit.verification.runs import Run, row_logits, save_logits, save_probes
 
+STATES = ("self_attention", "mlp", "output")
 ROWS = [[1, 2, 3], [4, 5, 6], [7]]
 
 
@@ -59,8 +60,8 @@ def test_what_is_not_finite_never_passes(exact: Run, tmp_path: Path, value: floa
     assert not figures.finite and figures.non_finite[side] == 1
     assert figures.worst == (2, 0) and not figures.relative_error <= 1e30
     for low, found in ((exact, broken), (broken, exact), (broken, broken)):
-        assert math.inf in noise_ratios(exact, low, found)[2]
-    assert not noise_floor(noise_ratios(exact, exact, broken)).passed
+        assert math.inf in noise_ratios(exact, [low], found)[2]
+    assert not noise_floor(noise_ratios(exact, [exact], broken)).passed
 
 
 def test_noise_is_measured_in_units_of_the_reference(exact: Run, tmp_path: Path) -> None:
@@ -73,11 +74,15 @@ def test_noise_is_measured_in_units_of_the_reference(exact: Run, tmp_path: Path)
 
     low = noisy("low", 0.01)
     for factor, passes in ((0.5, True), (1.2, True), (1.3, False), (3.0, False)):
-        floor = noise_floor(noise_ratios(exact, low, noisy("found", 0.01 * factor)))
+        floor = noise_floor(noise_ratios(exact, [low], noisy("found", 0.01 * factor)))
         assert floor.median == pytest.approx(factor, rel=1e-3)
         assert floor.passed == passes
-    assert noise_floor(noise_ratios(exact, exact, exact)).passed  # no noise at all is met by none
-    assert not noise_floor(noise_ratios(exact, exact, low)).passed
+    two = noise_ratios(exact, [low, noisy("louder", 0.03)], noisy("found", 0.01))
+    floor = noise_floor(two, noise_ratios(exact, [low], noisy("louder", 0.03)))
+    assert floor.median == pytest.approx(5**-0.5, rel=1e-3)  # of two samples the mean square, 1 and 9
+    assert floor.samples == 2 and floor.repeat_median == pytest.approx(3, rel=1e-3)
+    assert noise_floor(noise_ratios(exact, [exact], exact)).passed  # no noise at all is met by none
+    assert not noise_floor(noise_ratios(exact, [exact], low)).passed
 
 
 @settings(max_examples=30, deadline=None)
@@ -117,7 +122,7 @@ def probed(folder: Path, noise: dict[str, float], layers: int = 2, ranks: int = 
     """One row of 3 tokens with hidden states that carry `noise` from a place on."""
     torch.manual_seed(0)
     states, level = {}, 0.0
-    for place in places(layers):
+    for place in places(layers, STATES):
         state = torch.randn(3, 8)
         level = max(level, noise.get(place, 0.0))
         states[place] = state + level * torch.ones(3, 8)
@@ -125,8 +130,8 @@ def probed(folder: Path, noise: dict[str, float], layers: int = 2, ranks: int = 
         bad = {name: state * (1 + 0.1 * (rank > 0 and name == "final_norm")) for name, state in states.items()}
         save_probes(folder / "probes", bad, rank)
     save_logits(folder / "logits", {3: torch.randn(1, 3, 11) + head})
-    feeds = {place: [f"tensor of {place}"] for place in [*places(layers), "head"]}
-    return Run([[1, 2, 3]], folder / "logits", folder / "probes", feeds)
+    feeds = {place: [f"tensor of {place}"] for place in [*places(layers, STATES), "head"]}
+    return Run([[1, 2, 3]], folder / "logits", probes=folder / "probes", feeds=feeds)
 
 
 def at(location: object) -> str:
@@ -136,7 +141,7 @@ def at(location: object) -> str:
 def test_the_first_jump_is_the_place(tmp_path: Path) -> None:
     exact = probed(tmp_path / "exact", {})
     assert locate(exact, exact) is None
-    for place in places(2):
+    for place in places(2, STATES):
         found = locate(exact, probed(tmp_path / place, {place: 0.01}))
         assert found is not None and found.tensors == [f"tensor of {place}"]
     jump = locate(exact, probed(tmp_path / "jump", {"embedding": 1e-6, "layers.1.mlp": 1e-3, "final_norm": 0.5}))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.jobs import LogitsJob
 from ckptkit.verification.reference import run_reference
 
 
@@ -18,8 +20,8 @@ def copy(llama: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def run(path: Path, **options: Any) -> Any:
-    values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": path / "out.safetensors", **options}
-    return run_reference(path, [[1, 2, 3], [4, 5]], **values)
+    values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": str(path / "out.safetensors"), **options}
+    return run_reference(LogitsJob(str(path), Parallelism(), rows=[[1, 2, 3], [4, 5]], **values))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -35,7 +37,7 @@ def test_the_continuation_is_that_of_generate(copy: Path) -> None:
     from transformers import LlamaForCausalLM
 
     result = run(copy, greedy=6)
-    model = LlamaForCausalLM.from_pretrained(copy)
+    model: Any = LlamaForCausalLM.from_pretrained(copy)
     for row, prompt in zip(result.rows, ([1, 2, 3], [4, 5]), strict=True):
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         assert row == model.generate(torch.tensor([prompt]), **options)[0].tolist()
@@ -98,21 +100,45 @@ def test_a_lack_of_memory_says_nothing_about_the_model(
 def test_experts_run_one_by_one(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     model = MixtralForCausalLM(MixtralConfig(vocab_size=30, num_hidden_layers=2, num_local_experts=4, **sizes))
     model.save_pretrained(tmp_path)
-    result = run(tmp_path, dtype="bfloat16", probes=tmp_path / "probes")  # the grouped kernel refuses a width of 20
+    result = run(
+        tmp_path, dtype="bfloat16", probes=str(tmp_path / "probes")
+    )  # the grouped kernel refuses a width of 20
     assert "model.layers.1.mlp.experts.down_proj" in result.feeds["layers.1.mlp"]
     assert result.feeds["head"] == ["lm_head.weight"]
+
+
+def test_a_second_run_rounds_in_another_way(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM
+
+    result = run(copy, dtype="bfloat16", greedy=2, again=str(copy / "again"))
+    first, second = load_file(result.logits), load_file(result.again)
+    assert first.keys() == second.keys()
+    assert 0 < max(float((first[key] - second[key]).abs().max()) for key in first) < 0.5
+
+    def refuse(self: Any, implementation: str) -> None:
+        raise ValueError(implementation)
+
+    monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", refuse)
+    run(copy, dtype="bfloat16", again=str(copy / "none"))
+    assert not (copy / "none").exists()
 
 
 def test_probes_hold_the_last_positions_of_every_row(copy: Path) -> None:
     from ckptkit.verification.probes import places
     from ckptkit.verification.runs import read_probes
 
-    result = run(copy, greedy=70, probes=copy / "probes")
+    result = run(copy, greedy=70, probes=str(copy / "probes"))
     states = read_probes(result)
-    assert list(states) and set(states) == set(places(2))
+    assert list(states) and set(states) == set(places(2, ("self_attention", "mlp", "output")))
     assert {tuple(state.shape) for (state,) in states.values()} == {(2 * 64, 96)}
-    alone = run(copy, probes=copy / "alone")
+    alone = run(copy, probes=str(copy / "alone"))
     assert {tuple(state.shape) for (state,) in read_probes(alone).values()} == {(3 + 2, 96)}

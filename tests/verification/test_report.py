@@ -8,7 +8,8 @@ import sys
 
 from rich.console import Console
 
-from ckptkit.verification.report import Agreement, LevelResult, Location, LogitsReport, VerificationReport, render
+from ckptkit.verification.figures import Agreement, Location
+from ckptkit.verification.report import LevelResult, LogitsReport, VerificationReport, render
 
 
 def text_of(report: VerificationReport) -> str:
@@ -46,3 +47,12 @@ def test_importing_the_entry_points_does_not_import_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'megatron.core', 'rich')))\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_versions_name_our_own_distribution() -> None:
+    import ckptkit
+    from ckptkit.verification.report import installed_versions
+
+    found = installed_versions()
+    assert found["ckptkit-megatron"] == ckptkit.__version__
+    assert {"python", "torch", "transformers", "megatron-core"} <= found.keys()

@@ -1,0 +1,476 @@
+"""Faults of every kind, one at a time: what a verification is for.
+
+A fault sits in one of three places. `file`: a tensor of the candidate is damaged. `claim`: its tensors are right, and
+what it says of its model is wrong. `reading`: the files are right, and what is made of them is wrong; a mistake in a
+table or in the runtime is of this kind, and makes no difference to anything that only looks at files. It is put into
+the ranks by the name of the function that opens the checkpoint there (`OPENER` + name of the fault).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckptkit.families.config import LayerConfig, ModelConfig, Rope
+from ckptkit.sharding.grid import Parallelism
+
+OPENER = "tests.verification.mutants:"
+Tensors = dict[str, Any]
+TWO = Parallelism(2)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault and who must see it.
+
+    Attributes:
+        kind: Key of `tests.models`.
+        cheapest: The cheapest level that sees it.
+        place: Where the logits level says that the models part; None where it cannot say, or sees nothing.
+        fp32: Whether the logits level sees it in fp32.
+        bf16: Whether it does in bf16.
+        tensors: Changes a rank's tensors in place.
+        config: Makes another model of what the checkpoint says.
+        args: `claim`: what Megatron's `args` say instead.
+        raw: `claim`: what config.json says instead.
+        patch: `reading`: replaces something in a rank's process; (object, attribute) -> what to put there.
+        grid: Grid of the candidate.
+        packed: Run the candidate on packed rows.
+        sits: `file`, `claim` or `reading`.
+    """
+
+    kind: str
+    cheapest: str
+    place: str | None
+    fp32: bool = True
+    bf16: bool = True
+    tensors: Callable[[Tensors], None] | None = None
+    config: Callable[[ModelConfig], ModelConfig] | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    patch: Callable[[], dict[tuple[Any, str], Any]] | None = None
+    grid: Parallelism = field(default_factory=Parallelism)
+    packed: bool = False
+
+    @property
+    def sits(self) -> str:
+        if self.args or self.raw:
+            return "claim"
+        return "file" if self.cheapest == "weights" else "reading"
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def put(name: str, change: Callable[[Any], Any]) -> Callable[[Tensors], None]:
+    """Changes every tensor whose name matches."""
+
+    def apply(tensors: Tensors) -> None:
+        found = [key for key in tensors if re.fullmatch(rf"decoder\.layers\.{name}|{name}", key)]
+        assert found, name
+        for key in found:
+            tensors[key] = change(tensors[key])
+
+    return apply
+
+
+def swap(first: str, second: str) -> Callable[[Tensors], None]:
+    """Exchanges all tensors of two prefixes."""
+
+    def apply(tensors: Tensors) -> None:
+        pairs = [(key, key.replace(first, second)) for key in tensors if key.startswith(first)]
+        assert pairs
+        for one, other in pairs:
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    return apply
+
+
+def rotate_layers(tensors: Tensors) -> None:
+    """Layer i gets what belongs to layer i + 1."""
+    layers = sorted({int(key.split(".")[2]) for key in tensors if key.startswith("decoder.layers.")})
+    before = dict(tensors)
+    for key in before:
+        if key.startswith("decoder.layers."):
+            _, _, number, rest = key.split(".", 3)
+            tensors[key] = before[f"decoder.layers.{layers[(int(number) + 1) % len(layers)]}.{rest}"]
+
+
+def halves(weight: Any) -> Any:
+    return weight.roll(weight.shape[0] // 2, 0)
+
+
+def of_groups(order: Callable[[int], list[int]], width: int = 8, group: int = 5) -> Callable[[Any], Any]:
+    """Reorders the heads of every query group of a fused projection; `group` counts its heads with key and value."""
+
+    def change(weight: Any) -> Any:
+        return weight.reshape(-1, group, width, weight.shape[-1])[:, order(group)].reshape(weight.shape)
+
+    return change
+
+
+def not_interleaved(weight: Any) -> Any:
+    """All queries, then all keys, then all values."""
+    import torch
+
+    groups = weight.reshape(4, 5, 8, weight.shape[-1])
+    return torch.cat([groups[:, :3].flatten(0, 2), groups[:, 3].flatten(0, 1), groups[:, 4].flatten(0, 1)])
+
+
+def pairs_interleaved(weight: Any) -> Any:
+    """Rows of queries and keys as for a rotary embedding that rotates neighbours."""
+    groups = weight.reshape(4, 5, 8, weight.shape[-1]).clone()
+    order = [channel for pair in range(4) for channel in (pair, pair + 4)]
+    groups[:, :4] = groups[:, :4][:, :, order]
+    return groups.reshape(weight.shape)
+
+
+def ones(weight: Any) -> Any:
+    return weight * 0 + 1
+
+
+def one_bit(weight: Any) -> Any:
+    """The last bit of one element."""
+    import torch
+
+    changed = weight.clone()
+    changed.view(torch.int32).flatten()[7] ^= 1
+    return changed
+
+
+def not_a_number(weight: Any) -> Any:
+    changed = weight.clone()
+    changed.flatten()[3] = float("nan")
+    return changed
+
+
+# What is said of the model --------------------------------------------------------------------------------------------
+
+
+def of_layers(change: Callable[[int, LayerConfig], LayerConfig]) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda model: replace(model, layers=tuple(change(i, layer) for i, layer in enumerate(model.layers)))
+
+
+def of_rope(change: Callable[[Rope], Rope]) -> Callable[[ModelConfig], ModelConfig]:
+    return of_layers(lambda _, layer: replace(layer, rope=change(layer.rope)))
+
+
+def of_model(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda model: replace(model, **changes)
+
+
+def windows_wider(by: int) -> Callable[[ModelConfig], ModelConfig]:
+    return of_layers(lambda _, layer: replace(layer, window=layer.window + by if layer.window else None))
+
+
+def windows_shifted(model: ModelConfig) -> ModelConfig:
+    windows = [layer.window for layer in model.layers]
+    return of_layers(lambda i, layer: replace(layer, window=windows[i - 1]))(model)
+
+
+def thetas_swapped(model: ModelConfig) -> ModelConfig:
+    """Local layers rotate as global ones, and the other way round."""
+    local = next(layer.rope for layer in model.layers if layer.window)
+    whole = next(layer.rope for layer in model.layers if not layer.window)
+    return of_layers(lambda _, layer: replace(layer, rope=whole if layer.window else local))(model)
+
+
+# The runtime ----------------------------------------------------------------------------------------------------------
+
+
+def positions_run_on() -> dict[tuple[Any, str], Any]:
+    """Packed sequences that see one another: the bounds between them are lost."""
+    from ckptkit.megatron.packed import PackedBatch
+
+    original = PackedBatch.params
+
+    def params(batch: PackedBatch) -> Any:
+        ends = batch.cu_seqlens[[0, -1]]
+        return original(PackedBatch(batch.input_ids, ends, batch.total))
+
+    return {(PackedBatch, "params"): params}
+
+
+def bound_late() -> dict[tuple[Any, str], Any]:
+    """The first token of every packed sequence but the first belongs to the one before."""
+    from ckptkit.megatron.packed import PackedBatch
+
+    original = PackedBatch.params
+
+    def params(batch: PackedBatch) -> Any:
+        bounds = batch.cu_seqlens.clone()
+        bounds[1:-1] += 1
+        return original(PackedBatch(batch.input_ids, bounds, batch.max_seqlen + 1))
+
+    return {(PackedBatch, "params"): params}
+
+
+def first_token_hidden() -> dict[tuple[Any, str], Any]:
+    """A causal mask that is off by one: nobody sees the first position but itself."""
+    from ckptkit.megatron.attention import ExactAttention
+
+    original = ExactAttention._block
+
+    def block(self: Any, query: Any, key: Any, value: Any, start: int) -> Any:
+        import torch
+
+        output = original(self, query, key, value, start)
+        later = original(self, query[..., 1:, :], key[..., 1:, :], value[..., 1:, :], 0) if start == 0 else None
+        return output if later is None else torch.cat((output[..., :1, :], later), dim=-2)
+
+    return {(ExactAttention, "_block"): block}
+
+
+def experts_before_weights() -> dict[tuple[Any, str], Any]:
+    """Weights of experts that are not applied: every chosen one counts the same."""
+    from ckptkit.megatron.moe import Router
+
+    original = Router.routing
+
+    def routing(self: Any, logits: Any, *args: Any, **options: Any) -> Any:
+        weights, chosen = original(self, logits, *args, **options)
+        return weights.mean(-1, keepdim=True) * (weights.shape[-1] / self.topk) * chosen, chosen
+
+    return {(Router, "routing"): routing}
+
+
+def last_expert_preferred() -> dict[tuple[Any, str], Any]:
+    """A choice that is not by the logits alone, as by a bias that balances the load."""
+    import torch
+
+    from ckptkit.megatron.moe import ExpertChoice
+
+    original = ExpertChoice.get_replay_topk
+
+    def choose(self: Any, scores: Any, topk: int, *args: Any) -> Any:
+        biased = torch.cat((scores[:, :-1], scores[:, -1:] + 1), dim=1)
+        _, experts = original(self, biased, topk, *args)
+        return scores.gather(1, experts), experts
+
+    return {(ExpertChoice, "get_replay_topk"): choose}
+
+
+QKV, PROJ = r"\d+.self_attention.linear_qkv.weight", r"\d+.self_attention.linear_proj.weight"
+FC1, FC2 = r"1.mlp.linear_fc1.weight", r"1.mlp.linear_fc2.weight"
+ROUTER = r"1.mlp.router.weight"
+EXPERT = "decoder.layers.1.mlp.experts.local_experts."
+
+FAULTS: dict[str, Fault] = {
+    # Layouts.
+    "one bit of a weight": Fault("gqa", "weights", None, fp32=False, bf16=False, tensors=put(FC2, one_bit)),
+    "a weight that is not a number": Fault("gqa", "weights", "layer 1 mlp", tensors=put(FC2, not_a_number)),
+    "gate and up exchanged in one layer": Fault("gqa", "weights", "layer 1 mlp", tensors=put(FC1, halves)),
+    "two layers exchanged": Fault(
+        "gqa", "weights", "layer 1 self_attention", tensors=swap("decoder.layers.1.", "decoder.layers.2.")
+    ),
+    "embedding shifted by a row": Fault(
+        "gqa", "weights", "embedding", tensors=put("embedding.word_embeddings.weight", lambda w: w.roll(1, 0))
+    ),
+    "head shifted by a row": Fault(
+        "gqa", "weights", "head", tensors=put("output_layer.weight", lambda w: w.roll(1, 0))
+    ),
+    "bias of queries, keys and values shifted": Fault(
+        "qwen2",
+        "weights",
+        "layer 1 self_attention",
+        tensors=put("1.self_attention.linear_qkv.bias", lambda b: b.roll(1)),
+    ),
+    "two experts exchanged": Fault("qwen3_moe", "weights", "layer 1 mlp", tensors=swap(EXPERT + "0.", EXPERT + "1.")),
+    "rows of a router shifted": Fault(
+        "mixtral", "weights", "layer 1 router", tensors=put(ROUTER, lambda w: w.roll(1, 0))
+    ),
+    "a router one per cent larger": Fault(
+        "mixtral", "weights", "layer 1 router", bf16=False, tensors=put(ROUTER, lambda w: w * 1.01)
+    ),
+    "a norm 0.1 per cent larger": Fault(
+        "gqa", "weights", "layer 1 mlp", bf16=False, tensors=put("1.pre_mlp_layernorm.weight", lambda w: w * 1.001)
+    ),
+    "norms of queries and keys exchanged": Fault(
+        "qwen3",
+        "weights",
+        "layer 1 self_attention",
+        tensors=swap("decoder.layers.1.self_attention.q_layernorm", "decoder.layers.1.self_attention.k_layernorm"),
+    ),
+    "norm after the MLP without effect": Fault(
+        "gemma3_text", "weights", "layer 1 mlp", tensors=put("1.mlp.linear_fc2.post_layernorm.weight", lambda w: w * 0)
+    ),
+    "padding read as vocabulary": Fault("gqa", "structure", None, raw={"vocab_size": 256}),
+    "queries, keys and values not interleaved": Fault(
+        "gqa", "logits", "layer 0 self_attention", tensors=put(QKV, not_interleaved)
+    ),
+    "keys and values exchanged": Fault(
+        "gqa",
+        "logits",
+        "layer 0 self_attention",
+        tensors=put(QKV, of_groups(lambda size: [*range(size - 2), size - 1, size - 2])),
+    ),
+    "queries of a group in reverse": Fault(
+        "gqa",
+        "logits",
+        "layer 0 self_attention",
+        tensors=put(QKV, of_groups(lambda size: [*reversed(range(size - 2)), size - 2, size - 1])),
+    ),
+    "gate and up exchanged everywhere": Fault(
+        "gqa", "logits", "layer 0 mlp", tensors=put(r"\d+.mlp.linear_fc1.weight", halves)
+    ),
+    "layers shifted by one": Fault("gqa", "logits", "layer 0 self_attention", tensors=rotate_layers),
+    "head tied to the embedding": Fault(
+        "gqa",
+        "logits",
+        "head",
+        tensors=lambda tensors: tensors.update(
+            {"output_layer.weight": tensors["embedding.word_embeddings.weight"].clone()}
+        ),
+    ),
+    # Norms.
+    "eps of the norms 1e-3 for 1e-5": Fault(
+        "gqa", "structure", "layer 0 self_attention", bf16=False, args={"norm_epsilon": 1e-3}
+    ),
+    "eps of the norms 1e-6 for 1e-5": Fault(
+        "gqa", "logits", "layer 0 self_attention", bf16=False, config=of_model(norm_eps=1e-6)
+    ),
+    "weights of norms not zero-centred": Fault(
+        "gemma3_text", "structure", "layer 0 self_attention", args={"apply_layernorm_1p": False}
+    ),
+    # Rotary embeddings.
+    "rotary base 20000 for 10000": Fault("gqa", "structure", "layer 0 self_attention", args={"rotary_base": 20000}),
+    "rotary base one per cent larger": Fault(
+        "gqa",
+        "logits",
+        "layer 0 self_attention",
+        bf16=False,
+        config=of_rope(lambda rope: replace(rope, theta=rope.theta * 1.01)),
+    ),
+    "neighbouring channels rotated, not halves": Fault(
+        "gqa", "logits", "layer 0 self_attention", tensors=put(QKV, pairs_interleaved)
+    ),
+    "linear scaling of positions left out": Fault(
+        "gemma3_text", "logits", "layer 2 self_attention", config=of_rope(lambda rope: replace(rope, factor=1.0))
+    ),
+    "llama3 scaling left out": Fault(
+        "llama3",
+        "logits",
+        "layer 0 self_attention",
+        bf16=False,
+        config=of_rope(lambda rope: replace(rope, kind="default")),
+    ),
+    "bases of local and global layers exchanged": Fault(
+        "gemma3_text", "logits", "layer 0 self_attention", config=thetas_swapped
+    ),
+    "partial rotation left out": Fault(
+        "gemma4_text-dense",
+        "logits",
+        "layer 1 self_attention",
+        config=of_rope(lambda rope: replace(rope, kind="default") if rope.kind == "proportional" else rope),
+    ),
+    # Windows and masks.
+    "window one wider": Fault("mistral", "structure", "layer 0 self_attention", args={"window_size": (16, 0)}),
+    "window one narrower": Fault("mistral", "logits", "layer 0 self_attention", config=windows_wider(-1)),
+    "windows on the wrong layers": Fault("ministral", "logits", "layer 0 self_attention", config=windows_shifted),
+    "first position not seen": Fault("gqa", "logits", "layer 0 self_attention", patch=first_token_hidden),
+    # Routing.
+    "one expert more per token": Fault("mixtral", "structure", "layer 0 mlp", args={"moe_router_topk": 3}),
+    "one expert fewer per token": Fault(
+        "qwen3_moe-mixed", "logits", "layer 0 mlp", config=of_model(experts_per_token=1)
+    ),
+    "weights of experts not renormalised": Fault(
+        "qwen3_moe", "logits", "layer 0 mlp", config=of_model(norm_topk_prob=False)
+    ),
+    "weights of experts renormalised": Fault(
+        "qwen3_moe-mixed", "logits", "layer 0 mlp", config=of_model(norm_topk_prob=True)
+    ),
+    "weights of experts all the same": Fault("mixtral", "logits", "layer 0 mlp", patch=experts_before_weights),
+    "scales of experts left out": Fault(
+        "gemma4_text-moe", "logits", "layer 0 mlp", tensors=put(r"\d+.mlp.router.per_expert_scale", ones)
+    ),
+    "experts chosen by more than their logits": Fault("mixtral", "logits", None, patch=last_expert_preferred),
+    "scale of a router's input left out": Fault(
+        "gemma4_text-moe", "logits", "layer 0 router", tensors=put(r"\d+.mlp.router.scale", ones)
+    ),
+    # Heads, scales, activations.
+    "scalars of layers left out": Fault(
+        "gemma4_text-dense", "logits", "layer 0 output", tensors=put(r"\d+.layer_scalar", ones)
+    ),
+    "no cap on the logits": Fault("gemma3_text-capped", "structure", "head", raw={"final_logit_softcapping": None}),
+    "cap of the logits twice as high": Fault(
+        "gemma3_text-capped", "logits", "head", config=of_model(logit_softcap=10.0)
+    ),
+    "embedding not scaled": Fault("gemma3_text", "logits", "embedding", config=of_model(scaled_embedding=False)),
+    "queries scaled by the width of a head": Fault(
+        "gemma3_text", "logits", "layer 0 self_attention", config=of_model(softmax_scale=None)
+    ),
+    "GELU by erf for tanh": Fault(
+        "gemma3_text", "logits", "layer 0 mlp", bf16=False, config=of_model(activation="gelu")
+    ),
+    # Parallelism and packing.
+    "output projection of one tensor rank lost": Fault(
+        "gqa", "weights", "layer 0 self_attention", tensors=put(PROJ, lambda w: w * 0), grid=TWO
+    ),
+    "packed sequences see one another": Fault("mistral", "logits", None, patch=positions_run_on, packed=True),
+    "packed sequences begin one token late": Fault("gqa", "logits", None, patch=bound_late, packed=True),
+}
+
+
+# In the ranks ---------------------------------------------------------------------------------------------------------
+
+_patched: list[tuple[Any, str, Any]] = []
+
+
+def __getattr__(name: str) -> Callable[[str], Any]:
+    """The opener that puts the fault `name` into what it opens; any other name is an AttributeError."""
+    if name not in FAULTS:
+        raise AttributeError(name)
+    return functools.partial(_open, FAULTS[name])
+
+
+def sound(path: str) -> Any:
+    """Opens a checkpoint without any fault, and takes back what the last one did to this process."""
+    from ckptkit import open_checkpoint
+
+    while _patched:
+        thing, attribute, original = _patched.pop()
+        setattr(thing, attribute, original)
+    return open_checkpoint(path)
+
+
+def _open(fault: Fault, path: str) -> Any:
+    checkpoint = sound(path)
+    if fault.sits != "reading":
+        return checkpoint
+    if fault.config is not None:
+        checkpoint = replace(checkpoint, config=fault.config(checkpoint.config))
+    for (thing, attribute), new in (fault.patch() if fault.patch is not None else {}).items():
+        _patched.append((thing, attribute, getattr(thing, attribute)))
+        setattr(thing, attribute, new)
+    return Misread(checkpoint, fault) if fault.tensors is not None else checkpoint
+
+
+class Misread:
+    """A checkpoint whose shards arrive changed."""
+
+    def __init__(self, checkpoint: Any, fault: Fault) -> None:
+        self._checkpoint, self._fault = checkpoint, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def shard(self, **place: Any) -> Tensors:
+        tensors: Tensors = self._checkpoint.shard(**place)
+        assert self._fault.tensors is not None
+        self._fault.tensors(tensors)
+        return tensors
+
+
+def damage(candidate: Path, fault: Fault) -> None:
+    """Puts a fault of a file or a claim where it belongs; of several ranks' files only the last is damaged."""
+    from tests.megatron.test_families_against_transformers import lie, rewrite, shards
+
+    if fault.sits == "file" and fault.tensors is not None:
+        change = fault.tensors
+        rewrite(shards(candidate)[-1], lambda content: change(content["model"]))
+    elif fault.sits == "claim":
+        lie(candidate, fault.args, fault.raw)

@@ -1,0 +1,71 @@
+"""Reports made by hand, with every field filled, for the tests of what is made of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.figures import (
+    Agreement,
+    Check,
+    Greedy,
+    Location,
+    NoiseFloor,
+    RouterLayer,
+    RoutingReport,
+    StateError,
+)
+from ckptkit.verification.placement import SideReport, placement
+from ckptkit.verification.report import LevelResult, LogitsReport, VerificationReport
+
+PLACES = ["embedding", "layer 0", "layer 1", "final norm", "head"]
+
+
+def side(name: str, grid: Parallelism, layers: int = 2, experts: int = 0) -> SideReport:
+    sizes = {"tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp, "ep": grid.ep, "etp": grid.expert_tp}
+    ranks = placement(layers, experts, grid)
+    moe = [1] if experts else []
+    return SideReport(name, "torch", "MixtralForCausalLM", layers, moe, 123456, {"name": str(grid), **sizes}, ranks)
+
+
+def logits_report(passed: bool = True, dtype: str = "float32") -> LogitsReport:
+    """A logits level with experts; one that failed has parted in layer 1, with a logit that is not finite."""
+    low = dtype != "float32"
+    error = 1e-6 if passed else math.inf
+    layer = RouterLayer(1, 1e-6, 1.0 if low else None, 1, 0 if passed else 2, 1e-5, 2e-4)
+    return LogitsReport(
+        passed=passed,
+        summary="what was found <&>",
+        device="cpu",
+        dtype=dtype,
+        tolerance=1e-4,
+        rows=[[1, 2], [3, 4, 5]],
+        agreement=Agreement(
+            error, 20.0, error, (1, 2), 0.9, 1e-9, 1e-8, {"reference": 0}, [[1e-7, 0.0], [0.0, 1e-7, error]]
+        ),
+        greedy=Greedy([[2], [5]], 2, 2, 0),
+        noise=NoiseFloor(1.0, 1.5, 1.25, 2.0, 2, 1.1, 1.9) if low else None,
+        routing=RoutingReport(5, {"reference": 2, "candidate": 2}, 1e-4, 1.25, 2.0, [layer]),
+        hidden_states=[StateError(place, 10.0**-at, 1e-3, 2e-3 if low else None) for at, place in enumerate(PLACES)],
+        checks=[Check("finite", True, "all logits are finite"), Check("error", passed, 'largest <error> "1" & more')],
+        location=None if passed else Location("layer 1 mlp", math.inf, 1e-7, ["decoder.layers.1.mlp.<fc1>.weight"]),
+        messages=[] if passed else ["first seen in row 1 at position 2", "the models part at <layer 1> mlp"],
+        megatron_modules={"megatron.core.transformer.mlp.MLP": 2},
+        own_modules={"ckptkit.megatron.norms.RMSNorm": 5},
+        versions={"python": "3.12", "torch": "2.11"},
+        seconds={"reference.load": 1.5, "candidate.run": 2.5},
+    )
+
+
+def report(passed: bool = True, dtype: str = "float32", grid: Parallelism | None = None) -> VerificationReport:
+    grid = grid or Parallelism(2, 2, ep=2)
+    weights = LevelResult("weights", True, "5 bytes equal", {"bytes": 5}, [Check("bytes", True, "equal")], 0.25)
+    return VerificationReport(
+        reference="hf <model> & more",
+        candidate='out/"meg"',
+        levels=[weights, replace(logits_report(passed, dtype).level(), seconds=3.5)],
+        messages=["a <note>"],
+        sides={"reference": side("hf", Parallelism(), experts=4), "candidate": side("meg", grid, experts=4)},
+        not_run=["packed"],
+    )

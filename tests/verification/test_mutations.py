@@ -1,0 +1,143 @@
+"""Each fault is seen by the cheapest level that can see it; docs/verification.md has the table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptkit import convert, verify
+from ckptkit.verification.logits import Side, verify_logits
+from ckptkit.verification.pool import RankPool
+from ckptkit.verification.report import LogitsReport
+from tests.models import LLAMAS, save_llama, save_model
+from tests.verification.conftest import DEVICE
+from tests.verification.mutants import FAULTS, OPENER, Fault, damage
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "verification.md"
+BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
+UPDATE = "CKPTKIT_UPDATE_DOCS"
+EXACT = 1e-5
+SAMPLE = ["gate and up exchanged in one layer", "rotary base 20000 for 10000", "keys and values exchanged"]
+"""What `make test` runs; the rest is slow."""
+
+Seen = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Ranks of our own: some faults change their code."""
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind -> a model of it, saved once."""
+    return Models(tmp_path_factory)
+
+
+class Models(dict[str, Path]):
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self.folders = folders
+
+    def __missing__(self, kind: str) -> Path:
+        save = save_llama if kind in LLAMAS else save_model
+        self[kind] = save(self.folders.mktemp("hf") / kind, kind)
+        return self[kind]
+
+
+def logits_of(source: Path, candidate: Path, opener: str, fault: Fault, pool: RankPool, dtype: str) -> LogitsReport:
+    sides = Side(source, "hf"), Side(candidate, "megatron")
+    options: Any = {"packed": True} if fault.packed else {}
+    return verify_logits(
+        *sides, dtype=dtype, tolerance=EXACT, greedy=0, pool=pool, device=DEVICE, opener=opener, **options
+    )
+
+
+def observe(source: Path, candidate: Path, name: str, pool: RankPool) -> Seen:
+    """What the levels say of a fault: the cheapest one that fails, and what the logits say by themselves."""
+    fault = FAULTS[name]
+    opener = OPENER + (name if fault.sits == "reading" else "sound")
+    cheap = verify(source, candidate, level="weights")
+    exact = logits_of(source, candidate, opener, fault, pool, "float32")
+    low = logits_of(source, candidate, opener, fault, pool, "bfloat16")
+    failed = [level.name for level in cheap.levels if not level.passed]
+    return {
+        "cheapest": failed[0] if failed else "logits" if not exact.passed else None,
+        "fp32": not exact.passed,
+        "bf16": not low.passed,
+        "place": exact.location.place if exact.location is not None else None,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in FAULTS]
+)
+def test_a_fault_is_seen(models: dict[str, Path], tmp_path: Path, ranks: RankPool, name: str) -> None:
+    fault = FAULTS[name]
+    source = models[fault.kind]
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=fault.grid)
+    damage(tmp_path / "meg", fault)
+    expected = {"cheapest": fault.cheapest, "fp32": fault.fp32, "bf16": fault.bf16, "place": fault.place}
+    assert observe(source, tmp_path / "meg", name, ranks) == expected
+
+
+KINDS = sorted({(fault.kind, fault.grid, fault.packed) for fault in FAULTS.values()}, key=str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "grid", "packed"), KINDS, ids=str)
+def test_without_a_fault_nothing_is_seen(
+    models: dict[str, Path], tmp_path: Path, ranks: RankPool, kind: str, grid: Any, packed: bool
+) -> None:
+    source, none = models[kind], Fault(kind, "", None, packed=packed)
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
+    assert verify(source, tmp_path / "meg", level="weights").passed
+    for dtype in ("float32", "bfloat16"):
+        report = logits_of(source, tmp_path / "meg", f"{OPENER}sound", none, ranks, dtype)
+        assert report.passed, report.summary
+
+
+def test_there_are_enough_faults_of_every_kind() -> None:
+    assert len(FAULTS) >= 25
+    assert {fault.sits for fault in FAULTS.values()} == {"file", "claim", "reading"}
+    assert {fault.cheapest for fault in FAULTS.values()} == {"structure", "weights", "logits"}
+    assert any(not fault.bf16 for fault in FAULTS.values()) and any(fault.packed for fault in FAULTS.values())
+
+
+def table() -> str:
+    """The faults and who sees them, as Markdown."""
+    cheapest = {"structure": 0, "weights": 1, "logits": 2}
+    lines = ["| fault | model | sits in the | cheapest level | logits, fp32 | logits, bf16 | located at |"]
+    lines.append("|---" * 7 + "|")
+    for name, fault in sorted(FAULTS.items(), key=lambda item: cheapest[item[1].cheapest]):
+        sees = ["yes" if seen else "**no**" for seen in (fault.fp32, fault.bf16)]
+        cells = [name, fault.kind, fault.sits, fault.cheapest, *sees, fault.place or "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    blind = [name for name, fault in FAULTS.items() if fault.fp32 and not fault.bf16]
+    counts = {level: sum(fault.cheapest == level for fault in FAULTS.values()) for level in cheapest}
+    caught = ", ".join(f"{count} by {level}" for level, count in counts.items())
+    return "\n".join(
+        [
+            f"{len(FAULTS)} faults, each caught by the cheapest level that can see it: {caught}.",
+            f"What fp32 sees and bf16 cannot: {'; '.join(blind)}.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def test_the_documentation_has_this_table() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    found, after = rest.split(END)
+    expected = f"\n\n{table()}\n\n"
+    if os.environ.get(UPDATE):
+        DOCUMENT.write_text(f"{before}{BEGIN}{expected}{END}{after}", encoding="utf-8")
+    elif found != expected:
+        pytest.fail(f"the table in {DOCUMENT.name} is out of date; run this test with {UPDATE}=1")
