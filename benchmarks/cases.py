@@ -15,6 +15,8 @@ from benchmarks.model import Shape, write_llama
 
 MARGIN = 1 << 30
 GRID = ("--to", "torch", "--tp", "2", "--pp", "2")
+DISTRIBUTED = ("--to", "torch_dist", "--tp", "2", "--pp", "2")
+CONVERTED = {"torch": GRID, "torch_dist": DISTRIBUTED}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ CASES = (
     Case("hf -> torch TP2 x PP2 --hash", "hf", (*GRID, "--hash")),
     Case("torch TP2 x PP2 -> hf", "torch", ("--to", "hf")),
     Case("torch TP2 x PP2 -> torch TP1 x PP2", "torch", ("--to", "torch", "--pp", "2")),
+    Case("hf -> torch_dist TP2 x PP2", "hf", DISTRIBUTED),
+    Case("torch_dist TP2 x PP2 -> hf", "torch_dist", ("--to", "hf")),
+    Case("torch_dist TP2 x PP2 -> torch TP1 x PP2", "torch_dist", ("--to", "torch", "--pp", "2")),
     Case("hf F32 -> torch TP2 x PP2 --dtype bfloat16", "hf-f32", (*GRID, "--dtype", "bfloat16")),
 )
 GROWTH = CASES[0]
@@ -176,8 +181,8 @@ class Bench:
         self.say(f"making the source ({kind}, {self.size / 1e9:g} GB)")
         path = self.place / kind
         write_llama(self.place / "model", self.size, self.shape, "F32" if kind == "hf-f32" else "BF16")
-        if kind == "torch":
-            run([sys.executable, "-m", "ckptkit", "convert", str(self.place / "model"), str(path), *GRID])
+        if kind in CONVERTED:
+            run([sys.executable, "-m", "ckptkit", "convert", str(self.place / "model"), str(path), *CONVERTED[kind]])
             remove(self.place / "model")
         else:
             (self.place / "model").rename(path)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -69,33 +71,33 @@ class CommandError(Exception):
     """A measured command failed; the message has the end of what it said."""
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> Run:
+def run(command: list[str], environment: dict[str, str] | None = None, codes: Sequence[int] = (0,)) -> Run:
     """Runs a command to its end.
 
+    Args:
+        command: Program and arguments.
+        environment: Variables to set.
+        codes: Exit codes that are no failure.
+
     Raises:
-        CommandError: It did not exit with 0.
+        CommandError: It exited with another code.
     """
     started = time.perf_counter()
-    # The output goes to pipes that are read after the end: a benchmarked command prints less than a pipe holds.
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
-    try:
-        with AnonymousMemory(process.pid) as memory:
-            _, status, usage = os.wait4(process.pid, 0)
-            clock = time.perf_counter() - started
-    except BaseException:
-        process.kill()
-        raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.stdout is not None and process.stderr is not None
-    with process.stdout, process.stderr:
-        output, errors = process.stdout.read(), process.stderr.read()
-    if process.returncode:
+    # Files, not pipes: nobody reads while the command runs, and a full pipe would stop it.
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env={**os.environ, **(environment or {})})
+        try:
+            with AnonymousMemory(process.pid) as memory:
+                _, status, usage = os.wait4(process.pid, 0)
+                clock = time.perf_counter() - started
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        stdout.seek(0)
+        stderr.seek(0)
+        output, errors = stdout.read(), stderr.read()
+    if process.returncode not in codes:
         raise CommandError(f"exit {process.returncode}: {' '.join(command)}\n{errors[-2000:]}")
     cores = usage.ru_utime + usage.ru_stime
     return Run(clock, cores, memory.peak_bytes, usage.ru_maxrss << 10, output)

@@ -48,7 +48,7 @@ def conversions_table(results: Iterable[Result], *, sync: bool) -> str:
         "core seconds (cp)",
         "anonymous MiB",
     )
-    return _table(head, [_conversion(result) for result in results])
+    return table(head, [_conversion(result) for result in results])
 
 
 def alternatives_table(results: Iterable[Result | tuple[str, str]]) -> str:
@@ -60,7 +60,7 @@ def alternatives_table(results: Iterable[Result | tuple[str, str]]) -> str:
             rows.append([result[0], result[1], *[""] * (len(head) - 2)])
         else:
             rows.append([cell for index, cell in enumerate(_conversion(result)) if index not in (6, 7)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def phases_table(results: Iterable[Result]) -> str:
@@ -68,7 +68,7 @@ def phases_table(results: Iterable[Result]) -> str:
     measured = [result for result in results if result.phases]
     names = list(measured[0].phases) if measured else []
     rows = [[r.name, *(f"{r.phases[name]:.3f}" for name in names)] for r in measured]
-    return _table(("seconds", *names), rows)
+    return table(("seconds", *names), rows)
 
 
 def _conversion(result: Result) -> list[str]:
@@ -92,7 +92,8 @@ def _ratio(result: Result, clocks: Sequence[float]) -> str:
     return f"{median(clocks) / result.cp.median:.2f} / {min(clocks) / result.cp.best:.2f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

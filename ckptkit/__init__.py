@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptkit.conversion import convert, inspect
     from ckptkit.families import supported_architectures
+    from ckptkit.inspection.differences import diff
+    from ckptkit.inspection.hashing import hash_checkpoint
+    from ckptkit.inspection.validation import validate
+    from ckptkit.megatron.convert import convert_to_packed
     from ckptkit.opening import open_checkpoint
     from ckptkit.sharding.grid import Parallelism
     from ckptkit.verification.verify import verify
@@ -21,18 +25,26 @@ __all__ = [
     "Parallelism",
     "__version__",
     "convert",
+    "convert_to_packed",
+    "diff",
+    "hash_checkpoint",
     "inspect",
     "open_checkpoint",
     "supported_architectures",
+    "validate",
     "verify",
 ]
 
 _HOMES = {
     "Parallelism": "ckptkit.sharding.grid",
     "convert": "ckptkit.conversion",
+    "convert_to_packed": "ckptkit.megatron.convert",
+    "diff": "ckptkit.inspection.differences",
+    "hash_checkpoint": "ckptkit.inspection.hashing",
     "inspect": "ckptkit.conversion",
     "open_checkpoint": "ckptkit.opening",
     "supported_architectures": "ckptkit.families",
+    "validate": "ckptkit.inspection.validation",
     "verify": "ckptkit.verification.verify",
 }
 

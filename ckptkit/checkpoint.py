@@ -7,27 +7,32 @@ shards are joined into it; both are slicing, so nothing is loaded.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import UsageError
 from ckptkit.families.config import ModelConfig
+from ckptkit.families.divisibility import check_divides
 from ckptkit.families.spelling import Spelling
 from ckptkit.families.table import Family, Item
 from ckptkit.formats.sidecar import Sidecar
-from ckptkit.io.plan import Comparison
+from ckptkit.formats.torch_legacy import OptimizerState
+from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
+from ckptkit.io.plan import Comparison, Dropped
 from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.rules import expert_home, pad_rows, padded_vocab_size
-from ckptkit.sharding.stages import Stage, split_layers
-from ckptkit.tensors import Tensor
+from ckptkit.sharding.stages import Stage, holds_cut, split_layers
+from ckptkit.tensors import DType, Tensor
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 DEFAULT_DIVISIBLE_BY = 128
-LAYOUTS = ("full", "text")
+LAYOUTS = ("full", "text", "legacy")
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         path: Where it is.
-        format: `hf`, `packed` or `torch`.
+        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp` or `fsdp`.
         family: The family whose table it follows.
         config: What it describes; for Megatron formats stored `args` override the sidecar's config.json.
         sidecar: The Hugging Face side: config.json and small files, headers, tensors without a Megatron slot.
@@ -50,6 +55,7 @@ class Checkpoint:
         coverage: How many stored tensors were used, are replicas, travel in the sidecar, ...
         notes: What a user should know.
         disagreements: Fields in which `args` contradict config.json, as sentences.
+        optimizer: The optimizer's state beside the model, which is left out.
     """
 
     path: Path
@@ -67,11 +73,57 @@ class Checkpoint:
     coverage: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
 
     @property
     def parameters(self) -> int:
         """Number of parameters, each counted once; what travels in the sidecar is not counted."""
-        return sum(tensor.numel for tensor in self.tensors.values())
+        return sum(item.parameters for item in self.items.values())
+
+    @property
+    def main_dtype(self) -> str:
+        """What torch calls the element type that most bytes have."""
+        return TORCH_DTYPE_NAMES[most_common_dtype(self.tensors.values())]
+
+    @property
+    def stored_names(self) -> set[str]:
+        """What the Hugging Face model it came from called its tensors; empty if that is not known."""
+        return {name for header in self.sidecar.headers.values() for name in header.entries}
+
+    def hf_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Everything that the Hugging Face model holds.
+
+        Args:
+            names: What the model it came from called its tensors, to be named so again; empty for canonical names.
+        """
+        family, config = self.family, self.config
+        spelling = family.hf_spelling(names, config) if names else family.hf_spellings[0]
+        tensors: dict[str, Tensor] = {}
+        for key, item in self.items.items():
+            tensors.update(item.unpack(self.tensors[key]))
+            for slot, found, _ in item.dropped(self.tensors[key]):
+                if slot.hf is not None and spelling.written(slot.hf) in names:
+                    tensors[slot.hf] = found
+        tensors.update(self.sidecar.extras)
+        tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[self.main_dtype]))
+        for replica in family.replicas:
+            if spelling.written(replica.hf) in names and replica.when(config):
+                tensors[replica.hf] = tensors[replica.of]
+        return family.fuse(tensors, config, spelling.name)
+
+    def dropped(self, names: Collection[str]) -> list[Dropped]:
+        """What `hf_tensors` leaves behind because the model does not use it, unless this very opening put it there.
+
+        Args:
+            names: As for `hf_tensors`.
+        """
+        spelling = self.family.hf_spelling(names, self.config) if names else self.family.hf_spellings[0]
+        return [
+            Dropped(slot.slot.name, key, found, expected)
+            for key, item in self.items.items()
+            for slot, found, expected in item.dropped(self.tensors[key])
+            if (slot.hf is None or spelling.written(slot.hf) not in names) and not found.same_bytes_as(expected)
+        ]
 
     def chunk(
         self, stage: Stage, rank: Rank, grid: Parallelism, spelling: Spelling, divisible_by: int
@@ -91,20 +143,20 @@ class Checkpoint:
         local = {layer: number for number, layer in enumerate(stage.layers)}
         chunk = {}
         for key, item in self.items.items():
-            if not is_on(item, stage):
+            if not is_on(item, stage, grid):
                 continue
             home, expert = (rank.ep, None)
             if item.expert is not None:
                 home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
             if home == rank.ep:
                 name = item.name(None if item.layer is None else local[item.layer], expert)
-                chunk[spelling.written(name)] = self._cut(key, rank, grid, divisible_by)
+                chunk[spelling.written(name)] = self._cut(key, rank, grid, divisible_by, spelling)
         if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
-            chunk[spelling.written(HEAD)] = self._cut(EMBEDDING, rank, grid, divisible_by)
+            chunk[spelling.written(HEAD)] = self._cut(EMBEDDING, rank, grid, divisible_by, spelling)
         return chunk
 
-    def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int) -> Tensor:
-        tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].row.split
+    def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int, spelling: Spelling) -> Tensor:
+        tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
         try:
             return split.cut(tensor, *((rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)))
         except UsageError as error:
@@ -131,7 +183,7 @@ class Checkpoint:
         grid: Parallelism | None = None,
         spec: str = "te",
         layout: str = "full",
-        make_vocab_size_divisible_by: int = DEFAULT_DIVISIBLE_BY,
+        make_vocab_size_divisible_by: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """One rank's tensors, loaded, from any format and for any grid.
 
@@ -147,7 +199,8 @@ class Checkpoint:
             grid: The whole grid instead of the sizes, for uneven pipelines and another expert tensor parallel size.
             spec: Spelling of the names: `te`, `local`, or another that the family has.
             layout: `full`, or `text` for a multimodal model's text part under a text model's names.
-            make_vocab_size_divisible_by: As Megatron-LM's option of that name.
+            make_vocab_size_divisible_by: As Megatron-LM's option of that name; by default 128, or 1 for a spelling
+                without padding.
 
         Returns:
             Megatron names with the rank's own layer and expert numbers -> CPU tensors in the stored dtype.
@@ -164,35 +217,59 @@ class Checkpoint:
             raise UsageError(f"no rank tp {tp_rank}, pp {pp_rank}, ep {ep_rank}, virtual stage {vp_stage} in {grid}")
         stages = {(s.pp_rank, s.vp_stage): s for s in split_layers(self.config.num_layers, grid)}
         spelling = self.family.spelling(spec, text=layout == "text")
-        chunk = self.chunk(stages[pp_rank, vp_stage], rank, grid, spelling, make_vocab_size_divisible_by)
+        divisible_by = vocabulary_multiple(self.config.vocab_size, grid.tp, spelling, make_vocab_size_divisible_by)
+        chunk = self.chunk(stages[pp_rank, vp_stage], rank, grid, spelling, divisible_by)
         return {name: load(tensor) for name, tensor in chunk.items()}
 
 
-def is_on(item: Item, stage: Stage) -> bool:
-    """Whether a stage holds an item: layers by number, the embedding first, norm and head last."""
+def most_common_dtype(tensors: Iterable[Tensor]) -> DType:
+    """The element type that most bytes of tensors have as written."""
+    sizes: Counter[DType] = Counter()
+    for tensor in tensors:
+        sizes[tensor.out_dtype] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def is_on(item: Item, stage: Stage, grid: Parallelism) -> bool:
+    """Whether a stage holds an item: layers by number, an adapter beside its layer, embedding first, the rest last."""
     if item.layer is not None:
         return item.layer in stage.layers
-    return stage.first if item.key == EMBEDDING else stage.last
+    if item.cut is not None:
+        return holds_cut(stage, item.cut, grid)
+    return stage.first if item.row.first else stage.last
+
+
+def vocabulary_multiple(vocab_size: int, tp: int, spelling: Spelling, asked: int | None) -> int:
+    """What the vocabulary is padded to a multiple of, times `tp`.
+
+    Args:
+        vocab_size: Its size.
+        tp: Tensor parallel size.
+        spelling: Whose names are written.
+        asked: What the user asks for, or None.
+
+    Raises:
+        UsageError: This writer pads nothing, and padding is asked for or needed.
+    """
+    if spelling.padded:
+        return asked or DEFAULT_DIVISIBLE_BY
+    if asked not in (None, 1):
+        hint = "drop --make-vocab-size-divisible-by"
+        raise UsageError(f"--spec {spelling.name} does not pad the vocabulary", hint=hint)
+    if vocab_size % tp:
+        what = (
+            f"a vocabulary of {vocab_size} does not divide over --tp {tp}, and --spec {spelling.name} does not pad it"
+        )
+        raise UsageError(what, hint="choose another --tp")
+    return 1
 
 
 def check_grid(config: ModelConfig, grid: Parallelism) -> None:
-    """Whether Megatron-Core can run the model on a grid.
+    """Whether a model can be written for a grid.
 
     Raises:
-        UsageError: Heads or layers do not divide over it.
+        UsageError: Its sizes do not divide over the grid, or experts are to be split and there are none.
     """
-    for layer in set(config.layers):
-        heads, groups = layer.num_heads, layer.num_kv_heads
-        if heads % grid.tp:
-            sizes = [size for size in range(1, heads + 1) if heads % size == 0]
-            raise UsageError(
-                f"{heads} attention heads do not divide over --tp {grid.tp}",
-                hint=f"--tp {', '.join(map(str, sizes[:6]))} would",
-            )
-        if groups % grid.tp and grid.tp % groups:
-            raise UsageError(f"{groups} key/value heads and --tp {grid.tp}: one must be a multiple of the other")
-    if grid.ep > 1 or grid.etp is not None:
-        if not config.num_experts:
-            raise UsageError("--ep and --etp need a model with experts, and this one has none")
-        expert_home(0, config.num_experts, grid.ep)
-    split_layers(config.num_layers, grid)
+    if grid.etp is not None and not config.num_experts:
+        raise UsageError("--etp needs a model with experts, and this one has none")
+    check_divides(config, grid)

@@ -20,9 +20,25 @@ import typer
 from typer.core import TyperGroup
 
 from ckptkit import __version__
+from ckptkit.arguments import (
+    HfReference,
+    Iteration,
+    Json,
+    SrcEp,
+    SrcEtp,
+    SrcFirst,
+    SrcLast,
+    SrcPp,
+    SrcTp,
+    SrcVpp,
+    VocabSize,
+    stated_grid,
+)
 from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.inspection import commands as looking
 from ckptkit.options import parse_size
 from ckptkit.output import Output, say
+from ckptkit.surgery.commands import split_llama
 
 EXIT_DIFFERS = 1
 EXIT_USAGE = 2
@@ -92,6 +108,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
+app.add_typer(split_llama, name="split-llama")
 
 
 class Target(StrEnum):
@@ -110,11 +127,25 @@ class Experts(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class MegatronModel(StrEnum):
+    """Models of Megatron-Core that the same tensors can be written for."""
+
+    GPT = "gpt"
+    HYBRID = "hybrid"
+
+
 class ModelPart(StrEnum):
-    """Parts of a multimodal model."""
+    """Parts of a multimodal model, and older layouts."""
 
     FULL = "full"
     TEXT = "text"
+    LEGACY = "legacy"
+
+
+class Head(StrEnum):
+    """Heads that can take the place of a language model's."""
+
+    VALUE = "value"
 
 
 class Level(StrEnum):
@@ -139,7 +170,11 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")]
+class Replication(StrEnum):
+    """Ways to make replicas of a model."""
+
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
 
 
 @app.callback(invoke_without_command=True)
@@ -236,12 +271,20 @@ def convert(
             help="Count the loss as a layer when splitting.",
         ),
     ] = False,
+    adapter_first: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-first",
+            help="Where two stages part at a split Llama's adapter, it ends the first one; it begins the second by"
+            " default, and the narrower stream is sent.",
+        ),
+    ] = False,
     spec: Annotated[
         str,
         typer.Option(
             metavar="te|local|...",
             help="Whose Megatron names to write: the Transformer Engine spec's, the local spec's, or for some families"
-            " another writer's (mbridge).",
+            " another writer's (mbridge, slime, verl).",
         ),
     ] = "te",
     experts: Annotated[
@@ -249,8 +292,31 @@ def convert(
         typer.Option(help="Naming of experts: one module for all, or one each. The default goes with the spec."),
     ] = None,
     layout: Annotated[
-        ModelPart, typer.Option(help="All of a multimodal model, or its text part under a text model's names.")
+        ModelPart,
+        typer.Option(
+            help="All of a multimodal model, or its text part under a text model's names; legacy: the published layout"
+            " of a split Llama."
+        ),
     ] = ModelPart.FULL,
+    text_only: Annotated[bool, typer.Option("--text-only", help="The same as --layout text.")] = False,
+    head: Annotated[
+        Head | None, typer.Option(help="Put a value head (one output per token) in place of a language model's head.")
+    ] = None,
+    head_init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="zeros|normal|file:PATH",
+            help="What a new head holds: zeros (the default), normal with the deviation that the model was initialised"
+            " with, or the head in a safetensors file.",
+        ),
+    ] = None,
+    megatron_model: Annotated[
+        MegatronModel,
+        typer.Option(
+            help="Whose names and arguments Megatron's formats get: GPTModel's, or HybridModel's, which succeeds it in"
+            " megatron-core 0.19. Either is recognised on reading."
+        ),
+    ] = MegatronModel.GPT,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -271,12 +337,16 @@ def convert(
             help="Pad the vocabulary to a multiple of this times TP, as Megatron-LM does. Default: 128 (packed: 1).",
         ),
     ] = None,
-    hf_reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Hugging Face directory that supplies config, tokenizer and shard names to a source."
-        ),
-    ] = None,
+    hf_reference: HfReference = None,
+    iteration: Iteration = None,
+    vocab_size: VocabSize = None,
+    src_tp: SrcTp = None,
+    src_pp: SrcPp = None,
+    src_vpp: SrcVpp = None,
+    src_ep: SrcEp = None,
+    src_etp: SrcEtp = None,
+    src_first_stage_layers: SrcFirst = None,
+    src_last_stage_layers: SrcLast = None,
     strict_config: Annotated[
         bool, typer.Option("--strict-config", help="Refuse config features that Megatron's arguments cannot express.")
     ] = False,
@@ -309,8 +379,13 @@ def convert(
     from ckptkit import conversion, rendering
     from ckptkit.sharding.grid import Parallelism
 
+    if text_only and layout not in (ModelPart.FULL, ModelPart.TEXT):
+        raise UsageError(f"--text-only and --layout {layout.value} exclude each other", hint="pass one of them")
     output = Output("-" if json else None)
-    grid = Parallelism(tp, pp, vpp, first_stage_layers, last_stage_layers, embedding_in_split, loss_in_split, ep, etp)
+    stored = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
+    grid = Parallelism(
+        tp, pp, vpp, first_stage_layers, last_stage_layers, embedding_in_split, loss_in_split, ep, etp, adapter_first
+    )
     with output.progress("converting") as progress:
         result = conversion.convert(
             src,
@@ -319,11 +394,17 @@ def convert(
             grid=grid,
             spec=spec,
             experts=None if experts is None else experts.value,
-            layout=layout.value,
+            layout=ModelPart.TEXT.value if text_only else layout.value,
+            head=None if head is None else head.value,
+            head_init=head_init,
+            megatron_model=megatron_model.value,
             dtype=dtype,
             shard_size=None if shard_size is None else parse_size(shard_size),
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             hf_reference=hf_reference,
+            iteration=iteration,
+            stored_grid=stored,
+            vocab_size=vocab_size,
             strict_config=strict_config,
             dry_run=dry_run,
             overwrite=overwrite,
@@ -335,24 +416,10 @@ def convert(
     output.result(result, partial(rendering.conversion, result))
 
 
-@app.command(
-    epilog="""\b
-Examples:
-  ckptkit inspect Llama-3.1-8B
-  ckptkit inspect llama-tp4pp2 --json"""
-)
-def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint directory of any format.")],
-    json: Json = False,
-) -> None:
-    """Show the format, grid, sizes and dtypes of a checkpoint.
-
-    Reads headers only, so it answers at once at any size.
-    """
-    from ckptkit import conversion, rendering
-
-    result = conversion.inspect(path).to_dict()
-    Output("-" if json else None).result(result, partial(rendering.inspection, result))
+app.command(epilog=looking.INSPECT_EXAMPLES)(looking.inspect)
+app.command(epilog=looking.DIFF_EXAMPLES)(looking.diff)
+app.command(epilog=looking.VALIDATE_EXAMPLES)(looking.validate)
+app.command("hash", epilog=looking.HASH_EXAMPLES)(looking.hash_)
 
 
 VERIFY_EXAMPLES = """\b
@@ -361,6 +428,8 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --level weights
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --device cuda --dtype bfloat16
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --prompt "The capital of France is" --json report.json
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --junit report.xml --html report.html
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
 
 
@@ -385,12 +454,38 @@ def verify(
             min=0.0, metavar="X", help="Largest float32 difference of two logits that passes, over the largest logit."
         ),
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Run the candidate on rows packed together, as models are trained.")
+    ] = False,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option("--sequence-parallel", help="Split the candidate's sequence over its tensor parallel ranks."),
+    ] = False,
+    dp: Annotated[
+        int, typer.Option(metavar="N", help="Run N replicas of the candidate's grid, which must compute the same.")
+    ] = 1,
+    dp_kind: Annotated[
+        Replication, typer.Option(help="What makes replicas: megatron-core's DistributedDataParallel, or FSDP2.")
+    ] = Replication.DDP,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay/--no-replay",
+            help="Send the candidate's tokens to the experts that the reference chose, and judge routers apart.",
+        ),
+    ] = True,
     save_logits: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Keep both sides' logits (safetensors: reference, candidate)."),
     ] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")
+    ] = None,
+    junit: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the report as JUnit XML, a test case per check.")
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the report as a page with charts and the map of ranks.")
     ] = None,
 ) -> None:
     """Prove that two checkpoints are the same model.
@@ -401,13 +496,14 @@ def verify(
     grid (or in the ranks of the torchrun that started this), and compared with transformers at every position.
     """
     from ckptkit import verification
+    from ckptkit.verification.files import check_places, errors_reported, write_reports
 
     if prompt and tokens:
         raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
     output = Output(json)
-    if json not in (None, "-") and not Path(str(json)).resolve().parent.is_dir():
-        raise UsageError("its directory does not exist", where=json, hint="create it first")
-    with output.progress("verifying") as progress:
+    check_places(json, junit, html)
+    speaks = os.environ.get("RANK", "0") == "0"
+    with errors_reported(junit if speaks else None, reference, candidate), output.progress("verifying") as progress:
         report = verification.verify(
             reference,
             candidate,
@@ -417,12 +513,18 @@ def verify(
             prompts=prompt or None,
             tokens=_read_tokens(tokens),
             tolerance=tolerance,
+            replay=replay,
+            packed=packed,
+            sequence_parallel=sequence_parallel,
+            dp=dp,
+            dp_kind=dp_kind.value,
             save_logits=save_logits,
             progress=progress,
         )
-    if os.environ.get("RANK", "0") == "0":
+    if speaks:
         from ckptkit.verification.report import render
 
+        write_reports(report, junit=junit, html=html)
         output.result(report.to_dict(), lambda console: console.print(render(report)))
     if not report.passed:
         raise typer.Exit(EXIT_DIFFERS)
@@ -482,7 +584,7 @@ def _fail(output: Output, error: CkptkitError | None, message: str, exit_code: i
 
 def _how_to_resume(arguments: list[str]) -> str:
     """What to type next after a stopped conversion: the same line with --resume."""
-    if arguments[0] != "convert" or "--dry-run" in arguments:
+    if (arguments[0] != "convert" and arguments[:2] != ["split-llama", "build"]) or "--dry-run" in arguments:
         return ""
     command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]
     return f"; the destination is as it was; go on with: {shlex.join(command)}"

@@ -17,26 +17,37 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit import __version__
-from ckptkit.checkpoint import DEFAULT_DIVISIBLE_BY, EMBEDDING, LAYOUTS, Checkpoint, check_grid
+from ckptkit.checkpoint import (
+    DEFAULT_DIVISIBLE_BY,
+    EMBEDDING,
+    LAYOUTS,
+    Checkpoint,
+    check_grid,
+    is_on,
+    vocabulary_multiple,
+)
 from ckptkit.errors import InputError, StorageError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.families.args import inexpressible, to_args
+from ckptkit.families.divisibility import sharing_problem
 from ckptkit.families.fields import set_dtype
+from ckptkit.families.hybrid import GPT, HYBRID, MODELS, hybrid_args, inexpressible_as_hybrid
 from ckptkit.families.spelling import Spelling
 from ckptkit.formats.hf import BIN_INDEX, INDEX, lay_out_like, lay_out_shards
 from ckptkit.formats.hub import locate
 from ckptkit.formats.packed import lay_out_packed
-from ckptkit.formats.torch_dist import GlobalTensor, StageRanks, lay_out_torch_dist
+from ckptkit.formats.torch_dist import FOLDER, GlobalTensor, StageRanks, lay_out_torch_dist
 from ckptkit.formats.torch_legacy import RankKey, lay_out_torch_legacy
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
-from ckptkit.io.commit import Destination
-from ckptkit.io.engine import MEMORY_LIMIT, check_cast
+from ckptkit.io.castable import check_cast
 from ckptkit.io.plan import OutputFile, Plan
 from ckptkit.opening import open_checkpoint
-from ckptkit.sharding.grid import Parallelism
+from ckptkit.run_config import run_config
+from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import split_layers, stage_of_layer
 from ckptkit.tensors import DType, Tensor
+from ckptkit.value_head import VALUE, ZEROS, to_value_model
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 CASTS = ("bfloat16", "float16", "float32", "float64")
@@ -62,7 +73,11 @@ class Options:
         divisible_by: The vocabulary is padded to a multiple of this times TP.
         strict_config: Refuse what Megatron's arguments cannot express.
         experts: Naming of experts, `grouped` or `sequential`, or None for what goes with the spec.
-        layout: `full`, or `text` for a multimodal model's text part under a text model's names.
+        layout: `full`; `text` for a multimodal model's text part under a text model's names; `legacy` for an older
+            layout of the family.
+        head: `value` for a value head in place of the language model head, or None.
+        head_init: What a new head holds, see `value_head.to_value_model`.
+        model: Megatron-Core's model whose names are written, `gpt` or `hybrid`.
     """
 
     grid: Parallelism = field(default_factory=Parallelism)
@@ -73,11 +88,19 @@ class Options:
     strict_config: bool = False
     experts: str | None = None
     layout: str = "full"
+    head: str | None = None
+    head_init: str | None = None
+    model: str = GPT
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion did, or with `dry_run` would do. Sizes in bytes, time in seconds."""
+    """What a conversion did, or with `dry_run` would do. Sizes in bytes, time in seconds.
+
+    `dropped` tells of stored things that the model does not use and that stay behind, one record for each kind: `what`,
+    `parts`, `elements`, and how far they have moved from what a conversion puts there (`max_abs_difference`, with the
+    tensor in `where`); that is None in a dry run, which reads no weights.
+    """
 
     source: dict[str, Any]
     target: dict[str, Any]
@@ -91,6 +114,7 @@ class ConversionResult:
     coverage: dict[str, int]
     lossy: list[str]
     notes: list[str]
+    dropped: list[dict[str, Any]]
     dry_run: bool
     seconds: float
     hashes: dict[str, str]
@@ -111,9 +135,15 @@ def convert(
     shard_size: int | None = None,
     make_vocab_size_divisible_by: int | None = None,
     hf_reference: str | Path | None = None,
+    iteration: int | None = None,
+    stored_grid: StatedGrid | None = None,
+    vocab_size: int | None = None,
     strict_config: bool = False,
     experts: str | None = None,
     layout: str = "full",
+    head: str | None = None,
+    head_init: str | None = None,
+    megatron_model: str = GPT,
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -124,7 +154,7 @@ def convert(
     """Converts a checkpoint of any format and grid to another.
 
     Args:
-        src: A Hugging Face, packed or Megatron checkpoint directory, or `org/model@revision` on the hub.
+        src: A checkpoint of any format that `open_checkpoint` knows, or `org/model@revision` on the hub.
         dst: The directory to create.
         to: `hf`, `packed`, `torch` or `torch_dist`.
         grid: The grid of a `torch` or `torch_dist` output.
@@ -133,10 +163,16 @@ def convert(
         shard_size: Largest safetensors shard in bytes.
         make_vocab_size_divisible_by: As Megatron-LM's option; 128 for sharded formats, 1 for `packed`.
         hf_reference: Hugging Face directory that supplies config.json, tokenizer and shard map.
+        iteration: Number of the source's iteration, if `src` is the root of several.
+        stored_grid: The grid of `mp_rank_*` files whose `args` do not say it.
+        vocab_size: The true size of the source's vocabulary, where nothing else tells it from its padding.
         strict_config: Refuse config features that Megatron's arguments cannot express.
         experts: Naming of Megatron's experts, `grouped` or `sequential`; by default what goes with `spec`.
         layout: `full`, or `text`: the text part of a multimodal model alone. Its other tensors stay in the sidecar of
-            a Megatron output, and stay behind in a Hugging Face one.
+            a Megatron output, and stay behind in a Hugging Face one. Or `legacy`: a split Llama's published layout.
+        head: `value` turns a language model into a value model: one output per token in place of the logits.
+        head_init: Its weights: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
+        megatron_model: Megatron-Core's model whose names and arguments are written: `gpt` or `hybrid`.
         dry_run: Plan only; nothing is written.
         overwrite: Replace an existing destination, atomically.
         resume: Go on from what a killed run left.
@@ -152,25 +188,92 @@ def convert(
     """
     started = time.monotonic()
     options = Options(
-        grid, spec, _dtype(dtype), shard_size, make_vocab_size_divisible_by, strict_config, experts, layout
+        grid,
+        spec,
+        _dtype(dtype),
+        shard_size,
+        make_vocab_size_divisible_by,
+        strict_config,
+        experts,
+        layout,
+        head,
+        head_init,
+        megatron_model,
     )
     with ExitStack() as stack:
-        source = _open(stack, src, hf_reference, headers_only=dry_run)
+        source = open_source(
+            stack,
+            src,
+            hf_reference,
+            headers_only=dry_run,
+            iteration=iteration,
+            stored_grid=stored_grid,
+            vocab_size=vocab_size,
+        )
         plan = make_plan(source, to, options)
-        hashes: dict[str, str] = {}
-        try:
-            destination = Destination(Path(dst), plan, sources=[source.path], overwrite=overwrite, resume=resume)
-            free = destination.free
-            if not dry_run:
-                hashes = destination.write(threads=threads, hash=hash, progress=progress)
-        except StorageError as error:
-            if not dry_run:
-                raise
-            plan, free = replace(plan, notes=(*plan.notes, f"it could not be written here: {error}")), 0
+        about = {**_describe(source), "path": str(src), "origin": source.sidecar.origin}
+        target = {"path": str(dst), "format": to, "grid": str(grid)}
+        execution = Execution(dry_run, overwrite, resume, threads, hash, progress)
+        return carry_out(plan, [source.path], about, target, execution, started)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a plan is carried out; the attributes are those of `convert`."""
+
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    threads: int | None = None
+    hash: bool = False
+    progress: Callable[[int, int], None] | None = None
+
+
+def carry_out(
+    plan: Plan,
+    sources: list[Path],
+    source: dict[str, Any],
+    target: dict[str, Any],
+    how: Execution,
+    started: float,
+) -> ConversionResult:
+    """Writes what a plan says and sums it up; a dry run only sums it up.
+
+    Args:
+        plan: What to write.
+        sources: Directories that are read, which the destination must not overlap.
+        source: Facts about what is read, for the result.
+        target: The same about what is written; `path` is the destination.
+        how: How to do it.
+        started: When the whole command started, as `time.monotonic` gives it.
+
+    Raises:
+        UsageError: The destination is in use, or overlaps a source.
+        InputError: A source is gone, damaged or changed, or two tensors that must be equal differ.
+        StorageError: The destination cannot be written.
+    """
+    # With NumPy, which commands that look at headers do not wait for.
+    from ckptkit.io.commit import Destination
+    from ckptkit.io.drift import summarise
+    from ckptkit.io.engine import MEMORY_LIMIT
+
+    dropped = summarise(plan.dropped, measure=not how.dry_run)
+    hashes: dict[str, str] = {}
+    try:
+        destination = Destination(
+            Path(target["path"]), plan, sources=sources, overwrite=how.overwrite, resume=how.resume
+        )
+        free = destination.free
+        if not how.dry_run:
+            hashes = destination.write(threads=how.threads, hash=how.hash, progress=how.progress)
+    except StorageError as error:
+        if not how.dry_run:
+            raise
+        plan, free = replace(plan, notes=(*plan.notes, f"it could not be written here: {error}")), 0
     through, rearranged = plan.traffic()
     return ConversionResult(
-        source={**_describe(source), "path": str(src), "origin": source.sidecar.origin},
-        target={"path": str(dst), "format": to, "grid": str(grid)},
+        source=source,
+        target=target,
         files=[{"path": file.path, "bytes": file.size, "tensors": file.tensors} for file in plan.files],
         bytes_total=plan.nbytes,
         bytes_through=through,
@@ -181,19 +284,30 @@ def convert(
         coverage=dict(plan.coverage),
         lossy=list(plan.lossy),
         notes=list(plan.notes),
-        dry_run=dry_run,
+        dropped=dropped,
+        dry_run=how.dry_run,
         seconds=time.monotonic() - started,
         hashes=hashes,
     )
 
 
-def _open(stack: ExitStack, src: str | Path, hf_reference: str | Path | None, headers_only: bool) -> Checkpoint:
-    """Opens the source, a path or a hub reference, and notes in its sidecar where it came from."""
+def open_source(
+    stack: ExitStack, src: str | Path, hf_reference: str | Path | None, *, headers_only: bool, **options: Any
+) -> Checkpoint:
+    """Opens a checkpoint, a path or a hub reference, and notes in its sidecar where it came from.
+
+    Args:
+        stack: What keeps fetched files until they are no longer needed.
+        src: A directory, or `org/model@revision` on the hub.
+        hf_reference: The same, for what supplies config.json, tokenizer and shard map.
+        headers_only: Fetch no more than a plan needs.
+        options: Further options of `open_checkpoint`.
+    """
     located = stack.enter_context(locate(src, headers_only=headers_only))
     reference = None
     if hf_reference is not None:
         reference = stack.enter_context(locate(hf_reference, headers_only=headers_only)).path
-    source = open_checkpoint(located.path, hf_reference=reference)
+    source = open_checkpoint(located.path, hf_reference=reference, **options)
     if located.origin:
         source.sidecar = replace(source.sidecar, origin=located.origin)
     return source
@@ -213,57 +327,75 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
         raise UsageError(f"--layout {options.layout}", hint=f"one of {', '.join(LAYOUTS)}")
     if to not in SHARDED and options.grid != Parallelism():
         raise UsageError(f"--to {to} is not sharded over ranks", hint="drop the parallel sizes, or use --to torch")
+    _check_model(source, to, options.model)
+    if to in ("packed", "torch_dist") and _spelling(source, options).blocks:
+        raise UsageError(f"--spec {options.spec} is a layout of ranks' files", hint="use --to torch")
     if source.disagreements:
         raise InputError(
             f"the checkpoint contradicts itself: {'; '.join(source.disagreements)}",
             where=source.path,
             hint="pass --hf-reference with the right config.json, which then counts",
         )
+    if options.head not in (None, VALUE):
+        raise UsageError(f"--head {options.head}", hint=f"{VALUE} is what can be asked for")
+    if options.head is None and options.head_init is not None:
+        raise UsageError("--head-init is of a new head", hint=f"add --head {VALUE}")
     dropped: list[str] = []
     if to == "hf" and options.layout == "text":
         source, dropped = _text_only(source)
+    if options.layout == "legacy":
+        source, dropped = _legacy(source, to)
     source, lossy = _cast(source, options.dtype)
+    if options.head is not None:
+        source, left = to_value_model(source, options.head_init or ZEROS)
+        dropped += left
     lossy = [*dropped, *lossy]
     notes = [*source.notes]
     if to != "hf":
         features = inexpressible(source.config)
+        if options.model == HYBRID:
+            features += inexpressible_as_hybrid(layer.rope.kind for layer in source.config.layers)
         if features and options.strict_config:
             raise UnsupportedError(f"Megatron's arguments cannot express: {'; '.join(features)}", where=source.path)
         notes += [f"not in Megatron's arguments: {text}" for text in features]
+    if to == "torch_dist" and (why := _run_config(source, options)[1]) is not None:
+        notes.append(f"no run_config.yaml, which Megatron-Bridge needs to load it by itself: {why}")
+    if to in SHARDED and (problem := sharing_problem(source.config, options.grid)):
+        notes.append(
+            f"a runtime that keeps keys and values within a stage, as Megatron-Bridge's, cannot run this: {problem}"
+        )
     files = TARGETS[to](source, options)
-    return Plan(tuple(files), tuple(source.comparisons), tuple(lossy), tuple(notes), dict(source.coverage))
+    coverage, unused = dict(source.coverage), tuple(source.dropped(source.stored_names)) if to == "hf" else ()
+    if unused:
+        coverage["unused parts dropped"] = len(unused)
+    return Plan(tuple(files), tuple(source.comparisons), tuple(lossy), tuple(notes), coverage, unused)
+
+
+def _check_model(source: Checkpoint, to: str, model: str) -> None:
+    """Whether there is a model of Megatron-Core's that can be written so."""
+    if model not in MODELS:
+        raise UsageError(f"--megatron-model {model}", hint=f"one of {', '.join(MODELS)}")
+    if model == HYBRID and to == "hf":
+        raise UsageError("--megatron-model is of Megatron's formats", hint="drop it, or use --to torch_dist")
+    if model == HYBRID and source.config.adapter is not None:
+        raise UsageError("--megatron-model hybrid: it has layers of one width", hint="use --megatron-model gpt")
 
 
 def _to_hf(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Hugging Face: unpack every item; the shard map and header bytes of the origin where they still fit."""
     headers = source.sidecar.headers if options.shard_size is None else {}
-    tensors = _hf_tensors(source)
+    tensors = source.hf_tensors(source.stored_names)
     files = lay_out_like(tensors, headers)
     stale = set() if files is not None else {INDEX, BIN_INDEX}
     files = files or lay_out_shards(tensors, options.shard_size or DEFAULT_SHARD_SIZE)
     taken = {file.path for file in files} | stale | {"config.json"}
+    code = {path.name: path for path in source.family.code if "auto_map" in source.sidecar.config}
     small = [
         OutputFile.copy(name, str(path), path.stat().st_size)
-        for name, path in sorted(source.sidecar.small.items())
+        for name, path in sorted({**code, **source.sidecar.small}.items())
         if name not in taken
     ]
     return [*files, *small, _config_file(source)]
-
-
-def _hf_tensors(source: Checkpoint) -> dict[str, Tensor]:
-    """Everything that the Hugging Face model holds, named as its origin named it."""
-    family, config = source.family, source.config
-    stored = {name for header in source.sidecar.headers.values() for name in header.entries}
-    spelling = family.hf_spelling(stored, config) if stored else family.hf_spellings[0]
-    tensors: dict[str, Tensor] = {}
-    for key, item in source.items.items():
-        tensors.update(item.unpack(source.tensors[key]))
-    tensors.update(source.sidecar.extras)
-    tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[_main_dtype(source)]))
-    for replica in family.replicas:
-        if spelling.written(replica.hf) in stored and replica.when(config):
-            tensors[replica.hf] = tensors[replica.of]
-    return family.fuse(tensors, config, spelling.name)
 
 
 def _config_file(source: Checkpoint) -> OutputFile:
@@ -287,9 +419,9 @@ def _to_packed(source: Checkpoint, options: Options) -> list[OutputFile]:
 
 def _to_torch(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Megatron-LM: each rank's file from its stages' chunks."""
-    grid, divisible_by = options.grid, options.divisible_by or DEFAULT_DIVISIBLE_BY
+    grid, spelling = options.grid, _spelling(source, options)
     check_grid(source.config, grid)
-    spelling = _spelling(source, options)
+    divisible_by = vocabulary_multiple(source.config.vocab_size, grid.tp, spelling, options.divisible_by)
     ranks: dict[RankKey, dict[str, Mapping[str, Tensor | None]]] = {
         (rank.pp, rank.tp, rank.ep): {} for rank in grid.ranks()
     }
@@ -302,8 +434,9 @@ def _to_torch(source: Checkpoint, options: Options) -> list[OutputFile]:
         key = "model" if grid.vpp == 1 else f"model{stage.vp_stage}"
         for rank in (rank for rank in grid.ranks() if rank.pp == stage.pp_rank):
             chunk = source.chunk(stage, rank, grid, spelling, divisible_by)
-            ranks[rank.pp, rank.tp, rank.ep][key] = chunk if spelling.name == "local" else _with_extra_states(chunk)
-    files = lay_out_torch_legacy(ranks, _args(source, grid, spelling, divisible_by), _main_dtype(source))
+            te = spelling.extra_states and not source.family.local_only(source.config)
+            ranks[rank.pp, rank.tp, rank.ep][key] = _with_extra_states(chunk, source.family.plain) if te else chunk
+    files = lay_out_torch_legacy(ranks, _args(source, grid, spelling, divisible_by), source.main_dtype)
     return [*files, *_sidecar(source, "torch", spelling, grid, divisible_by)]
 
 
@@ -312,22 +445,47 @@ def _to_torch_dist(source: Checkpoint, options: Options) -> list[OutputFile]:
     grid, divisible_by = options.grid, options.divisible_by or DEFAULT_DIVISIBLE_BY
     check_grid(source.config, grid)
     spelling = source.family.spelling("te", text=options.layout == "text")
-    homes = stage_of_layer(split_layers(source.config.num_layers, grid))
-    last = grid.pp - 1
+    spelling = replace(spelling, hybrid=options.model == HYBRID)
+    stages = split_layers(source.config.num_layers, grid)
+    homes = stage_of_layer(stages)
     tensors = []
     for key, item in source.items.items():
         split = item.row.split
-        pp_rank = homes[item.layer][0].pp_rank if item.layer is not None else 0 if key == EMBEDDING else last
+        on = homes[item.layer][0] if item.layer is not None else next(s for s in stages if is_on(item, s, grid))
+        pp_rank = on.pp_rank
         whole = source.padded(key, grid.tp, divisible_by)
         tensors.append(GlobalTensor(spelling.written(key), whole, split.axis, split.blocks, pp_rank))
     args = _args(source, grid, _spelling(source, options), divisible_by)
     ranks = StageRanks(grid.tp, grid.ep, grid.etp)
-    files = lay_out_torch_dist(tensors, args, dtype=_main_dtype(source), ranks=ranks, spec=options.spec)
-    return [*files, *_sidecar(source, "torch_dist", spelling, grid, divisible_by)]
+    family, layers = source.family, source.config.layers
+    files = lay_out_torch_dist(
+        tensors,
+        args,
+        dtype=source.main_dtype,
+        ranks=ranks,
+        spec="local" if family.local_only(source.config) else options.spec,
+        groups=[family.attention_of(layer) for layer in layers] if family.attention_of is not None else [],
+        plain=family.plain,
+        stacked=False if spelling.hybrid else None,
+    )
+    return [*files, *_run_config(source, options)[0], *_sidecar(source, "torch_dist", spelling, grid, divisible_by)]
+
+
+def _run_config(source: Checkpoint, options: Options) -> tuple[list[OutputFile], str | None]:
+    """What Megatron-Bridge needs besides, or why it gets nothing."""
+    if options.model == HYBRID:
+        return [], "only GPTModel is described to it"
+    spelling, divisible_by = _spelling(source, options), options.divisible_by or DEFAULT_DIVISIBLE_BY
+    try:
+        file = run_config(source, options.grid, divisible_by, spelling, FOLDER, text=options.layout == "text")
+    except UnsupportedError as error:
+        return [], error.what
+    return [file], None
 
 
 def _spelling(source: Checkpoint, options: Options) -> Spelling:
-    return source.family.spelling(options.spec, options.experts, text=options.layout == "text")
+    spelling = source.family.spelling(options.spec, options.experts, text=options.layout == "text")
+    return replace(spelling, hybrid=options.model == HYBRID)
 
 
 TARGETS: dict[str, Callable[[Checkpoint, Options], list[OutputFile]]] = {
@@ -338,15 +496,20 @@ TARGETS: dict[str, Callable[[Checkpoint, Options], list[OutputFile]]] = {
 }
 SHARDED = ("torch", "torch_dist")
 
-_TE_MODULES = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", "_layernorm")
+_TE_MODULES = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", "_layernorm", ".final_norm")
 
 
-def _with_extra_states(chunk: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Adds the empty `_extra_state` of every Transformer Engine module, which its strict loading asks for."""
+def _with_extra_states(chunk: Mapping[str, Tensor], plain: tuple[str, ...]) -> dict[str, Tensor | None]:
+    """Adds the empty `_extra_state` of every Transformer Engine module, which its strict loading asks for.
+
+    Args:
+        chunk: The tensors of a model chunk.
+        plain: Endings of modules that are not Transformer Engine's.
+    """
     states: dict[str, Tensor | None] = {}
     for name in chunk:
         module = name.rsplit(".", 1)[0]
-        if module.endswith(_TE_MODULES):
+        if module.endswith(_TE_MODULES) and not module.endswith(plain):
             states[f"{module}._extra_state"] = None
         if module.endswith(".self_attention.linear_qkv"):
             states[f"{module.removesuffix('linear_qkv')}core_attention._extra_state"] = None
@@ -355,16 +518,12 @@ def _with_extra_states(chunk: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
 
 def _args(source: Checkpoint, grid: Parallelism, spelling: Spelling, divisible_by: int) -> dict[str, Any]:
     rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], divisible_by, grid.tp)
-    config = replace(source.config, dtype=_main_dtype(source))
-    return to_args(config, grid, rows, divisible_by, spelling.experts)
-
-
-def _main_dtype(source: Checkpoint) -> str:
-    """What torch calls the type that most bytes have."""
-    sizes: Counter[DType] = Counter()
-    for tensor in source.tensors.values():
-        sizes[tensor.out_dtype] += tensor.nbytes
-    return TORCH_DTYPE_NAMES[sizes.most_common(1)[0][0]]
+    config = replace(source.config, dtype=source.main_dtype)
+    args = to_args(config, grid, rows, divisible_by, spelling.experts)
+    if not spelling.hybrid:
+        return args
+    stages = sorted(split_layers(config.num_layers, grid), key=lambda stage: (stage.vp_stage, stage.pp_rank))
+    return hybrid_args(args, [layer.moe for layer in config.layers], [stage.layers for stage in stages])
 
 
 def _sidecar(
@@ -378,6 +537,7 @@ def _sidecar(
         "architecture": source.config.architecture,
         "spec": spelling.name,
         "experts": spelling.experts,
+        "megatron_model": HYBRID if spelling.hybrid else GPT,
         "prefix": spelling.prefix,
         "grid": asdict(grid),
         "make_vocab_size_divisible_by": divisible_by,
@@ -399,6 +559,21 @@ def _text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
     dropped = len(source.sidecar.extras)
     text = replace(source, family=family, config=config, items=items, sidecar=sidecar, spelling=family.spellings[0])
     return text, [f"{dropped} tensors outside the text model are left out (--layout text)"]
+
+
+def _legacy(source: Checkpoint, to: str) -> tuple[Checkpoint, list[str]]:
+    """A model under its family's older layout, and what that loses."""
+    if to != "hf" or source.family.legacy_config is None:
+        which = f"--to {to}" if to != "hf" else source.config.architecture
+        raise UsageError(f"--layout legacy: {which} has none", where=source.path, hint="drop --layout legacy")
+    names = {path.name for path in source.family.code}
+    sidecar = replace(
+        source.sidecar,
+        config=source.family.legacy_config(source.sidecar.config),
+        small={name: path for name, path in source.sidecar.small.items() if name not in names},
+    )
+    what = "the legacy layout does not describe the model by itself, and transformers takes it for another one"
+    return replace(source, sidecar=sidecar), [what]
 
 
 def _cast(source: Checkpoint, dtype: DType | None) -> tuple[Checkpoint, list[str]]:
@@ -462,6 +637,7 @@ class Inspection:
     bytes: int
     dtypes: dict[str, int]
     roles: list[dict[str, Any]]
+    optimizer: dict[str, int]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -469,22 +645,44 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(
+    path: str | Path,
+    *,
+    hf_reference: str | Path | None = None,
+    iteration: int | None = None,
+    stored_grid: StatedGrid | None = None,
+    vocab_size: int | None = None,
+) -> Inspection:
     """Reads the headers of a checkpoint and sums them up by role.
+
+    Args:
+        path: A checkpoint of any format, or `org/model@revision` on the hub.
+        hf_reference: As for `convert`, and so are the others.
+        iteration: Number of the iteration.
+        stored_grid: The stored grid, where `args` do not say it.
+        vocab_size: The true size of the vocabulary.
 
     Raises:
         InputError: It is damaged or incomplete.
         UnsupportedError: No family or format of ours.
     """
     with ExitStack() as stack:
-        source = _open(stack, path, None, headers_only=True)
+        source = open_source(
+            stack,
+            path,
+            hf_reference,
+            headers_only=True,
+            iteration=iteration,
+            stored_grid=stored_grid,
+            vocab_size=vocab_size,
+        )
     dtypes: Counter[str] = Counter()
     roles: dict[str, dict[str, Any]] = {}
     for key, tensor in source.tensors.items():
         name = source.items[key].row.megatron.replace("decoder.layers.{i}", "layers.*")
         role = roles.setdefault(name, {"role": name, "tensors": 0, "parameters": 0, "bytes": 0})
         role["tensors"] += 1
-        role["parameters"] += tensor.numel
+        role["parameters"] += source.items[key].parameters
         role["bytes"] += tensor.nbytes
         dtypes[tensor.dtype.name] += tensor.nbytes
     return Inspection(
@@ -497,5 +695,6 @@ def inspect(path: str | Path) -> Inspection:
         bytes=sum(dtypes.values()),
         dtypes=dict(dtypes),
         roles=list(roles.values()),
+        optimizer=asdict(source.optimizer),
         notes=[*source.notes, *source.disagreements],
     )

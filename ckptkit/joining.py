@@ -40,6 +40,7 @@ class _Joiner:
         }
         self.stored = sum(len(chunk) for chunk in self.left.values())
         self.problems = Problems(checkpoint.path)
+        self.bare: list[str] = []
         self.stages = split_layers(checkpoint.config.num_layers, checkpoint.grid)
         self.home = stage_of_layer(self.stages)
 
@@ -53,12 +54,14 @@ class _Joiner:
         self._compare_tied_head()
         self.problems.unknown({name for chunk in self.left.values() for name in chunk})
         self.problems.check()
+        if self.bare:
+            self.checkpoint.notes.append(f"{len(self.bare)} tensors have no slots for values that are their keys")
         self.checkpoint.coverage.update(used=used, replicas=self.stored - used)
 
     def _stage(self, item: Item) -> tuple[Stage, int | None]:
         if item.layer is not None:
             return self.home[item.layer]
-        return next((stage, None) for stage in self.stages if is_on(item, stage))
+        return next((stage, None) for stage in self.stages if is_on(item, stage, self.checkpoint.grid))
 
     def _shards(self, item: Item) -> list[Tensor] | None:
         """The distinct shards of an item in order, or None if one is missing; further copies must be equal."""
@@ -85,19 +88,24 @@ class _Joiner:
         return [found[number][0][1] for number in sorted(found)]
 
     def _add(self, key: str, item: Item, shards: list[Tensor]) -> None:
-        split = item.row.split
+        split = item.split(self.checkpoint.spelling)
         try:
             joined = split.join(shards)
+            copies = [Comparison(*pair, f"{key} on ranks that share heads") for pair in split.copies(shards)]
         except (ValueError, UsageError) as error:
             self.problems.wrong.append(f"{key}: its shards do not fit together ({error})")
             return
         if split.padded:
             self.checkpoint.padded_vocab_size = joined.shape[0]
             joined = joined.rows(0, min(joined.shape[0], item.shape[0]))
+        if joined.shape == item.bare_shape != item.shape:
+            joined = item.completed(joined)
+            self.bare.append(key)
         if joined.shape != item.shape:
             self.problems.wrong.append(f"{key} is {list(joined.shape)}, the config says {list(item.shape)}")
             return
         self.checkpoint.tensors[key] = joined
+        self.checkpoint.comparisons += copies
 
     def _compare_tied_head(self) -> None:
         """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""

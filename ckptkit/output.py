@@ -71,10 +71,7 @@ class Output:
         if self.json_only or self.json_file is None:
             _write_stdout(text)
             return
-        try:
-            Path(self.json_file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"cannot write: {error.strerror}", where=self.json_file) from error
+        write_text(self.json_file, text)
 
     @contextmanager
     def console(self) -> Iterator[Console]:
@@ -122,6 +119,18 @@ class Output:
             task = bar.add_task(what, total=None)
             # A full bar goes away: what follows it (syncing, starting ranks) is not measured in bytes.
             yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file that somebody asked for.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=path) from error
 
 
 def say(text: str, *, label: str = "", style: str = "") -> None:

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+SHOWN = 40
+"""Lines of one kind that are shown."""
+
 SIZE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -39,8 +42,16 @@ def conversion(result: dict[str, Any], console: Console) -> None:
     console.print(_files(result))
     console.print(_facts(_conversion_facts(result)))
     _sentences(console, result["lossy"], "lossy", "bold yellow")
+    _sentences(console, [_dropped(record) for record in result["dropped"]], "dropped", "cyan")
     _sentences(console, result["notes"], "note", "cyan")
     console.print(_closing_line(result))
+
+
+def _dropped(record: dict[str, Any]) -> str:
+    """What was stored, is not used by the model, and stays behind."""
+    size = record["max_abs_difference"]
+    moved = "not measured" if size is None else f"{size:g}" + (f" in {record['where']}" if record["where"] else "")
+    return f"{record['what']}: {record['parts']:,} parts, moved at most by {moved}"
 
 
 def inspection(result: dict[str, Any], console: Console) -> None:
@@ -63,10 +74,104 @@ def inspection(result: dict[str, Any], console: Console) -> None:
     _sentences(console, result["notes"], "note", "cyan")
 
 
+def differences(result: dict[str, Any], console: Console) -> None:
+    """In what two checkpoints differ."""
+    for name in ("a", "b"):
+        side = result[name]
+        about = f"{side['architecture']}, {side['format']}, {side['grid']}"
+        console.print(Text.assemble((f"{name.upper()}  ", "bold"), side["path"], (f"  {about}", "dim")), soft_wrap=True)
+    _sentences(console, _cut(_structure(result["structure"])), "structure", "bold yellow")
+    _sentences(console, _cut(result["inconsistent"]), "inconsistent", "bold yellow")
+    if result["tensors"]:
+        console.print(
+            _table(("Tensor", "Differ", "Of", "Largest |A-B|", "First", "NaN", "Inf"), _gaps(result["tensors"]))
+        )
+        if len(result["tensors"]) > SHOWN:
+            console.print(
+                Text(f"... and {len(result['tensors']) - SHOWN:,} tensors more (--json has all)", style="dim")
+            )
+    console.print(_difference_line(result))
+
+
+def validation(result: dict[str, Any], console: Console) -> None:
+    """Whether a checkpoint is sound, question by question."""
+    about = ", ".join(str(result[key]) for key in ("architecture", "format", "grid") if result[key])
+    console.print(Text.assemble((result["path"], "bold"), (f"  {about}", "dim")), soft_wrap=True)
+    rows = [(check["name"], "ok" if check["passed"] else "WRONG", check["summary"]) for check in result["checks"]]
+    rows += [(name, "not asked", "") for name in result["not_asked"]]
+    console.print(_table(("Check", "Answer", "About"), rows, numbers=False))
+    for check in result["checks"]:
+        _sentences(console, _cut(check["problems"]), f"wrong ({check['name']})", "bold red")
+        _sentences(console, _cut(check["warnings"]), f"odd ({check['name']})", "yellow")
+    _sentences(console, result["notes"], "note", "cyan")
+    sound = result["passed"]
+    console.print(Text("sound" if sound else "damaged or inconsistent", style="bold green" if sound else "bold red"))
+
+
+def hashes(result: dict[str, Any], console: Console) -> None:
+    """Hashes as lines that `diff` and `grep` can take; with `--only tensors`, the same lines for every layout."""
+    for item in result["tensors"]:
+        console.print(Text(f"{item['sha256']}  {item['name']}  {item['dtype']}{list(item['shape'])}"), soft_wrap=True)
+    if result["model"] is not None:
+        console.print(Text(f"{result['model']}  (model)", style="bold"), soft_wrap=True)
+    for item in result["files"]:
+        console.print(Text(f"{item['sha256']}  {item['path']}"), soft_wrap=True)
+
+
 def architectures(supported: Iterable[dict[str, Any]], console: Console) -> None:
     """The supported architectures."""
     rows = [(item["architecture"], item["family"], ", ".join(item["formats"])) for item in supported]
     console.print(_table(("Architecture", "Family", "Formats"), rows, numbers=False))
+
+
+def _structure(structure: dict[str, Any]) -> list[str]:
+    """What differs in the headers, as sentences."""
+    shapes, dtypes = structure["shapes"].items(), structure["dtypes"].items()
+    return [
+        *structure["config"],
+        *(f"only A has {name}" for name in structure["only_in_a"]),
+        *(f"only B has {name}" for name in structure["only_in_b"]),
+        *(f"{name} is {list(a)} in A, {list(b)} in B" for name, (a, b) in shapes),
+        *(f"{name} is {a} in A, {b} in B" for name, (a, b) in dtypes),
+    ]
+
+
+def _gaps(tensors: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    def both(pair: Sequence[int]) -> str:
+        return f"{pair[0]:,} / {pair[1]:,}" if any(pair) else ""
+
+    return [
+        (
+            item["name"],
+            f"{item['differing']:,}",
+            f"{item['elements']:,}",
+            "not comparable" if item["largest"] is None else f"{item['largest']:.3g}",
+            "" if item["first"] is None else f"{item['first']:,}",
+            both(item["nan"]),
+            both(item["inf"]),
+        )
+        for item in tensors[:SHOWN]
+    ]
+
+
+def _difference_line(result: dict[str, Any]) -> Text:
+    if not result["values_compared"]:
+        what = "the headers agree; values were not compared" if result["same"] else "the headers differ"
+    else:
+        seconds, size = result["seconds"], result["bytes"]
+        rate = f", {human_size(size)} in {seconds:.2f} s" + (
+            f" ({human_size(int(size / seconds))}/s)" if seconds else ""
+        )
+        what = f"{result['equal']:,} of {result['compared']:,} tensors are equal{rate}"
+    return Text.assemble(
+        ("same" if result["same"] else "differs", "bold green" if result["same"] else "bold red"), f": {what}"
+    )
+
+
+def _cut(sentences: Sequence[str]) -> list[str]:
+    """As many as people read."""
+    more = len(sentences) - SHOWN
+    return [*sentences[:SHOWN], *([f"... and {more:,} more (--json has all)"] if more > 0 else [])]
 
 
 def _headline(result: dict[str, Any]) -> Text:

@@ -2,7 +2,7 @@
 
 A `Tensor` is never loaded. It is a dtype, a shape and *bands* stacked from top to bottom; a band is
 a few *pieces* of equal height side by side; a piece is a strided rectangle of a file (`Region`),
-bytes at hand (`Literal`) or a repeated pattern (`Const`). Leading axes fold into rows and the last
+bytes at hand or made on demand (`Literal`) or a repeated pattern (`Const`). Leading axes fold into rows and the last
 axis is the width, so a `[2, 3, 4]` bf16 tensor has 6 rows of 8 bytes; a 1-D tensor of n elements is n
 rows of one element; a 0-dim one is a single row.
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,31 @@ class Region:
         return Region(self.file, self.offset + top * self.pitch + left, bottom - top, self.pitch, right - left)
 
 
+class Made(Protocol):
+    """Bytes that are made when they are wanted: a large random matrix never lies in memory as a whole.
+
+    Equal ranges give equal bytes however often and in whatever order they are read, from any thread.
+    """
+
+    @property
+    def digest(self) -> str:
+        """What changes whenever the bytes would, without making them."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that they are made from."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes `start:stop`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Literal:
     """`rows` runs of `width` bytes of `data`, `pitch` bytes apart, the first at `offset`."""
 
-    data: bytes
+    data: bytes | Made
     offset: int
     rows: int
     pitch: int
@@ -157,8 +178,8 @@ class Tensor:
         return cls(dtype, tuple(shape), (Band(rows, (region,)),) if rows and width else ())
 
     @classmethod
-    def from_bytes(cls, data: bytes, dtype: DType, shape: Sequence[int]) -> Tensor:
-        """A row-major tensor whose bytes are at hand.
+    def from_bytes(cls, data: bytes | Made, dtype: DType, shape: Sequence[int]) -> Tensor:
+        """A row-major tensor whose bytes are at hand, or made when they are wanted.
 
         Raises:
             ValueError: `data` has not the size that dtype and shape ask for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,43 @@ _SIGLIP: dict[str, Any] = {
     "patch_size": 14,
 }
 
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+_GEMMA4_SHARING = {
+    "num_hidden_layers": 8,
+    "num_kv_shared_layers": 4,
+    "layer_types": 2 * _GEMMA4["layer_types"],
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 252,  # not below vocab_size: it is looked up by the same ids
+}
+_GEMMA4_KEYS_AS_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 2}
+_GEMMA4_VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "position_embedding_size": 64,
+    "use_clipped_linears": True,
+}
+_GEMMA4_AUDIO: dict[str, Any] = {
+    "model_type": "gemma4_audio",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "output_proj_dims": 16,
+    "subsampling_conv_channels": [4, 2],
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
@@ -110,8 +148,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text-capped": ("Gemma3Text", {**_GEMMA3, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3", {}),
     "gemma3-untied": ("Gemma3", {"tie_word_embeddings": False}),
+    "gemma4_text-moe": ("Gemma4Text", {**_GEMMA4, **_GEMMA4_KEYS_AS_VALUES, **_GEMMA4_EXPERTS}),
+    "gemma4_text-dense": ("Gemma4Text", {**_GEMMA4, **_GEMMA4_KEYS_AS_VALUES, "tie_word_embeddings": False}),
+    "gemma4_text-e2b": (
+        "Gemma4Text",
+        {**_GEMMA4, **_GEMMA4_SHARING, "use_double_wide_mlp": True, "num_key_value_heads": 1},
+    ),
+    "gemma4_text-e4b": ("Gemma4Text", {**_GEMMA4, **_GEMMA4_SHARING, "num_key_value_heads": 2, "attention_bias": True}),
+    "gemma4": ("Gemma4", {**_GEMMA4, **_GEMMA4_SHARING}),
+    "gemma4-moe": ("Gemma4", {**_GEMMA4, **_GEMMA4_KEYS_AS_VALUES, **_GEMMA4_EXPERTS, "tie_word_embeddings": False}),
 }
-"""Kind -> (stem of the transformers classes, what it changes), over every family but Llama's."""
+"""Kind -> (stem of the transformers classes, what it changes; of the text model, if it is wrapped), but for Llama."""
+
+WRAPPERS = ("Gemma3", "Gemma4")
+"""Stems of the multimodal models."""
 
 
 def model_classes(kind: str) -> tuple[Any, Any]:
@@ -119,9 +169,7 @@ def model_classes(kind: str) -> tuple[Any, Any]:
     import transformers
 
     stem = MODELS[kind][0]
-    model = {"Gemma3Text": "Gemma3ForCausalLM", "Gemma3": "Gemma3ForConditionalGeneration"}.get(
-        stem, f"{stem}ForCausalLM"
-    )
+    model = f"{stem}ForConditionalGeneration" if stem in WRAPPERS else f"{stem.removesuffix('Text')}ForCausalLM"
     return getattr(transformers, f"{stem}Config"), getattr(transformers, model)
 
 
@@ -134,11 +182,14 @@ def model_config(kind: str, **changes: Any) -> Any:
     """
     config_class, _ = model_classes(kind)
     stem, own = MODELS[kind]
-    if stem != "Gemma3":
-        return config_class(**{**_TINY, **own, **changes})
+    if stem not in WRAPPERS:
+        return config_class(**deepcopy({**_TINY, **own, **changes}))
     tied = own.get("tie_word_embeddings", True)
-    text = {**_TINY, **_GEMMA3, "model_type": "gemma3_text", "tie_word_embeddings": tied, **changes}
-    return config_class(text_config=text, vision_config=_SIGLIP, mm_tokens_per_image=4, tie_word_embeddings=tied)
+    towers: dict[str, Any] = {"vision_config": _GEMMA4_VISION, "audio_config": _GEMMA4_AUDIO}
+    if stem == "Gemma3":
+        own, towers = {**_GEMMA3, **own}, {"vision_config": _SIGLIP, "mm_tokens_per_image": 4}
+    text = {**_TINY, "model_type": f"{stem.lower()}_text", "tie_word_embeddings": tied, **own, **changes}
+    return config_class(**deepcopy({"text_config": text, **towers, "tie_word_embeddings": tied}))
 
 
 def raw_config(kind: str, **changes: Any) -> dict[str, Any]:
@@ -173,8 +224,11 @@ def randomise(model: Any) -> None:
     import torch
 
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
+        buffers = [pair for pair in model.named_buffers() if pair[0] in model.state_dict()]
+        for name, parameter in [*model.named_parameters(), *buffers]:
+            if parameter.dim() == 0:
+                continue  # a constant of the class, or a limit that is off
+            if "norm" in name or "scale" in name or "scalar" in name:
                 parameter.uniform_(0.5, 1.5)
             elif parameter.dim() == 1:
                 parameter.normal_(0.0, 0.3)

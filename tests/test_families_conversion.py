@@ -30,14 +30,16 @@ EXPERT_GRIDS = [
 
 def is_moe(kind: str) -> bool:
     raw: dict[str, Any] = raw_config(kind)
+    raw = raw.get("text_config") or raw
     return bool(raw.get("num_experts") or raw.get("num_local_experts"))
 
 
 MOE = ["qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped", "mixtral", "mixtral-windowed"]
+GEMMA4_MOE = ["gemma4_text-moe", "gemma4-moe"]
 
 
 def test_the_list_of_expert_models_is_complete() -> None:
-    assert [kind for kind in MODELS if is_moe(kind)] == MOE
+    assert [kind for kind in MODELS if is_moe(kind)] == [*MOE, *GEMMA4_MOE]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -54,10 +56,12 @@ def test_round_trip(tmp_path: Path, kind: str) -> None:
     assert inspect(tmp_path / "meg").parameters == inspect(source).parameters
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "qwen3_moe-mixed", "gemma3", "apertus"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "qwen3_moe", "qwen3_moe-mixed", "gemma3", "apertus", "gemma4_text-e4b", "gemma4", "gemma4-moe"]
+)
 def test_distributed_checkpoints_in_any_order(tmp_path: Path, kind: str) -> None:
     source = save_model(tmp_path / "hf", kind, dtype="bfloat16")
-    grid = Parallelism(2, 2, ep=2) if kind in MOE else Parallelism(2, 2)
+    grid = Parallelism(2, 2, ep=2) if is_moe(kind) else Parallelism(2, 2)
     convert(source, tmp_path / "dist", to="torch_dist", grid=grid)
     convert(tmp_path / "dist", tmp_path / "back", to="hf")
     assert files_of(tmp_path / "back") == files_of(source)
@@ -82,7 +86,12 @@ def test_round_trip_over_all_grids(tmp_path: Path, kind: str, grid: Parallelism)
 @pytest.mark.parametrize("grid", EXPERT_GRIDS, ids=str)
 @pytest.mark.parametrize(
     ("kind", "experts"),
-    [("qwen3_moe-mixed", "grouped"), ("qwen3_moe-stepped", "sequential"), ("mixtral", "sequential")],
+    [
+        ("qwen3_moe-mixed", "grouped"),
+        ("qwen3_moe-stepped", "sequential"),
+        ("mixtral", "sequential"),
+        ("gemma4_text-moe", "grouped"),
+    ],
 )
 def test_experts_over_ranks(tmp_path: Path, kind: str, experts: str, grid: Parallelism) -> None:
     source = save_model(tmp_path / "hf", kind, dtype="bfloat16", fused=experts == "grouped")

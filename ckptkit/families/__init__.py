@@ -43,11 +43,17 @@ def families() -> tuple[Family, ...]:
     """
     from ckptkit.families.apertus import APERTUS
     from ckptkit.families.gemma3 import GEMMA3, GEMMA3_TEXT
+    from ckptkit.families.gemma4 import GEMMA4, GEMMA4_TEXT
+    from ckptkit.families.heads import value_families
     from ckptkit.families.llama import LLAMA
     from ckptkit.families.mistral import MINISTRAL, MISTRAL, MIXTRAL
     from ckptkit.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+    from ckptkit.families.split_llama import SPLIT_LLAMA
 
-    found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS, GEMMA3_TEXT, GEMMA3]
+    found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS]
+    found += [GEMMA3_TEXT, GEMMA3, GEMMA4_TEXT, GEMMA4]
+    found.append(SPLIT_LLAMA)
+    found += value_families(found)
     for point in sorted(entry_points(group=ENTRY_POINTS)):
         family = _load(point)
         if taken := {family.name, *family.architectures} & {n for f in found for n in (f.name, *f.architectures)}:
@@ -125,6 +131,23 @@ def _can_say(family: Family, args: Mapping[str, Any]) -> bool:
 
     config = model_from_args(args, family.name, family.architectures[0], args.get("vocab_size") or 1)
     return family.parse(family.unparse(config, {})) == config
+
+
+def refuse_foreign(names: Iterable[str], where: object) -> None:
+    """Names the layout of a Megatron checkpoint that is known, but that no table reads.
+
+    Raises:
+        UnsupportedError: It is such a one.
+    """
+    marks = {piece: layout for family in families() for piece, layout in family.foreign.items()}
+    for name in sorted(names):
+        for piece, layout in marks.items():
+            if piece in name:
+                raise UnsupportedError(
+                    f"{layout} (it holds {name})",
+                    where=where,
+                    hint="export it to Hugging Face with the tool that wrote it, and convert that",
+                )
 
 
 def family_called(name: str) -> Family:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ckptkit.errors import InputError
 from ckptkit.families import family_called
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
+from ckptkit.families.config import Adapter, LayerConfig, ModelConfig, Rope
 from ckptkit.families.spelling import GROUPED
 from ckptkit.sharding.grid import Parallelism
 
@@ -37,6 +37,7 @@ def to_args(
         **_model_args(config),
         **_grid_args(grid),
         **({"moe_grouped_gemm": experts == GROUPED} if config.num_experts else {}),
+        **({"adapter_first": grid.adapter_first} if config.adapter is not None else {}),
         "padded_vocab_size": padded_vocab_size,
         "vocab_size": config.vocab_size,
         "make_vocab_size_divisible_by": divisible_by,
@@ -44,7 +45,7 @@ def to_args(
 
 
 def _model_args(config: ModelConfig) -> dict[str, Any]:
-    layer, rope = config.layers[0], _main_rope(config)
+    layer, rope = config.layers[-1 if config.adapter is not None else 0], _main_rope(config)
     biased = config.qkv_bias and config.out_bias and config.mlp_bias
     return {
         "num_layers": config.num_layers,
@@ -81,6 +82,8 @@ def _model_args(config: ModelConfig) -> dict[str, Any]:
         "softmax_scale": config.softmax_scale,
         **_window_args(config),
         **_expert_args(config),
+        **_adapter_args(config),
+        **_family_args(config),
         "bf16": config.dtype == "bfloat16",
         "fp16": config.dtype == "float16",
     }
@@ -104,7 +107,7 @@ def _window_args(config: ModelConfig) -> dict[str, Any]:
 def _expert_args(config: ModelConfig) -> dict[str, Any]:
     if not config.num_experts:
         return {"num_experts": None}
-    moe = [int(layer.moe) for layer in config.layers]
+    moe, shared = [int(layer.moe) for layer in config.layers], config.layers[0].ffn_hidden_size
     return {
         "num_experts": config.num_experts,
         "moe_layer_freq": 1 if all(moe) else moe,
@@ -112,7 +115,21 @@ def _expert_args(config: ModelConfig) -> dict[str, Any]:
         "moe_router_topk": config.experts_per_token,
         "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": not config.norm_topk_prob,
+        **({"moe_shared_expert_intermediate_size": shared} if config.parallel_dense else {}),
     }
+
+
+def _family_args(config: ModelConfig) -> dict[str, Any]:
+    """What only the model's family speaks of; under its own names, as Megatron-LM has none for it."""
+    own = family_called(config.family).args
+    return own(config) if own is not None else {}
+
+
+def _adapter_args(config: ModelConfig) -> dict[str, Any]:
+    """No arguments of Megatron-LM: what a reader needs to see that all others speak of the wide layers."""
+    if config.adapter is None:
+        return {}
+    return {f"adapter_{field.name}": getattr(config.adapter, field.name) for field in fields(Adapter)}
 
 
 def _grid_args(grid: Parallelism) -> dict[str, Any]:
@@ -130,6 +147,18 @@ def _grid_args(grid: Parallelism) -> dict[str, Any]:
     }
 
 
+GRID_ARGS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "first_stage_layers": "decoder_first_pipeline_num_layers",
+    "last_stage_layers": "decoder_last_pipeline_num_layers",
+}
+"""Size of a grid -> the argument that says it."""
+
+
 def grid_of(args: Mapping[str, Any]) -> Parallelism:
     """The grid that a checkpoint's `args` describe."""
     return Parallelism(
@@ -142,6 +171,7 @@ def grid_of(args: Mapping[str, Any]) -> Parallelism:
         loss_in_split=bool(args.get("account_for_loss_in_pipeline_split")),
         ep=args.get("expert_model_parallel_size") or 1,
         etp=_expert_tp(args),
+        adapter_first=bool(args.get("adapter_first")),
     )
 
 
@@ -172,7 +202,23 @@ def from_args(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
     layers = after.layers
     if before.num_layers == after.num_layers:
         layers = tuple(map(_changed, base.layers, before.layers, after.layers))
-    return replace(_changed(base, before, after), layers=layers)
+    config = replace(_changed(base, before, after), layers=layers)
+    own = _family_args(base)
+    return config if all(heard[key] == value for key, value in own.items()) else _as_told(heard, config)
+
+
+def _as_told(args: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """`config` with what `args` say that only its family speaks of.
+
+    Raises:
+        InputError: They make no sense.
+    """
+    found = family_called(config.family)
+    assert found.from_args is not None
+    raw = found.unparse(config, {})
+    text = raw[found.sizes_in] if found.sizes_in else raw
+    text.update(found.from_args(args, [layer.window for layer in config.layers]))
+    return found.parse(raw)
 
 
 def model_from_args(args: Mapping[str, Any], family: str, architecture: str, vocab_size: int) -> ModelConfig:
@@ -196,6 +242,9 @@ def model_from_args(args: Mapping[str, Any], family: str, architecture: str, voc
         "intermediate_size": args.get("ffn_hidden_size") or 4 * hidden,
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
     }
+    if found.from_args is not None:
+        silent = {"window_size": None, "window_attn_skip_freq": None}
+        sizes.update(found.from_args(args, [_window({**silent, **args}, n) for n in range(args["num_layers"])]))
     base = found.parse({found.sizes_in: sizes} if found.sizes_in else sizes)
     config = from_args(args, replace(base, architecture=architecture, dtype="float32"))
     # No argument speaks of the output bias alone; in config.json it comes with those of q, k and v, or never.
@@ -233,7 +282,14 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
         experts_per_token=args.get("moe_router_topk", 2) if experts else 0,
         moe_ffn_hidden_size=(args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]) if experts else 0,
         norm_topk_prob=not (experts and args.get("moe_router_pre_softmax")),
+        adapter=_adapter(args),
     )
+
+
+def _adapter(args: Mapping[str, Any]) -> Adapter | None:
+    if args.get("adapter_kind") is None:
+        return None
+    return Adapter(args["adapter_kind"], args["adapter_after"], args["adapter_hidden_size"])
 
 
 def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConfig:
@@ -309,14 +365,40 @@ def inexpressible(config: ModelConfig) -> list[str]:
     if config.activation != "silu" or not config.gated:
         kind = "a gated MLP" if config.gated else "an MLP"
         notes.append(f"{kind} with {config.activation} has no single argument in Megatron-LM")
+    if config.adapter is not None:
+        widths = f"{config.adapter.hidden_size} and {config.hidden_size}"
+        notes.append(f"layers of the widths {widths} with an adapter between them: Megatron-LM has one width")
     features = {
         "norms after attention and MLP": config.post_norms,
         f"embeddings multiplied by {config.embedding_scale:g}": config.scaled_embedding,
         f"attention scores multiplied by {config.softmax_scale}": config.softmax_scale is not None,
         f"attention scores capped at {config.attention_softcap}": config.attention_softcap is not None,
         f"logits capped at {config.logit_softcap}": config.logit_softcap is not None,
+        **_inexpressible_layers(config),
+        "one value per token in place of logits": config.value_head,
     }
     return [*notes, *(f"{text}: no argument in Megatron-LM" for text, present in features.items() if present)]
+
+
+def _inexpressible_layers(config: ModelConfig) -> dict[str, bool]:
+    """Feature -> whether some layers have it; Megatron-LM builds all layers alike."""
+    heads = {(layer.num_heads, layer.head_dim, layer.num_kv_heads) for layer in config.layers}
+    widths = {layer.ffn_hidden_size for layer in config.layers}
+    streams = {layer.hidden_size or config.hidden_size for layer in config.layers} | {config.hidden_size}
+    epsilons = {layer.norm_eps or config.norm_eps for layer in config.layers} | {config.norm_eps}
+    return {
+        "layers of another width than the model's": config.adapter is None and len(streams) > 1,
+        "norms with different epsilons": len(epsilons) > 1,
+        "attention heads that differ between layers": config.adapter is None and len(heads) > 1,
+        "MLPs whose width differs between layers": config.adapter is None and len(widths) > 1,
+        "values without a projection of their own": any(layer.k_eq_v for layer in config.layers),
+        "layers that use the keys and values of another": any(layer.kv_donor is not None for layer in config.layers),
+        "normalised values": config.value_norm,
+        "experts beside a dense MLP with norms of its own": config.parallel_dense,
+        "learned scales in the router": config.router_scales,
+        "layers multiplied by a learned number": config.layer_scalars,
+        "embeddings for each layer": config.per_layer_input_size > 0,
+    }
 
 
 def _rope_note(rope: Rope) -> str | None:
@@ -326,5 +408,8 @@ def _rope_note(rope: Rope) -> str | None:
             f"{rope.original_max_position}: Megatron-Core always takes 1/4/8192"
         )
     if rope.kind not in ("default", "linear", "llama3"):
-        return f"{rope.kind} rope has no argument in Megatron-LM"
+        since = (
+            " that --use-checkpoint-args restores (0.19 has some on its command line)" if rope.kind == "yarn" else ""
+        )
+        return f"{rope.kind} rope has no argument in Megatron-LM{since}"
     return None

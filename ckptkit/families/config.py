@@ -27,6 +27,8 @@ class Rope:
         mscale: yarn: weight of the logarithm of `factor` in `attention_factor`, or None.
         mscale_all_dim: yarn: the same in its denominator, or None.
         truncate: yarn: whether the bounds of the blend are rounded to whole pairs.
+        partial: proportional: share of the pairs that rotate, the first ones; the others have frequency 0. The
+            exponents of the frequencies count over the whole head.
     """
 
     theta: float
@@ -41,6 +43,7 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    partial: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class LayerConfig:
         ffn_hidden_size: Width of the dense MLP.
         rope: Rotary embedding.
         window: Visible tokens including the current one, or None for all of them.
-        moe: Whether experts take the place of the dense MLP.
+        moe: Whether experts take the place of the dense MLP (beside it, if the model has `parallel_dense`).
+        k_eq_v: Whether values are the raw key projection, before its norm and rotation; there is no value projection.
+        kv_donor: Number of the layer whose keys and values this one attends to, or None for its own.
+        hidden_size: Width of the residual stream in this layer, or None for the model's.
+        norm_eps: Epsilon of the norms of this layer, or None for the model's.
     """
 
     num_heads: int
@@ -64,6 +71,26 @@ class LayerConfig:
     rope: Rope
     window: int | None = None
     moe: bool = False
+    k_eq_v: bool = False
+    kv_donor: int | None = None
+    hidden_size: int | None = None
+    norm_eps: float | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What stands between the first layers of a narrow model and the last ones of a wide one, without biases.
+
+    Attributes:
+        kind: `linear` is one matrix [wide, narrow]; `two-linear` is two, [wide, narrow] and [wide, wide]; `mlp` is the
+            same two with a ReLU between them.
+        after: Number of layers before it, all of the narrow width.
+        hidden_size: The narrow width; that of the model is the wide one.
+    """
+
+    kind: str
+    after: int
+    hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ class ModelConfig:
         vocab_size: Rows of the embedding, without Megatron's padding.
         layers: The decoder layers, first to last.
         tied: Whether the head is the embedding.
-        norm_eps: Epsilon of every RMSNorm.
+        norm_eps: Epsilon of every RMSNorm, but for layers that have their own.
         max_position_embeddings: Context length in tokens.
         qkv_bias: Whether q, k and v have biases.
         out_bias: Whether the attention output projection has one.
@@ -99,6 +126,16 @@ class ModelConfig:
         softmax_scale: Factor on the attention scores; None is `head_dim ** -0.5`.
         attention_softcap: Attention scores become `cap * tanh(score / cap)`, or None.
         logit_softcap: The same for the logits.
+        value_norm: Whether values are normalised per head, without a weight.
+        parallel_dense: Whether layers with experts keep a dense MLP beside them, each with norms of its own.
+        router_scales: Whether the router normalises its input without a weight, multiplies it by a learned scale and
+            by `hidden_size ** -0.5`, and the weights of the chosen experts, renormalised, by a learned scale each.
+        layer_scalars: Whether every layer multiplies its whole output by a learned number.
+        per_layer_input_size: Width of the per-layer embeddings; 0 without them.
+        per_layer_vocab_size: Rows of the per-layer embedding.
+        adapter: Between two groups of layers of different width, or None.
+        value_head: Whether the head gives one value per token instead of logits.
+        value_bias: Whether that head has a bias.
     """
 
     family: str
@@ -127,11 +164,24 @@ class ModelConfig:
     softmax_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    value_norm: bool = False
+    parallel_dense: bool = False
+    router_scales: bool = False
+    layer_scalars: bool = False
+    per_layer_input_size: int = 0
+    per_layer_vocab_size: int = 0
+    adapter: Adapter | None = None
+    value_head: bool = False
+    value_bias: bool = False
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
+
+    def number_in_group(self, layer: int) -> int:
+        """A layer's number among those on its side of the adapter; without one, its number."""
+        return layer - self.adapter.after if self.adapter is not None and layer >= self.adapter.after else layer
 
     @property
     def embedding_scale(self) -> float:

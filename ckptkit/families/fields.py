@@ -155,7 +155,12 @@ def parse_rope(scaling: Mapping[str, Any], theta: Any, context: int = 0) -> Rope
         return _llama3(scaling, theta, context)
     if kind == "yarn":
         return _yarn(scaling, theta, context)
-    return Rope(theta, kind, _number(scaling.get("factor", 1.0), "rope factor"))
+    factor = _number(scaling.get("factor", 1.0), "rope factor")
+    if kind == "proportional":
+        return Rope(
+            theta, kind, factor, partial=_number(scaling.get("partial_rotary_factor", 1.0), "partial_rotary_factor")
+        )
+    return Rope(theta, kind, factor)
 
 
 def _llama3(scaling: Mapping[str, Any], theta: float, context: int) -> Rope:
@@ -191,7 +196,9 @@ def _original(scaling: Mapping[str, Any], context: int) -> int:
 def rope_fields(rope: Rope) -> dict[str, Any]:
     """`rope_parameters` as transformers 5 writes it."""
     fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
+    if rope.kind == "proportional":
+        fields["partial_rotary_factor"] = rope.partial
+    if rope.kind != "default" and (rope.kind, rope.factor) != ("proportional", 1.0):
         fields["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn"):
         fields["original_max_position_embeddings"] = rope.original_max_position

@@ -6,17 +6,17 @@ slot: they travel as extras.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families.common import QK_NORMS, ConfigJson, layer_types_of, window_of, windowed, windows_by_type
 from ckptkit.families.config import LayerConfig, ModelConfig, Rope
-from ckptkit.families.fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields, set_dtype
+from ckptkit.families.fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.spelling import HUB, LOCAL, TE, HfSpelling, Spelling
 from ckptkit.families.table import D, Family, Raw, Replica, Row, copy, renamed, without
+from ckptkit.families.wrapper import Wrapper
 from ckptkit.sharding.rules import REPLICATED
 
 DEFAULTS = {
@@ -44,7 +44,6 @@ THETAS = {FULL: 1000000.0, SLIDING: 10000.0}
 _OLD_THETAS = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 
 CONFIG = ConfigJson("gemma3_text", "Gemma3ForCausalLM", "gemma3_text", DEFAULTS, Rope(THETAS[FULL]))
-WRAPPER_DEFAULTS = {"tie_word_embeddings": True}
 
 
 def parse_text(raw: Raw) -> ModelConfig:
@@ -128,52 +127,7 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
     return raw
 
 
-def parse_wrapper(raw: Raw) -> ModelConfig:
-    """Translates the config.json of a Gemma 3 that can see: its text model.
-
-    Raises:
-        InputError: A field is missing, of the wrong type, or contradicts another.
-        UnsupportedError: The model is bidirectional.
-    """
-    fields, text = Fields(raw, WRAPPER_DEFAULTS), object_in(raw, "text_config")
-    return replace(
-        parse_text(text),
-        family="gemma3",
-        architecture="Gemma3ForConditionalGeneration",
-        tied=fields.flag("tie_word_embeddings"),
-        dtype=fields.dtype() or Fields(text, {}).dtype(),
-    )
-
-
-def unparse_wrapper(config: ModelConfig, base: Raw) -> dict[str, Any]:
-    """The raw config.json of a wrapper: `base` with the fields that differ.
-
-    Without a base the vision tower is unknown: transformers then takes the one of its class defaults.
-    """
-    raw = deepcopy(dict(base)) or {"architectures": [config.architecture], "model_type": "gemma3"}
-    text = raw.get("text_config") or {}
-    tied = CONFIG.fields(text).flag("tie_word_embeddings") if text else config.tied
-    raw["text_config"] = unparse_text(replace(config, tied=tied, dtype=None), text)
-    if not text:
-        del raw["text_config"]["architectures"]  # only the whole model has one
-    if Fields(raw, WRAPPER_DEFAULTS).flag("tie_word_embeddings") != config.tied:
-        raw["tie_word_embeddings"] = config.tied
-    if not base or parse_wrapper(base).dtype != config.dtype:
-        set_dtype(raw, config.dtype)
-    return raw
-
-
-def text_only(raw: Raw) -> dict[str, Any]:
-    """The config.json of a wrapper's text model alone, which `Gemma3ForCausalLM` loads."""
-    shared = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
-    return {
-        **{key: raw[key] for key in shared if key in raw},
-        **deepcopy(dict(raw.get("text_config") or {})),
-        "architectures": [CONFIG.architecture],
-        "model_type": CONFIG.model_type,
-        "tie_word_embeddings": parse_wrapper(raw).tied,
-    }
-
+WRAPPER = Wrapper("gemma3", "Gemma3ForConditionalGeneration", CONFIG, parse_text, unparse_text)
 
 _POST_NORMS = (
     Row(
@@ -224,8 +178,8 @@ GEMMA3_TEXT = Family(
 GEMMA3 = Family(
     name="gemma3",
     architectures=("Gemma3ForConditionalGeneration",),
-    parse=parse_wrapper,
-    unparse=unparse_wrapper,
+    parse=WRAPPER.parse,
+    unparse=WRAPPER.unparse,
     rows=renamed(GEMMA3_TEXT.rows, ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
     replicas=(
         Replica(
@@ -250,6 +204,6 @@ GEMMA3 = Family(
     ),
     prefix="language_model.",
     marks=GEMMA3_TEXT.marks,
-    text_only=text_only,
+    text_only=WRAPPER.text_only,
     sizes_in="text_config",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ckptkit.families.common import ConfigJson, translation
 from ckptkit.families.config import ModelConfig, Rope
+from ckptkit.families.spelling import LOCAL, TE, VERL
 from ckptkit.families.table import KV, D, F, Family, Q, Raw, Replica, Row, V, copy, gate_up, qkv
 from ckptkit.sharding.rules import COLUMN, GATED_COLUMN, REPLICATED, ROW, VOCAB
 
@@ -40,7 +41,7 @@ def parse(raw: Raw) -> ModelConfig:
 unparse = translation(CONFIG, parse, CONFIG.values)
 
 EMBEDDINGS = (
-    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (V, D)}, copy, VOCAB),
+    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (V, D)}, copy, VOCAB, first=True),
     Row("decoder.final_layernorm.weight", {"model.norm.weight": (D,)}, copy, REPLICATED),
     Row("output_layer.weight", {"lm_head.weight": (V, D)}, copy, VOCAB, when=lambda config, layer: not config.tied),
 )
@@ -131,5 +132,6 @@ LLAMA = Family(
     unparse=unparse,
     rows=(*EMBEDDINGS, *ATTENTION, *MLP),
     replicas=(TIED_HEAD,),
+    spellings=(TE, LOCAL, VERL),
     extras=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )

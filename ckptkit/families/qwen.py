@@ -20,7 +20,7 @@ from ckptkit.families.common import (
 from ckptkit.families.config import ModelConfig, Rope
 from ckptkit.families.fields import FULL, SLIDING, Fields
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.families.spelling import HUB, HfSpelling, Stack
+from ckptkit.families.spelling import HUB, LOCAL, TE, VERL, HfSpelling, Stack
 from ckptkit.families.table import Family, Raw, only, without
 
 QWEN2_DEFAULTS = {
@@ -179,6 +179,7 @@ QWEN2 = Family(
     unparse=translation(QWEN2_CONFIG, parse_qwen2, _values_qwen2),
     rows=without((*EMBEDDINGS, *ATTENTION, *MLP), "linear_proj.bias", "linear_fc1.bias", "linear_fc2.bias"),
     replicas=(TIED_HEAD,),
+    spellings=(TE, LOCAL, VERL),
     marks=("decoder.layers.self_attention.linear_qkv.bias",),
 )
 

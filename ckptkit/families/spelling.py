@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ckptkit.errors import InputError
 from ckptkit.families.config import ModelConfig
+from ckptkit.families.hybrid import hybrid_name
 from ckptkit.tensors import Tensor, vstack
 
 GROUPED, SEQUENTIAL = "grouped", "sequential"
@@ -36,6 +37,11 @@ class Spelling:
             (`experts.local_experts.3.linear_fc1.weight`, as `SequentialMLP` does).
         prefix: What stands before every name, e.g. `language_model.` inside a multimodal model.
         tied_head: Whether a tied head is stored even where the embedding is.
+        hybrid: Whether names are written as HybridModel has them; they are read through `ckptkit.hybrid`.
+        starts: (canonical start, written start) pairs.
+        blocks: Whether a rank's fused queries, keys and values lie one behind the other, and not by query group.
+        padded: Whether the vocabulary is padded before it is split.
+        extra_states: Whether its modules have an `_extra_state` where they are Transformer Engine's.
     """
 
     name: str
@@ -43,13 +49,18 @@ class Spelling:
     experts: str = GROUPED
     prefix: str = ""
     tied_head: bool = False
+    hybrid: bool = False
+    starts: tuple[tuple[str, str], ...] = ()
+    blocks: bool = False
+    padded: bool = True
+    extra_states: bool = True
 
     def written(self, name: str) -> str:
         """The name as this writer spells it."""
-        name = _swap(name, self.endings)
+        name = _swap_start(_swap(name, self.endings), self.starts)
         if self.experts == SEQUENTIAL:
             name = _GROUPED_NAME.sub(r".experts.local_experts.\2.\1.weight", name)
-        return self.prefix + name
+        return self.prefix + (hybrid_name(name) if self.hybrid else name)
 
     def canonical(self, name: str) -> str:
         """The canonical name of what this writer wrote.
@@ -59,6 +70,7 @@ class Spelling:
         """
         name = name.removeprefix(self.prefix)
         name = _SEQUENTIAL_NAME.sub(r".experts.\2.weight\1", name)
+        name = _swap_start(name, tuple((written, canonical) for canonical, written in self.starts))
         return _swap(name, tuple((written, canonical) for canonical, written in self.endings))
 
 
@@ -70,13 +82,49 @@ LOCAL = Spelling(
         (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
     ),
     experts=SEQUENTIAL,
+    extra_states=False,
 )
+VERL = Spelling(
+    "verl",
+    endings=(
+        (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
+        (".self_attention.linear_qkv.weight", ".self_attn.qkv_proj.weight"),
+        (".self_attention.linear_qkv.bias", ".self_attn.qkv_proj.bias"),
+        (".self_attention.linear_proj.weight", ".self_attn.o_proj.weight"),
+        (".self_attention.linear_proj.bias", ".self_attn.o_proj.bias"),
+        (".mlp.linear_fc1.layer_norm_weight", ".post_attention_layernorm.weight"),
+        (".mlp.linear_fc1.weight", ".mlp.gate_up_proj.weight"),
+        (".mlp.linear_fc1.bias", ".mlp.gate_up_proj.bias"),
+        (".mlp.linear_fc2.weight", ".mlp.down_proj.weight"),
+        (".mlp.linear_fc2.bias", ".mlp.down_proj.bias"),
+    ),
+    starts=(
+        ("decoder.layers.", "model.layers."),
+        ("embedding.word_embeddings.", "model.embed_tokens."),
+        ("decoder.final_layernorm.", "model.norm."),
+        ("output_layer.", "lm_head."),
+    ),
+    blocks=True,
+    padded=False,
+    extra_states=False,
+)
+"""The models of verl's own that are parallel but not Megatron-Core's.
+
+Source: `verl/models/llama/megatron` and `verl/models/qwen2/megatron`, up to verl 0.5.
+"""
 
 
 def _swap(name: str, endings: Sequence[tuple[str, str]]) -> str:
     for old, new in endings:
         if name.endswith(old):
             return name[: -len(old)] + new
+    return name
+
+
+def _swap_start(name: str, starts: Sequence[tuple[str, str]]) -> str:
+    for old, new in starts:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return name
 
 
@@ -106,6 +154,11 @@ class HfSpelling:
     name: str
     renames: tuple[tuple[str, str], ...] = ()
     stacks: tuple[Stack, ...] = ()
+
+    @property
+    def canonical_as_is(self) -> bool:
+        """Whether its names are the canonical ones."""
+        return not (self.renames or self.stacks)
 
     def written(self, name: str) -> str:
         """The name of a tensor that is not stacked, as this writer spells it."""

@@ -11,15 +11,21 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.config import LayerConfig, ModelConfig
 from ckptkit.families.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
+from ckptkit.sharding.blocks import query_key_value_blocks
 from ckptkit.sharding.rules import Split, halves
-from ckptkit.tensors import DType, Tensor, vstack
+from ckptkit.tensors import DTYPES, DType, Literal, Tensor, vstack
+
+_BF16 = DTYPES["BF16"]
 
 Raw = Mapping[str, Any]
 """A config.json (or the text part of one) as parsed, never passed through transformers."""
@@ -41,7 +47,7 @@ class Dim:
 Shape = tuple[Dim, ...]
 
 V = Dim("vocab_size", lambda config, layer: config.vocab_size)
-D = Dim("hidden_size", lambda config, layer: config.hidden_size)
+D = Dim("hidden_size", lambda config, layer: layer.hidden_size or config.hidden_size)
 Q = Dim("num_attention_heads*head_dim", lambda config, layer: layer.num_heads * layer.head_dim)
 KV = Dim("num_key_value_heads*head_dim", lambda config, layer: layer.num_kv_heads * layer.head_dim)
 HD = Dim("head_dim", lambda config, layer: layer.head_dim)
@@ -49,6 +55,9 @@ F = Dim("intermediate_size", lambda config, layer: layer.ffn_hidden_size)
 E = Dim("num_experts", lambda config, layer: config.num_experts)
 I = Dim("moe_intermediate_size", lambda config, layer: config.moe_ffn_hidden_size)  # noqa: E741  the field's letter
 ONE = Dim("1", lambda config, layer: 1)
+P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
+LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size)
+VP = Dim("vocab_size_per_layer_input", lambda config, layer: config.per_layer_vocab_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +89,11 @@ def _pack_qkv(parts: Sequence[Tensor], layer: LayerConfig) -> Tensor:
 
 
 def _unpack_qkv(fused: Tensor, layer: LayerConfig) -> list[Tensor]:
-    sizes = (layer.num_heads // layer.num_kv_heads * layer.head_dim, layer.head_dim, layer.head_dim)
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    """Query, key and value; without the value where the rows of each group leave no room for one."""
+    sizes = [layer.num_heads // layer.num_kv_heads * layer.head_dim, layer.head_dim, layer.head_dim]
+    if fused.shape[0] == layer.num_kv_heads * sum(sizes[:2]):
+        sizes.pop()
+    parts: list[list[Tensor]] = [[] for _ in sizes]
     at = 0
     for _ in range(layer.num_kv_heads):
         for part, size in zip(parts, sizes, strict=True):
@@ -105,15 +117,38 @@ def always(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A part of a Megatron tensor that the model does not use: filled on the way in, dropped on the way out.
+
+    Attributes:
+        name: What it holds, for reports.
+        shape: Its shape.
+        value: What every element of it is, unless it repeats a part.
+        repeats: Index of the row's Hugging Face tensor that it repeats, or None.
+        hf: Name of the tensor that some Hugging Face files hold for it although nothing uses it; then that fills it.
+    """
+
+    name: str
+    shape: Shape
+    value: float = 0.0
+    repeats: int | None = None
+    hf: str | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One Megatron tensor (per layer if its name holds `{i}`, per expert if it also holds `{e}`).
 
     Attributes:
         megatron: Canonical Megatron name (Transformer Engine spec); `{i}` is the global layer, `{e}` the global expert.
-        hf: Hugging Face names -> shapes, in the order of the layout.
+        hf: Hugging Face names -> shapes, in the order of the layout. `{i}` is the global layer, `{j}` the layer
+            counted on its side of the adapter.
         layout: How the Hugging Face tensors lie inside the Megatron one.
         split: How it splits over tensor parallel ranks.
         when: Whether a model, or one of its layers, has it.
+        at_cut: Whether it stands where the model's adapter does, between two layers, and not at an end of the model.
+        slots: Parts without a Hugging Face tensor, which the layout puts behind those that have one.
+        first: Whether the first pipeline stage holds it; without a layer and a cut the last one does by default.
     """
 
     megatron: str
@@ -121,11 +156,21 @@ class Row:
     layout: Layout
     split: Split
     when: When = always
+    at_cut: bool = False
+    slots: tuple[Slot, ...] = ()
+    first: bool = False
 
 
 def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
     """Rows for a model whose Hugging Face names differ: (old, new) pieces of names, the first that fits counts."""
-    return tuple(replace(row, hf={_renamed(name, pairs): shape for name, shape in row.hf.items()}) for row in rows)
+    return tuple(
+        replace(
+            row,
+            hf={_renamed(name, pairs): shape for name, shape in row.hf.items()},
+            slots=tuple(replace(slot, hf=slot.hf and _renamed(slot.hf, pairs)) for slot in row.slots),
+        )
+        for row in rows
+    )
 
 
 def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
@@ -183,6 +228,37 @@ def _number(value: float, dtype: DType) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Unused:
+    """A slot of an item, with everything resolved.
+
+    Attributes:
+        slot: The slot.
+        shape: Its shape in elements.
+        hf: Name under which Hugging Face files may hold it, or None.
+    """
+
+    slot: Slot
+    shape: tuple[int, ...]
+    hf: str | None
+
+    def filled(self, parts: Sequence[Tensor], dtype: DType) -> Tensor:
+        """What a conversion fills it with.
+
+        Args:
+            parts: The tensors of the row that it belongs to.
+            dtype: Element type, where there are none.
+        """
+        if self.slot.repeats is not None:
+            return parts[self.slot.repeats]
+        like = parts[0] if parts else None
+        kind = like.dtype if like is not None else dtype
+        (piece,) = _number(self.slot.value, kind).bands[0].pieces
+        assert isinstance(piece, Literal) and isinstance(piece.data, bytes)
+        constant = Tensor.full(kind, self.shape, piece.data)
+        return constant if like is None or like.cast is None else constant.astype(like.cast)
+
+
+@dataclass(frozen=True)
 class Item:
     """A row for one model, layer and expert, with everything resolved.
 
@@ -193,6 +269,8 @@ class Item:
         parts: Hugging Face names -> shapes in elements.
         config: The layer's sizes.
         expert: Global expert number, or None.
+        cut: Number of the layer that it stands before, or None unless it stands at the model's adapter.
+        slots: Its parts that the model does not use.
     """
 
     row: Row
@@ -201,15 +279,45 @@ class Item:
     parts: dict[str, tuple[int, ...]]
     config: LayerConfig
     expert: int | None = None
+    cut: int | None = None
+    slots: tuple[Unused, ...] = ()
 
     def name(self, layer: int | None, expert: int | None = None) -> str:
         """The canonical Megatron name under a rank's own layer and expert numbers."""
         return self.row.megatron.format(i=layer, e=expert)
 
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Hugging Face tensors -> the Megatron tensor."""
+    def split(self, spelling: Spelling) -> Split:
+        """How it splits over tensor parallel ranks for a writer."""
+        if not spelling.blocks or self.row.layout is not qkv:
+            return self.row.split
+        layer = self.config
+        return query_key_value_blocks(
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_dim,
+            lambda parts: qkv.pack(parts, layer),
+            lambda fused: qkv.unpack(fused, layer),
+        )
+
+    def pack(
+        self, tensors: Sequence[Tensor], unused: Mapping[str, Tensor] = MappingProxyType({}), dtype: DType = _BF16
+    ) -> Tensor:
+        """Hugging Face tensors -> the Megatron tensor.
+
+        Args:
+            tensors: One for each of `parts`.
+            unused: What the files hold for slots, by Hugging Face name; other slots are filled.
+            dtype: Element type of a tensor that has no parts.
+
+        Raises:
+            InputError: The tensors differ in dtype.
+        """
+        slots = [
+            unused[slot.hf] if slot.hf is not None and slot.hf in unused else slot.filled(tensors, dtype)
+            for slot in self.slots
+        ]
         try:
-            return self.row.layout.pack(tensors, self.config)
+            return self.row.layout.pack([*tensors, *slots], self.config)
         except ValueError as error:
             raise InputError(
                 f"{', '.join(self.parts)}: {error}", hint="--dtype casts all of them to one type"
@@ -217,13 +325,44 @@ class Item:
 
     def unpack(self, tensor: Tensor) -> dict[str, Tensor]:
         """The Megatron tensor -> its Hugging Face tensors."""
-        return dict(zip(self.parts, self.row.layout.unpack(tensor, self.config), strict=True))
+        return dict(zip(self.parts, self._pieces(tensor), strict=False))
+
+    def dropped(self, tensor: Tensor) -> list[tuple[Unused, Tensor, Tensor]]:
+        """The slots of the Megatron tensor: (slot, what is in it, what a conversion fills it with)."""
+        pieces = self._pieces(tensor)
+        parts, slots = pieces[: len(self.parts)], pieces[len(self.parts) :]
+        return [(slot, found, slot.filled(parts, tensor.dtype)) for slot, found in zip(self.slots, slots, strict=True)]
+
+    def completed(self, tensor: Tensor) -> Tensor:
+        """The Megatron tensor of a writer that leaves out the slots, with them."""
+        return self.pack(self._pieces(tensor), dtype=tensor.dtype)
+
+    def _pieces(self, tensor: Tensor) -> list[Tensor]:
+        return self.row.layout.unpack(tensor, self.config)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the Megatron tensor, without vocabulary padding."""
-        shapes = list(self.parts.values())
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+        return _stacked([*self.parts.values(), *(slot.shape for slot in self.slots)])
+
+    @cached_property
+    def bare_shape(self) -> tuple[int, ...] | None:
+        """Shape of the Megatron tensor without slots that repeat a part, or None where it has none of those."""
+        if not any(slot.slot.repeats is not None for slot in self.slots):
+            return None
+        return _stacked(list(self.parts.values()))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements that the model has in it."""
+        return sum(prod(shape) for shape in self.parts.values())
+
+
+def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+
+Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -241,12 +380,23 @@ class Family:
             layer, or with a `*` at the end for everything that starts so.
         buffers: Extras that can be made anew where nothing brought them along.
         spellings: Megatron names of different writers; the first is canonical.
-        hf_spellings: Hugging Face names of different writers; the first is canonical.
+        hf_spellings: Hugging Face names of different writers; the first is what a new model is written in.
         prefix: What stands before all Megatron names of this family's models, unless only the text part is wanted.
         marks: Canonical Megatron names (without numbers) that a checkpoint of this family is recognised by.
         text_only: Multimodal families: raw config.json -> raw config.json of the text model alone. The canonical names
             of both are the same.
         sizes_in: Key of config.json under which the sizes of the text model are, or None for the top level.
+        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
+            directory that it names) -> one that describes the model by itself, and what a user should know.
+        legacy_config: Raw config.json -> that of an older layout of the same tensors.
+        code: Files with the model's Python code, which belong into every Hugging Face directory of the family.
+        foreign: Pieces of Megatron names -> the layout that they betray, which no table reads.
+        attention_of: What torch_dist keys add to `self_attention` in a layer, where layers whose attention differs are
+            stacked apart.
+        args: What Megatron's `args` say of this family's models beyond what they say of all.
+        from_args: (`args`, window of each layer) -> config.json of what only this family has.
+        local_only: Whether a model is only ever built from the local layer spec, whatever the names of its norms.
+        plain: Endings of modules that are not Transformer Engine's in any layer spec.
     """
 
     name: str
@@ -263,6 +413,15 @@ class Family:
     marks: tuple[str, ...] = ()
     text_only: Callable[[Raw], dict[str, Any]] | None = None
     sizes_in: str | None = None
+    complete: Complete | None = None
+    legacy_config: Callable[[Raw], dict[str, Any]] | None = None
+    code: tuple[Path, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    attention_of: Callable[[LayerConfig], str] | None = None
+    args: Callable[[ModelConfig], dict[str, Any]] | None = None
+    from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    local_only: Callable[[ModelConfig], bool] = lambda config: False
+    plain: tuple[str, ...] = ()
 
     def items(self, config: ModelConfig) -> Iterator[Item]:
         """Every tensor that a model of this config has, in table order, layer by layer, expert by expert."""
@@ -306,7 +465,7 @@ class Family:
             InputError: Stacked experts are missing or have another shape than the config says.
         """
         spelling = self.hf_spelling(tensors, config)
-        if spelling == self.hf_spellings[0]:
+        if spelling.canonical_as_is:
             return dict(tensors), spelling.name
         shapes = {name: shape for item in self.items(config) for name, shape in item.parts.items()}
         return spelling.split(tensors, shapes, config), spelling.name
@@ -321,7 +480,7 @@ class Family:
         found = next((found for found in self.hf_spellings if found.name == spelling), None)
         if found is None:
             raise UsageError(f"{self.name} has no spelling {spelling!r}", hint=_names(self.hf_spellings))
-        return dict(tensors) if found == self.hf_spellings[0] else found.join(tensors, config)
+        return dict(tensors) if found.canonical_as_is else found.join(tensors, config)
 
     def hf_spelling(self, names: Collection[str], config: ModelConfig) -> HfSpelling:
         """The spelling of Hugging Face names: the one that has most of them in common."""
@@ -349,17 +508,26 @@ class Family:
             raise UsageError(f"{self.name} has no {wrong}", hint=hint)
         return replace(found, experts=experts or found.experts, prefix="" if text else found.prefix or self.prefix)
 
-    def spelling_of(self, names: Iterable[str]) -> Spelling:
-        """The spelling that Megatron names are written in: the one that knows most of them."""
+    def spelling_of(self, names: Iterable[str], config: ModelConfig | None = None) -> Spelling:
+        """The spelling that Megatron names are written in: the one that knows most of them.
+
+        Args:
+            names: The names.
+            config: The model, if it is known; then those of its own tensors that a spelling has beyond `names` count
+                against it, too.
+        """
         written = {template(name) for name in names}
-        return min(self._variants(), key=lambda spelling: len(written - self._templates(spelling)))
+        if config is None:
+            return min(self._variants(), key=lambda spelling: len(written - self._templates(spelling, self.rows)))
+        rows = [row for row in self.rows if any(row.when(config, layer) for layer in config.layers)]
+        return min(self._variants(), key=lambda spelling: len(written ^ self._templates(spelling, rows)))
 
     def fits(self, names: Iterable[str]) -> bool:
         """Whether all of these Megatron names are in the table, and the marks of the family among them."""
         written = {template(name) for name in names}
         spelling = self.spelling_of(written)
         marks = {spelling.written(mark) for mark in self.marks}
-        return marks <= written <= self._templates(spelling)
+        return marks <= written <= self._templates(spelling, self.rows)
 
     def _variants(self) -> Iterator[Spelling]:
         """Every way to write the Megatron names, the usual ones first."""
@@ -370,9 +538,9 @@ class Family:
                 for prefix in dict.fromkeys((base.prefix or self.prefix, "")):
                     yield replace(base, experts=experts, prefix=prefix)
 
-    def _templates(self, spelling: Spelling) -> set[str]:
-        """The table's names without numbers, as a spelling writes them."""
-        return {template(spelling.written(row.megatron.format(i=0, e=0))) for row in self.rows}
+    def _templates(self, spelling: Spelling, rows: Iterable[Row]) -> set[str]:
+        """The names of rows without numbers, as a spelling writes them."""
+        return {template(spelling.written(row.megatron.format(i=0, e=0))) for row in rows}
 
 
 def _names(spellings: Iterable[Spelling | HfSpelling]) -> str:
@@ -390,5 +558,11 @@ def _matches(pattern: str, name: str, num_layers: int) -> bool:
 def _resolve(row: Row, config: ModelConfig, index: int | None, expert: int | None) -> Item:
     layer = config.layers[index or 0]
     shapes = {name: tuple(dim.of(config, layer) for dim in shape) for name, shape in row.hf.items()}
-    parts = {name.format(i=index, e=expert): shape for name, shape in shapes.items()}
-    return Item(row, row.megatron.format(i=index, e=expert), index, parts, layer, expert)
+    number = None if index is None else config.number_in_group(index)
+    parts = {name.format(i=index, j=number, e=expert): shape for name, shape in shapes.items()}
+    cut = config.adapter.after if row.at_cut and config.adapter is not None else None
+    slots = tuple(
+        Unused(slot, tuple(dim.of(config, layer) for dim in slot.shape), slot.hf and slot.hf.format(i=index, j=number))
+        for slot in row.slots
+    )
+    return Item(row, row.megatron.format(i=index, e=expert), index, parts, layer, expert, cut, slots)
