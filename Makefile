@@ -31,8 +31,8 @@ demo: setup ## Convert, verify and convert back a real model (SmolLM2-135M), on 
 test: setup lint ## Lint, types, and the fast tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-test-all: setup lint ## Lint, types, and every test that needs no GPU
-	$(BIN)/python -m pytest -q -m "not gpu"
+test-all: setup lint ## Lint, types, and every test that needs no GPU, with new random examples
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu"
 
 test-gpu: ## The GPU tests, with the current python and whatever it has installed
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu

@@ -1,4 +1,8 @@
-"""What holds for every test: no network, no thread pools that fight over a small machine, one pool of ranks."""
+"""What holds for every test: no network, no thread pools that fight over a small machine, one pool of ranks.
+
+Hypothesis draws the same examples every time, so that a failure is of the change at hand; with
+`HYPOTHESIS_PROFILE=explore` (as `make test-all` sets it) it draws new ones. A slow machine fails nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -109,7 +109,7 @@ def _stack(draw: st.DrawFn, shape: tuple[int, ...], depth: int) -> Pair:
     return stack([tensor for tensor, _ in parts]), np.stack([array for _, array in parts])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pairs())
 def test_algebra_equals_numpy(pair: Pair) -> None:
     tensor, array = pair
@@ -118,7 +118,7 @@ def test_algebra_equals_numpy(pair: Pair) -> None:
     assert np.array_equal(materialise(tensor), array)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs())
 def test_runs_are_the_same_bytes(pair: Pair) -> None:
     tensor, array = pair
@@ -126,7 +126,7 @@ def test_runs_are_the_same_bytes(pair: Pair) -> None:
     assert runs == array.tobytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pairs())
 def test_bands_are_well_formed(pair: Pair) -> None:
     tensor, _ = pair

@@ -26,7 +26,9 @@ _END = struct.Struct("<4s4H2LH")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-_ENCRYPTED, _DESCRIPTOR, _UTF8 = 1, 8, 0x800
+_DESCRIPTOR, _UTF8 = 8, 0x800
+_CODED = 1 | 0x20 | 0x40  # flags of bytes that are not the content: encrypted, a patch, strongly encrypted
+_MASKED = 0x2000  # the directory itself is encrypted
 _MAX_SMALL = 1 << 30
 _AGAIN = "fetch or copy it again"
 
@@ -275,7 +277,9 @@ def _parse_entry(window: _Window, data: bytes, at: int) -> tuple[_Entry, int]:
     name = _decode_name(window, data[at : at + lengths[0]])
     extra = data[at + lengths[0] : at + lengths[0] + lengths[1]]
     size, stored, header = _widen(window, name, extra, size, stored, header)
-    plain = method == 0 and not flags & _ENCRYPTED
+    if flags & _MASKED:
+        raise window.damage(f"record {name} has a masked header")
+    plain = method == 0 and not flags & _CODED
     if plain and stored != size:
         raise window.damage(f"record {name} has two sizes")
     return _Entry(name, header, stored, crc, plain), stop

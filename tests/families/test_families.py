@@ -381,7 +381,7 @@ def test_bad_stacks_are_named() -> None:
         family.fuse(canonical, config, "zipped")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(sorted(MODELS)),
     groups=st.sampled_from([1, 2, 3, 6]),

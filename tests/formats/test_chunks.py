@@ -41,7 +41,7 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Bounds]]:
     return shape, draw(st.permutations(boxes))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(partitions())
 def test_any_cutting_is_joined(case: tuple[tuple[int, ...], list[Bounds]]) -> None:
     shape, bounds = case
@@ -56,7 +56,7 @@ def test_any_cutting_is_joined(case: tuple[tuple[int, ...], list[Bounds]]) -> No
         assert all(contents(part) == array[index].tobytes() for index, part in parts.items())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(partitions(), st.data())
 def test_a_missing_or_repeated_or_moved_box_is_found(
     case: tuple[tuple[int, ...], list[Bounds]], data: st.DataObject

@@ -81,13 +81,13 @@ def test_the_safetensors_specimen_is_read(file: Path) -> None:
     assert safetensors_agrees(file, SPECIMEN)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(EDITS, CUTS, TAILS)
 def test_mutated_safetensors(file: Path, edits: list[tuple[int, int]], cut: int | None, tail: bytes) -> None:
     safetensors_agrees(file, mutated(SPECIMEN, edits, cut, tail))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.integers(8, 7 + LENGTH), st.sampled_from(list(b'0123456789",:[]{} abx')))
 def test_a_changed_character_of_the_header(file: Path, at: int, character: int) -> None:
     """Near misses: most of them are still JSON."""
@@ -104,7 +104,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.sampled_from(list(TENSORS)), ENTRIES, st.sets(st.sampled_from(["dtype", "shape", "data_offsets"])))
 def test_a_header_with_another_entry(file: Path, name: str, entry: dict[str, Any], fields: set[str]) -> None:
     changed = {**HEADER, name: {**HEADER[name], **{field: entry[field] for field in fields}}}
@@ -154,15 +154,24 @@ def by_torch(data: bytes) -> Found:
 UNHARMED = by_torch(ARCHIVE)
 
 
+def as_it_lies(data: bytes) -> Found:
+    """The specimen with its bytes taken from `data`: nothing tells that they are others, for torch neither."""
+    found: Found = {}
+    for name, (dtype, shape, content) in UNHARMED.items():
+        start = ARCHIVE.index(content)
+        found[name] = (dtype, shape, data[start : start + len(content)])
+    return found
+
+
 def torch_agrees(file: Path, data: bytes) -> bool:
-    """Whether we read it; then it is what it was, or what torch reads too."""
+    """Whether we read it; then it is what it was but for the bytes of tensors, or what torch reads too."""
     file.write_bytes(data)
     try:
         found = ours(leaves(read_torch_file(file)))
     except CkptkitError as error:
         assert "\n" not in str(error)
         return False
-    assert found == UNHARMED or found == by_torch(data)
+    assert found == as_it_lies(data) or found == by_torch(data)
     return True
 
 
@@ -170,19 +179,19 @@ def test_the_torch_specimen_is_read(file: Path) -> None:
     assert torch_agrees(file, ARCHIVE)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(EDITS, CUTS, TAILS)
 def test_mutated_archives(file: Path, edits: list[tuple[int, int]], cut: int | None, tail: bytes) -> None:
     torch_agrees(file, mutated(ARCHIVE, edits, cut, tail))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 400), st.integers(0, 255))
 def test_a_changed_byte_of_the_directory(file: Path, from_end: int, value: int) -> None:
     torch_agrees(file, mutated(ARCHIVE, [(len(ARCHIVE) - 1 - from_end, value)], None, b""))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 1 << 12), st.integers(0, 255))
 def test_a_changed_byte_of_the_pickle_is_never_read(file: Path, at: int, value: int) -> None:
     """Its checksum tells."""

@@ -854,7 +854,7 @@ def survives(path: Path) -> None:
                     assert piece.offset + (piece.rows - 1) * piece.pitch + piece.width <= path.stat().st_size
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(EDITS, CUTS)
 def test_fuzzed_files(tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], cut: int | None) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
@@ -862,7 +862,7 @@ def test_fuzzed_files(tmp_path_factory: pytest.TempPathFactory, edits: list[tupl
     survives(path)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(EDITS, CUTS)
 def test_fuzzed_pickles(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], cut: int | None
@@ -882,7 +882,7 @@ OPCODES = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(OPCODES, max_size=40))
 def test_fuzzed_opcodes(opcodes: list[bytes]) -> None:
     try:
@@ -909,7 +909,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(VALUES)
 def test_values_come_back_as_they_were(value: object) -> None:
     assert loads(dumps(value), "x") == value

@@ -124,7 +124,7 @@ def test_unknown_dtypes_are_unsupported(file: Path, dtype: str) -> None:
         read_header(file)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     raw = struct.pack("<Q", len(data)) + data
@@ -132,7 +132,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         parse_header(raw, "fuzz")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 400), st.integers(0, 255))
 def test_any_changed_byte_is_read_or_refused(position: int, value: int) -> None:
     tensors = {f"t{i}": Tensor.full(DTYPES["F16"], (i, 3)) for i in range(5)}

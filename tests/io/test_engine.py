@@ -60,7 +60,7 @@ def as_float32(array: np.ndarray) -> bytes:
     return bits.tobytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs(), limits, st.booleans())
 def test_read_tensor(pair: Pair, limits: Limits, cast: bool) -> None:
     tensor, array = pair
@@ -71,7 +71,7 @@ def test_read_tensor(pair: Pair, limits: Limits, cast: bool) -> None:
     assert data.tobytes() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), limits, st.integers(1, 3))
 def test_run(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, limits: Limits, threads: int) -> None:
     files: list[OutputFile] = []
@@ -93,7 +93,7 @@ def test_run(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, limi
     assert sum(seen) == plan.nbytes
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), limits, st.integers(1, 3))
 def test_column_shards(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, limits: Limits, threads: int
@@ -134,7 +134,7 @@ def test_column_shards_read_the_source_once(tmp_path: Path, monkeypatch: pytest.
     assert sum(read) == tensor.nbytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), limits, st.integers(1, 3))
 def test_checksums(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, limits: Limits, threads: int) -> None:
     content, segments, sums = bytearray(), [], []

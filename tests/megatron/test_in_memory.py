@@ -14,7 +14,7 @@ from ckptkit.tensors import DTYPES, Tensor, hstack, stack, vstack
 SIZES = st.integers(1, 5)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(SIZES, SIZES, SIZES, st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.data())
 def test_slices_stacks_and_shapes(depth: int, rows: int, columns: int, dtype: torch.dtype, data: st.DataObject) -> None:
     whole = torch.arange(depth * rows * columns).view(depth, rows, columns).to(dtype)

@@ -229,7 +229,7 @@ def test_masks_are_checked(tiny: tuple[Any, Any], mask: torch.Tensor, text: str)
         tiny[1](*packed([[1, 2]]), attention_mask=mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6), st.integers(1, 4))
 def test_unpadding_and_padding_are_inverse(rows: list[list[bool]], multiple: int) -> None:
     from ckptkit.megatron.packed import pad, unpad

@@ -6,7 +6,7 @@ from math import sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.errors import UsageError
@@ -20,7 +20,6 @@ sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**63)
 
 
-@settings(deadline=None)
 @given(sizes, sizes, seeds)
 def test_orthogonal_columns_or_rows(rows: int, columns: int, seed: int) -> None:
     made = matrices.orthogonal(rows, columns, seed).array().astype(np.float64)
@@ -37,7 +36,6 @@ def test_orthogonal_is_spread_out() -> None:
     assert np.abs((made * other).sum()) < 0.2 * 128
 
 
-@settings(deadline=None)
 @given(sizes, sizes, seeds, st.integers(0, 3), st.data())
 def test_rows_do_not_depend_on_their_company(
     rows: int, columns: int, seed: int, stream: int, data: st.DataObject
@@ -58,7 +56,6 @@ def test_uniform_is_uniform_and_streams_differ() -> None:
     assert len(np.unique(made[:2])) == 602
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.data())
 def test_any_cut_of_the_bytes(rows: int, columns: int, data: st.DataObject) -> None:
     made = matrices.uniform(rows, columns, 1.0, 1, 0)
@@ -70,7 +67,6 @@ def test_any_cut_of_the_bytes(rows: int, columns: int, data: st.DataObject) -> N
     assert np.array_equal(found, made.array()[top:, left:])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 12), seeds)
 def test_an_mlp_computes_the_linear_map(narrow: int, more: int, seed: int) -> None:
     wide = 2 * narrow + more
@@ -131,5 +127,5 @@ def test_what_decides_about_the_bytes_is_in_the_digest() -> None:
 
 
 def test_unknown_initialisations_are_named() -> None:
-    with pytest.raises(UsageError, match=r"--adapter-init zeros; one of kaiming, orthogonal, identity-pad, file"):
+    with pytest.raises(UsageError, match=r"--adapter-init zeros; one of kaiming, orthogonal, .*, file"):
         initialise("zeros", Request("linear", 2, 4))

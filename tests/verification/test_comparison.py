@@ -85,7 +85,7 @@ def test_noise_is_measured_in_units_of_the_reference(exact: Run, tmp_path: Path)
     assert not noise_floor(noise_ratios(exact, [exact], low)).passed
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=300))
 def test_quantiles_are_members_that_enough_others_do_not_exceed(ratios: list[float]) -> None:
     floor = noise_floor([ratios])
