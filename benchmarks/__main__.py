@@ -29,7 +29,7 @@ from benchmarks import report
 from benchmarks.cases import CASES, GROWTH, MARGIN, Bench, Result
 from benchmarks.measure import CommandError, available_memory, is_memory
 from benchmarks.model import SHAPES, shape_for
-from benchmarks.plot import Chart, draw
+from benchmarks.plot import Chart, Points, draw
 
 ROOM = 2.5
 BUDGET_MIB = 256
@@ -78,7 +78,7 @@ def _standard(bench: Bench, size: int, options: argparse.Namespace) -> dict[str,
 def _growth(bench: Bench, sizes: list[int], options: argparse.Namespace) -> dict[str, object]:
     """One conversion over sizes, with layers of one shape."""
     shape = SHAPES[options.shape or "1.1b"]
-    results = []
+    results: list[Result] = []
     for size in sizes:
         results += replace(bench, size=size, shape=shape).conversions([GROWTH])
     sync = not is_memory(bench.place)
@@ -90,7 +90,7 @@ def _growth(bench: Bench, sizes: list[int], options: argparse.Namespace) -> dict
 
 def _charts(results: list[Result], sync: bool) -> list[Chart]:
     sizes = [result.source_bytes / 1e9 for result in results]
-    times = {
+    times: dict[str, Points] = {
         "cp + sync" if sync else "cp": [(x, result.cp.median) for x, result in zip(sizes, results, strict=True)],
         "ckptkit": [(x, result.whole.median) for x, result in zip(sizes, results, strict=True)],
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,15 +55,13 @@ def main() -> None:
     with phase("check"):
         destination = Destination(arguments.dst, plan, sources=[source.path])
     if not arguments.plan_only:
-        with phase("prepare"):
-            destination.__enter__()
-        try:
+        with ExitStack() as stack:
+            with phase("prepare"):
+                stack.enter_context(destination)
             with phase("move"):
                 run(plan, destination.directory, journal=destination.journal, hash=arguments.hash)
             with phase("commit"):
                 destination.commit()
-        finally:
-            destination.__exit__()
     tensors = sum(file.tensors for file in plan.files)
     print(json.dumps({"seconds": seconds, "bytes": plan.nbytes, "files": len(plan.files), "tensors": tensors}))
 

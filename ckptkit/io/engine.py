@@ -190,21 +190,28 @@ class _Output:
             self._pending -= size
             return not self._pending
 
-    def finish(self) -> None:
-        """Writes the checksums and makes the file durable.
+    def complete(self) -> None:
+        """Writes the checksums, after which the file is whole; an empty one is created.
 
         Raises:
-            StorageError: The disk answers with an error.
+            StorageError: The disk is full or answers with an error.
         """
-        fd = self.fd()
+        self.fd()
         for checksum, parts in zip(self.spec.checksums, self._sums, strict=True):
             value = 0
             for _, crc, size in sorted(parts):
                 value = crc32_combine(value, crc, size)
             for at in checksum.at:
                 self._put(memoryview(value.to_bytes(4, "little")), at)
+
+    def sync(self) -> None:
+        """Makes the file durable and closes it.
+
+        Raises:
+            StorageError: The disk answers with an error.
+        """
         try:
-            os.fdatasync(fd)
+            os.fdatasync(self.fd())
         except OSError as error:
             raise storage_error(error, self.path) from error
         self.close()
@@ -348,8 +355,10 @@ class _Job:
         try:
             if self._stop.is_set():
                 return
-            output.finish()
+            output.complete()
+            # Before the sync: the disk goes on writing meanwhile.
             sha256 = hash_file(output.path) if self._hash else None
+            output.sync()
             if sha256 is not None:
                 self.hashes[output.spec.path] = sha256
             if self._journal is not None:

@@ -1,0 +1,42 @@
+"""The benchmarks run: they are commands that nobody waits for, and follow the package they measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fixtures.make_damaged import SOUND
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_phases_make_the_same_files_as_the_command(tmp_path: Path) -> None:
+    grid = ("--to", "torch", "--tp", "2")
+    phases = json.loads(run("benchmarks.phases", str(SOUND / "hf"), str(tmp_path / "phases"), *grid))
+    run("ckptkit", "convert", str(SOUND / "hf"), str(tmp_path / "command"), *grid)
+    written = {path.relative_to(tmp_path / "command") for path in (tmp_path / "command").rglob("*") if path.is_file()}
+    assert phases["files"] == len(written)
+    assert phases["bytes"] == sum((tmp_path / "command" / path).stat().st_size for path in written)
+    assert {"import", "open", "plan", "move", "commit"} <= phases["seconds"].keys()
+    for path in written:
+        assert (tmp_path / "phases" / path).read_bytes() == (tmp_path / "command" / path).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_table_and_the_plot(tmp_path: Path) -> None:
+    small = ("--size-gb", "0.01", "--repeat", "1", "--dir", str(tmp_path))
+    table = run("benchmarks", *small, "--no-alternatives", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for conversion in figures["conversions"]:
+        assert f"| {conversion['name']} |" in table
+    run("benchmarks", *small, "--growth", "0.01,0.02", "--shape", "tiny", "--plot", str(tmp_path / "growth.svg"))
+    assert (tmp_path / "growth.svg").read_text().startswith("<svg")
