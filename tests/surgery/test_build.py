@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from ckptkit import cli
 from ckptkit.conversion import convert
 from ckptkit.errors import InputError, StorageError, UnsupportedError, UsageError
+from ckptkit.exits import how_to_resume
 from ckptkit.io import faults
 from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
@@ -181,8 +182,8 @@ def test_a_build_of_another_seed_does_not_go_on(tmp_path: Path, pair: tuple[Path
 
 def test_interrupted_on_the_command_line_says_how_to_go_on() -> None:
     arguments = ["split-llama", "build", "a", "b", "-o", "out"]
-    assert "ckptkit split-llama build a b -o out --resume" in cli._how_to_resume(arguments)
-    assert cli._how_to_resume(["split-llama", "fit", "a"]) == ""
+    assert "ckptkit split-llama build a b -o out --resume" in how_to_resume(arguments)
+    assert how_to_resume(["split-llama", "fit", "a"]) == ""
 
 
 @pytest.mark.parametrize("mlp", [False, True])
