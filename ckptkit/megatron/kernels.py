@@ -1,13 +1,15 @@
 """Which kernel computes attention over packed sequences.
 
 Flash attention for sequences of different lengths is in torch itself. It serves half precision on a CUDA device with
-heads of at most 256 channels and no cap on the scores; elsewhere attention is exact (`attention.ExactAttention`).
+heads of at most 256 channels and no cap on the scores; elsewhere attention is exact (`attention.ExactAttention`), and
+everywhere with `CKPTKIT_EXACT_ATTENTION=1` in the environment.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,9 @@ FLASH_HEAD_DIM = 256
 FLASH_STEP = 8
 FLASH_CAPABILITY = (8, 0)
 """Oldest compute capability (Ampere) that it runs on."""
+
+EXACT = "CKPTKIT_EXACT_ATTENTION"
+"""Environment variable that keeps flash attention out, to tell its errors from others."""
 
 Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float, int | None], torch.Tensor]
 """(query, key, value, cu_seqlens, max_seqlen, scale, window) -> output; tensors are [tokens, heads, head_dim]."""
@@ -39,6 +44,7 @@ def flash_serves(query: torch.Tensor, softcap: float | None) -> bool:
         and width <= FLASH_HEAD_DIM
         and width % FLASH_STEP == 0
         and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
+        and os.environ.get(EXACT, "0") in ("", "0")
     )
 
 
