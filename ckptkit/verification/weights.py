@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import InputError
 from ckptkit.inspection.structure import config_differences
-from ckptkit.io.engine import compare
 from ckptkit.io.plan import Comparison
+from ckptkit.io.reading import first_difference
 from ckptkit.tensors import Tensor
 from ckptkit.verification.figures import Check
 from ckptkit.verification.report import LevelResult
@@ -21,10 +20,10 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
     contradictions = [*candidate.disagreements, *(f"reference: {text}" for text in reference.disagreements)]
     config = [*config_differences(reference.config, candidate.config, _SIDES), *contradictions]
     problems = []
-    for key in reference.tensors.keys() ^ candidate.tensors.keys():
+    for key in sorted(reference.tensors.keys() ^ candidate.tensors.keys()):
         side = "candidate" if key in reference.tensors else "reference"
         problems.append(f"{key} is missing in the {side}")
-    for key in reference.tensors.keys() & candidate.tensors.keys():
+    for key in sorted(reference.tensors.keys() & candidate.tensors.keys()):
         left, right = reference.tensors[key].shape, candidate.tensors[key].shape
         if left != right:
             problems.append(f"{key} is {list(left)} in the reference, {list(right)} in the candidate")
@@ -69,10 +68,11 @@ def check_weights(
         nonlocal done
         found = []
         for comparison in comparisons:
-            try:
-                compare(comparison)
-            except InputError as error:
-                found.append(str(error))
+            left, right = comparison.left, comparison.right
+            byte = first_difference(left, right)
+            if byte is not None:
+                element = byte // left.out_dtype.itemsize
+                found.append(f"{comparison.what}, first at element {element:,} of {left.numel:,}")
             done += comparison.left.nbytes
             if progress is not None:
                 progress(done, total)
@@ -87,7 +87,8 @@ def check_weights(
             if tensor.out_dtype != candidate.tensors[key].out_dtype
         }
     )
-    summary = f"{len(problems)} tensors differ, first: {problems[0]}" if problems else f"{total:,} bytes equal"
+    how_many = f"{len(problems)} tensors differ" if len(problems) > 1 else "1 tensor differs"
+    summary = f"{how_many}: {problems[0]}" if problems else f"{total:,} bytes equal"
     if cast and not problems:
         summary += f" after the cast {', '.join(cast)}"
     details = {"bytes": total, "tensors": len(reference.tensors), "casts": cast, "problems": problems[:20]}
