@@ -406,6 +406,12 @@ def verify(
             help="Send the candidate's tokens to the experts that the reference chose, and judge routers apart.",
         ),
     ] = True,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, metavar="SECONDS", help="Longest that a side may run on Megatron ranks, loading included: 3600."
+        ),
+    ] = None,
     save_logits: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Keep both sides' logits (safetensors: reference, candidate)."),
@@ -429,11 +435,12 @@ def verify(
     """
     from ckptkit import verification
     from ckptkit.verification.files import check_places, errors_reported, write_reports
+    from ckptkit.verification.jobs import TIMEOUT
 
     if prompt and tokens:
         raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
     output = Output(json)
-    check_places(json, junit, html)
+    check_places(json, junit, html, save_logits)
     speaks = os.environ.get("RANK", "0") == "0"
     with errors_reported(junit if speaks else None, reference, candidate), output.progress("verifying") as progress:
         report = verification.verify(
@@ -451,6 +458,7 @@ def verify(
             dp=dp,
             dp_kind=dp_kind.value,
             save_logits=save_logits,
+            timeout=TIMEOUT if timeout is None else timeout,
             progress=progress,
         )
     if speaks:

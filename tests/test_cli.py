@@ -354,6 +354,7 @@ def test_verify_passes_and_differs(verify):
         "dp": 1,
         "dp_kind": "ddp",
         "save_logits": None,
+        "timeout": 3600.0,
         "progress": None,
     }
     verify.result = SimpleNamespace(passed=False, to_dict=lambda: {"verdict": "differs"})
@@ -365,7 +366,7 @@ def test_verify_passes_and_differs(verify):
 def test_every_option_of_verify_arrives(verify, tmp_path):
     report = tmp_path / "report.json"
     line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
-    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2"
+    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60"
     result = run(*line.split(), *how.split(), "--prompt", "one", "--prompt", "two")
     assert (result.exit_code, result.stdout) == (0, "the verdict\n")
     assert verify.options == {
@@ -381,6 +382,7 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "dp": 2,
         "dp_kind": "fsdp2",
         "save_logits": "l",
+        "timeout": 60.0,
         "progress": None,
     }
     assert json.loads(report.read_text()) == {"verdict": "same"}

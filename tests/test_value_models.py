@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ckptkit import convert, open_checkpoint, verify
-from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.errors import InputError, UnsupportedError, UsageError, VerificationError
 from ckptkit.families import families, family_called
 from ckptkit.families.heads import OF_TOKENS, STEMS, as_value_config
 from ckptkit.sharding.grid import Parallelism
@@ -272,3 +272,21 @@ def test_without_its_config_a_value_model_is_not_taken_for_another(saved: Callab
             continue
         with pytest.raises(InputError, match=r"output_layer\.weight is \[2, 96\], the config says \[250, 96\]"):
             open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_of_zeros_hides_nothing(pool: RankPool, tmp_path: Path, dtype: str) -> None:
+    """All values are 0, whatever the body does: what the head is fed is judged instead."""
+    source = save_llama(tmp_path / "lm", "gqa")
+    convert(source, tmp_path / "hf", to="hf", head="value")
+    convert(tmp_path / "hf", tmp_path / "meg", to="torch", grid=Parallelism(2), spec="local")
+    sides = Side(tmp_path / "hf", "hf"), Side(tmp_path / "meg", "megatron")
+    how: dict[str, Any] = {"tokens": TOKENS, "tolerance": EXACT, "dtype": dtype, "pool": pool}
+    report = verify_logits(*sides, **how)
+    assert report.passed, report.summary
+    assert "final norm" in [check.name for check in report.checks]
+    broken = _scaled(tmp_path / "hf", tmp_path / "broken", {"model.layers.1.mlp.down_proj.weight": 1.5})
+    report = verify_logits(Side(broken, "hf"), sides[1], **how)
+    assert [check.name for check in report.checks if not check.passed] == ["final norm"]
+    with pytest.raises(VerificationError, match="cannot tell packed rows apart"):
+        verify_logits(*sides, **how, packed=True)

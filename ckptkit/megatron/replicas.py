@@ -108,6 +108,30 @@ def fully_sharded(model: Any, layers: Sequence[torch.nn.Module], mesh: Any = Non
     return model
 
 
+def check_same_weights(chunks: Sequence[Any], group: dist.ProcessGroup) -> None:
+    """Whether all replicas loaded the same, before anything that makes replicas copies the first one over the others.
+
+    Args:
+        chunks: Loaded model chunks of this rank.
+        group: From `replica_group`.
+
+    Raises:
+        VerificationError: A parameter differs, on every rank of the group that differs.
+    """
+    source, differing = dist.get_global_rank(group, 0), []
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            first = parameter.detach().clone()
+            dist.broadcast(first, src=source, group=group)
+            if not torch.equal(first, parameter):
+                differing.append(name)
+    if differing:
+        raise VerificationError(
+            f"replica {dist.get_rank(group)} loaded another {differing[0]} than the first one"
+            + (f", and {len(differing) - 1} more" if len(differing) > 1 else "")
+        )
+
+
 def check_alike(logits: torch.Tensor | None, group: dist.ProcessGroup, device: torch.device) -> None:
     """Whether all replicas computed what the first one did.
 

@@ -29,7 +29,8 @@ class Location:
     """Where two models part.
 
     Attributes:
-        place: `embedding`, `layer 3 self_attention`, `layer 3 mlp`, `layer 3 output`, `final norm` or `head`.
+        place: `embedding`, `layer 3 self_attention`, `layer 3 router`, `layer 3 mlp`, `layer 3 output`,
+            `layer 3 adapter`, `final norm` or `head`.
         relative_error: Error of the hidden state there, relative to its own size.
         error_before: Largest relative error at any place before it.
         tensors: The candidate's tensors between the place before and this one.
@@ -42,7 +43,8 @@ class Location:
 
     def __str__(self) -> str:
         rest = len(self.tensors) - NAMED
-        fed = ", ".join(self.tensors[:NAMED]) + (f" and {rest} more" if rest > 0 else "") or "no tensors"
+        ordered = sorted(self.tensors, key=lambda name: ".experts." in name)  # there may be hundreds of those
+        fed = ", ".join(ordered[:NAMED]) + (f" and {rest} more" if rest > 0 else "") or "no tensors"
         return (
             f"the models part at {self.place}: relative error {self.relative_error:.1e}, {self.error_before:.1e} before"
             f" it; it is fed by {fed}, and by the configuration"
@@ -63,6 +65,8 @@ class Agreement:
         kl_max: Largest of them.
         non_finite: Side -> how many of its logits are not finite.
         per_position: Largest difference at each position of each row, over `max_abs_logit`.
+        constant: Whether all logits of the reference are one number, as with a head of zeros: then they say nothing
+            of what is below the head.
     """
 
     max_abs_error: float
@@ -74,6 +78,7 @@ class Agreement:
     kl_max: float
     non_finite: dict[str, int]
     per_position: list[list[float]]
+    constant: bool = False
 
     @property
     def finite(self) -> bool:
@@ -94,9 +99,10 @@ class NoiseFloor:
         p99: 99th percentile of r.
         median_limit: Largest median that passes.
         p99_limit: Largest 99th percentile that passes.
-        samples: Runs of the reference behind the denominator.
+        samples: Runs of the reference behind the denominator: one where there is no second, or where the second is so
+            far from the first that its error is more than rounding.
         repeat_median: Median of r of the reference's second run in units of its first: what a correct implementation
-            may get; null with one sample.
+            may get; null without a second.
         repeat_p99: The 99th percentile of that.
     """
 

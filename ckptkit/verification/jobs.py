@@ -12,6 +12,8 @@ from typing import Any
 from ckptkit import errors
 from ckptkit.sharding.grid import Parallelism
 
+TIMEOUT = 3600.0
+"""Seconds that a run on Megatron ranks may take by default; a rank that dies is noticed at once."""
 OPENER = "ckptkit:open_checkpoint"
 """Where ranks find the function that opens a checkpoint, as `module:function`."""
 
@@ -37,7 +39,7 @@ class LogitsJob:
         packed: Take the logits from packed rows of all lengths; hidden states and routing stay those of plain rows.
         replicas: How many times the grid is there; all must compute the same.
         replication: What makes them replicas, `ddp` (megatron-core's) or `fsdp2`.
-        timeout: Seconds that a collective may wait.
+        timeout: Seconds that a collective may wait, and the whole run may take.
         opener: What opens the checkpoint, as `module:function`.
     """
 
@@ -57,7 +59,7 @@ class LogitsJob:
     packed: bool = False
     replicas: int = 1
     replication: str = "ddp"
-    timeout: float = 600.0
+    timeout: float = TIMEOUT
     opener: str = OPENER
 
     @property

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, InputError, UsageError, VerificationError
+from ckptkit.families import family_of
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
-from ckptkit.verification.jobs import OPENER, LogitsJob, find
+from ckptkit.verification.jobs import OPENER, TIMEOUT, LogitsJob, find
 from ckptkit.verification.pool import RankPool, Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.report import LogitsReport
 from ckptkit.verification.runs import Run
@@ -64,7 +65,7 @@ def verify_logits(
     dp_kind: str = DDP,
     pool: Ranks | None = None,
     save_logits: str | Path | None = None,
-    timeout: float = 600.0,
+    timeout: float = TIMEOUT,
     opener: str = OPENER,
 ) -> LogitsReport:
     """Run two checkpoints over the same tokens and compare their logits at every position.
@@ -167,11 +168,10 @@ def _open(side: Side, opener: str) -> _Model:
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)
     try:
         raw = json.loads((Path(side.path) / "config.json").read_text())
-        vocab_size = int((raw.get("text_config") or raw)["vocab_size"])
-        value_head = any(str(name).endswith("Classification") for name in raw.get("architectures") or ())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot read vocab_size from config.json ({error!r})", where=side.path) from None
-    return _Model(side, vocab_size, Parallelism(), value_head)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read config.json ({error})", where=side.path) from None
+    config = family_of(raw, side.path).parse(raw)  # it knows what a config.json may leave out
+    return _Model(side, config.vocab_size, Parallelism(), config.value_head)
 
 
 def _rows(tokens: Sequence[Sequence[int]] | str | Path | None, vocab_size: int) -> list[list[int]]:
@@ -226,7 +226,7 @@ class _Check:
         keep_logits(target, self.runs["reference"], self.runs["candidate"], lengths)
 
     def _judge(self, exact: Run, low: Run | None, found: Run) -> LogitsReport:
-        from ckptkit.verification.comparison import compare, compare_greedy, low_runs, noise_floor, noise_ratios
+        from ckptkit.verification.comparison import compare, compare_greedy, noise_floor
         from ckptkit.verification.curve import error_curve
         from ckptkit.verification.routing import judge_routing
 
@@ -236,13 +236,13 @@ class _Check:
         if low is None:
             bad = _bad_positions(agreement.per_position, self.tolerance) + parted
         else:
-            first, *second = low_runs(low)
-            ratios = noise_ratios(exact, [first, *second], found)
-            noise = noise_floor(ratios, noise_ratios(exact, [first], second[0]) if second else None)
+            noise, ratios = noise_floor(exact, low, found)
             bad = _bad_positions(ratios, noise.p99_limit)
         routing = judge_routing(exact, low, found, self.tolerance) if self.replay else None
         curve = error_curve(exact, low, found)
         checks = _checks(agreement, greedy, noise, routing, self.tolerance, self.dtype)
+        if agreement.constant:
+            checks.append(self._final_norm(curve))
         passed = all(check.passed for check in checks)
         location, messages = (None, []) if passed else self._locate(exact, bad or [agreement.worst], curve)
         modules = {**exact.modules, **found.modules}
@@ -271,6 +271,21 @@ class _Check:
             },
         )
 
+    def _final_norm(self, curve: list[StateError]) -> Check:
+        """What the head is fed, for a head that makes the same of everything."""
+        from ckptkit.verification.comparison import MEDIAN_LIMIT
+
+        if self.how["packed"]:
+            raise VerificationError(
+                "all logits of the reference are one number, which cannot tell packed rows apart",
+                where=self.reference.side.path,
+                hint="verify without --packed, or with another head (convert --head-init normal)",
+            )
+        (state,) = (state for state in curve if state.place == "final norm")
+        limit = self.tolerance if state.noise is None else MEDIAN_LIMIT * state.noise
+        text = f"all logits of the reference are one number; what the head is fed is off by {state.rms_error:.1e}"
+        return Check("final norm", state.rms_error <= limit, f"{text} (limit {limit:.1e})")
+
     def _locate(
         self, exact: Run, bad: list[tuple[int, int]], curve: list[StateError]
     ) -> tuple[Location | None, list[str]]:
@@ -291,6 +306,8 @@ class _Check:
             return location, [*messages, str(location)]
         if self.how["packed"]:
             return None, [*messages, "that row alone, the models agree: the difference arises only beside other rows"]
+        if self.dtype == "float32":
+            return None, [*messages, "no hidden state of that row differs by more than the noise"]
         messages.append(f"in float32 the models agree there: the difference arises only in {self.dtype}")
         excess = first_excess(curve)
         if excess is not None and excess.noise:
@@ -381,7 +398,8 @@ def _checks(
     if noise is None:
         text = f"largest error {agreement.relative_error:.1e} of the largest |logit| (tolerance {tolerance:.0e})"
         checks.append(Check("error", agreement.relative_error <= tolerance, text))
-        checks.append(Check("greedy", greedy.passed, _equal(greedy)))
+        if greedy.steps:
+            checks.append(Check("greedy", greedy.passed, _equal(greedy)))
     else:
         text = (
             f"{dtype} error {noise.median:.2f} (median) and {noise.p99:.2f} (p99) times the reference's own"
@@ -389,6 +407,7 @@ def _checks(
         )
         if noise.repeat_median is not None:
             text += f"; a second run of the reference {noise.repeat_median:.2f} and {noise.repeat_p99:.2f}"
+            text += ", which is too far off to count" if noise.samples == 1 else ""
         checks.append(Check("noise floor", noise.passed, text))
     return checks + (routing.checks() if routing is not None else [])
 
@@ -401,6 +420,8 @@ def _summary(checks: list[Check], agreement: Agreement, greedy: Greedy) -> str:
     if "router logits" in texts:
         texts["router logits"] = f"router logits {texts['router logits']}"
     error, *others = texts.values()
+    if not greedy.steps:
+        return ", ".join((error, *others))
     return ", ".join((error, f"top-1 agreement {100 * agreement.top1_agreement:.1f} %", _equal(greedy), *others))
 
 

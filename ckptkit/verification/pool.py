@@ -96,7 +96,8 @@ class RankPool:
         start = time.monotonic()
         self._replies = queue.SimpleQueue()
         self._processes = [self._spawn(rank) for rank in range(self.world_size)]
-        self._collect(range(self.world_size), self.start_timeout, "starting the ranks")
+        with self._killed_unless_done():
+            self._collect(range(self.world_size), self.start_timeout, "starting the ranks")
         self.start_seconds = time.monotonic() - start
 
     def run(self, job: LogitsJob) -> list[dict[str, Any]]:
@@ -119,7 +120,8 @@ class RankPool:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # a dead rank is reported by `_collect`
                 print(json.dumps(message), file=process.stdin, flush=True)
-        answers = self._collect(range(job.world_size), job.timeout, str(job))
+        with self._killed_unless_done():
+            answers = self._collect(range(job.world_size), job.timeout, str(job))
         return [answers[rank]["result"] for rank in range(job.world_size)]
 
     def close(self) -> None:
@@ -130,7 +132,8 @@ class RankPool:
     def _spawn(self, rank: int) -> subprocess.Popen[str]:
         with open(self._stderr(rank), "w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ckptkit.verification.worker"],
+                # -P: what lies in the current directory, a checkout of Megatron-LM perhaps, is not imported.
+                [sys.executable, "-P", "-m", "ckptkit.verification.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -153,7 +156,7 @@ class RankPool:
                 if failed is None:
                     hint = "; ".join(f"rank {rank}: {self._tail(rank)}" for rank in waiting[:2])
                     self._kill()
-                    what = f"no answer from {_ranks(waiting)} within {timeout:g} seconds"
+                    what = f"no answer from {_ranks(waiting)} within {timeout:g} seconds (--timeout)"
                     raise VerificationError(what, where=where, hint=hint) from None
                 break
             if line is None:
@@ -166,6 +169,17 @@ class RankPool:
                 self._kill()
             raise decode_error(failed)
         return answers
+
+    @contextlib.contextmanager
+    def _killed_unless_done(self) -> Iterator[None]:
+        """Whoever is interrupted while it waits must not leave answers for the next one."""
+        try:
+            yield
+        except Exception:
+            raise  # `_collect` has seen to the processes
+        except BaseException:
+            self._kill()
+            raise
 
     def _died(self, rank: int, where: str) -> VerificationError:
         code = self._processes[rank].wait()
@@ -219,7 +233,11 @@ class TorchrunRanks:
         prefix = self._next()
         store = PrefixStore(prefix, self._meet())
         if self.rank < job.world_size:
-            self._put(prefix, self.rank, lambda: execute(job, self.rank, store))
+
+            def failed(error: Exception) -> None:
+                self._set(prefix, self.rank, {"error": encode_error(error)})
+
+            self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed))
         return [self._get(prefix, rank, job.timeout) for rank in range(job.world_size)]
 
     def once(self, task: Callable[[], T]) -> T:
@@ -256,6 +274,9 @@ class TorchrunRanks:
         except Exception as error:
             traceback.print_exc()
             answer = {"error": encode_error(error)}
+        self._set(prefix, rank, answer)
+
+    def _set(self, prefix: str, rank: int, answer: dict[str, Any]) -> None:
         self._meet().set(f"{prefix}/answer/{rank}", json.dumps(answer))
 
     def _get(self, prefix: str, rank: int, timeout: float) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.errors import VerificationError
+from ckptkit.errors import StorageError, VerificationError
 from ckptkit.verification.tokens import group_by_length
 
 if TYPE_CHECKING:
@@ -107,8 +107,12 @@ def keep_logits(path: Path, reference: Run, candidate: Run, lengths: list[int]) 
         reference: One run.
         candidate: The other.
         lengths: How many positions of each row to keep.
+
+    Raises:
+        StorageError: It cannot be written.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     kept = {}
@@ -117,7 +121,10 @@ def keep_logits(path: Path, reference: Run, candidate: Run, lengths: list[int]) 
             kept[name] = torch.full((len(rows), max(lengths), rows[0].vocab_size), torch.nan)
             for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 kept[name][index, :length] = row[0:length]
-    save_file(kept, str(path))
+    try:
+        save_file(kept, str(path))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write the logits ({error})", where=path) from error
 
 
 class _Row:

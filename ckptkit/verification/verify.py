@@ -14,6 +14,7 @@ from ckptkit.errors import UsageError
 from ckptkit.formats.hub import locate
 from ckptkit.megatron import DDP
 from ckptkit.opening import open_checkpoint
+from ckptkit.verification.jobs import TIMEOUT
 from ckptkit.verification.logits import TOLERANCE, Side, verify_logits
 from ckptkit.verification.placement import describe
 from ckptkit.verification.pool import Ranks
@@ -39,6 +40,7 @@ def verify(
     dp: int = 1,
     dp_kind: str = DDP,
     save_logits: str | Path | None = None,
+    timeout: float = TIMEOUT,
     progress: Callable[[int, int], None] | None = None,
     pool: Ranks | None = None,
 ) -> VerificationReport:
@@ -63,6 +65,7 @@ def verify(
         dp: Replicas of the candidate's grid; all must compute the same.
         dp_kind: What makes them replicas: `ddp`, megatron-core's DistributedDataParallel, or `fsdp2`.
         save_logits: A safetensors file for `reference` and `candidate`, [batch, seq, vocab] float32.
+        timeout: Seconds that a run of a Megatron side may take, loading included.
         progress: Called with (bytes compared, bytes in all) at the weights level.
         pool: Ranks to use instead of starting some.
 
@@ -78,7 +81,10 @@ def verify(
         paths = [stack.enter_context(locate(side)).path for side in (reference, candidate)]
         sides = open_checkpoint(paths[0]), open_checkpoint(paths[1])
     asked = LEVELS[: LEVELS.index(level) + 1]
-    how = {"packed": packed, "sequence_parallel": sequence_parallel, "dp": dp, "dp_kind": dp_kind}
+    how = {
+        **{"packed": packed, "sequence_parallel": sequence_parallel, "dp": dp, "dp_kind": dp_kind},
+        **{"timeout": timeout, "save_logits": save_logits, "pool": pool},
+    }
     levels: list[LevelResult] = []
     messages = _messages(*sides) if level == "logits" else []
 
@@ -89,7 +95,7 @@ def verify(
 
     ask("structure", lambda: check_structure(*sides))
     ask("weights", lambda: check_weights(*sides, progress))
-    ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, replay, how, save_logits, pool))
+    ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, replay, how))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
@@ -109,8 +115,6 @@ def _logits(
     tolerance: float | None,
     replay: bool,
     how: dict[str, Any],
-    save_logits: str | Path | None,
-    pool: Ranks | None,
 ) -> LevelResult:
     tokenizer = _tokenizer(sides) if prompts else None
     if tokenizer is not None:
@@ -123,8 +127,6 @@ def _logits(
         tolerance=TOLERANCE if tolerance is None else tolerance,
         replay=replay,
         **how,
-        pool=pool,
-        save_logits=save_logits,
     )
     answer = report.level()
     if tokenizer is not None and report.greedy is not None:

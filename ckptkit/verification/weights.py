@@ -37,6 +37,14 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
     return LevelResult("structure", not everything, summary, {"tensors": count, "problems": everything}, checks)
 
 
+def _difference(left: Tensor, right: Tensor) -> str | None:
+    """How two tensors that should be equal are not."""
+    if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
+        return f"{left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
+    byte = first_difference(left, right)
+    return None if byte is None else f"first at element {byte // left.out_dtype.itemsize:,} of {left.numel:,}"
+
+
 def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, reference, candidate) of what the model uses of a tensor: all of it, or the parts beside unused slots."""
     left, right, item = reference.tensors[key], candidate.tensors[key], reference.items[key]
@@ -68,11 +76,8 @@ def check_weights(
         nonlocal done
         found = []
         for comparison in comparisons:
-            left, right = comparison.left, comparison.right
-            byte = first_difference(left, right)
-            if byte is not None:
-                element = byte // left.out_dtype.itemsize
-                found.append(f"{comparison.what}, first at element {element:,} of {left.numel:,}")
+            if (difference := _difference(comparison.left, comparison.right)) is not None:
+                found.append(f"{comparison.what}, {difference}")
             done += comparison.left.nbytes
             if progress is not None:
                 progress(done, total)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,13 +30,16 @@ if TYPE_CHECKING:
     from ckptkit.megatron.pipeline import Pipeline
 
 
-def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
+def execute(
+    job: LogitsJob, rank: int, store: dist.Store, failed: Callable[[Exception], None] = lambda error: None
+) -> dict[str, Any]:
     """Do one rank's part of a job.
 
     Args:
         job: The job, the same on all its ranks.
         rank: Global rank, below `job.world_size`.
         store: A fresh store on which the ranks meet.
+        failed: Told of an error before the group is left, which may wait for ranks that never come.
 
     Returns:
         The fields of `runs.Run` that a rank knows, as JSON types.
@@ -55,6 +58,9 @@ def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
             job.grid, rank, store=store, device=device, timeout_seconds=job.timeout, replicas=job.replicas
         )
         return _run(job, rank, device)
+    except Exception as error:
+        failed(error)
+        raise
     finally:
         parallel.finalize()
         gc.collect()
@@ -63,13 +69,14 @@ def execute(job: LogitsJob, rank: int, store: dist.Store) -> dict[str, Any]:
 
 
 def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
-    from ckptkit.megatron.replicas import check_alike, replica_group, replicate
+    from ckptkit.megatron.replicas import check_alike, check_same_weights, replica_group, replicate
     from ckptkit.verification.probes import megatron_head
 
     start = time.monotonic()
     pipeline = _together(job, rank, device)
     group = replica_group(job.grid, job.replicas, rank) if job.replicas > 1 else None
     if group is not None:
+        check_same_weights(pipeline.chunks, group)
         pipeline = replace(pipeline, replicated=replicate(job.replication, pipeline.chunks, group, device))
     loaded = time.monotonic()
     runner = _Runner(job, pipeline)
@@ -228,18 +235,27 @@ def _modules(chunks: list[Any]) -> dict[str, int]:
     return counts
 
 
-def _answer(line: str) -> dict[str, Any]:
-    """What to reply to a line of standard input."""
+def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
+    """Does what a line of standard input asks for, and replies once."""
     import torch.distributed as dist
 
-    message = json.loads(line)
-    job = LogitsJob.from_json(message["job"])
+    message, told = json.loads(line), False
+
+    def failed(error: Exception) -> None:
+        nonlocal told
+        if not told:
+            traceback.print_exception(error)
+            reply({"error": encode_error(error)})
+        told = True
+
     try:
+        job = LogitsJob.from_json(message["job"])
         store = dist.FileStore(message["meeting_point"], job.world_size)
-        return {"result": execute(job, message["rank"], store)}
+        result = execute(job, message["rank"], store, failed)
     except Exception as error:
-        traceback.print_exc()
-        return {"error": encode_error(error)}
+        failed(error)
+    else:
+        reply({"result": result})
 
 
 def _lines(source: TextIO) -> Iterator[str]:
@@ -260,13 +276,17 @@ def main() -> None:
     """Serve jobs until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+
+    def reply(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=replies, flush=True)
+
     start = time.monotonic()
     from ckptkit.megatron import compat
 
     compat.import_megatron()
-    print(json.dumps({"ready": time.monotonic() - start}), file=replies, flush=True)
+    reply({"ready": time.monotonic() - start})
     for line in _lines(sys.stdin):
-        print(json.dumps(_answer(line)), file=replies, flush=True)
+        _serve(line, reply)
 
 
 if __name__ == "__main__":

@@ -41,3 +41,20 @@ class OneCrash(StandIn):
 def one_crash(path: str) -> StandIn:
     found = open_stand_in(path)
     return OneCrash(found.path, found.config, found.grid, found.padded_vocab_size)
+
+
+class OneOther(StandIn):
+    """What the last process loads is not what the others do."""
+
+    def shard(self, *, tp_rank: int, **place: Any) -> dict[str, Any]:
+        import torch.distributed as dist
+
+        found = super().shard(tp_rank=tp_rank, **place)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            found["decoder.final_layernorm.weight"] = found["decoder.final_layernorm.weight"] * 1.001
+        return found
+
+
+def one_other(path: str) -> StandIn:
+    found = open_stand_in(path)
+    return OneOther(found.path, found.config, found.grid, found.padded_vocab_size)

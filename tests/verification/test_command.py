@@ -75,7 +75,7 @@ def test_what_could_not_be_run_is_a_test_case_in_error(pair: tuple[Path, Path], 
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("option", ["--json", "--junit", "--html"])
+@pytest.mark.parametrize("option", ["--json", "--junit", "--html", "--save-logits"])
 def test_reports_need_a_directory_before_anything_runs(tmp_path: Path, option: str) -> None:
     assert run("verify", "a", "b", option, tmp_path / "absent" / "r") == 2
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptkit.errors import VerificationError
-from ckptkit.verification.comparison import compare, compare_greedy, noise_floor, noise_ratios
+from ckptkit.verification.comparison import compare, compare_greedy, noise_floor, noise_ratios, quantiles
 from ckptkit.verification.location import locate
 from ckptkit.verification.probes import places
 from ckptkit.verification.runs import Run, row_logits, save_logits, save_probes
@@ -61,7 +62,7 @@ def test_what_is_not_finite_never_passes(exact: Run, tmp_path: Path, value: floa
     assert figures.worst == (2, 0) and not figures.relative_error <= 1e30
     for low, found in ((exact, broken), (broken, exact), (broken, broken)):
         assert math.inf in noise_ratios(exact, [low], found)[2]
-    assert not noise_floor(noise_ratios(exact, [exact], broken)).passed
+    assert not noise_floor(exact, exact, broken)[0].passed
 
 
 def test_noise_is_measured_in_units_of_the_reference(exact: Run, tmp_path: Path) -> None:
@@ -74,22 +75,26 @@ def test_noise_is_measured_in_units_of_the_reference(exact: Run, tmp_path: Path)
 
     low = noisy("low", 0.01)
     for factor, passes in ((0.5, True), (1.2, True), (1.3, False), (3.0, False)):
-        floor = noise_floor(noise_ratios(exact, [low], noisy("found", 0.01 * factor)))
+        floor, _ = noise_floor(exact, low, noisy("found", 0.01 * factor))
         assert floor.median == pytest.approx(factor, rel=1e-3)
         assert floor.passed == passes
-    two = noise_ratios(exact, [low, noisy("louder", 0.03)], noisy("found", 0.01))
-    floor = noise_floor(two, noise_ratios(exact, [low], noisy("louder", 0.03)))
-    assert floor.median == pytest.approx(5**-0.5, rel=1e-3)  # of two samples the mean square, 1 and 9
-    assert floor.samples == 2 and floor.repeat_median == pytest.approx(3, rel=1e-3)
-    assert noise_floor(noise_ratios(exact, [exact], exact)).passed  # no noise at all is met by none
-    assert not noise_floor(noise_ratios(exact, [exact], low)).passed
+    twice = replace(low, again=noisy("quieter", 0.005).logits)
+    floor, _ = noise_floor(exact, twice, noisy("found", 0.01))
+    assert floor.median == pytest.approx((2 / 1.25) ** 0.5, rel=1e-3)  # of two samples the mean square
+    assert floor.samples == 2 and floor.repeat_median == pytest.approx(0.5, rel=1e-3)
+    assert noise_floor(exact, exact, exact)[0].passed  # no noise at all is met by none
+    assert not noise_floor(exact, exact, low)[0].passed
+    # A second run that is no correct one must not raise the limit for the candidate.
+    faulty = replace(low, again=noisy("loud", 3.0).logits)
+    floor, _ = noise_floor(exact, faulty, noisy("found", 1.5))
+    assert not floor.passed and floor.median == pytest.approx(150, rel=1e-2)
+    assert floor.samples == 1 and floor.repeat_median == pytest.approx(300, rel=1e-2)
 
 
 @settings(max_examples=30)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=300))
 def test_quantiles_are_members_that_enough_others_do_not_exceed(ratios: list[float]) -> None:
-    floor = noise_floor([ratios])
-    for value, share in ((floor.median, 0.5), (floor.p99, 0.99)):
+    for value, share in zip(quantiles([ratios]), (0.5, 0.99), strict=True):
         assert value in ratios
         assert sum(ratio <= value for ratio in ratios) >= share * len(ratios)
         assert sum(ratio < value for ratio in ratios) < share * len(ratios)

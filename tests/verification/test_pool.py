@@ -71,6 +71,32 @@ def test_silence_has_an_end(job: LogitsJob) -> None:
         slow.start()
 
 
+def test_ranks_import_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with RankPool(1) as one:
+        one.start()
+        assert len(pids(one)) == 1
+
+
+def test_who_is_interrupted_leaves_no_answer_for_the_next(
+    two: RankPool, job: LogitsJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    two.run(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(two, "_collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            two.run(job)
+        assert pids(two) == []
+        with pytest.raises(KeyboardInterrupt):
+            two.start()
+        assert pids(two) == []
+    assert len(two.run(replace(job, rows=[[1, 2]]))[0]["rows"][0]) == 2
+
+
 def test_a_pool_refuses_what_it_cannot_hold(two: RankPool, job: LogitsJob) -> None:
     with pytest.raises(UsageError, match="TP4 x PP1 needs 4 ranks, the pool has 2"):
         two.run(replace(job, grid=Parallelism(4)))
@@ -91,6 +117,15 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
     assert answers[0]["feeds"]["head"] == ["output_layer.weight"]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_replicas_that_loaded_something_else_are_named(pool: RankPool, job: LogitsJob, kind: str) -> None:
+    """Both kinds make every replica a copy of the first one, so that their logits cannot tell."""
+    twice = replace(job, replicas=2, replication=kind)
+    assert len(pool.run(twice)) == 4
+    with pytest.raises(VerificationError, match=r"replica 1 loaded another decoder\.final_layernorm\.weight"):
+        pool.run(replace(twice, opener="tests.verification.openers:one_other"))
+
+
 def test_jobs_survive_the_wire(job: LogitsJob) -> None:
     uneven = replace(job, grid=Parallelism(2, 3, first_stage_layers=1), greedy=3)
     assert LogitsJob.from_json(uneven.to_json()) == uneven
@@ -105,7 +140,7 @@ def test_inside_torchrun_every_process_is_its_own_rank(llama: Callable[..., Path
         "sides = (sys.argv[1], 'hf'), (sys.argv[2], 'megatron')\n"
         "good = verify_logits(*sides, opener=sys.argv[3], tolerance=1e-5, greedy=2)\n"
         "bad = verify_logits(*sides, opener=sys.argv[3], tolerance=0.0, greedy=2)\n"
-        "assert bad.location is None or bad.messages\n"
+        "assert bad.location is not None or bad.messages\n"
         "result = {'good': good.passed, 'bad': bad.passed, 'modules': len(good.own_modules)}\n"
         "open(sys.argv[4] + os.environ['RANK'], 'w').write(json.dumps(result))\n"
     )

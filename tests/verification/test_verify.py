@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 from ckptkit import convert, verify
 from ckptkit.errors import InputError, UsageError
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.logits import Side
 from ckptkit.verification.pool import RankPool
-from tests.models import LLAMAS
+from tests.models import LLAMAS, raw_config
 
 GRIDS = [Parallelism(2, 2), Parallelism(1, 2, 2), Parallelism(4)]
 
@@ -159,3 +161,27 @@ def test_saved_logits_and_tokens(llama: Callable[..., Path], tmp_path: Path, poo
         verify(source, tmp_path / "meg", tokens=[[1, 999]], pool=pool)
     with pytest.raises(UsageError, match="neither side has one"):
         verify(source, tmp_path / "meg", prompts=["hello"], pool=pool)
+
+
+def test_a_copy_that_is_too_short_is_named(llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Its bytes are those that the other one begins with."""
+    from safetensors.torch import load_file, save_file
+
+    source, other = llama("tied"), tmp_path / "other"
+    shutil.copytree(source, other)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][:100].clone()
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    report = verify(source, other, level="weights")
+    assert not report.passed and "F32[" in report.levels[-1].summary
+
+
+def test_a_config_may_leave_out_the_vocabulary(tmp_path: Path) -> None:
+    """As the released Gemma 3 of 4B, 12B and 27B do; the class has a default."""
+    from ckptkit.verification.jobs import OPENER
+    from ckptkit.verification.logits import _open
+
+    raw = raw_config("gemma3")
+    del raw["text_config"]["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert _open(Side(tmp_path, "hf"), OPENER).vocab_size == 262208
