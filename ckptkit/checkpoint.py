@@ -22,6 +22,7 @@ from ckptkit.formats.sidecar import Sidecar
 from ckptkit.formats.torch_legacy import OptimizerState
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.io.plan import Comparison, Dropped
+from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.rules import expert_home, pad_rows, padded_vocab_size
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
@@ -56,6 +57,7 @@ class Checkpoint:
         notes: What a user should know.
         disagreements: Fields in which `args` contradict config.json, as sentences.
         optimizer: The optimizer's state beside the model, which is left out.
+        seen: The files that it was read from, as they were before.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     optimizer: OptimizerState = field(default_factory=OptimizerState)
+    seen: Seen = field(default_factory=Seen)
 
     @property
     def parameters(self) -> int:
@@ -249,8 +252,10 @@ def vocabulary_multiple(vocab_size: int, tp: int, spelling: Spelling, asked: int
         asked: What the user asks for, or None.
 
     Raises:
-        UsageError: This writer pads nothing, and padding is asked for or needed.
+        UsageError: It is no multiple, or this writer pads nothing, and padding is asked for or needed.
     """
+    if asked is not None and asked < 1:
+        raise UsageError(f"--make-vocab-size-divisible-by must be at least 1, got {asked}")
     if spelling.padded:
         return asked or DEFAULT_DIVISIBLE_BY
     if asked not in (None, 1):

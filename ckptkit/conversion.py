@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +18,6 @@ from typing import Any
 
 from ckptkit import __version__
 from ckptkit.checkpoint import (
-    DEFAULT_DIVISIBLE_BY,
     EMBEDDING,
     LAYOUTS,
     Checkpoint,
@@ -214,7 +213,7 @@ def convert(
         about = {**_describe(source), "path": str(src), "origin": source.sidecar.origin}
         target = {"path": str(dst), "format": to, "grid": str(grid)}
         execution = Execution(dry_run, overwrite, resume, threads, hash, progress)
-        return carry_out(plan, [source.path], about, target, execution, started)
+        return carry_out(plan, [source], about, target, execution, started)
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ class Execution:
 
 def carry_out(
     plan: Plan,
-    sources: list[Path],
+    read: Sequence[Checkpoint],
     source: dict[str, Any],
     target: dict[str, Any],
     how: Execution,
@@ -241,7 +240,7 @@ def carry_out(
 
     Args:
         plan: What to write.
-        sources: Directories that are read, which the destination must not overlap.
+        read: What the plan was made from; the destination must not overlap it.
         source: Facts about what is read, for the result.
         target: The same about what is written; `path` is the destination.
         how: How to do it.
@@ -261,7 +260,12 @@ def carry_out(
     hashes: dict[str, str] = {}
     try:
         destination = Destination(
-            Path(target["path"]), plan, sources=sources, overwrite=how.overwrite, resume=how.resume
+            Path(target["path"]),
+            plan,
+            sources=[folder for checkpoint in read for folder in (checkpoint.path, *checkpoint.seen.folders)],
+            seen=[checkpoint.seen for checkpoint in read],
+            overwrite=how.overwrite,
+            resume=how.resume,
         )
         free = destination.free
         if not how.dry_run:
@@ -327,8 +331,10 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
         raise UsageError(f"--layout {options.layout}", hint=f"one of {', '.join(LAYOUTS)}")
     if to not in SHARDED and options.grid != Parallelism():
         raise UsageError(f"--to {to} is not sharded over ranks", hint="drop the parallel sizes, or use --to torch")
+    _check_options(to, options)
     _check_model(source, to, options.model)
-    if to in ("packed", "torch_dist") and _spelling(source, options).blocks:
+    of_ranks = to != "hf" and _spelling(source, options).blocks
+    if (to == "packed" and of_ranks) or (to == "torch_dist" and (of_ranks or options.spec not in DISTRIBUTED_SPECS)):
         raise UsageError(f"--spec {options.spec} is a layout of ranks' files", hint="use --to torch")
     if source.disagreements:
         raise InputError(
@@ -371,6 +377,20 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     return Plan(tuple(files), tuple(source.comparisons), tuple(lossy), tuple(notes), coverage, unused)
 
 
+def _check_options(to: str, options: Options) -> None:
+    """Whether the format has what is asked of it: nothing that was asked for is left out in silence."""
+    if to == "hf":
+        asked = {
+            "--spec": options.spec != Options.spec,
+            "--experts": options.experts is not None,
+            "--make-vocab-size-divisible-by": options.divisible_by is not None,
+        }
+        if given := [name for name, is_given in asked.items() if is_given]:
+            raise UsageError(f"{given[0]} is about Megatron's formats, and --to is hf", hint=f"drop {given[0]}")
+    elif to in SHARDED and options.shard_size is not None:
+        raise UsageError(f"--shard-size is about safetensors files, and --to is {to}", hint="drop --shard-size")
+
+
 def _check_model(source: Checkpoint, to: str, model: str) -> None:
     """Whether there is a model of Megatron-Core's that can be written so."""
     if model not in MODELS:
@@ -408,7 +428,7 @@ def _config_file(source: Checkpoint) -> OutputFile:
 
 def _to_packed(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Megatron names, one rank's worth: the only stage of a grid of one."""
-    grid, divisible_by = Parallelism(), options.divisible_by or 1
+    grid, divisible_by = Parallelism(), 1 if options.divisible_by is None else _multiple(source, options)
     spelling = _spelling(source, options)
     (stage,), (rank,) = split_layers(source.config.num_layers, grid), grid.ranks()
     tensors = source.chunk(stage, rank, grid, spelling, divisible_by)
@@ -421,7 +441,7 @@ def _to_torch(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Megatron-LM: each rank's file from its stages' chunks."""
     grid, spelling = options.grid, _spelling(source, options)
     check_grid(source.config, grid)
-    divisible_by = vocabulary_multiple(source.config.vocab_size, grid.tp, spelling, options.divisible_by)
+    divisible_by = _multiple(source, options)
     ranks: dict[RankKey, dict[str, Mapping[str, Tensor | None]]] = {
         (rank.pp, rank.tp, rank.ep): {} for rank in grid.ranks()
     }
@@ -442,7 +462,7 @@ def _to_torch(source: Checkpoint, options: Options) -> list[OutputFile]:
 
 def _to_torch_dist(source: Checkpoint, options: Options) -> list[OutputFile]:
     """Megatron-Core's distributed checkpoint: whole tensors, in the chunks that the ranks of the grid would write."""
-    grid, divisible_by = options.grid, options.divisible_by or DEFAULT_DIVISIBLE_BY
+    grid, divisible_by = options.grid, _multiple(source, options)
     check_grid(source.config, grid)
     spelling = source.family.spelling("te", text=options.layout == "text")
     spelling = replace(spelling, hybrid=options.model == HYBRID)
@@ -475,7 +495,7 @@ def _run_config(source: Checkpoint, options: Options) -> tuple[list[OutputFile],
     """What Megatron-Bridge needs besides, or why it gets nothing."""
     if options.model == HYBRID:
         return [], "only GPTModel is described to it"
-    spelling, divisible_by = _spelling(source, options), options.divisible_by or DEFAULT_DIVISIBLE_BY
+    spelling, divisible_by = _spelling(source, options), _multiple(source, options)
     try:
         file = run_config(source, options.grid, divisible_by, spelling, FOLDER, text=options.layout == "text")
     except UnsupportedError as error:
@@ -495,6 +515,8 @@ TARGETS: dict[str, Callable[[Checkpoint, Options], list[OutputFile]]] = {
     "torch_dist": _to_torch_dist,
 }
 SHARDED = ("torch", "torch_dist")
+DISTRIBUTED_SPECS = ("te", "local")
+"""Whose modules a torch_dist checkpoint can be for: its keys are the same, and only its extra states differ."""
 
 _TE_MODULES = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", "_layernorm", ".final_norm")
 
@@ -514,6 +536,12 @@ def _with_extra_states(chunk: Mapping[str, Tensor], plain: tuple[str, ...]) -> d
         if module.endswith(".self_attention.linear_qkv"):
             states[f"{module.removesuffix('linear_qkv')}core_attention._extra_state"] = None
     return {**chunk, **states}
+
+
+def _multiple(source: Checkpoint, options: Options) -> int:
+    """What the vocabulary is padded to a multiple of, times TP."""
+    spelling = _spelling(source, options)
+    return vocabulary_multiple(source.config.vocab_size, options.grid.tp, spelling, options.divisible_by)
 
 
 def _args(source: Checkpoint, grid: Parallelism, spelling: Spelling, divisible_by: int) -> dict[str, Any]:

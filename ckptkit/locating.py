@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ckptkit.formats.dcp import is_dcp
 from ckptkit.formats.fsdp import is_fsdp
 from ckptkit.formats.hf import has_shards
 from ckptkit.formats.torch_dist import holds_model, is_torch_dist
-from ckptkit.formats.torch_legacy import is_torch_legacy, iteration_folder
+from ckptkit.formats.torch_legacy import TRACKER, is_torch_legacy, iteration_folder
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,18 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
         return _of_state(folder)
     if folder != path:
         return Place(folder, path)
-    return Place(path, path if (path / "ckptkit").is_dir() else path.parent)
+    return Place(path, path if (path / "ckptkit").is_dir() else _around(path, "ckptkit"))
 
 
 def is_hf_like(path: Path) -> bool:
     """Whether a directory is one of Hugging Face's, or has its weights named as one."""
-    return has_shards(path) or ((path / "config.json").is_file() and not holds_state(path))
+    return has_shards(path) or ((path / "config.json").is_file() and not (holds_state(path) or _holds_ranks(path)))
+
+
+def _holds_ranks(path: Path) -> bool:
+    """Whether a directory is a Megatron checkpoint or one iteration of it; people put a config.json beside those."""
+    iterations = (path / TRACKER).is_file() or (path / "release").is_dir()
+    return iterations or is_torch_legacy(path) or is_torch_dist(path)
 
 
 def holds_state(path: Path) -> bool:
@@ -68,10 +75,22 @@ def holds_state(path: Path) -> bool:
     return not has_shards(path) and (is_fsdp(path) or (is_dcp(path) and not is_torch_dist(path)))
 
 
+def _around(folder: Path, wanted: str) -> Path:
+    """The directory around a folder, also where that is called `.` or `..`, or is a link from somewhere else.
+
+    Args:
+        folder: What is in it.
+        wanted: What else should be in it; the directory around the link comes first, then that of what it links to.
+    """
+    named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
+    real = folder.resolve().parent
+    return real if not (named.parent / wanted).exists() and (real / wanted).exists() else named.parent
+
+
 def _of_state(folder: Path) -> Place:
     """A module's state, whose config.json is in its folder or in a `huggingface` beside it, if anywhere."""
-    beside = folder.parent / "huggingface"
-    references = [(folder, folder), (beside, folder.parent)]
+    around = _around(folder, "huggingface")
+    references = [(folder, folder), (around / "huggingface", around)]
     found = next(((path, root) for path, root in references if (path / "config.json").is_file()), None)
     return Place(folder, folder) if found is None else Place(folder, found[1], found[0])
 

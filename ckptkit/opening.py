@@ -34,6 +34,7 @@ from ckptkit.formats.torch_legacy import (
 )
 from ckptkit.hybrid import as_gpt, holds_hybrid
 from ckptkit.io.plan import Comparison
+from ckptkit.io.source import Seen
 from ckptkit.joining import Problems, join_shards
 from ckptkit.locating import Place, find_place, is_hf_like
 from ckptkit.run_config import args_of_run_config
@@ -67,9 +68,12 @@ def open_checkpoint(
     """
     place = find_place(Path(path), iteration)
     reference = place.reference if hf_reference is None else Path(hf_reference)
+    around = [place.root / "ckptkit", *([] if reference is None else [reference])]
+    seen = Seen.of(place.folder, *(folder for folder in around if folder.is_dir()))
     files = None if reference is None else _complete(open_reference(reference))[0]
     given = _Given(files, stored_grid or StatedGrid(), vocab_size)
     checkpoint = _open(place, given)
+    checkpoint.seen = seen
     if hf_reference is None and place.reference is not None:
         there = place.reference.relative_to(place.root).name or "the folder itself"
         checkpoint.notes.append(f"config and tokenizer are those of {there}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from ckptkit.errors import UsageError
@@ -28,7 +29,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
+    size = float(match[1]) * unit if match and unit else 0
+    if not 1 <= size < math.inf:
         raise UsageError(f"{text!r} is not a size", where="--shard-size", hint="write it like 5GB or 512MiB")
-    return size
+    return int(size)

@@ -6,13 +6,14 @@ import json
 import shutil
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckptkit.conversion import convert, inspect
 from ckptkit.errors import InputError, UsageError
 from ckptkit.sharding.grid import Parallelism
-from tests.models import LLAMAS, files_of, save_llama
+from tests.models import LLAMAS, files_of, save_llama, save_model
 
 GRIDS = [Parallelism(tp, pp, vpp) for tp, pp, vpp in product((1, 2, 3, 4), (1, 2, 3), (1, 2)) if pp > 1 or vpp == 1]
 
@@ -179,3 +180,87 @@ def test_inspect_counts_parameters(twelve_layers: Path, tmp_path: Path) -> None:
     convert(twelve_layers, tmp_path / "meg", to="torch", grid=Parallelism(3, 2))
     assert inspect(twelve_layers).parameters == inspect(tmp_path / "meg").parameters == expected
     assert inspect(tmp_path / "meg").grid == "TP3 x PP2"
+
+
+def test_a_source_that_is_replaced_while_it_is_planned_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors in another order make a file of the same size."""
+    from safetensors.torch import load_file, save_file
+
+    from ckptkit import conversion
+
+    source = save_llama(tmp_path / "hf")
+    plan = conversion.make_plan
+
+    def slow(*arguments: Any) -> Any:
+        made = plan(*arguments)
+        tensors = load_file(source / "model.safetensors")
+        renamed = dict(zip(tensors, [tensors[name] for name in reversed(tensors)], strict=True))
+        save_file(renamed, source / "other", {"format": "pt"})
+        (source / "other").rename(source / "model.safetensors")
+        return made
+
+    monkeypatch.setattr(conversion, "make_plan", slow)
+    with pytest.raises(InputError, match="source changed while converting"):
+        convert(source, tmp_path / "meg", to="torch")
+    assert not (tmp_path / "meg").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "asked", "match"),
+    [
+        ("hf", {"spec": "local"}, "--spec is about Megatron's formats"),
+        ("hf", {"experts": "grouped"}, "--experts is about"),
+        ("hf", {"make_vocab_size_divisible_by": 64}, "--make-vocab-size-divisible-by is about"),
+        ("torch", {"shard_size": 10**6}, "--shard-size is about safetensors"),
+        ("torch_dist", {"spec": "verl"}, "--spec verl is a layout of ranks' files"),
+        ("torch", {"make_vocab_size_divisible_by": -8}, "must be at least 1, got -8"),
+        ("torch_dist", {"make_vocab_size_divisible_by": 0}, "must be at least 1, got 0"),
+        ("packed", {"make_vocab_size_divisible_by": 0}, "must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    twelve_layers: Path, tmp_path: Path, to: str, asked: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(UsageError, match=match):
+        convert(twelve_layers, tmp_path / "out", to=to, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_distributed_checkpoint_has_no_writers_names(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "hf", "gemma3")
+    convert(source, tmp_path / "meg", to="torch", spec="mbridge")
+    with pytest.raises(UsageError, match="--spec mbridge is a layout of ranks' files"):
+        convert(source, tmp_path / "dist", to="torch_dist", spec="mbridge")
+
+
+def test_stages_have_layers(twelve_layers: Path, tmp_path: Path) -> None:
+    for options in ({"first_stage_layers": -2}, {"last_stage_layers": 0}):
+        with pytest.raises(UsageError, match="stage must be at least 1"):
+            Parallelism(1, 2, **options)
+    for options in ({"first_stage_layers": 3}, {"last_stage_layers": 3}):
+        with pytest.raises(UsageError, match="need --pp above 1"):
+            convert(twelve_layers, tmp_path / "out", to="torch", grid=Parallelism(**options))
+
+
+def test_types_that_cannot_share_a_tensor(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_llama(tmp_path / "hf", dtype="bfloat16")
+    good = load_file(source / "model.safetensors")
+
+    def with_fp32(name: str) -> Path:
+        save_file({**good, name: good[name].float()}, source / "model.safetensors", {"format": "pt"})
+        return source
+
+    norm = "model.layers.1.input_layernorm.weight"
+    convert(with_fp32(norm), tmp_path / "meg", to="torch")
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    assert load_file(tmp_path / "back/model.safetensors")[norm].dtype == torch.float32
+    with pytest.raises(InputError, match=r"of several types: BF16, F32.*--dtype casts"):
+        convert(source, tmp_path / "dist", to="torch_dist")
+    convert(source, tmp_path / "dist", to="torch_dist", dtype="bfloat16")
+    with pytest.raises(InputError, match=r"k_proj.*cast them to one type first"):
+        convert(with_fp32("model.layers.1.self_attn.k_proj.weight"), tmp_path / "meg2", to="torch")

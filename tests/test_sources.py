@@ -12,11 +12,11 @@ import pytest
 
 from ckptkit import Parallelism, convert
 from ckptkit.conversion import inspect
-from ckptkit.errors import CkptkitError, InputError, UsageError
+from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
 from ckptkit.inspection.differences import diff
 from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import StatedGrid
-from tests.models import save_llama, save_model
+from tests.models import files_of, save_llama, save_model
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -106,6 +106,71 @@ class TestIterations:
         root = converted("torch", Parallelism(2, 2))
         for path in (root, root / "release"):
             assert diff(llama, path).same, path
+
+
+class TestPlaces:
+    """One iteration, however it is called: the sidecar is beside it, and with it what comes back."""
+
+    @pytest.mark.parametrize("to", ["torch", "torch_dist"])
+    @pytest.mark.parametrize("called", [".", "..", "link", "link/"])
+    def test_other_names(
+        self,
+        llama: Path,
+        converted: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        to: str,
+        called: str,
+    ) -> None:
+        iteration = converted(to, Parallelism(2, 2)) / "release"
+        (tmp_path / "link").symlink_to(iteration)
+        inside = next(item for item in iteration.iterdir() if item.is_dir()) if to == "torch" else iteration
+        monkeypatch.chdir({".": iteration, "..": inside}.get(called, tmp_path))
+        convert(called, tmp_path / "hf", to="hf")
+        assert files_of(tmp_path / "hf") == files_of(llama)
+
+    @pytest.mark.parametrize("to", ["torch", "torch_dist"])
+    @pytest.mark.parametrize("where", [".", "release"])
+    def test_a_config_beside_the_ranks(
+        self, llama: Path, converted: Callable[..., Path], tmp_path: Path, to: str, where: str
+    ) -> None:
+        shutil.copytree(converted(to, Parallelism()), tmp_path / "meg")
+        shutil.copy(llama / "config.json", tmp_path / "meg" / where)
+        assert open_checkpoint(tmp_path / "meg").format == to
+        assert open_checkpoint(tmp_path / "meg" / "release").format == to
+
+    def test_a_reference_whose_weights_were_not_fetched(self, converted: Callable[..., Path], tmp_path: Path) -> None:
+        source = save_llama(tmp_path / "hf", shard="300KB")
+        shutil.copytree(source, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+        assert (tmp_path / "small/model.safetensors.index.json").is_file()
+        path = trained(converted("torch", Parallelism(2)), tmp_path / "iter_0000001")
+        convert(path, tmp_path / "out", to="hf", hf_reference=tmp_path / "small")
+        assert (tmp_path / "out/config.json").read_bytes() == (source / "config.json").read_bytes()
+
+    def test_the_reference_is_not_overwritten(
+        self, llama: Path, converted: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        reference = shutil.copytree(llama, tmp_path / "reference")
+        path = trained(converted("torch", Parallelism(2)), tmp_path / "iter_0000001")
+        with pytest.raises(UsageError, match="the destination holds the source"):
+            convert(path, reference, to="hf", hf_reference=reference, overwrite=True, dtype="bfloat16")
+
+    def test_a_loop_of_links(self, llama: Path, tmp_path: Path) -> None:
+        source = shutil.copytree(llama, tmp_path / "hf")
+        (source / "loop").symlink_to("loop")
+        with pytest.raises(InputError, match="a symbolic link that leads nowhere"):
+            open_checkpoint(source)
+
+    @pytest.mark.parametrize(("stated", "fails"), [(None, False), ("fp8", True), ({"quant_method": "gptq"}, True)])
+    def test_what_says_that_it_is_quantised(self, llama: Path, tmp_path: Path, stated: object, fails: bool) -> None:
+        source = shutil.copytree(llama, tmp_path / "hf")
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+        if fails:
+            with pytest.raises(UnsupportedError, match="quantised weights"):
+                open_checkpoint(source)
+        else:
+            open_checkpoint(source)
 
 
 class TestVerl:

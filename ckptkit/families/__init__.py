@@ -91,8 +91,9 @@ def family_of(raw: Raw, where: object) -> Family:
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise InputError("config.json names no architectures", where=where, hint='add e.g. ["LlamaForCausalLM"]')
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "of unknown kind")
+    if raw.get("quantization_config"):
+        stated = raw["quantization_config"]
+        method = stated.get("quant_method", "of unknown kind") if isinstance(stated, dict) else stated
         raise UnsupportedError(
             f"quantised weights ({method})", where=where, hint="convert from the unquantised model of the same name"
         )

@@ -320,7 +320,7 @@ class Item:
             return self.row.layout.pack([*tensors, *slots], self.config)
         except ValueError as error:
             raise InputError(
-                f"{', '.join(self.parts)}: {error}", hint="--dtype casts all of them to one type"
+                f"{', '.join(self.parts)}: {error}", hint="cast them to one type first: Megatron has them in one tensor"
             ) from None
 
     def unpack(self, tensor: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ckptkit.errors import InputError
 from ckptkit.formats.chunks import Box, ChunkError, join_chunks
 from ckptkit.formats.dcp import METADATA, Span
 from ckptkit.formats.pickles import Record, TorchDType, dumps, lay_out_torch_file
@@ -48,7 +49,8 @@ def lay_out_dcp(
         objects: Byte objects.
 
     Raises:
-        ChunkError: Chunks do not make up their tensor, or have different dtypes.
+        InputError: Chunks of one tensor have different dtypes.
+        ChunkError: Chunks do not make up their tensor.
     """
     metadata = _Metadata(shapes, _check_chunks(shapes, chunks))
     files: dict[str, _Distcp] = {}
@@ -70,8 +72,13 @@ def _check_chunks(shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[NewChu
     dtypes: dict[str, DType] = {}
     for key, part in parts.items():
         kinds = {chunk.tensor.out_dtype for chunk in part}
-        if len(kinds) != 1:
-            raise ChunkError(f"{key} has chunks of {len(kinds)} dtypes")
+        if not kinds:
+            raise ChunkError(f"{key} has no chunks")
+        if len(kinds) > 1:
+            raise InputError(
+                f"{key} would be of several types: {', '.join(sorted(map(str, kinds)))}",
+                hint="--dtype casts everything to one; the torch format keeps each layer and expert by itself",
+            )
         (dtypes[key],) = kinds
         try:
             join_chunks(

@@ -19,7 +19,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".ot", ".distcp"}
 _DISTRIBUTED = ".metadata"  # describes the .distcp files beside it
-_SKIPPED_FOLDERS = {".git", ".cache", "ckptkit", "__pycache__"}
+CACHES = {".git", ".cache", "__pycache__"}
+"""Folders that are no part of a checkpoint."""
+_SKIPPED_FOLDERS = {*CACHES, "ckptkit"}
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,23 @@ def open_hf(path: Path, shards: Shards | None = None) -> HfFiles:
 def open_reference(path: Path) -> HfFiles:
     """Opens a directory for its config, tokenizer and shard map; it need not hold weights.
 
+    Without them (or without some, as when only the small files were fetched) there is no shard map.
+
     Raises:
         InputError: A file is missing or damaged, or index and shards disagree.
     """
-    return open_hf(path, None if has_shards(path) else Shards({}, {}, []))
+    return open_hf(path, None if _holds_weights(path) else Shards({}, {}, []))
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether all weights that a directory speaks of are there."""
+    for index_name, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+        if (path / single).is_file():
+            return True
+        if (path / index_name).is_file():
+            shards = read_json(path / index_name).get("weight_map")
+            return not isinstance(shards, dict) or all((path / str(name)).is_file() for name in shards.values())
+    return False
 
 
 def read_shards(path: Path) -> Shards:
@@ -251,7 +266,10 @@ def check_link(path: Path, folder: Path) -> None:
     """
     if not path.is_symlink():
         return
-    target, root = path.resolve(), folder.resolve()
+    try:
+        target, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # of a loop Python says so, from 3.13 on it goes on
+        raise InputError("a symbolic link that leads nowhere", where=path, hint="put the file itself there") from None
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not target.is_relative_to(root) and not target.is_relative_to(cache):
         raise InputError(

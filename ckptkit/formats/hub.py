@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ckptkit.errors import CkptkitError, InputError, StorageError
+from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError
 from ckptkit.formats.hf import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, is_weights
 from ckptkit.formats.safetensors import MAX_HEADER
 
@@ -92,6 +92,12 @@ class _Hub:
     def mirror(self, folder: Path) -> None:
         """Sparse files of the true sizes that hold real headers, and the real config and index."""
         index = self._index()
+        if not self.sizes.keys() & {SINGLE, INDEX}:
+            raise UnsupportedError(
+                "a plan needs the headers of safetensors files, and this model is in pytorch_model*.bin",
+                where=f"{self.repository}@{self.commit}",
+                hint="without --dry-run it is fetched first",
+            )
         for name in sorted(self._needed(index)):
             parts = PurePosixPath(name)
             if parts.is_absolute() or ".." in parts.parts:

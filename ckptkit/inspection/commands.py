@@ -24,9 +24,8 @@ from ckptkit.arguments import (
     stated_grid,
 )
 from ckptkit.errors import InputError
+from ckptkit.exits import EXIT_DIFFERS
 from ckptkit.output import Output
-
-EXIT_DIFFERS = 1
 
 CheckpointPath = Annotated[
     str,

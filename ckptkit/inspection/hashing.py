@@ -17,6 +17,7 @@ from typing import Any
 
 from ckptkit.conversion import open_source
 from ckptkit.errors import UsageError
+from ckptkit.formats.hf import CACHES
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
 from ckptkit.io.reading import hash_file
@@ -25,7 +26,6 @@ from ckptkit.locating import Place, find_place
 from ckptkit.tensors import Region, Tensor
 
 PARTS = ("tensors", "files")
-_SKIPPED = {".git", ".cache", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def files_in(place: Place) -> dict[str, Path]:
 def _walk(folder: Path) -> Iterator[Path]:
     for item in folder.iterdir() if folder.is_dir() else ():
         if item.is_dir():
-            if item.name not in _SKIPPED:
+            if item.name not in CACHES:
                 yield from _walk(item)
         elif item.is_file():
             yield item

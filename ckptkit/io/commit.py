@@ -31,7 +31,7 @@ from ckptkit.io.engine import hash_file, run
 from ckptkit.io.journal import FileJournal
 from ckptkit.io.plan import Plan
 from ckptkit.io.present import holds, resembles
-from ckptkit.io.source import Fingerprint, fingerprints
+from ckptkit.io.source import Fingerprint, Seen, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file
 
 _SEAL = "sealed.json"
@@ -60,6 +60,7 @@ class Destination:
         plan: Plan,
         *,
         sources: Iterable[Path] = (),
+        seen: Iterable[Seen] = (),
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
@@ -69,6 +70,7 @@ class Destination:
             path: The destination: absent, or an empty directory, or any with `overwrite`.
             plan: What it will hold.
             sources: Directories or files that the user named as input.
+            seen: What these were like before they were read.
             overwrite: Replace what is there.
             resume: Go on from what a killed run left.
 
@@ -81,12 +83,14 @@ class Destination:
         plan.check()
         self.path = Path(os.path.realpath(path))
         self._plan = plan
+        self._seen = tuple(seen)
         self._overwrite = overwrite
         self._resume = resume
         self._partial = self._beside("partial")
         self._fingerprints: tuple[Fingerprint, ...] = ()
         self._journal: FileJournal | None = None
         self._lock = -1
+        self._in_place = False
         self._check_overlap(sources)
         with _storage(self.path):
             # By names and sizes for now; `__enter__` looks closer, once nobody else can write there.
@@ -111,7 +115,7 @@ class Destination:
     @property
     def resume_hint(self) -> str | None:
         """What to tell a user whose run was stopped, or None if nothing is left of it."""
-        if not self._partial.is_dir():
+        if self._in_place or not self._partial.is_dir():
             return None
         return f"{self._partial} keeps what is written: run again with --resume to go on, or remove it"
 
@@ -145,14 +149,24 @@ class Destination:
             if progress is not None:
                 progress(done, self._plan.nbytes)
 
-        with self:
+        with self._resumable(), self:
             if self._done:
+                self._in_place = True
                 self._clean_up()
                 count(self._plan.nbytes)
                 return {file.path: hash_file(self.path / file.path) for file in self._plan.files} if hash else {}
             result = run(self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash)
             self.commit()
         return result.hashes
+
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Adds to an error of the storage how to go on once it is mended."""
+        try:
+            yield
+        except StorageError as error:
+            hints = [hint for hint in (error.hint, self.resume_hint) if hint]
+            raise StorageError(error.what, where=error.where, hint="; ".join(hints) or None) from error
 
     def __enter__(self) -> Destination:
         """Takes the lock and prepares the partial directory."""
@@ -205,6 +219,7 @@ class Destination:
             sync_directory(self._partial)
             self._put_in_place()
             faults.step("clean-up")
+        self._in_place = True
         self._clean_up()
 
     def _seal(self) -> None:
@@ -349,14 +364,20 @@ class Destination:
     def _recover(self) -> None:
         """Undoes a replacement in two steps that was killed half way."""
         old = self._beside("old")
-        if old.is_dir():
-            if os.path.lexists(self.path):
-                shutil.rmtree(old)
-            else:
-                os.rename(old, self.path)
+        if not old.is_dir():
+            return
+        if self._occupied():
+            shutil.rmtree(old)  # the second rename was made, too
+            return
+        with suppress(FileNotFoundError):
+            os.rmdir(self.path)  # somebody made an empty one meanwhile; the model is the old one
+        os.rename(old, self.path)
 
     def _prepare(self) -> None:
-        self._fingerprints = fingerprints(self._plan.sources())
+        sources = self._plan.sources()
+        for seen in self._seen:
+            seen.check(sources)
+        self._fingerprints = fingerprints(sources)
         digest = self._plan.digest(self._fingerprints)
         resumable = self._resume and self._unfinished()
         if not resumable and self._partial.is_dir():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from ckptkit.errors import CkptkitError, InputError
 from ckptkit.io import faults
@@ -70,6 +72,41 @@ def fingerprints(paths: Iterable[str]) -> tuple[Fingerprint, ...]:
         StorageError: A file cannot be looked at.
     """
     return tuple(sorted((Fingerprint.of(path) for path in set(paths)), key=lambda item: item.path))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Files as they were before anything of them was read: headers that are kept must be those of the bytes.
+
+    Attributes:
+        folders: Where they are.
+        files: Their fingerprints by absolute path.
+    """
+
+    folders: tuple[Path, ...] = ()
+    files: dict[str, Fingerprint] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *folders: Path) -> Seen:
+        """All files below some directories; what cannot be looked at is left to whoever reads it."""
+        found: dict[str, Fingerprint] = {}
+        for folder in folders:
+            for directory, _, names in os.walk(folder):
+                for name in names:
+                    with suppress(CkptkitError):
+                        fingerprint = Fingerprint.of(os.path.join(directory, name))
+                        found[fingerprint.path] = fingerprint
+        return cls(folders, found)
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Whether those of `paths` that were seen are still the same.
+
+        Raises:
+            InputError: One changed or is gone.
+        """
+        for path in sorted(paths):
+            if (fingerprint := self.files.get(os.path.abspath(path))) is not None:
+                fingerprint.check()
 
 
 class Sources:

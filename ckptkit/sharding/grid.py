@@ -58,8 +58,10 @@ class Parallelism:
         for name in ("tp", "pp", "vpp", "ep"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.etp is not None and self.etp < 1:
-            raise UsageError(f"--etp must be at least 1, got {self.etp}")
+        optional = {"--etp": self.etp, "layers of the first stage": self.first_stage_layers}
+        for name, value in {**optional, "layers of the last stage": self.last_stage_layers}.items():
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
         if self.tp % self._expert_ranks and self._expert_ranks % self.tp:
             raise UsageError(
                 f"--tp {self.tp} and {self._expert_ranks} expert ranks (--ep times --etp): one must be a multiple of"

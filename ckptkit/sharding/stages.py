@@ -76,8 +76,8 @@ def _chunk_sizes(num_layers: int, grid: Parallelism) -> list[int]:
 
 def _rank_sizes(num_layers: int, grid: Parallelism) -> list[int]:
     """Slots on each pipeline rank."""
-    asked = {0: grid.first_stage_layers, grid.pp - 1: grid.last_stage_layers}
-    fixed = {rank: size for rank, size in asked.items() if size is not None}
+    asked = [(0, grid.first_stage_layers), (grid.pp - 1, grid.last_stage_layers)]
+    fixed = {rank: size for rank, size in asked if size is not None}
     counted = int(grid.embedding_in_split) + int(grid.loss_in_split)
     if fixed and counted:
         raise UsageError(

@@ -158,7 +158,7 @@ def build(
         }
         target = {"path": str(out), "format": "hf", "grid": str(hybrid.grid)}
         how = Execution(dry_run, overwrite, resume, threads, hash, progress)
-        return carry_out(plan, [first.path, last.path], source, target, how, started)
+        return carry_out(plan, [first, last], source, target, how, started)
 
 
 def _check(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, accept: bool) -> list[str]:

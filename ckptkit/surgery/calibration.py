@@ -104,7 +104,7 @@ def _ids(data: bytes, calibration: Calibration, model: Checkpoint) -> list[list[
     size = model.config.vocab_size
     try:
         rows = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", where=calibration.path) from None
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise InputError("not a JSON list of lists of token ids", where=calibration.path)
@@ -130,7 +130,11 @@ def _encoded(data: bytes, calibration: Calibration, model: Checkpoint) -> list[l
     except UnicodeDecodeError as error:
         raise InputError(f"not a text in UTF-8 ({error})", where=calibration.path) from None
     # No token has more than a few dozen characters in running text: more of it would be cut off anyway.
-    ids = Tokenizer.from_file(str(file)).encode(text[: 64 * calibration.tokens], add_special_tokens=False).ids
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(f"the tokenizer cannot be read ({error})", where=file) from None
+    ids = tokenizer.encode(text[: 64 * calibration.tokens], add_special_tokens=False).ids
     bos = model.sidecar.config.get("bos_token_id")
     start = [bos] if type(bos) is int else []
     step = calibration.length - len(start)

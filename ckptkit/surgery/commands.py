@@ -100,7 +100,7 @@ def build(
     calibration_tokens: Tokens = None,
     calibration_length: Length = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of a random adapter.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of a random adapter.")] = 0,
     accept_differences: Annotated[
         bool,
         typer.Option(

@@ -77,8 +77,7 @@ def refit(
         source["recipe"] = made.sidecar.config[RECIPE]
         target = {"path": str(out), "format": "hf", "grid": str(made.grid)}
         how = Execution(dry_run, overwrite, resume, threads, hash, progress)
-        paths = [model.path for model in {id(model): model for model in (split, wide, narrow)}.values()]
-        return carry_out(plan, paths, source, target, how, started)
+        return carry_out(plan, [split, wide, narrow], source, target, how, started)
 
 
 def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> None:

@@ -129,6 +129,17 @@ def test_dry_run_reads_headers_only(hub: Any, model: Path, tmp_path: Path) -> No
     assert all(asked for method, path, asked in hub.asked if method == "GET" and path.endswith(".safetensors"))
 
 
+def test_a_plan_needs_safetensors(hub: Any, model: Path, tmp_path: Path) -> None:
+    import torch
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_bytes((model / "config.json").read_bytes())
+    torch.save({"lm_head.weight": torch.zeros(2)}, tmp_path / "old" / "pytorch_model.bin")
+    hub.folder = tmp_path / "old"
+    result = ckptkit(hub, tmp_path, "convert", REPOSITORY, "out", "--to", "torch", "--dry-run")
+    assert result.returncode == 4 and "this model is in pytorch_model*.bin" in result.stderr
+
+
 def test_conversion_fetches_what_it_needs(hub: Any, model: Path, tmp_path: Path) -> None:
     result = ckptkit(hub, tmp_path, "convert", REPOSITORY, str(tmp_path / "meg"), "--to", "torch", "--tp", "2")
     assert result.returncode == 0, result.stderr

@@ -21,6 +21,7 @@ from ckptkit.io import commit, faults, system
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
 from ckptkit.io.plan import OutputFile, Plan, Segment
+from ckptkit.io.source import Seen
 from ckptkit.tensors import DTYPES, Tensor
 
 BF16 = DTYPES["BF16"]
@@ -395,6 +396,15 @@ class TestSourceSafety:
         with pytest.raises(InputError, match="source changed"):
             self.write_while(plan, out, replace_file)
 
+    def test_before_the_run(self, plan: Plan, source: Path, out: Path) -> None:
+        """The plan is of headers that were read before."""
+        seen = Seen.of(source)
+        Destination(out, plan, seen=[seen]).write()
+        (source / "new").write_bytes((source / "model").read_bytes())
+        (source / "new").rename(source / "model")
+        with pytest.raises(InputError, match="source changed"):
+            Destination(out, plan, seen=[seen], overwrite=True).write()
+
     def test_gone(self, plan: Plan, source: Path, out: Path) -> None:
         with pytest.raises(InputError, match="source file is gone"):
             self.write_while(plan, out, (source / "model").unlink)
@@ -463,6 +473,18 @@ class TestKilled:
         assert contents(out) == expected
         assert siblings(out) == set()
 
+    def test_an_empty_directory_does_not_take_the_old_models_place(
+        self, plan: Plan, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Job scripts make the directory before they start; the next run may fail for its own reasons."""
+        monkeypatch.setattr(commit, "exchange", lambda left, right: False)
+        fill(out)
+        assert killed(plan, out, "kill:between-renames", overwrite=True) == 137
+        out.mkdir()
+        with faults.inject("enospc:100"), pytest.raises(StorageError):
+            Destination(out, plan, overwrite=True).write()
+        assert contents(out) == OLD
+
     def test_no_files_of_the_replaced_output_come_back(self, plan: Plan, out: Path, expected: dict[str, bytes]) -> None:
         """After the exchange, the partial directory holds an old output with files of the very same sizes."""
         for name, data in expected.items():
@@ -479,7 +501,7 @@ class TestKilled:
         destination = Destination(out, plan, overwrite=True)
         with faults.inject(fault), pytest.raises(StorageError, match=r"input/output|no space") as caught:
             destination.write()
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "--resume to go on" in str(caught.value)
         assert destination.resume_hint is not None
         assert contents(out) == OLD
         Destination(out, plan, overwrite=True, resume=True).write()
