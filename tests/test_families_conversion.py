@@ -10,6 +10,7 @@ import pytest
 
 from ckptkit.conversion import convert, inspect
 from ckptkit.errors import InputError, UsageError
+from ckptkit.families import family_of
 from ckptkit.sharding.grid import Parallelism
 from tests.models import MODELS, files_of, raw_config, save_model
 
@@ -54,6 +55,24 @@ def test_round_trip(tmp_path: Path, kind: str) -> None:
     assert files_of(tmp_path / "back") == files_of(source)
     assert files_of(tmp_path / "meg") == files_of(tmp_path / "direct")
     assert inspect(tmp_path / "meg").parameters == inspect(source).parameters
+
+
+def other_writers() -> list[tuple[str, str]]:
+    """Kinds, and the spellings of their family that are no specs of megatron-core's (verl's has tests of its own)."""
+    found = [(kind, family_of(raw_config(kind), kind)) for kind in MODELS]
+    usual = {"te", "local", "verl"}
+    return [(kind, name.name) for kind, family in found for name in family.spellings if name.name not in usual]
+
+
+@pytest.mark.parametrize(("kind", "spec"), other_writers())
+def test_round_trip_in_the_names_of_other_writers(tmp_path: Path, kind: str, spec: str) -> None:
+    source = save_model(tmp_path / "hf", kind, dtype="bfloat16")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2, 2), spec=spec)
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)
+    convert(tmp_path / "meg", tmp_path / "te", to="torch", grid=Parallelism(1, 2))
+    convert(source, tmp_path / "direct", to="torch", grid=Parallelism(1, 2))
+    assert files_of(tmp_path / "te") == files_of(tmp_path / "direct")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,3 +125,4 @@ def _join_groups(device: torch.device) -> None:
         parallel.create_groups(Parallelism(), device=device)
     else:
         parallel.initialize(Parallelism(), 0, store=dist.HashStore(), device=device)
+        atexit.register(parallel.finalize)  # a group of NCCL must not meet the end of the process by itself
