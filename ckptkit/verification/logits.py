@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckptkit.errors import CkptkitError, InputError, UsageError, VerificationError
+from ckptkit.errors import CkptkitError, UsageError, VerificationError
 from ckptkit.families import family_of
+from ckptkit.formats.hf import read_json
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
@@ -166,10 +166,10 @@ def _open(side: Side, opener: str) -> _Model:
         return _Model(side, checkpoint.config.vocab_size, checkpoint.grid, checkpoint.config.value_head)
     if side.kind != "hf":
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)
-    try:
-        raw = json.loads((Path(side.path) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read config.json ({error})", where=side.path) from None
+    from ckptkit.verification.reference import architecture_of
+
+    architecture_of(Path(side.path))
+    raw = read_json(Path(side.path) / "config.json")
     config = family_of(raw, side.path).parse(raw)  # it knows what a config.json may leave out
     return _Model(side, config.vocab_size, Parallelism(), config.value_head)
 

@@ -70,7 +70,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
     """
     import transformers
 
-    name = _architecture(Path(path))
+    name = architecture_of(Path(path))
     found = _class(name)
     if found is None:
         raise UnsupportedError(f"transformers {transformers.__version__} has no {name}", where=path)
@@ -115,7 +115,12 @@ def _class(name: str) -> Any:
     return getattr(transformers, name, None)
 
 
-def _architecture(path: Path) -> str:
+def architecture_of(path: Path) -> str:
+    """The class that config.json names.
+
+    Raises:
+        InputError: It names none, or is of a layout that does not load by itself.
+    """
     try:
         raw = json.loads((path / "config.json").read_text())
         names = raw.get("architectures")
