@@ -17,22 +17,28 @@ from ckptkit.sharding.stages import Stage, split_layers, stage_of_layer
 from ckptkit.tensors import Tensor, vstack
 
 
-def join_shards(checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile]) -> None:
+def join_shards(checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile], most_rows: int | None) -> None:
     """Fills the canonical view of a checkpoint: each item's shards are found where it lives and joined by its rule.
 
     Args:
         checkpoint: Described, without tensors.
         ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> written name -> tensor.
+        most_rows: Rows that its vocabulary has at most with padding, or None if somebody says what is padding.
 
     Raises:
-        InputError: Shards are missing, unknown or mis-shaped.
+        InputError: Shards are missing, unknown or mis-shaped, or do not fit the grid; or more rows of the vocabulary
+            would be cut off than padding explains.
     """
-    _Joiner(checkpoint, ranks).join()
+    try:
+        _Joiner(checkpoint, ranks, most_rows).join()
+    except UsageError as error:
+        raise InputError(f"the stored grid does not fit the model: {error.what}", where=checkpoint.path) from None
 
 
 class _Joiner:
-    def __init__(self, checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile]) -> None:
+    def __init__(self, checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile], most_rows: int | None) -> None:
         self.checkpoint = checkpoint
+        self.most_rows = most_rows
         self.left = {
             (*rank, vp_stage): dict(chunk)
             for rank, chunks in ranks.items()
@@ -97,6 +103,7 @@ class _Joiner:
             return
         if split.padded:
             self.checkpoint.padded_vocab_size = joined.shape[0]
+            self._check_padding(key, joined.shape[0], item.shape[0])
             joined = joined.rows(0, min(joined.shape[0], item.shape[0]))
         if joined.shape == item.bare_shape != item.shape:
             joined = item.completed(joined)
@@ -106,6 +113,16 @@ class _Joiner:
             return
         self.checkpoint.tensors[key] = joined
         self.checkpoint.comparisons += copies
+
+    def _check_padding(self, key: str, rows: int, size: int) -> None:
+        """Rows beyond the vocabulary are cut off, which may only be padding."""
+        if self.most_rows is not None and rows > self.most_rows:
+            raise InputError(
+                f"{key} has {rows} rows, a vocabulary of {size} has at most {self.most_rows} with its padding: weights"
+                " would be lost",
+                where=self.checkpoint.path,
+                hint=f"give --hf-reference with the right vocab_size, or --vocab-size {size} if they are padding",
+            )
 
     def _compare_tied_head(self) -> None:
         """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""

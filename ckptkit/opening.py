@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import EMBEDDING, Checkpoint, most_common_dtype
-from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.checkpoint import Checkpoint, most_common_dtype
+from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of, recognise, refuse_foreign
-from ckptkit.families.args import GRID_ARGS, from_args, grid_of, model_from_args
+from ckptkit.families.args import contradictions, from_args, grid_of, model_from_args
 from ckptkit.families.config import ModelConfig
-from ckptkit.families.spelling import VERL
+from ckptkit.families.known_args import GRID_ARGS, read_args
 from ckptkit.families.table import Family
 from ckptkit.formats.dcp import is_dcp
 from ckptkit.formats.dcp_state import open_dcp_state
@@ -40,6 +41,7 @@ from ckptkit.locating import Place, find_place, is_hf_like
 from ckptkit.run_config import args_of_run_config
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tensors import DTYPES
+from ckptkit.vocabulary import Vocabulary, stored_vocabulary
 
 
 def open_checkpoint(
@@ -134,10 +136,8 @@ def _complete(files: HfFiles) -> tuple[HfFiles, list[str]]:
         return next((read_json(place) for place in places if place.is_file()), None)
 
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    try:
+    with _located(files.path):
         config, notes = family.complete(files.config, shapes, read)
-    except InputError as error:
-        raise InputError(error.what, where=error.where or files.path, hint=error.hint) from None
     return replace(files, config=config), notes
 
 
@@ -219,7 +219,9 @@ class _Description:
     disagreements: list[str]
 
 
-def _describe(root: Path, args: Mapping[str, Any], names: set[str], given: _Given, vocab_rows: int) -> _Description:
+def _describe(
+    root: Path, args: Mapping[str, Any], names: set[str], given: _Given, vocabulary: Vocabulary
+) -> _Description:
     """The family, config and sidecar of a Megatron checkpoint: reference first, then sidecar, then `args` alone."""
     sidecar, reference = read_sidecar(root), given.reference
     if reference is not None:
@@ -227,25 +229,54 @@ def _describe(root: Path, args: Mapping[str, Any], names: set[str], given: _Give
     if sidecar is not None:
         family = family_of(sidecar.config, root)
         base = family.parse(sidecar.config)
-        config = from_args(args, base)
-        differences = _differences(config, base)
-        if reference is not None:
-            notes = [f"the reference outranks the checkpoint's args: {text}" for text in differences]
-            return _Description(family, base, sidecar, notes, [])
-        return _Description(family, config, sidecar, [], differences)
-    family = recognise(names, args)
-    if given.vocab_size is not None and not 0 < given.vocab_size <= vocab_rows:
-        raise UsageError(f"--vocab-size {given.vocab_size}, but {vocab_rows} rows are stored", where=root)
-    vocab_size = args.get("vocab_size") or given.vocab_size or vocab_rows
+        with _located(root):
+            config = from_args(args, base)
+        differences = [*_differences(config, base), *_contradictions(args, base)]
+        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.told)
+        if reference is None:
+            return _Description(family, config, sidecar, notes, [*differences, *cut])
+        if cut:  # a reference outranks words about the weights, not the weights
+            hint = f"give one with the right vocab_size, or --vocab-size {base.vocab_size} if the others are no tokens"
+            raise InputError(f"{cut[0]}: weights would be lost", where=root, hint=hint)
+        notes += [f"the reference outranks the checkpoint's args: {text}" for text in differences]
+        return _Description(family, base, sidecar, notes, [])
+    with _located(root):
+        return _describe_by_args(root, args, names, given, vocabulary)
+
+
+def _compare_vocabulary(size: int, stated: int | None, told: int | None) -> tuple[list[str], list[str]]:
+    """Contradictions between config.json and `args` about the number of tokens, and notes.
+
+    Args:
+        size: What config.json says.
+        stated: What the user says, or None.
+        told: What `args` say, or None.
+    """
+    if told in (None, size):
+        return [], []
+    text = f"args say vocab_size {told}, config.json says {size}"
+    if told is not None and told > size:
+        return ([text], []) if stated != size else ([], [f"{text}, which --vocab-size confirms"])
+    return [], [f"{text}: all its rows are kept"]  # of many a released model, more than its tokenizer has tokens
+
+
+def _describe_by_args(
+    root: Path, args: Mapping[str, Any], names: set[str], given: _Given, vocabulary: Vocabulary
+) -> _Description:
+    """The description of a checkpoint that nobody else describes."""
+    family, rows = recognise(names, args), vocabulary.rows
+    if given.vocab_size is not None and not 0 < given.vocab_size <= rows:
+        raise UsageError(f"--vocab-size {given.vocab_size}, but {rows} rows are stored", where=root)
+    vocab_size = vocabulary.size(given.vocab_size, root)
     config = model_from_args(args, family.name, family.architectures[0], vocab_size)
     notes = [
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
     ]
-    if not args.get("vocab_size") and given.vocab_size is None:
-        notes.append(
-            f"the true vocabulary size is unknown: all {vocab_rows} stored rows are kept (--vocab-size supplies it)"
-        )
+    if vocabulary.told is None and given.vocab_size is None:
+        notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")
+    if vocabulary.told not in (None, vocab_size):
+        notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.told}")
     sidecar = Sidecar(family.unparse(config, {}), {})
     return _Description(family, config, sidecar, notes, [])
 
@@ -265,13 +296,36 @@ def _differences(config: ModelConfig, base: ModelConfig) -> list[str]:
     return texts
 
 
+def _contradictions(args: Mapping[str, Any], base: ModelConfig) -> list[str]:
+    """Arguments with which Megatron-LM computes something else than the model of config.json."""
+    return [
+        f"args say {name} {stored!r}, config.json means {expected!r}"
+        for name, stored, expected in contradictions(args, base)
+    ]
+
+
+@contextmanager
+def _located(where: Path) -> Iterator[None]:
+    """Names the place in errors that do not."""
+    try:
+        yield
+    except CkptkitError as error:
+        raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
+
+
 def _open_packed(files: PackedFiles, given: _Given) -> Checkpoint:
     """A packed model is a grid of one rank: its one stage numbers layers as the whole model does."""
     ranks = {(0, 0, 0): {"model": files.tensors}}
-    return _join(files.path, files.path, "packed", ranks, Parallelism(), files.args, given)
+    return _join(files.path, files.path, "packed", ranks, Parallelism(), _args(files.args, files.path), given)
+
+
+def _args(stored: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    with _located(where):
+        return read_args(stored)
 
 
 def _open_torch(files: TorchFiles, given: _Given) -> Checkpoint:
+    files = replace(files, args=_args(files.args, files.path))
     told = _stated(files, given.grid)
     pp, tp, ep = (1 + max(numbers) for numbers in zip(*files.ranks, strict=True))
     grid = replace(told, tp=max(tp, told.tp), pp=max(pp, told.pp), ep=max(ep, told.ep), vpp=files.chunks)
@@ -286,10 +340,8 @@ def _open_torch(files: TorchFiles, given: _Given) -> Checkpoint:
         if (rank.pp, rank.tp, rank.ep) not in files.ranks:
             name = rank_folder((rank.pp, rank.tp, rank.ep), grid.pp, grid.ep)
             raise InputError(f"{name} is missing (the others make {grid})", where=files.path)
-    try:
+    with _located(files.path):
         ranks = ungrouped_experts(files.ranks)
-    except InputError as error:
-        raise InputError(error.what, where=files.path) from None
     checkpoint = _join(files.path, files.root, "torch", ranks, grid, files.args, given)
     if not files.args:
         checkpoint.notes.append(f"there are no args: that the grid is {grid} is read off the folders and --src sizes")
@@ -303,7 +355,8 @@ def _stated(files: TorchFiles, given: StatedGrid) -> Parallelism:
     Raises:
         UsageError: Both speak, and differ.
     """
-    told = grid_of(files.args)
+    with _located(files.path):
+        told = grid_of(files.args)
     for name, size in given.sizes().items():
         said = told.expert_tp if name == "etp" else getattr(told, name)
         if files.args.get(GRID_ARGS[name]) is not None and said != size:
@@ -316,11 +369,28 @@ def _stated(files: TorchFiles, given: StatedGrid) -> Parallelism:
 def _open_torch_dist(files: TorchDistFiles, given: _Given) -> Checkpoint:
     """Distributed checkpoints hold whole tensors: they are joined as one rank's, and the grid is what `args` say."""
     ranks = {(0, 0, 0): {"model": files.tensors}}
-    args = files.args or args_of_run_config(files.path)
+    stored, notes = _dist_args(files, given)
+    args = _args(stored, files.path)
     checkpoint = _join(files.path, files.root, "torch_dist", ranks, Parallelism(), args, given, stacked=files.stacked)
-    checkpoint.grid = grid_of(args)
+    checkpoint.notes += notes
+    try:
+        checkpoint.grid = grid_of(args)
+    except UnsupportedError as error:
+        checkpoint.notes.append(f"{error.what}; the tensors are whole all the same")
     _leave_out(checkpoint, files.optimizer)
     return checkpoint
+
+
+def _dist_args(files: TorchDistFiles, given: _Given) -> tuple[dict[str, Any], list[str]]:
+    """`args`, or what run_config.yaml says in their place, and notes; a reference outranks what is not supported."""
+    if files.args:
+        return files.args, []
+    try:
+        return args_of_run_config(files.path), []
+    except UnsupportedError as error:
+        if given.reference is None:
+            raise
+        return {}, [f"the reference outranks run_config.yaml: {error.what}"]
 
 
 def _open_state(state: ModuleState, given: _Given) -> Checkpoint:
@@ -395,7 +465,8 @@ def _join(
         grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
-    about = _describe(root, args, names, given, _vocab_rows(ranks))
+    vocabulary = stored_vocabulary(ranks, args)
+    about = _describe(root, args, names, given, vocabulary)
     if about.family.attention_of is not None:
         groups = [about.family.attention_of(layer) for layer in about.config.layers]
         ranks = {
@@ -416,22 +487,11 @@ def _join(
         notes=about.notes,
         disagreements=about.disagreements,
     )
-    join_shards(checkpoint, ranks)
+    size, most = about.config.vocab_size, vocabulary.padded(about.config.vocab_size)
+    join_shards(checkpoint, ranks, None if given.vocab_size == size else most)
+    if vocabulary.rows > most:
+        checkpoint.notes.append(f"{vocabulary.rows - size} rows beyond --vocab-size {size} are left out")
     checkpoint.grid = stored_grid
     if hybrid:
         checkpoint.notes.append("its tensors are those of Megatron-Core's HybridModel")
     return checkpoint
-
-
-_EMBEDDINGS = (EMBEDDING, VERL.written(EMBEDDING))
-
-
-def _vocab_rows(ranks: Mapping[RankKey, RankFile]) -> int:
-    """Rows of the stored embedding over all tensor parallel ranks, padding included."""
-    rows = {}
-    for (_, tp_rank, _), chunks in ranks.items():
-        for chunk in chunks.values():
-            for name, tensor in chunk.items():
-                if name.endswith(_EMBEDDINGS):
-                    rows[tp_rank] = tensor.shape[0]
-    return sum(rows.values())

@@ -130,7 +130,10 @@ def _can_say(family: Family, args: Mapping[str, Any]) -> bool:
     """Whether config.json of the family holds everything that `args` say."""
     from ckptkit.families.args import model_from_args
 
-    config = model_from_args(args, family.name, family.architectures[0], args.get("vocab_size") or 1)
+    try:
+        config = model_from_args(args, family.name, family.architectures[0], args.get("vocab_size") or 1)
+    except UnsupportedError:
+        return False
     return family.parse(family.unparse(config, {})) == config
 
 

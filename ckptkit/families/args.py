@@ -5,14 +5,28 @@ Names and meanings are those of `megatron/training/arguments.py`; `--use-checkpo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_called
 from ckptkit.families.config import Adapter, LayerConfig, ModelConfig, Rope
+from ckptkit.families.known_args import (
+    GRID_ARGS,
+    GRID_FLAGS,
+    NEEDED,
+    NEUTRAL,
+    NEUTRAL_OF_EXPERTS,
+    WRITTEN,
+    Mismatch,
+    check_types,
+    mismatches,
+)
 from ckptkit.families.spelling import GROUPED
+from ckptkit.families.table import Family
 from ckptkit.sharding.grid import Parallelism
 
 _Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
@@ -147,37 +161,22 @@ def _grid_args(grid: Parallelism) -> dict[str, Any]:
     }
 
 
-GRID_ARGS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "first_stage_layers": "decoder_first_pipeline_num_layers",
-    "last_stage_layers": "decoder_last_pipeline_num_layers",
-}
-"""Size of a grid -> the argument that says it."""
-
-
 def grid_of(args: Mapping[str, Any]) -> Parallelism:
-    """The grid that a checkpoint's `args` describe."""
-    return Parallelism(
-        tp=args.get("tensor_model_parallel_size") or 1,
-        pp=args.get("pipeline_model_parallel_size") or 1,
-        vpp=args.get("virtual_pipeline_model_parallel_size") or 1,
-        first_stage_layers=args.get("decoder_first_pipeline_num_layers"),
-        last_stage_layers=args.get("decoder_last_pipeline_num_layers"),
-        embedding_in_split=bool(args.get("account_for_embedding_in_pipeline_split")),
-        loss_in_split=bool(args.get("account_for_loss_in_pipeline_split")),
-        ep=args.get("expert_model_parallel_size") or 1,
-        etp=_expert_tp(args),
-        adapter_first=bool(args.get("adapter_first")),
-    )
+    """The grid that a checkpoint's `args` describe.
 
-
-def _expert_tp(args: Mapping[str, Any]) -> int | None:
-    size = args.get("expert_tensor_parallel_size")
-    return None if size == (args.get("tensor_model_parallel_size") or 1) else size
+    Raises:
+        InputError: A size is no size.
+        UnsupportedError: They are sizes of no grid that `Parallelism` knows.
+    """
+    check_types(args, (*GRID_ARGS.values(), *GRID_FLAGS.values()))
+    sizes: dict[str, Any] = {size: args[name] for size, name in GRID_ARGS.items() if args.get(name) is not None}
+    flags = {flag: bool(args.get(name)) for flag, name in GRID_FLAGS.items()}
+    if sizes.get("etp") == sizes.get("tp", 1):
+        sizes.pop("etp", None)
+    try:
+        return Parallelism(**sizes, **flags)
+    except UsageError as error:
+        raise UnsupportedError(f"the checkpoint's args tell of a grid that is not supported ({error.what})") from None
 
 
 def from_args(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
@@ -195,16 +194,23 @@ def from_args(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
     """
     told = _model_args(base)
     heard = {**told, **{key: args[key] for key in (*told, *_EXPERT_ARGS) if key in args}}
-    try:
+    with _sense():
         before, after = _config(told, base), _config(heard, base)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"the checkpoint's args make no sense ({error})", hint="give --hf-reference") from None
     layers = after.layers
     if before.num_layers == after.num_layers:
         layers = tuple(map(_changed, base.layers, before.layers, after.layers))
     config = replace(_changed(base, before, after), layers=layers)
     own = _family_args(base)
     return config if all(heard[key] == value for key, value in own.items()) else _as_told(heard, config)
+
+
+@contextmanager
+def _sense() -> Iterator[None]:
+    """What fails in here fails because arguments contradict one another, as a list that is shorter than the model."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"the checkpoint's args make no sense ({error})", hint="give --hf-reference") from None
 
 
 def _as_told(args: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
@@ -221,17 +227,66 @@ def _as_told(args: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     return found.parse(raw)
 
 
+def contradictions(args: Mapping[str, Any], config: ModelConfig) -> list[Mismatch]:
+    """Arguments that change the mathematics and tell of another model than `config`, which has no field for them.
+
+    Args:
+        args: Stored arguments; absent ones do not speak.
+        config: The model.
+    """
+    told, rope = _model_args(config), _main_rope(config)
+    allowed = {**NEUTRAL, **(NEUTRAL_OF_EXPERTS if config.num_experts else {})}
+    allowed.update((name, (told[name],)) for name in WRITTEN if name in told)
+    if rope.kind == "yarn" and args.get("position_embedding_type") == "yarn":  # what Megatron-LM says of it since 0.19
+        allowed.update(_yarn_args(rope))
+    return mismatches(args, allowed)
+
+
+def _yarn_args(rope: Rope) -> dict[str, tuple[Any, ...]]:
+    """What Megatron-LM's arguments may be for a yarn rope.
+
+    Without an attention factor, transformers and Megatron-Core derive the same from the two mscales; where config.json
+    has none, the default of Megatron-LM's arguments, 1 and 0, gives what transformers does then.
+    """
+    given = rope.mscale is not None and rope.mscale_all_dim is not None
+    return {
+        "position_embedding_type": ("yarn",),
+        "rotary_scaling_factor": (rope.factor,),
+        "yarn_original_max_position_embeddings": (rope.original_max_position,),
+        "yarn_beta_fast": (rope.beta_fast,),
+        "yarn_beta_slow": (rope.beta_slow,),
+        "yarn_correction_range_round_to_int": (rope.truncate,),
+        "mscale": (rope.mscale if given else 1.0,),
+        "mscale_all_dim": (rope.mscale_all_dim if given else 0.0,),
+    }
+
+
 def model_from_args(args: Mapping[str, Any], family: str, architecture: str, vocab_size: int) -> ModelConfig:
     """The model that `args` alone describe; what they do not speak of is as in a config.json that says nothing of it.
 
     Raises:
-        InputError: An argument that every Megatron checkpoint records is absent.
+        InputError: An argument that every Megatron checkpoint records is absent, or makes no sense.
+        UnsupportedError: config.json of the family has no words for what they say.
     """
-    needed = ("num_layers", "hidden_size", "num_attention_heads")
-    if missing := [key for key in needed if not isinstance(args.get(key), int)]:
+    if missing := [key for key in NEEDED if not isinstance(args.get(key), int)]:
         raise InputError(f"the checkpoint's args lack {', '.join(missing)}", hint="give --hf-reference")
-    hidden, heads = args["hidden_size"], args["num_attention_heads"]
     found = family_called(family)
+    base = found.parse(_raw_config(args, found, vocab_size))
+    config = from_args(args, replace(base, architecture=architecture, dtype="float32"))
+    said = found.parse(found.unparse(config, {}))
+    if unlike := [*_unsaid(config, said), *contradictions(args, said)]:
+        texts = (f"{one.name} is {one.stored!r}, not {one.expected!r}" for one in unlike)
+        raise UnsupportedError(
+            f"the checkpoint's args describe no {architecture}: {'; '.join(texts)}",
+            hint="where they are wrong, give --hf-reference with the right config.json, which outranks them",
+        )
+    # No argument speaks of the output bias alone; in config.json it comes with those of q, k and v, or never.
+    return replace(config, out_bias=said.out_bias)
+
+
+def _raw_config(args: Mapping[str, Any], family: Family, vocab_size: int) -> dict[str, Any]:
+    """A config.json with the sizes that `args` tell, which `from_args` then corrects."""
+    hidden, heads = args["hidden_size"], args["num_attention_heads"]
     sizes = {
         "num_hidden_layers": args["num_layers"],
         "hidden_size": hidden,
@@ -242,13 +297,29 @@ def model_from_args(args: Mapping[str, Any], family: str, architecture: str, voc
         "intermediate_size": args.get("ffn_hidden_size") or 4 * hidden,
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
     }
-    if found.from_args is not None:
+    if family.from_args is not None:
         silent = {"window_size": None, "window_attn_skip_freq": None}
-        sizes.update(found.from_args(args, [_window({**silent, **args}, n) for n in range(args["num_layers"])]))
-    base = found.parse({found.sizes_in: sizes} if found.sizes_in else sizes)
-    config = from_args(args, replace(base, architecture=architecture, dtype="float32"))
-    # No argument speaks of the output bias alone; in config.json it comes with those of q, k and v, or never.
-    return replace(config, out_bias=found.parse(found.unparse(config, {})).out_bias)
+        with _sense():
+            windows = [_window({**silent, **args}, number) for number in range(args["num_layers"])]
+        sizes.update(family.from_args(args, windows))
+    return {family.sizes_in: sizes} if family.sizes_in else sizes
+
+
+def _unsaid(config: ModelConfig, said: ModelConfig) -> list[Mismatch]:
+    """Arguments of a model that are others for what its config.json says."""
+    stored, expected = _model_args(config), _model_args(said)
+    return [
+        Mismatch(name, value, expected.get(name))
+        for name, value in stored.items()
+        if name not in ("bf16", "fp16") and not _same(value, expected.get(name))
+    ]
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are equal, but for the rounding of numbers: some are stored as their square, or in fp32."""
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-6)
+    return bool(value == other)
 
 
 _EXPERT_ARGS = ("moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax")
@@ -264,16 +335,14 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
         hidden_size=args["hidden_size"],
         layers=tuple(_layer(args, base, number) for number in range(args["num_layers"])),
         tied=not args["untie_embeddings_and_output_weights"],
-        norm_eps=float(
-            args["norm_epsilon"] if args.get("norm_epsilon") is not None else args.get("layernorm_epsilon", 1e-5)
-        ),
+        norm_eps=float(args["norm_epsilon"]),
         max_position_embeddings=args["max_position_embeddings"] or base.max_position_embeddings,
         qkv_bias=biased or bool(args["add_qkv_bias"]),
         out_bias=biased,
         mlp_bias=biased,
         qk_norm=bool(args["qk_layernorm"]),
         zero_centered_norms=bool(args["apply_layernorm_1p"]),
-        softmax_scale=args["softmax_scale"],
+        softmax_scale=_softmax_scale(args),
         activation="silu" if args["swiglu"] else base.activation,
         gated=bool(args["swiglu"]) or base.gated,
         init_std=float(args["init_method_std"]),
@@ -301,12 +370,22 @@ def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConf
         known,
         num_heads=heads,
         num_kv_heads=kv_heads or heads,
-        head_dim=args["kv_channels"] or args["hidden_size"] // heads,
+        head_dim=_head_dim(args),
         ffn_hidden_size=args["ffn_hidden_size"] or 4 * args["hidden_size"],
         rope=_rope(args) if known.rope == _main_rope(base) else known.rope,
         window=_window(args, number),
         moe=bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number),
     )
+
+
+def _softmax_scale(args: Mapping[str, Any]) -> float | None:
+    """The factor on attention scores; None for the usual one, which some write out."""
+    scale, usual = args["softmax_scale"], _head_dim(args) ** -0.5
+    return None if scale is None or _same(float(scale), usual) else float(scale)
+
+
+def _head_dim(args: Mapping[str, Any]) -> int:
+    return int(args["kv_channels"] or args["hidden_size"] // args["num_attention_heads"])
 
 
 def _window(args: Mapping[str, Any], number: int) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families.config import ModelConfig, Rope
+from ckptkit.families.known_args import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN
 from ckptkit.sharding.grid import Parallelism
 
 VERSION = "0.6.2"
@@ -279,7 +280,6 @@ _SAME = (
     "moe_ffn_hidden_size",
     "moe_router_topk",
     "moe_router_pre_softmax",
-    "moe_router_score_function",
     "vocab_size",
     "make_vocab_size_divisible_by",
     "tensor_model_parallel_size",
@@ -289,6 +289,13 @@ _SAME = (
     "account_for_loss_in_pipeline_split",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    *(name for name in WRITTEN if name != "swiglu"),
+    *NEUTRAL,
+    *NEUTRAL_OF_EXPERTS,
 )
 _RENAMED = {
     "seq_length": "max_position_embeddings",
@@ -297,6 +304,9 @@ _RENAMED = {
     "rope_scaling": "use_rope_scaling",
     "rope_scaling_factor": "rope_scaling_factor",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
     "num_moe_experts": "num_experts",
     "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
     "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
@@ -320,16 +330,12 @@ def args_of_provider(provider: Provider) -> dict[str, Any]:
             args.update(num_query_groups=groups, group_query_attention=groups != values["num_attention_heads"])
         if "share_embeddings_and_output_weights" in values:
             args["untie_embeddings_and_output_weights"] = not values["share_embeddings_and_output_weights"]
-        if "gated_linear_unit" in values:
-            args["swiglu"] = bool(values["gated_linear_unit"]) and values.get("activation_func") == Named(_SILU)
+        if "gated_linear_unit" in values and "activation_func" in values:
+            args["swiglu"] = bool(values["gated_linear_unit"]) and values["activation_func"] == Named(_SILU)
         if provider.target == _GEMMA3 or "interleaved_attn_pattern" in values:
             args.update(_gemma3_args(values))
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise InputError(f"the model section of run_config.yaml makes no sense ({error!r})") from None
-    if values.get("position_embedding_type", "rope") != "rope":
-        raise UnsupportedError(
-            f"position embeddings {values['position_embedding_type']!r} in run_config.yaml", hint="give --hf-reference"
-        )
     return args
 
 
@@ -337,8 +343,10 @@ def _gemma3_args(values: Mapping[str, Any]) -> dict[str, Any]:
     local, whole = values["rotary_base"]
     if local != 10000:
         raise UnsupportedError(f"local rotary base {local} in run_config.yaml", hint="give --hf-reference")
+    if values.get("activation_func", Named(_FAST_GELU)) != Named(_FAST_GELU):
+        name = getattr(values["activation_func"], "name", values["activation_func"])
+        raise UnsupportedError(f"activation {name} of Gemma 3 in run_config.yaml", hint="give --hf-reference")
     pattern, factor = sum(values["interleaved_attn_pattern"]), values.get("rope_scaling_factor", 1.0)
-    usual = values["kv_channels"] ** -0.5
     return {
         "rotary_base": whole,
         "rotary_seq_len_interpolation_factor": factor if factor != 1 else None,
@@ -346,5 +354,4 @@ def _gemma3_args(values: Mapping[str, Any]) -> dict[str, Any]:
         "rope_scaling_factor": 8.0,
         "window_size": [values["window_size"] - 1, 0],
         "window_attn_skip_freq": [int((number + 1) % pattern != 0) for number in range(values["num_layers"])],
-        "softmax_scale": None if abs(values["softmax_scale"] - usual) < 1e-9 else values["softmax_scale"],
     }

@@ -141,14 +141,20 @@ def open_torch_legacy(path: Path, root: Path, *, pp: int | None = None, ep: int 
     folders = [item for item in sorted(path.iterdir()) if _RANK.match(item.name)]
     contents = {folder: _read_rank(folder) for folder in folders}
     args = _common_args(contents)
-    stages = args.get("pipeline_model_parallel_size") or pp or 1
-    with_experts = stages == 1 and (args.get("expert_model_parallel_size") or ep or 1) > 1
+    stages = _size(args, "pipeline_model_parallel_size") or pp or 1
+    with_experts = stages == 1 and (_size(args, "expert_model_parallel_size") or ep or 1) > 1
     ranks = {_ranks_of(folder, with_experts): _chunks(content, folder) for folder, content in contents.items()}
     counts = {len(chunks) for chunks in ranks.values()}
     if len(counts) > 1:
         raise InputError("ranks hold different numbers of virtual stages", where=path)
     optimizer = sum((_optimizer(content, folder) for folder, content in contents.items()), OptimizerState())
     return TorchFiles(path, root, args, ranks, counts.pop(), optimizer)
+
+
+def _size(args: Mapping[str, Any], name: str) -> int | None:
+    """A size that the arguments state; what is no number is refused by those who read the others."""
+    size = args.get(name)
+    return size if isinstance(size, int) else None
 
 
 def _optimizer(content: Mapping[str, Any], folder: Path) -> OptimizerState:

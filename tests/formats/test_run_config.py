@@ -122,7 +122,7 @@ def test_damaged(tmp_path: Path) -> None:
         "[]": (InputError, "no section `model`"),
         "model: 3": (InputError, "no section `model`"),
         "model: " + "[" * 5000: (InputError, "not valid YAML"),
-        yaml.safe_dump({"model": {**model, "num_layers": "many"}}): (InputError, "args lack num_layers"),
+        yaml.safe_dump({"model": {**model, "num_layers": "many"}}): (InputError, "say num_layers 'many', but it must"),
         yaml.safe_dump({"model": {**model, "interleaved_attn_pattern": 3}}): (InputError, "makes no sense"),
         yaml.safe_dump({"model": {**model, "position_embedding_type": "yarn"}}): (UnsupportedError, "'yarn'"),
     }
