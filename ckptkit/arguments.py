@@ -12,6 +12,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result, or the err
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="Threads that read. Default: one for each core.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the complete plan; write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destination if it exists, in one step.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from where a killed run stopped.")]
+MovingThreads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="Threads that move bytes; any number gives the same result."),
+]
+FileHashes = Annotated[bool, typer.Option("--hash", help="Also give the SHA-256 of every written file.")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="Largest safetensors file, e.g. 5GB. The default keeps the files of a source that has some, or is 5GB.",
+    ),
+]
 HfReference = Annotated[
     str | None,
     typer.Option(

@@ -13,9 +13,15 @@ import typer
 
 from ckptkit import __version__
 from ckptkit.arguments import (
+    DryRun,
+    FileHashes,
     HfReference,
     Iteration,
     Json,
+    MovingThreads,
+    Overwrite,
+    Resume,
+    ShardSize,
     SrcEp,
     SrcEtp,
     SrcFirst,
@@ -256,12 +262,7 @@ def convert(
             help="Cast floating-point tensors: float32, bfloat16 or float16. The default keeps every bit.",
         ),
     ] = None,
-    shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Largest safetensors file, e.g. 5GB. The default keeps the source's files, or is 5GB."
-        ),
-    ] = None,
+    shard_size: ShardSize = None,
     make_vocab_size_divisible_by: Annotated[
         int | None,
         typer.Option(
@@ -282,26 +283,11 @@ def convert(
     strict_config: Annotated[
         bool, typer.Option("--strict-config", help="Refuse config features that Megatron's arguments cannot express.")
     ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the complete plan; write nothing."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace DST if it exists, in one step."),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from where a killed run stopped."),
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Threads that move bytes; any number gives the same result."),
-    ] = None,
-    hash: Annotated[
-        bool,
-        typer.Option("--hash", help="Also give the SHA-256 of every written file."),
-    ] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    threads: MovingThreads = None,
+    hash: FileHashes = False,
     json: Json = False,
 ) -> None:
     """Convert a checkpoint to another format or parallel grid.

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ckptkit.arguments import DryRun, FileHashes, Json, MovingThreads, Overwrite, Resume, ShardSize
 from ckptkit.errors import UsageError
 from ckptkit.options import parse_size
 from ckptkit.output import Output
@@ -111,17 +112,13 @@ def build(
         bool,
         typer.Option("--legacy", help="Write the published layout, which cannot be loaded without FIRST and LAST."),
     ] = False,
-    shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest safetensors file, e.g. 5GB (the default).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the complete plan; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists, in one step.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from where a killed run stopped.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that move bytes; any number gives the same result.")
-    ] = None,
-    hash: Annotated[bool, typer.Option("--hash", help="Also give the SHA-256 of every written file.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")] = False,
+    shard_size: ShardSize = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    threads: MovingThreads = None,
+    hash: FileHashes = False,
+    json: Json = False,
 ) -> None:
     """Build a split Llama: embedding and first layers of FIRST, an adapter, last layers, norm and head of LAST.
 
@@ -179,17 +176,13 @@ def fit(
     adapter_init: Annotated[
         str, typer.Option(metavar="NAME[:ARGUMENT]", help="lstsq, ridge[:STRENGTH] or procrustes.")
     ] = "lstsq",
-    shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest safetensors file, e.g. 5GB (the default).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the complete plan; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists, in one step.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from where a killed run stopped.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that move bytes; any number gives the same result.")
-    ] = None,
-    hash: Annotated[bool, typer.Option("--hash", help="Also give the SHA-256 of every written file.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")] = False,
+    shard_size: ShardSize = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    threads: MovingThreads = None,
+    hash: FileHashes = False,
+    json: Json = False,
 ) -> None:
     """Fit the adapter of a split Llama to calibration text; all other tensors pass through.
 
