@@ -18,7 +18,10 @@ _REBUILDS = (
     "_rebuild_wrapper_subclass _rebuild_device_tensor_from_numpy _rebuild_device_tensor_from_cpu_tensor"
 )
 _PLACEMENTS = "Placement Shard _StridedShard Replicate Partial _Partial _MaskPartial"
-_MEGATRON_ENUMS = "ModelType LayerType AttnType AttnMaskType AttnBackend CudaGraphScope Fp8Recipe Fp4Recipe"
+_MEGATRON_ENUMS = (
+    "ModelType LayerType AttnType AttnMaskType AttnBackend CudaGraphScope CudaGraphModule InferenceCudaGraphScope "
+    "Fp8Recipe Fp4Recipe"
+)
 _ARRAYS = "_reconstruct scalar"
 _DTYPE_CLASSES = (
     "BoolDType Int8DType Int16DType Int32DType Int64DType UInt8DType UInt16DType UInt32DType UInt64DType "
@@ -80,6 +83,8 @@ _LISTED: dict[str, str] = {
     "megatron.core.transformer.enums": _MEGATRON_ENUMS,
     "megatron.model.enums": _MEGATRON_ENUMS,
     "megatron.legacy.model.enums": _MEGATRON_ENUMS,
+    # What torch.storage._load_from_bytes is called by a process that has imported Megatron-Core 0.19.
+    "megatron.core.safe_globals": "safe_load_from_bytes",
     "megatron.core.transformer.pipeline_parallel_layer_layout": "PipelineParallelLayerLayout",
     "megatron.core.optimizer.optimizer_config": "OptimizerConfig AdamOptimizerConfig SGDOptimizerConfig ParamKey "
     "ParamPredicate ParamWithNamePredicate",

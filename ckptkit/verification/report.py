@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import __version__
 from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
 from ckptkit.verification.placement import SideReport
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-PACKAGES = ("ckptkit-megatron", "torch", "transformers", "megatron-core")
+DISTRIBUTION = "ckptkit-megatron"
+PACKAGES = ("torch", "transformers", "megatron-core")
 SCHEMA = 1
 """Version of the JSON report; docs/report-schema.md describes its fields. Only a field that goes away, or changes its
 meaning, raises it."""
@@ -157,7 +159,7 @@ def render(report: VerificationReport) -> Table:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what runs; absent ones are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), DISTRIBUTION: __version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -42,6 +42,9 @@ from tests.formats.torch_files import as_torch, contents, leaves, torch_bytes, w
 
 ALL_DTYPES = sorted(DTYPES)
 
+OPEN = f"{open.__module__}.open"  # of `io`, and since Python 3.12 of `_io`
+FROM_BYTES = f"{torch.storage._load_from_bytes.__module__}\n{torch.storage._load_from_bytes.__name__}"
+
 
 def make(name: str, *shape: int) -> torch.Tensor:
     """Random bits as a torch tensor of the type that `name` stands for."""
@@ -180,6 +183,17 @@ def test_a_tensor_pickled_as_bytes_is_marked() -> None:
     assert found == {"rng": UnreadableTensor("lies in bytes inside the pickle", (2, 3))}
 
 
+def test_names_of_megatron_core_0_19() -> None:
+    """It replaces a function of torch's by one of its own, and has enums that earlier releases lack."""
+    data = pickle.dumps({"rng": torch.zeros(2, 3)}, 2)
+    renamed = data.replace(f"c{FROM_BYTES}\n".encode(), b"cmegatron.core.safe_globals\nsafe_load_from_bytes\n")
+    assert b"safe_load_from_bytes" in renamed
+    assert loads(renamed, "x") == {"rng": UnreadableTensor("lies in bytes inside the pickle", (2, 3))}
+    for name in ("CudaGraphModule", "InferenceCudaGraphScope"):
+        found: Any = loads(f"\x80\x02cmegatron.core.transformer.enums\n{name}\nK\x01\x85R.".encode("latin-1"), "x")
+        assert (found.name, found.args) == (name, (1,))
+
+
 def test_a_module_with_its_state_dict(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     state = module.state_dict()
@@ -262,6 +276,10 @@ def test_distributed_tensors(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
+    if dist.is_initialized():  # a model for packed inputs keeps its group
+        from ckptkit.megatron import parallel
+
+        parallel.finalize()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
@@ -571,14 +589,14 @@ def hostile(sentinel: Path) -> dict[str, object]:
         "subprocess.Popen": Call(subprocess.Popen, ["touch", str(sentinel)]),
         "builtins.eval": Call(eval, code),
         "builtins.exec": Call(exec, code),
-        "io.open": Call(open, str(sentinel), "w"),
+        OPEN: Call(open, str(sentinel), "w"),
         "builtins.getattr": Call(getattr, "x", "upper"),
         "functools.partial": functools.partial(print),
         "torch.hub.load": Call(torch.hub.load, "a/b", "c"),
     }
 
 
-HOSTILE = ["posix.system", "subprocess.Popen", "builtins.eval", "builtins.exec", "io.open", "builtins.getattr"]
+HOSTILE = ["posix.system", "subprocess.Popen", "builtins.eval", "builtins.exec", OPEN, "builtins.getattr"]
 HOSTILE += ["functools.partial", "torch.hub.load"]
 
 
@@ -595,7 +613,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, name: str, protocol: int) -
         shown = f"its pickle names {spelled}, which is not on the list of things a checkpoint needs"
         assert str(caught.value) == f"{path}: {shown}; nothing was run"
     assert not (tmp_path / "sentinel").exists()
-    if name in ("builtins.eval", "builtins.exec", "io.open"):
+    if name in ("builtins.eval", "builtins.exec", OPEN):
         pickle.loads(data)
         assert (tmp_path / "sentinel").exists(), "the case would not have shown a run"
 
