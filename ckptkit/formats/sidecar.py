@@ -34,7 +34,6 @@ class Sidecar:
         small: Relative path -> absolute path of small files, config.json included.
         headers: Shard file -> raw header.
         extras: Hugging Face tensors without a Megatron slot.
-        manifest: What the checkpoint that holds it says of itself; empty when taken from a Hugging Face directory.
         origin: Hub repository and commit that the model came from, or empty.
     """
 
@@ -42,7 +41,6 @@ class Sidecar:
     small: dict[str, Path]
     headers: dict[str, Header] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
-    manifest: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -105,4 +103,4 @@ def read_sidecar(path: Path) -> Sidecar | None:
     extras_file = folder / "extras.safetensors"
     extras = safetensors.tensors_of(extras_file, safetensors.read_header(extras_file)) if extras_file.is_file() else {}
     config = read_json(folder / "hf" / "config.json")
-    return Sidecar(config, small, headers, extras, manifest, dict(manifest.get("origin") or {}))
+    return Sidecar(config, small, headers, extras, dict(manifest.get("origin") or {}))

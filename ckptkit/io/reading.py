@@ -131,18 +131,25 @@ def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:
         UnsupportedError: A cast that does not exist.
         StorageError: A source cannot be read.
     """
-    left, right = comparison.left, comparison.right
+    if (how := difference(comparison.left, comparison.right, limits=limits)) is not None:
+        hint = "the checkpoint is inconsistent: repair or replace it"
+        raise InputError(f"these should be equal, but {how}", where=comparison.what, hint=hint)
+
+
+def difference(left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT) -> str | None:
+    """How two tensors that should be equal are not, in words after "they"; None if they are.
+
+    Raises:
+        InputError: A source is gone or ends early.
+        UnsupportedError: A cast that does not exist.
+        StorageError: A source cannot be read.
+    """
     if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
-        pair = f"{left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
-        raise InputError(f"these should be equal, but are {pair}", where=comparison.what)
+        return f"are {left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
     byte = first_difference(left, right, limits=limits)
-    if byte is not None:
-        index = byte // left.out_dtype.itemsize
-        raise InputError(
-            f"these should be equal, but differ first at element {index} of {left.numel}",
-            where=comparison.what,
-            hint="the checkpoint is inconsistent: repair or replace it",
-        )
+    if byte is None:
+        return None
+    return f"differ first at element {byte // left.out_dtype.itemsize} of {left.numel}"
 
 
 def in_step(left: Iterator[Bytes], right: Iterator[Bytes]) -> Iterator[tuple[Bytes, Bytes]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.inspection.structure import config_differences
 from ckptkit.io.plan import Comparison
-from ckptkit.io.reading import first_difference
+from ckptkit.io.reading import difference
 from ckptkit.tensors import Tensor
 from ckptkit.verification.figures import Check
 from ckptkit.verification.report import LevelResult
@@ -35,14 +35,6 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
     everything = config + problems
     summary = everything[0] if everything else f"{count} tensors, names, shapes and config agree"
     return LevelResult("structure", not everything, summary, {"tensors": count, "problems": everything}, checks)
-
-
-def _difference(left: Tensor, right: Tensor) -> str | None:
-    """How two tensors that should be equal are not."""
-    if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
-        return f"{left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
-    byte = first_difference(left, right)
-    return None if byte is None else f"first at element {byte // left.out_dtype.itemsize:,} of {left.numel:,}"
 
 
 def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -76,8 +68,8 @@ def check_weights(
         nonlocal done
         found = []
         for comparison in comparisons:
-            if (difference := _difference(comparison.left, comparison.right)) is not None:
-                found.append(f"{comparison.what}, {difference}")
+            if (how := difference(comparison.left, comparison.right)) is not None:
+                found.append(f"{comparison.what}: they {how}")
             done += comparison.left.nbytes
             if progress is not None:
                 progress(done, total)
