@@ -40,6 +40,8 @@ CONFIGS = Path(__file__).parents[1] / "fixtures" / "released_configs.json"
 SHARD = 4 << 30
 """Bytes of a safetensors file, one tensor more or less."""
 SEED = 0
+SIZES = ("tp", "pp", "ep")
+CKPTKIT = [sys.executable, "-m", "ckptkit"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Result:
         if routing:
             worst = max(layer["noise_ratio"] for layer in routing["layers"])
             ties, beyond = (sum(layer[key] for layer in routing["layers"]) for key in ("near_ties", "disagreements"))
-            routers = f"{worst:.2f}, {ties} ties, {beyond} beyond"
+            routers = f"{worst:.2f}, {ties} near-ties, {beyond} beyond"
         top1 = self.logits.get("agreement", {}).get("top1_agreement", math.nan)
         cells = [
             self.name,
@@ -164,27 +166,37 @@ def measure(options: argparse.Namespace, config: dict[str, Any], source: Path, t
         CommandError: A command failed, other than by finding a difference.
     """
     made = write_checkpoint(source, config, options.device)
-    _say(f"made {made.nbytes / 1e9:.1f} GB in {made.seconds:.1f} s")
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("tp", "pp", "ep")]
-    ckptkit = [sys.executable, "-m", "ckptkit"]
-    converted = run([*ckptkit, "convert", str(source), str(target), "--to", "torch", *sizes, "--spec", "local"])
-    _say(f"converted in {converted.clock:.1f} s")
+    say(f"made {made.nbytes / 1e9:.1f} GB in {made.seconds:.1f} s")
+    return converted_and_verified(options, source, target, made, _text(config)["num_hidden_layers"])
+
+
+def converted_and_verified(
+    options: argparse.Namespace, source: Path, target: Path, made: Made, num_layers: int
+) -> Result:
+    """Converts a checkpoint and verifies the outcome in bf16.
+
+    Raises:
+        CommandError: A command failed, other than by finding a difference.
+    """
+    sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
+    converted = run([*CKPTKIT, "convert", str(source), str(target), "--to", "torch", *sizes, "--spec", "local"])
+    say(f"converted in {converted.clock:.1f} s")
     report_file = options.workdir / "report.json"
-    reports = (
-        ["--json", str(report_file), "--html", str(options.html)] if options.html else ["--json", str(report_file)]
-    )
-    how = ["--device", options.device, "--dtype", "bfloat16", *reports]
+    reports = [f"--json={report_file}", *([f"--html={options.html}"] if options.html else [])]
     # Exit code 1 says that the models differ, which is a result.
-    verified = run([*ckptkit, "verify", str(source), str(target), *how], codes=(0, 1))
+    how = ["--device", options.device, "--dtype", "bfloat16", *reports]
+    verified = run([*CKPTKIT, "verify", str(source), str(target), *how], codes=(0, 1))
     report = json.loads(report_file.read_text())
-    _say(f"verified in {verified.clock:.1f} s: {report['verdict']}")
+    say(f"verified in {verified.clock:.1f} s: {report['verdict']}")
+    for level in report["levels"]:
+        say(f"  {level['name']}, {level['seconds']:.0f} s: {level['summary']} {level['details'].get('seconds', '')}")
     return Result(
         name=options.name,
-        layers=_text(config)["num_hidden_layers"],
+        layers=num_layers,
         parameters=made.parameters,
         nbytes=made.nbytes,
-        grid=f"TP{options.tp} x PP{options.pp} x EP{options.ep}",
-        device=_device_name(options.device),
+        grid=" x ".join(f"{name.upper()}{getattr(options, name)}" for name in SIZES if getattr(options, name) > 1),
+        device=device_name(options.device),
         make_seconds=made.seconds,
         convert_seconds=converted.clock,
         convert_memory=converted.anonymous,
@@ -349,7 +361,8 @@ def no_room(first: Path, second: Path, needed: int) -> str | None:
     return None
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """The device in words."""
     import torch
 
     if device == "cuda":
@@ -357,7 +370,8 @@ def _device_name(device: str) -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells how far it is, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -372,7 +386,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, required=True, help="for the checkpoint, and the reports")
     parser.add_argument("--out", type=Path, help="for the converted checkpoint, if another disk; default: the workdir")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    for name in ("tp", "pp", "ep"):
+    for name in SIZES:
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the released model has")
     parser.add_argument(

@@ -6,7 +6,8 @@
 The lengths are drawn from a log-normal distribution (seed 0) and cut off at --longest, as answers in reinforcement
 learning are: a few are long, most are short. Tokens count without padding. All ways run the same weights, and their
 logits at the tokens that count are compared before anything is timed. Memory is the peak of what torch allocated on the
-GPU above what was allocated before the pass; it is not measured on the CPU.
+GPU above what was allocated before the pass; it is not measured on the CPU. A pass for which the GPU has too little is
+reported as that.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ def main() -> int:
     rows = []
     for name, way in ways.items():
         for kind, run in (("forward", _forward(way)), ("forward and backward", _backward(way))):
-            seconds, memory = _measure(run, device, options.repeat)
-            peak = "not measured" if memory is None else f"{memory / 2**30:.2f}"
-            rows.append([name, kind, f"{count / seconds:,.0f}", f"{seconds:.3f}", peak])
+            rows.append([name, kind, *_cells(run, device, options.repeat, count)])
     print(table(("input", "pass", "tokens/s", "seconds (median)", "peak memory, GiB"), rows))
     return 0
 
@@ -135,6 +134,17 @@ def _forward(way: Way) -> Callable[[], None]:
 
 def _backward(way: Way) -> Callable[[], None]:
     return lambda: way().float().square().mean().backward()
+
+
+def _cells(run: Callable[[], None], device: torch.device, repeat: int, count: int) -> list[str]:
+    """Tokens per second, seconds, and memory."""
+    try:
+        seconds, memory = _measure(run, device, repeat)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return ["-", "-", "out of memory"]
+    peak = "not measured" if memory is None else f"{memory / 2**30:.2f}"
+    return [f"{count / seconds:,.0f}", f"{seconds:.3f}", peak]
 
 
 def _measure(run: Callable[[], None], device: torch.device, repeat: int) -> tuple[float, int | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,18 @@ def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:
         raise InputError(f"these should be equal, but {how}", where=comparison.what, hint=hint)
 
 
-def difference(left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT) -> str | None:
+Pair = tuple[TensorReader, TensorReader]
+"""What reads two tensors side by side."""
+
+
+def difference(left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT, readers: Pair | None = None) -> str | None:
     """How two tensors that should be equal are not, in words after "they"; None if they are.
+
+    Args:
+        left: One.
+        right: The other.
+        limits: Sizes of the buffers of new readers.
+        readers: Readers to use instead.
 
     Raises:
         InputError: A source is gone or ends early.
@@ -146,7 +157,7 @@ def difference(left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT) -> str
     """
     if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
         return f"are {left.out_dtype}{list(left.shape)} and {right.out_dtype}{list(right.shape)}"
-    byte = first_difference(left, right, limits=limits)
+    byte = first_difference(left, right, limits=limits, readers=readers)
     if byte is None:
         return None
     return f"differ first at element {byte // left.out_dtype.itemsize} of {left.numel}"
@@ -167,18 +178,18 @@ def in_step(left: Iterator[Bytes], right: Iterator[Bytes]) -> Iterator[tuple[Byt
         a, b = a[size:], b[size:]
 
 
-def first_difference(left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT) -> int | None:
+def first_difference(
+    left: Tensor, right: Tensor, *, limits: Limits = _DEFAULT, readers: Pair | None = None
+) -> int | None:
     """The first of the row-major bytes, as written, at which two tensors of equal size differ; None if none does.
 
-    Raises:
-        InputError: A source is gone or ends early.
-        UnsupportedError: A cast that does not exist.
-        StorageError: A source cannot be read.
+    Arguments and errors as `difference`.
     """
     if left.same_bytes_as(right):
         return None
-    position = 0
-    with TensorReader(limits) as first, TensorReader(limits) as second:
+    with ExitStack() as stack:
+        first, second = readers or (stack.enter_context(TensorReader(limits)) for _ in range(2))
+        position = 0
         for a, b in in_step(first.chunks(left), second.chunks(right)):
             if not np.array_equal(a, b):
                 return position + int(np.argmax(a != b))

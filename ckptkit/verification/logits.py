@@ -183,10 +183,13 @@ def _rows(tokens: Sequence[Sequence[int]] | str | Path | None, vocab_size: int) 
 
 
 def _own_ranks(models: list[_Model], replicas: int) -> AbstractContextManager[Ranks]:
-    """The processes that are there, or a pool for the larger grid, which starts when it is first used."""
+    """The processes that are there, or a pool for the larger grid, which starts while transformers runs its side."""
     if inside_torchrun():
         return nullcontext(TorchrunRanks())
-    return RankPool(max(model.grid.world_size for model in models) * replicas)
+    pool = RankPool(max(model.grid.world_size for model in models) * replicas)
+    if any(model.side.kind == "megatron" for model in models):
+        pool.begin()
+    return pool
 
 
 @dataclass

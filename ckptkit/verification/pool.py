@@ -56,8 +56,8 @@ class Ranks(Protocol):
 class RankPool:
     """Worker processes on this machine, each of which can be any rank of a job.
 
-    The processes start with the first job and stay for the next ones. After a failure that may have left ranks waiting
-    for one another they are killed, and start again with the next job.
+    The processes start with the first job, or before it with `begin`, and stay for the next ones. After a failure that
+    may have left ranks waiting for one another they are killed, and start again with the next job.
 
     Args:
         world_size: Largest number of ranks that a job may need.
@@ -67,8 +67,8 @@ class RankPool:
     def __init__(self, world_size: int, start_timeout: float = START_TIMEOUT) -> None:
         self.world_size = world_size
         self.start_timeout = start_timeout
-        self.start_seconds = 0.0
         self._processes: list[subprocess.Popen[str]] = []
+        self._ready = False
         self._replies: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="ckptkit-ranks-")
 
@@ -85,20 +85,25 @@ class RankPool:
     def wait_for_all(self) -> None:
         """Return at once: there is only one caller."""
 
+    def begin(self) -> None:
+        """Let the processes start while the caller does something else, if they are not running."""
+        if self._processes:
+            return
+        self._replies = queue.SimpleQueue()
+        self._processes = [self._spawn(rank) for rank in range(self.world_size)]
+
     def start(self) -> None:
-        """Start the processes, if they are not running.
+        """Start the processes, if they are not running, and wait until they have.
 
         Raises:
             VerificationError: One of them ended or took too long.
         """
-        if self._processes:
+        self.begin()
+        if self._ready:
             return
-        start = time.monotonic()
-        self._replies = queue.SimpleQueue()
-        self._processes = [self._spawn(rank) for rank in range(self.world_size)]
         with self._killed_unless_done():
             self._collect(range(self.world_size), self.start_timeout, "starting the ranks")
-        self.start_seconds = time.monotonic() - start
+        self._ready = True
 
     def run(self, job: LogitsJob) -> list[dict[str, Any]]:
         """Run a job on the first `job.world_size` processes.
@@ -197,7 +202,7 @@ class RankPool:
             if process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
-        self._processes = []
+        self._processes, self._ready = [], False
 
     def _stderr(self, rank: int) -> Path:
         return Path(self._folder.name) / f"rank_{rank}.stderr"

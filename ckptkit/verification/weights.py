@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.inspection.structure import config_differences
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import difference
+from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 from ckptkit.verification.figures import Check
 from ckptkit.verification.report import LevelResult
@@ -48,9 +49,13 @@ def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tu
         yield f"{key} ({name})", part, others[name]
 
 
-def check_weights(
-    reference: Checkpoint, candidate: Checkpoint, progress: Callable[[int, int], None] | None = None
-) -> LevelResult:
+def _difference(readers: Readers, comparison: Comparison) -> str:
+    """What is wrong with a pair that should be equal, or nothing."""
+    how = difference(comparison.left, comparison.right, readers=(readers.first, readers.second))
+    return "" if how is None else f"{comparison.what}: they {how}"
+
+
+def check_weights(reference: Checkpoint, candidate: Checkpoint, progress: Progress | None = None) -> LevelResult:
     """Every byte that the model uses equal after translation, streamed; replicated shards and tied copies equal too.
 
     Where the two differ in dtype, the reference is cast to the candidate's, as a conversion with `--dtype` does.
@@ -61,21 +66,10 @@ def check_weights(
         for key in reference.tensors
         for what, left, right in _used(reference, candidate, key)
     ]
-    total = sum(comparison.left.nbytes for comparison in replicas + across)
-    done = 0
-
-    def differing(comparisons: list[Comparison]) -> list[str]:
-        nonlocal done
-        found = []
-        for comparison in comparisons:
-            if (how := difference(comparison.left, comparison.right)) is not None:
-                found.append(f"{comparison.what}: they {how}")
-            done += comparison.left.nbytes
-            if progress is not None:
-                progress(done, total)
-        return found
-
-    apart, differ = differing(replicas), differing(across)
+    comparisons = replicas + across
+    found = read_all(comparisons, _difference, lambda comparison: comparison.left.nbytes, progress=progress)
+    apart, differ = ([text for text in part if text] for part in (found[: len(replicas)], found[len(replicas) :]))
+    total = sum(comparison.left.nbytes for comparison in comparisons)
     problems = apart + differ
     cast = sorted(
         {
