@@ -13,6 +13,7 @@ reported as that.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -138,9 +139,13 @@ def _backward(way: Way) -> Callable[[], None]:
 
 def _cells(run: Callable[[], None], device: torch.device, repeat: int, count: int) -> list[str]:
     """Tokens per second, seconds, and memory."""
+    enough = True
     try:
         seconds, memory = _measure(run, device, repeat)
     except torch.OutOfMemoryError:
+        enough = False
+    if not enough:  # not before the exception is gone, whose frames hold tensors
+        gc.collect()
         torch.cuda.empty_cache()
         return ["-", "-", "out of memory"]
     peak = "not measured" if memory is None else f"{memory / 2**30:.2f}"
