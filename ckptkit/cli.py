@@ -258,6 +258,7 @@ def convert(
     dtype: Annotated[
         str | None,
         typer.Option(
+            "--dtype",
             metavar="DTYPE",
             help="Cast floating-point tensors: float32, bfloat16 or float16. The default keeps every bit.",
         ),

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
@@ -434,6 +434,22 @@ def test_help_has_examples_and_explains_every_option(command):
     assert f"Examples:\n    ckptkit {command}" in result.stdout
     parameters = cli.typer.main.get_command(cli.app).commands[command].params
     assert [parameter.name for parameter in parameters if not parameter.help] == []
+
+
+def test_options_are_named_where_their_metavar_is_their_name():
+    """Typer 0.27 takes `--DTYPE` for the option of a parameter `dtype` with that metavar, if nothing names it."""
+    groups = [cli.app, *(group.typer_instance for group in cli.app.registered_groups)]
+    callbacks = [command.callback for group in groups for command in group.registered_commands]
+    unnamed = 0
+    for callback in callbacks:
+        for name, hint in get_type_hints(callback, include_extras=True).items():
+            for info in getattr(hint, "__metadata__", ()):
+                if not isinstance(info, cli.typer.models.OptionInfo):
+                    continue
+                if not str(info.default).startswith("-"):  # the first name of an annotated option is stored there
+                    assert info.metavar != name.upper(), (callback.__name__, name)
+                    unnamed += 1
+    assert len(callbacks) > 7 and unnamed > 5
 
 
 def test_help_is_complete_on_a_narrow_screen(monkeypatch):

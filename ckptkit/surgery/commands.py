@@ -164,10 +164,14 @@ def fit(
     out: Annotated[
         str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
     ],
-    last: Annotated[str, typer.Option(metavar="LAST", help="The wide Llama that HYBRID has its last layers of.")],
+    last: Annotated[
+        str, typer.Option("--last", metavar="LAST", help="The wide Llama that HYBRID has its last layers of.")
+    ],
     first: Annotated[
         str | None,
-        typer.Option(metavar="FIRST", help="The narrow Llama; without it, the first layers of HYBRID itself count."),
+        typer.Option(
+            "--first", metavar="FIRST", help="The narrow Llama; without it, the first layers of HYBRID itself count."
+        ),
     ] = None,
     calibration: Text = None,
     calibration_tokens: Tokens = None,
