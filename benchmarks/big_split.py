@@ -77,11 +77,12 @@ def _measure(options: argparse.Namespace, paths: dict[str, Path]) -> dict[str, A
     builds, copies = _build(options, paths)
     nbytes = sum(file.stat().st_size for file in paths["split"].glob("*.safetensors"))
     rows: list[tuple[str, int, Run, Run | None]] = [("split-llama build", nbytes, builds[-1], copies[-1])]
-    if options.fit:
-        rows.append((f"split-llama fit, {options.fit} of {options.tokens} tokens", nbytes, _fit(options, paths), None))
-        remove(paths["fitted"])
     head = ("command", "GB out", "seconds", "cp, s", "x cp", "anonymous MiB")
     print(table(head, [_row(*row) for row in rows]), flush=True)
+    if options.fit:
+        rows.append((f"split-llama fit, {options.fit} of {options.tokens} tokens", nbytes, _fit(options, paths), None))
+        print(table(head, [_row(*rows[-1])]), flush=True)
+        remove(paths["fitted"])
     for name in ("first", "last"):
         remove(paths[name])
     tensors = Made(nbytes, 0, nbytes // 2, builds[-1].clock)

@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -83,10 +84,10 @@ SCALES = {
     "large": Budget(
         steps=1500,
         adapter_steps=200,
-        batch=32,
+        batch=16,
         length=256,
         rate=1e-3,
-        held_out=256,
+        held_out=128,
         tokens=65536,
         narrow=(256, 8, 704),
         wide=(640, 12, 1760),
@@ -134,7 +135,7 @@ def train(model: Any, parameters: list[torch.nn.Parameter], sequences: torch.Ten
         how: `steps`, `batch`, `rate` and `seed`.
     """
     generator = torch.Generator().manual_seed(how["seed"])
-    optimizer = torch.optim.AdamW(parameters, lr=how["rate"], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=how["rate"], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warm = max(1, how["steps"] // 10)
 
     def scale(step: int) -> float:
@@ -205,6 +206,7 @@ def measure(
             alone: Any = LlamaForCausalLM.from_pretrained(path)
             whole = held_out_loss(alone.to(budget.device), held, budget)
             results[path.name] = [whole, whole]
+            print(f"seed {seed}: {path.name}: {whole:.3f}", file=sys.stderr, flush=True)
         calibration = folder / "calibration.json"
         generator = torch.Generator().manual_seed(seed)
         calibration.write_text(json.dumps(draw(used, budget.tokens // budget.length, generator).tolist()))
@@ -223,6 +225,7 @@ def measure(
                 train(model, parameters, used, how)
                 ends.append(held_out_loss(model, held, budget))
             results[f"{kind} {init}"] = [start, min(ends)]
+            print(f"seed {seed}: {kind} {init}: {start:.3f} {ends}", file=sys.stderr, flush=True)
     return results
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +46,6 @@ def cases() -> list[tuple[str, Parallelism, str]]:
         if has_experts(kind):
             found.append((kind, EXPERT_GRIDS[number % len(EXPERT_GRIDS)], "bfloat16"))
     return found
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    with RankPool(4, start_timeout=300.0) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(("kind", "grid", "dtype"), cases(), ids=str)

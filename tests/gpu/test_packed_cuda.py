@@ -25,16 +25,6 @@ TOKENS = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(n)] for n in (40, 3,
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    with RankPool(4, start_timeout=300.0) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def one_gpu() -> Iterator[None]:
     """A process group of this process alone, on the first GPU."""
     import torch
