@@ -1,4 +1,4 @@
-"""The report of `make test-gpu` as a Markdown table.
+"""Reports of `make test-gpu` as a Markdown table; of a case that is in several files, the last one counts.
 
 CKPTKIT_GPU_REPORT=gpu.jsonl make test-gpu
 python -m benchmarks.gpu_table gpu.jsonl
@@ -7,6 +7,7 @@ python -m benchmarks.gpu_table gpu.jsonl
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 
 def main() -> None:
     """Prints one row for each kind of model, and what was run on."""
-    reports = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in sys.argv[1:] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    cases = {(case["kind"], case["grid"], case["dtype"]): case for case in map(json.loads, lines)}
+    reports = [cases[key] for key in sorted(cases, key=_place)]
     kinds: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         kinds.setdefault(report["kind"].replace(" SP", ""), []).append(report)
@@ -24,6 +27,12 @@ def main() -> None:
         print(f"| {kind} | {_fp32(runs)} | {_bf16(runs)} | {'same' if all(r['passed'] for r in runs) else 'differs'} |")
     versions = {", ".join(f"{name} {version}" for name, version in report["versions"].items()) for report in reports}
     print(f"\n{len(reports)} runs, {sum(r['passed'] for r in reports)} passed; {'; '.join(sorted(versions))}")
+
+
+def _place(case: tuple[str, str, str]) -> tuple[bool, str, bool, int, str]:
+    """Padded before packed, and grids from small to large, those with experts last."""
+    kind, grid, _ = case
+    return "packed" in kind, kind.replace(" SP", ""), "EP" in grid, sum(map(int, re.findall(r"\d", grid))), grid[::-1]
 
 
 def _fp32(runs: list[dict[str, Any]]) -> str:

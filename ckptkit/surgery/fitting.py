@@ -119,20 +119,21 @@ class Quality:
     norm_ratio: float
 
 
-def quality(weight: Array, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Quality:
+def quality(weight: Array, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: str = "cpu") -> Quality:
     """How well a map [wide, narrow] takes X to Y.
 
     Args:
         weight: The map.
         pairs: [tokens, narrow] and [tokens, wide].
+        device: Where to compute, in fp64.
     """
     import torch
 
-    matrix = torch.from_numpy(weight).double()
-    tokens, mean = 0, torch.zeros(len(weight), dtype=torch.float64)
+    matrix = torch.from_numpy(weight).to(device, torch.float64)
+    tokens, mean = 0, torch.zeros(len(weight), dtype=torch.float64, device=device)
     error = size = made = 0.0
     for x, y in pairs:
-        target, output = y.double(), x.double() @ matrix.T
+        target, output = y.to(device, torch.float64), x.to(device, torch.float64) @ matrix.T
         error += float((output - target).square().sum())
         made += float(output.square().sum())
         size += float(target.square().sum())
@@ -191,7 +192,7 @@ def fit(solve: Solver, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], h
         xs: What enters the adapter, for each sequence [tokens, narrow], two tokens or more.
         ys: What is to come out of it, [tokens, wide].
         held: How many sequences at the end are held out.
-        device: Where to sum up.
+        device: Where to compute, other than the solution.
 
     Raises:
         InputError: A stream is not finite.
@@ -202,8 +203,8 @@ def fit(solve: Solver, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], h
     count = len(rest) - held
     weight = solve(moments(rest[:count], device))
     first = [(x[:1], y[:1]) for x, y in zip(xs, ys, strict=True)]
-    unseen = quality(weight, rest[count:]) if held else None
-    return Fit(weight, quality(weight, rest[:count]), unseen, quality(weight, first))
+    unseen = quality(weight, rest[count:], device) if held else None
+    return Fit(weight, quality(weight, rest[:count], device), unseen, quality(weight, first, device))
 
 
 def lstsq(request: Request) -> Initialised:

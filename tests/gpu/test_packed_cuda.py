@@ -74,12 +74,17 @@ def test_packed_rows(
 
 
 @pytest.mark.parametrize("by", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(("kind", "grid"), [("gqa", Parallelism(2)), ("qwen3_moe", Parallelism(ep=2))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [("gqa", Parallelism()), ("gqa", Parallelism(2)), ("qwen3_moe", Parallelism(ep=2))],
+    ids=str,
+)
 def test_replicas(pool: RankPool, tmp_path: Path, kind: str, grid: Parallelism, by: str) -> None:
     import torch
 
-    if by == "fsdp2" and torch.cuda.device_count() < 4:
-        pytest.skip("FSDP2 on CUDA needs NCCL, and that a GPU for each of 4 ranks")
+    ranks = 2 * grid.world_size
+    if by == "fsdp2" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"FSDP2 on CUDA needs NCCL, and that a GPU for each of {ranks} ranks")
     source = (save_llama if kind in LLAMAS else save_model)(tmp_path / "hf", kind)
     convert(source, tmp_path / "meg", to="torch", grid=grid, spec="local")
     report = verify(source, tmp_path / "meg", device="cuda", tokens=TOKENS, packed=True, dp=2, dp_kind=by, pool=pool)
