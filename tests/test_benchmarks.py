@@ -40,3 +40,31 @@ def test_the_table_and_the_plot(tmp_path: Path) -> None:
         assert f"| {conversion['name']} |" in table
     run("benchmarks", *small, "--growth", "0.01,0.02", "--shape", "tiny", "--plot", str(tmp_path / "growth.svg"))
     assert (tmp_path / "growth.svg").read_text().startswith("<svg")
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def changed(option: str, **sizes: int) -> list[str]:
+    return [argument for size in {"vocab_size": 500, **sizes}.items() for argument in (option, "{}={}".format(*size))]
+
+
+@pytest.mark.slow
+def test_a_released_model_shrunk(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    sizes = changed("--set", **SMALL, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)
+    where = ("--workdir", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--json", str(figures))
+    row = run("benchmarks.big_models", "Qwen3-30B-A3B", "--layers", "2", "--ep", "2", *where, *sizes)
+    found = json.loads(figures.read_text())
+    assert found["report"]["verdict"] == "same" and found["grid"] == "EP2" and "| Qwen3-30B-A3B | 2 |" in row
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_a_split_llama_shrunk(tmp_path: Path) -> None:
+    figures, wide = tmp_path / "figures.json", {**SMALL, "hidden_size": 128, "num_attention_heads": 8}
+    sizes = [*changed("--set", **SMALL), *changed("--set-last", **wide)]
+    how = ("--first-layers", "2", "--last-layers", "2", "--fit", "lstsq", "--tokens", "1024", "--tp", "2")
+    table = run("benchmarks.big_split", "--workdir", str(tmp_path / "work"), "--json", str(figures), *how, *sizes)
+    assert json.loads(figures.read_text())["verified"]["report"]["verdict"] == "same"
+    assert "| split-llama build |" in table and "| split-llama fit, lstsq of 1024 tokens |" in table

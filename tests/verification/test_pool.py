@@ -71,6 +71,25 @@ def test_silence_has_an_end(job: LogitsJob) -> None:
         slow.start()
 
 
+def test_ranks_begin_before_they_are_needed(job: LogitsJob) -> None:
+    with RankPool(2) as ranks:
+        ranks.begin()
+        begun = pids(ranks)
+        ranks.begin()
+        assert len(ranks.run(job)) == 2
+        assert pids(ranks) == begun and len(begun) == 2
+
+
+def test_a_rank_that_ends_while_nobody_waits_is_reported(job: LogitsJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RankPool(2) as ranks:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        ranks.begin()
+        monkeypatch.undo()
+        with pytest.raises(VerificationError, match=r"starting the ranks: rank \d died \(exit code 1\)"):
+            ranks.run(job)
+        assert len(ranks.run(job)) == 2  # others have taken their place
+
+
 def test_ranks_import_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
