@@ -167,7 +167,10 @@ def lay_out_shards(tensors: Mapping[str, Tensor], shard_size: int) -> list[Outpu
         return [safetensors.lay_out(SINGLE, shards[0])]
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "metadata": {
+            "total_parameters": sum(tensor.numel for tensor in tensors.values()),
+            "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+        },
         "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
     }
     files = [safetensors.lay_out(name, shard) for name, shard in zip(names, shards, strict=True)]
