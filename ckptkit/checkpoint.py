@@ -93,6 +93,14 @@ class Checkpoint:
         """What the Hugging Face model it came from called its tensors; empty if that is not known."""
         return {name for header in self.sidecar.headers.values() for name in header.entries}
 
+    @property
+    def towers_are_missing(self) -> bool:
+        """Whether this is a multimodal model of which there is no more than the text part."""
+        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory is what it is
+            return False
+        towers = {name for name in self.stored_names if self.family.is_extra(name, self.config)}
+        return bool(towers - self.sidecar.extras.keys()) if self.stored_names else not self.sidecar.extras
+
     def hf_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
         """Everything that the Hugging Face model holds.
 

@@ -349,6 +349,12 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     dropped: list[str] = []
     if to == "hf" and options.layout == "text":
         source, dropped = _text_only(source)
+    if to == "hf" and source.towers_are_missing:
+        raise InputError(
+            f"{source.config.architecture} has tensors outside of the text model, and they are not here",
+            where=source.path,
+            hint="--hf-reference with the original's weights supplies them, --layout text leaves them out",
+        )
     if options.layout == "legacy":
         source, dropped = _legacy(source, to)
     source, lossy = _cast(source, options.dtype)

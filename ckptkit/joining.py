@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckptkit.checkpoint import EMBEDDING, HEAD, Checkpoint, is_on
@@ -58,6 +59,7 @@ class _Joiner:
             used += len(shards)
             self._add(key, item, shards)
         self._compare_tied_head()
+        used += self._take_towers()
         self.problems.unknown({name for chunk in self.left.values() for name in chunk})
         self.problems.check()
         if self.bare:
@@ -123,6 +125,22 @@ class _Joiner:
                 where=self.checkpoint.path,
                 hint=f"give --hf-reference with the right vocab_size, or --vocab-size {size} if they are padding",
             )
+
+    def _take_towers(self) -> int:
+        """Moves what is no part of the text model, but stored beside it, to the extras; returns how many these are."""
+        towers = self.checkpoint.family.towers
+        found: dict[str, Tensor] = {}
+        for _, chunk in sorted(self.left.items()):
+            for name in sorted(chunk):
+                prefix = next((prefix for prefix in towers if name.startswith(prefix)), None)
+                if prefix is None:
+                    continue
+                tensor, hf = chunk.pop(name), towers[prefix] + name.removeprefix(prefix)
+                if found.setdefault(hf, tensor) is not tensor:
+                    self.checkpoint.comparisons.append(Comparison(found[hf], tensor, f"{name} on ranks that share it"))
+        sidecar = self.checkpoint.sidecar
+        self.checkpoint.sidecar = replace(sidecar, extras={**sidecar.extras, **found})
+        return len(found)
 
     def _compare_tied_head(self) -> None:
         """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""

@@ -75,6 +75,8 @@ def open_checkpoint(
     files = None if reference is None else _complete(open_reference(reference))[0]
     given = _Given(files, stored_grid or StatedGrid(), vocab_size)
     checkpoint = _open(place, given)
+    if files is not None:
+        _take_extras(checkpoint, files)
     checkpoint.seen = seen
     if hf_reference is None and place.reference is not None:
         there = place.reference.relative_to(place.root).name or "the folder itself"
@@ -85,6 +87,21 @@ def open_checkpoint(
         told = f"--vocab-size {vocab_size}, but the checkpoint says {checkpoint.config.vocab_size}"
         raise UsageError(told, where=path, hint="drop --vocab-size")
     return checkpoint
+
+
+def _take_extras(checkpoint: Checkpoint, reference: HfFiles) -> None:
+    """Adds the reference's tensors that have no place in Megatron, unless the checkpoint has them itself."""
+    held, family = checkpoint.sidecar.extras, checkpoint.family
+    taken = {
+        name: tensor
+        for name, tensor in sorted(reference.tensors.items())
+        if name not in held and family.is_extra(name, checkpoint.config)
+    }
+    if taken:
+        checkpoint.sidecar = replace(checkpoint.sidecar, extras={**held, **taken})
+        checkpoint.coverage["of the reference"] = len(taken)
+        some = ", ".join(list(taken)[:3])
+        checkpoint.notes.append(f"{len(taken)} of the tensors come from the reference, not the checkpoint: {some}")
 
 
 @dataclass(frozen=True)
@@ -433,9 +450,6 @@ def _state_notes(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.config.dtype not in (None, dtype := checkpoint.main_dtype):
         told = checkpoint.config.dtype
         notes.append(f"the weights are {dtype}, config.json says {told} (--dtype {told} converts them)")
-    extras = {name for name in checkpoint.stored_names if checkpoint.family.is_extra(name, checkpoint.config)}
-    if missing := sorted(extras - checkpoint.sidecar.extras.keys()):
-        notes.append(f"{len(missing)} of the reference's tensors are not among them: {', '.join(missing[:3])}")
     return notes
 
 

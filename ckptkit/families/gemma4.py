@@ -277,6 +277,8 @@ GEMMA4_TEXT = Family(
 )
 
 _WRAPPED = ("model.", "model.language_model.")
+_TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
+"""Megatron-Bridge's models with towers hold those of transformers, beside `language_model.`."""
 
 GEMMA4 = replace(
     GEMMA4_TEXT,
@@ -286,7 +288,8 @@ GEMMA4 = replace(
     unparse=WRAPPER.unparse,
     rows=renamed(GEMMA4_TEXT.rows, _WRAPPED),
     replicas=(replace(TIED_HEAD, of="model.language_model.embed_tokens.weight"),),
-    extras=("model.vision_tower.*", "model.embed_vision.*", "model.audio_tower.*", "model.embed_audio.*"),
+    extras=tuple(f"model.{tower}*" for tower in _TOWERS),
+    towers={tower: f"model.{tower}" for tower in _TOWERS},
     hf_spellings=tuple(
         replace(
             spelling,

@@ -378,6 +378,8 @@ class Family:
         replicas: Redundant copies that some Hugging Face files hold.
         extras: Hugging Face tensors without a Megatron slot; they travel in the sidecar. Names with `{i}` for every
             layer, or with a `*` at the end for everything that starts so.
+        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it: what
+            their names begin with -> what the extras' names begin with.
         buffers: Extras that can be made anew where nothing brought them along.
         spellings: Megatron names of different writers; the first is canonical.
         hf_spellings: Hugging Face names of different writers; the first is what a new model is written in.
@@ -406,6 +408,7 @@ class Family:
     unparse: Callable[[ModelConfig, Raw], dict[str, Any]]
     replicas: tuple[Replica, ...] = ()
     extras: tuple[str, ...] = ()
+    towers: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[Buffer, ...] = ()
     spellings: tuple[Spelling, ...] = (TE, LOCAL)
     hf_spellings: tuple[HfSpelling, ...] = (HUB,)

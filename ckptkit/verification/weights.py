@@ -28,6 +28,7 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
         left, right = reference.tensors[key].shape, candidate.tensors[key].shape
         if left != right:
             problems.append(f"{key} is {list(left)} in the reference, {list(right)} in the candidate")
+    problems += _missing_towers(reference, candidate)
     count = len(reference.tensors)
     checks = [
         Check("config", not config, config[0] if config else "the configs agree"),
@@ -36,6 +37,15 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
     everything = config + problems
     summary = everything[0] if everything else f"{count} tensors, names, shapes and config agree"
     return LevelResult("structure", not everything, summary, {"tensors": count, "problems": everything}, checks)
+
+
+def _missing_towers(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
+    """What only one of two multimodal models has outside of the text model."""
+    if reference.family.text_only is None:
+        return []
+    left, right = reference.sidecar.extras, candidate.sidecar.extras
+    sides = [(name, "candidate" if name in left else "reference") for name in sorted(left.keys() ^ right.keys())]
+    return [f"{name} is missing in the {side}" for name, side in sides]
 
 
 def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -65,6 +75,12 @@ def check_weights(reference: Checkpoint, candidate: Checkpoint, progress: Progre
         Comparison(left.astype(right.out_dtype), right, what)
         for key in reference.tensors
         for what, left, right in _used(reference, candidate, key)
+    ]
+    extras = candidate.sidecar.extras
+    across += [
+        Comparison(left.astype(extras[name].out_dtype), extras[name], name)
+        for name, left in reference.sidecar.extras.items()
+        if name in extras
     ]
     comparisons = replicas + across
     found = read_all(comparisons, _difference, lambda comparison: comparison.left.nbytes, progress=progress)

@@ -221,7 +221,7 @@ def test_weights_of_another_type_than_the_config_says(saved: Any, models: Any, t
     assert not any("config.json says" in text for text in open_checkpoint(saved("flat")).notes)
 
 
-def test_what_only_the_reference_holds_is_named(saved: Any, models: Any, tmp_path: Path) -> None:
+def test_what_only_the_reference_holds_comes_from_there(saved: Any, models: Any, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -229,7 +229,9 @@ def test_what_only_the_reference_holds_is_named(saved: Any, models: Any, tmp_pat
     shutil.copytree(models("gqa"), tmp_path / "hf")
     state = load_file(models("gqa") / "model.safetensors")
     save_file({**state, name: torch.ones(4)}, tmp_path / "hf" / "model.safetensors")
-    note = f"1 of the reference's tensors are not among them: {name}"
+    note = f"1 of the tensors come from the reference, not the checkpoint: {name}"
+    convert(saved("flat"), tmp_path / "out", to="hf", hf_reference=tmp_path / "hf")
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].tolist() == [1.0] * 4
     assert note in open_checkpoint(saved("flat"), hf_reference=tmp_path / "hf").notes
     assert note not in open_checkpoint(saved("flat"), hf_reference=models("gqa")).notes
 
