@@ -373,9 +373,7 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     if to == "torch_dist" and (why := _run_config(source, options)[1]) is not None:
         notes.append(f"no run_config.yaml, which Megatron-Bridge needs to load it by itself: {why}")
     if to in SHARDED and (problem := sharing_problem(source.config, options.grid)):
-        notes.append(
-            f"a runtime that keeps keys and values within a stage, as Megatron-Bridge's, cannot run this: {problem}"
-        )
+        notes.append(f"a runtime that keeps keys and values within a stage cannot run this: {problem}")
     files = TARGETS[to](source, options)
     coverage, unused = dict(source.coverage), tuple(source.dropped(source.stored_names)) if to == "hf" else ()
     if unused:

@@ -266,13 +266,16 @@ def test_attention_of_another_kind_than_config_says_is_an_error(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("to", ["torch", "packed"])
-def test_names_of_slime_are_read(tmp_path: Path, to: str) -> None:
-    for kind, spec in (("gemma4_text-moe", "slime"), ("gemma4_text-dense", "slime_dense")):
-        source = save_model(tmp_path / kind, kind)
-        convert(source, tmp_path / f"{kind}-meg", to=to, spec=spec)
-        shutil.rmtree(tmp_path / f"{kind}-meg" / "ckptkit")
-        convert(tmp_path / f"{kind}-meg", tmp_path / f"{kind}-back", to="hf", hf_reference=source)
-        assert files_of(tmp_path / f"{kind}-back") == files_of(source)
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [("gemma4_text-moe", "slime"), ("gemma4_text-dense", "slime_dense"), ("gemma4_text-dense", "slime_dense_fused")],
+)
+def test_names_of_slime_are_read(tmp_path: Path, kind: str, spec: str, to: str) -> None:
+    source = save_model(tmp_path / "hf", kind)
+    convert(source, tmp_path / "meg", to=to, spec=spec)
+    shutil.rmtree(tmp_path / "meg" / "ckptkit")
+    convert(tmp_path / "meg", tmp_path / "back", to="hf", hf_reference=source)
+    assert files_of(tmp_path / "back") == files_of(source)
 
 
 def test_keys_without_slots_for_values_are_read(tmp_path: Path) -> None:

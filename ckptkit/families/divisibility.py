@@ -60,14 +60,14 @@ def sharing_problem(config: ModelConfig, grid: Parallelism) -> str | None:
 
 def _together(num_layers: int, first: int, grid: Parallelism) -> str:
     """A split that has the layers from `first` on on one stage."""
+    given = {"--vpp": grid.vpp > 1, "--decoder-first-pipeline-num-layers": grid.first_stage_layers is not None}
+    less = " and ".join(option for option, there in given.items() if there)
+    without = f" (without {less})" if less else ""
     for stages in range(min(grid.pp - 1, first), 0, -1):
-        share = first // stages
-        last = num_layers - share * stages
-        if grid.vpp == 1 and stages == grid.pp - 1:
-            return f"--decoder-last-pipeline-num-layers {last} keeps them together"
-        if share:
-            return f"--pp {stages + 1} --decoder-last-pipeline-num-layers {last} (without --vpp) keeps them together"
-    return "--pp 1 keeps them together"
+        last = num_layers - first // stages * stages
+        size = "" if stages == grid.pp - 1 else f"--pp {stages + 1} "
+        return f"{size}--decoder-last-pipeline-num-layers {last}{without} keeps them together"
+    return f"--pp 1{without} keeps them together"
 
 
 def _check_heads(layer: LayerConfig, tp: int, where: str) -> None:

@@ -229,17 +229,18 @@ SLIME = Spelling(
     ),
     tied_head=True,
 )
-SLIME_DENSE = Spelling(
-    "slime_dense",
-    (
-        (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
-        (".post_self_attn_layernorm.weight", ".post_attention_layernorm.weight"),
-        (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
-        (".post_mlp_layernorm.weight", ".post_feedforward_layernorm.weight"),
-    ),
+_SLIME_DENSE = (
+    (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+    (".post_self_attn_layernorm.weight", ".post_attention_layernorm.weight"),
+    (".post_mlp_layernorm.weight", ".post_feedforward_layernorm.weight"),
+)
+SLIME_DENSE = Spelling("slime_dense", _SLIME_DENSE, tied_head=True)
+SLIME_FUSED = Spelling(
+    "slime_dense_fused",
+    (*_SLIME_DENSE, (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")),
     tied_head=True,
 )
-"""As slime's plugin for mbridge writes the models with experts, and the dense ones."""
+"""As slime's layers hold models with experts, and dense ones; its plugin for mbridge knows a third form, of these."""
 
 _STACKS = (
     Stack(f"{_HF}experts.gate_up_proj", (_HF + "experts.{e}.gate_proj.weight", _HF + "experts.{e}.up_proj.weight")),
@@ -249,6 +250,7 @@ FUSED_SCALES = "Gemma 4 as Megatron-Bridge wrote it before July 2026, with scale
 FOREIGN = {
     ".pffl_weight": FUSED_SCALES,
     ".mlp.shared_experts.linear_fc2.post_layernorm.weight": FUSED_SCALES,
+    ".experts.gate_up_proj": "Gemma 4 with its experts fused, as slime had them at first",
     ".mlp._inner_mlp.": "Gemma 4 with its experts in `_inner_mlp` modules",
 }
 """Pieces of names by which layouts are recognised that no table reads."""
@@ -265,7 +267,7 @@ GEMMA4_TEXT = Family(
     unparse=unparse_text,
     rows=(*EMBEDDINGS, *_ATTENTION, *_DENSE, *_SPARSE, *_PER_LAYER_INPUTS),
     replicas=(TIED_HEAD,),
-    spellings=(TE, LOCAL, SLIME, SLIME_DENSE),
+    spellings=(TE, LOCAL, SLIME, SLIME_DENSE, SLIME_FUSED),
     hf_spellings=(HfSpelling("hub", stacks=_STACKS), HfSpelling("per_expert")),
     marks=("decoder.layers.layer_scalar",),
     foreign=FOREIGN,

@@ -292,6 +292,7 @@ def test_the_last_layer_sees_everything() -> None:
         ("decoder.layers.0.pffl_weight", "before July 2026"),
         ("language_model.decoder.layers.3.mlp.shared_experts.linear_fc2.post_layernorm.weight", "before July 2026"),
         ("language_model.decoder.layers.0.mlp._inner_mlp.moe.router.weight", "_inner_mlp"),
+        ("decoder.layers.0.experts.gate_up_proj", "as slime had them at first"),
     ],
 )
 def test_layouts_that_no_table_reads_are_named(name: str, match: str) -> None:
@@ -312,13 +313,42 @@ def test_slime_names() -> None:
     assert len(set(written.values())) == len(written)
 
 
+def test_slime_names_of_dense_models() -> None:
+    """Source: the layer spec in `slime_plugins/models/gemma4.py`, where a norm of its own stands before the MLP."""
+    slime = family_called("gemma4_text").spelling("slime_dense")
+    layer = {
+        name.split(".", 3)[3] for name in items(parsed("gemma4_text-dense")) if name.startswith("decoder.layers.0.")
+    }
+    assert {slime.written(f"decoder.layers.0.{name}").split(".", 3)[3] for name in layer} == {
+        "self_attention.linear_qkv.layer_norm_weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight",
+        "self_attention.linear_proj.weight",
+        "post_attention_layernorm.weight",
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+        "post_feedforward_layernorm.weight",
+        "layer_scalar",
+    }
+
+
 def together(config: ModelConfig, grid: Parallelism) -> bool:
     homes = {n: index for index, stage in enumerate(split_layers(config.num_layers, grid)) for n in stage.layers}
     return all(layer.kv_donor is None or homes[n] == homes[layer.kv_donor] for n, layer in enumerate(config.layers))
 
 
-@given(layers=st.integers(3, 40), shared=st.integers(0, 30), pp=st.integers(1, 8), vpp=st.integers(1, 3))
-def test_sharing_over_stages(layers: int, shared: int, pp: int, vpp: int) -> None:
+@given(
+    layers=st.integers(3, 40),
+    shared=st.integers(0, 30),
+    pp=st.integers(1, 8),
+    vpp=st.integers(1, 3),
+    uneven=st.none() | st.tuples(st.integers(1, 9), st.none() | st.integers(1, 9)),
+)
+def test_sharing_over_stages(
+    layers: int, shared: int, pp: int, vpp: int, uneven: tuple[int, int | None] | None
+) -> None:
     """A problem is found exactly where there is one, and the split that is proposed has none."""
     types = ["sliding_attention" if number % 2 else "full_attention" for number in range(layers - 1)]
     raw = {
@@ -328,13 +358,15 @@ def test_sharing_over_stages(layers: int, shared: int, pp: int, vpp: int) -> Non
     }
     config = family_called("gemma4_text").parse(raw)
     try:
-        grid = Parallelism(1, pp, vpp)
+        first, last = uneven or (None, None)
+        grid = Parallelism(1, pp, 1 if uneven else vpp, first_stage_layers=first, last_stage_layers=last)
         problem = sharing_problem(config, grid)
     except UsageError:
         return
     assert (problem is None) == together(config, grid)
     if problem is None:
         return
+    assert ("--vpp" in problem, "--decoder-first-pipeline-num-layers" in problem) == (grid.vpp > 1, uneven is not None)
     words = problem.rpartition("; ")[2].split()
     said = dict(pairwise(words))
     last = said.get("--decoder-last-pipeline-num-layers")
