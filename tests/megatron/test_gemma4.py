@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.pool import RankPool
 from ckptkit.verification.tokens import default_rows
 from tests.megatron.gemma4 import KINDS, hf_model, local_state
+from tests.megatron.wide import double_precision
 from tests.verification.conftest import DEVICE
 
 compat.import_megatron()
@@ -65,27 +65,6 @@ def run(chunk: CausalModel, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), compat.runs_on(CPU):
         output: torch.Tensor = chunk(tokens, torch.arange(tokens.size(1)).expand(tokens.shape), None)
     return output
-
-
-@contextlib.contextmanager
-def double_precision() -> Iterator[None]:
-    """Leave fp64 tensors in fp64 where code asks for fp32."""
-    to_float = torch.Tensor.float
-
-    def kept(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.dtype == torch.float64 else to_float(tensor)
-
-    def wide(softmax: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if tensor.dtype == torch.float64:
-            options.pop("dtype", None)
-        found: torch.Tensor = softmax(tensor, *args, **options)
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", kept)
-        for module in (torch, F):
-            patch.setattr(module, "softmax", functools.partial(wide, module.softmax))
-        yield
 
 
 @functools.cache
@@ -748,20 +727,22 @@ def cases() -> list[Any]:
     return [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in QUICK)]
 
 
+class Saved(Protocol):
+    def __call__(self, kind: str, dtype: torch.dtype = torch.float32, *, capped: bool = True) -> Path: ...
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Directory of a model of a kind, saved once."""
     folder = tmp_path_factory.mktemp("hf")
 
-    def get(kind: str) -> Path:
-        if not (folder / kind).exists():
-            hf_model(kind).save_pretrained(folder / kind)
-        return folder / kind
+    def get(kind: str, dtype: torch.dtype = torch.float32, *, capped: bool = True) -> Path:
+        path = folder / f"{kind}-{dtype}-{capped}"
+        if not path.exists():
+            reference(kind, dtype, capped)[0].save_pretrained(path)
+        return path
 
     return get
-
-
-Saved = Callable[[str], Path]
 
 
 def verified(source: Path, candidate: Path, grid: Parallelism, pool: RankPool, **options: Any) -> Any:
@@ -769,6 +750,40 @@ def verified(source: Path, candidate: Path, grid: Parallelism, pool: RankPool, *
     report = verify(source, candidate, pool=pool, device=DEVICE, **options)
     assert [level.passed for level in report.levels] == [True] * 3, report.levels[-1].summary
     return report.levels[-1]
+
+
+@pytest.mark.parametrize(("kind", "grid"), cases(), ids=str)
+def test_logits_before_the_cap_on_ranks(
+    saved: Saved, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism
+) -> None:
+    level = verified(
+        saved(kind, capped=False), tmp_path / "meg", grid, pool, tolerance=EXACT, tokens=tokens_of().tolist()
+    )
+    assert level.details["agreement"]["max_abs_logit"] >= 0.99 * largest(kind)
+
+
+@pytest.fixture(scope="module")
+def wide_pool() -> Iterator[RankPool]:
+    """Ranks of their own: they compute in double precision, and do not stop to."""
+    with RankPool(4, start_timeout=600.0) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(("kind", "grid"), cases(), ids=str)
+def test_logits_in_double_precision_on_ranks(
+    saved: Saved, tmp_path: Path, wide_pool: RankPool, kind: str, grid: Parallelism
+) -> None:
+    from safetensors.torch import load_file
+
+    with double_precision():
+        source, (_, expected) = saved(kind, torch.float64), reference(kind, torch.float64)
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
+    rows, output = tokens_of().tolist(), str(tmp_path / "logits.safetensors")
+    opener = "tests.megatron.wide:opened"
+    wide_pool.run(LogitsJob(str(tmp_path / "meg"), grid, "cpu", "float64", rows, output, opener=opener))
+    (found,) = load_file(output).values()
+    assert found.dtype == torch.float64
+    assert (found - expected).abs().max() < DOUBLE * largest(kind)
 
 
 @pytest.mark.parametrize(("kind", "grid"), cases(), ids=str)
