@@ -250,3 +250,28 @@ class RoutingReport:
             Check("router logits", self.logits_passed, f"off by {figures}, most in layer {worst.layer}"),
             Check("chosen experts", self.choice_passed, choices),
         ]
+
+
+@dataclass(frozen=True)
+class CandidateRan:
+    """How megatron-core ran the candidate.
+
+    Attributes:
+        packed: Whether the logits are of packed rows.
+        sequence_parallel: Whether the sequence was split over tensor parallel ranks.
+        replicas: How many replicas of the grid there were.
+        replication: What made them replicas, `ddp` or `fsdp2`, or None.
+        devices: Names of the devices, each once.
+    """
+
+    packed: bool
+    sequence_parallel: bool
+    replicas: int
+    replication: str | None
+    devices: list[str]
+
+    def __str__(self) -> str:
+        words = ["packed rows" if self.packed else "plain rows", *(["sequence parallel"] * self.sequence_parallel)]
+        if self.replicas > 1:
+            words.append(f"{self.replicas} replicas ({self.replication})")
+        return f"the candidate ran on {' and '.join(self.devices)}: {', '.join(words)}"

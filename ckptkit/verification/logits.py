@@ -12,15 +12,26 @@ from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, UsageError, VerificationError
 from ckptkit.families import family_of
+from ckptkit.families.config import ModelConfig
 from ckptkit.formats.hf import read_json
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
+from ckptkit.verification.figures import (
+    Agreement,
+    CandidateRan,
+    Check,
+    Greedy,
+    Location,
+    NoiseFloor,
+    RoutingReport,
+    StateError,
+)
 from ckptkit.verification.jobs import OPENER, TIMEOUT, LogitsJob, find
 from ckptkit.verification.pool import RankPool, Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.report import LogitsReport
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import check_rows, default_rows, read_rows
+from ckptkit.verification.witness import check_ran
 
 TOLERANCE = 1e-4
 GREEDY_STEPS = 8
@@ -47,6 +58,8 @@ class _Model:
     vocab_size: int
     grid: Parallelism
     value_head: bool
+    window: int
+    """The widest sliding window of a layer, 0 without one."""
 
 
 def verify_logits(
@@ -163,7 +176,7 @@ def _remove(ranks: Ranks, folder: Path) -> None:
 def _open(side: Side, opener: str) -> _Model:
     if side.kind == "megatron":
         checkpoint = find(opener)(str(side.path))
-        return _Model(side, checkpoint.config.vocab_size, checkpoint.grid, checkpoint.config.value_head)
+        return _model(side, checkpoint.config, checkpoint.grid)
     if side.kind != "hf":
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)
     from ckptkit.verification.reference import architecture_of
@@ -171,7 +184,13 @@ def _open(side: Side, opener: str) -> _Model:
     architecture_of(Path(side.path))
     raw = read_json(Path(side.path) / "config.json")
     config = family_of(raw, side.path).parse(raw)  # it knows what a config.json may leave out
-    return _Model(side, config.vocab_size, Parallelism(), config.value_head)
+    return _model(side, config, Parallelism())
+
+
+def _model(side: Side, config: ModelConfig, grid: Parallelism) -> _Model:
+    return _Model(
+        side, config.vocab_size, grid, config.value_head, max((layer.window or 0 for layer in config.layers), default=0)
+    )
 
 
 def _rows(tokens: Sequence[Sequence[int]] | str | Path | None, vocab_size: int) -> list[list[int]]:
@@ -247,6 +266,9 @@ class _Check:
         if agreement.constant:
             checks.append(self._final_norm(curve))
         passed = all(check.passed for check in checks)
+        ran, notes = self._ran(found), self._notes(exact)
+        if ran is not None and (ran.packed or ran.sequence_parallel or ran.replicas > 1):
+            notes.append(str(ran))
         location, messages = (None, []) if passed else self._locate(exact, bad or [agreement.worst], curve)
         modules = {**exact.modules, **found.modules}
         return LogitsReport(
@@ -263,16 +285,33 @@ class _Check:
             hidden_states=curve,
             checks=checks,
             location=location,
-            messages=messages,
+            messages=[*notes, *messages],
             megatron_modules={name: count for name, count in modules.items() if name.startswith("megatron.")},
             own_modules={name: count for name, count in modules.items() if not name.startswith("megatron.")},
             versions=found.versions,
+            candidate_ran=ran,
             seconds={
                 f"{side}.{phase}": seconds
                 for side, run in (("reference", exact), ("candidate", found))
                 for phase, seconds in run.seconds.items()
             },
         )
+
+    def _notes(self, exact: Run) -> list[str]:
+        """What the tokens could not show."""
+        window, longest = self.reference.window, max(map(len, exact.rows))
+        if window < longest:
+            return []
+        text = f"no row is longer than the sliding window of {window} tokens, so nothing was hidden by it"
+        return [f"{text} (--tokens FILE with longer rows)"]
+
+    def _ran(self, found: Run) -> CandidateRan | None:
+        """How the candidate ran, for the report; `check_ran` has seen to it that this is how."""
+        if not found.seen:
+            return None
+        how, devices = self.how, sorted({facts["device"] for facts in found.seen})
+        replication = how["replication"] if how["replicas"] > 1 else None
+        return CandidateRan(how["packed"], how["sequence_parallel"], how["replicas"], replication, devices)
 
     def _final_norm(self, curve: list[StateError]) -> Check:
         """What the head is fed, for a head that makes the same of everything."""
@@ -375,9 +414,12 @@ class _Check:
         answers = self.ranks.run(job)
         run = Run(**job.files, **answers[0])
         for answer in answers[1:]:
+            run.seen.extend(answer["seen"])
             run.feeds.update(answer["feeds"])
             for module, count in answer["modules"].items():
                 run.modules[module] = run.modules.get(module, 0) + count
+        asked = {"packed": job.packed, "sequence_parallel": job.sequence_parallel}
+        check_ran({**asked, "replication": job.replication if job.replicas > 1 else None}, run.seen)
         return replace(run, rows=answers[-1]["rows"])
 
 

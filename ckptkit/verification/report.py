@@ -9,7 +9,16 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import __version__
-from ckptkit.verification.figures import Agreement, Check, Greedy, Location, NoiseFloor, RoutingReport, StateError
+from ckptkit.verification.figures import (
+    Agreement,
+    CandidateRan,
+    Check,
+    Greedy,
+    Location,
+    NoiseFloor,
+    RoutingReport,
+    StateError,
+)
 from ckptkit.verification.placement import SideReport
 
 if TYPE_CHECKING:
@@ -65,6 +74,7 @@ class LogitsReport:
         megatron_modules: Classes of megatron-core that ran -> how many.
         own_modules: Classes of ckptkit that ran in their place -> how many.
         versions: Package -> version.
+        candidate_ran: How the candidate ran on its ranks; None if transformers ran it.
         seconds: `<side>.<phase>` -> wall-clock seconds.
     """
 
@@ -85,6 +95,7 @@ class LogitsReport:
     megatron_modules: dict[str, int] = field(default_factory=dict)
     own_modules: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    candidate_ran: CandidateRan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

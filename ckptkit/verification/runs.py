@@ -29,6 +29,7 @@ class Run:
         modules: Class of module -> how many of them ran.
         versions: Package -> version.
         seconds: Phase -> wall-clock seconds.
+        seen: What a `witness.Witness` saw on each rank, in order; of transformers nothing.
     """
 
     rows: list[list[int]]
@@ -40,6 +41,7 @@ class Run:
     modules: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    seen: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run_by_length(

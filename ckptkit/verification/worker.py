@@ -90,6 +90,7 @@ def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
         "rows": rows,
         "feeds": feeds | _head(megatron_head(pipeline.chunks)),
         "modules": _modules(pipeline.chunks),
+        "seen": [runner.witness.seen],
         "versions": installed_versions(),
         "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},
     }
@@ -102,7 +103,9 @@ class _Runner:
         from ckptkit.megatron.moe import routers
         from ckptkit.verification.probes import Recorder, megatron_sites
         from ckptkit.verification.routing import Record, read_experts
+        from ckptkit.verification.witness import Witness
 
+        self.witness = Witness(pipeline)
         self.job, self.pipeline = job, pipeline
         self.recorder = Recorder(megatron_sites(pipeline.chunks) if job.probes else {}, job.whole_layers)
         self.record, self.experts = Record(), read_experts(job.replay)
@@ -114,17 +117,19 @@ class _Runner:
         from ckptkit.verification.runs import run_by_length
 
         job, pipeline = self.job, self.pipeline
-        rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), self._forward)
-        if not job.packed:
-            return rows, groups
-        replay = self.experts if all(map(self._fits, self.experts.values())) else {}
-        return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
+        with self.witness.watching():
+            rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), self._forward)
+            if not job.packed:
+                return rows, groups
+            replay = self.experts if all(map(self._fits, self.experts.values())) else {}
+            return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Logits of rows of one length."""
         from ckptkit.megatron.moe import record_routing
 
         experts, length = self.experts.get(tokens.size(1)), tokens.size(1)
+        self.witness.expect(length)
         with self.recorder.over(length), record_routing(self.pipeline.chunks, length) as routing:
             logits = self.pipeline.forward(tokens, replay=experts if self._fits(experts) else None)
         self.record.add(routing.logits, routing.experts, routing.own)

@@ -44,7 +44,16 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
 
 def check(converted: Converted, pool: RankPool, kind: str, grid: Parallelism, **how: Any) -> Any:
-    return verify(*converted(kind, grid), tokens=TOKENS, tolerance=EXACT, pool=pool, **how)
+    report = verify(*converted(kind, grid), tokens=TOKENS, tolerance=EXACT, pool=pool, **how)
+    replicas = how.get("dp", 1)
+    assert report.levels[-1].details["candidate_ran"] == {
+        "packed": how.get("packed", False),
+        "sequence_parallel": how.get("sequence_parallel", False),
+        "replicas": replicas,
+        "replication": how.get("dp_kind", "ddp") if replicas > 1 else None,
+        "devices": ["cpu"],
+    }
+    return report
 
 
 PACKED = [

@@ -1,0 +1,91 @@
+"""What a run on ranks really did: seen in the modules that ran, not read off what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.errors import VerificationError
+from ckptkit.megatron import DDP, FSDP2
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptkit.megatron.pipeline import Pipeline
+
+Seen = dict[str, Any]
+"""`packed` and `sequence_parallel` of the last pass, `replication` (`ddp`, `fsdp2` or None), `device` in words."""
+
+
+class Witness:
+    """Looks at what enters a rank's first layer.
+
+    Args:
+        pipeline: What runs.
+
+    Attributes:
+        seen: Of the last pass; without `packed` and `sequence_parallel` on a rank that has no layer.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._layers = [layer for chunk in pipeline.chunks for layer in chunk.decoder.layers]
+        self._length = 0
+        self.seen: Seen = {"replication": _replication(pipeline), "device": _name(pipeline.device)}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at the passes inside."""
+        handles = [layer.register_forward_pre_hook(self._look, with_kwargs=True) for layer in self._layers[:1]]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def expect(self, length: int) -> None:
+        """Rows that come next have this many tokens, unless they are packed."""
+        self._length = length
+
+    def _look(self, layer: torch.nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        states = named["hidden_states"] if "hidden_states" in named else inputs[0]
+        packed = named.get("packed_seq_params")
+        length = self._length if packed is None else int(packed.cu_seqlens_q[-1])
+        self.seen["packed"] = packed is not None
+        if length > 1:  # one token cannot be split
+            self.seen["sequence_parallel"] = len(states) < length
+
+
+def _replication(pipeline: Pipeline) -> str | None:
+    from megatron.core.distributed import DistributedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for chunk in pipeline.chunks for parameter in chunk.parameters()):
+        return FSDP2
+    wrapped = [isinstance(run, DistributedDataParallel) for run in pipeline.replicated]
+    return DDP if wrapped and all(wrapped) else None
+
+
+def _name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def check_ran(asked: Mapping[str, Any], seen: Sequence[Seen]) -> None:
+    """Whether every rank ran as it was asked to.
+
+    Args:
+        asked: `packed`, `sequence_parallel`, and `replication` or None.
+        seen: What a `Witness` saw on each rank.
+
+    Raises:
+        VerificationError: One did not; its logits would say nothing.
+    """
+    for rank, facts in enumerate(seen):
+        for name, value in asked.items():
+            if facts.get(name, value) != value:
+                raise VerificationError(
+                    f"rank {rank} ran with {name} {facts[name]!r}, asked for was {value!r}",
+                    hint="this is a mistake in ckptkit",
+                )
