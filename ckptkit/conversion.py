@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit import __version__
 from ckptkit.checkpoint import (
@@ -47,6 +47,9 @@ from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import split_layers, stage_of_layer
 from ckptkit.tensors import DType, Tensor
 from ckptkit.value_head import VALUE, ZEROS, to_value_model
+
+if TYPE_CHECKING:
+    from ckptkit.io.commit import Destination
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 CASTS = ("bfloat16", "float16", "float32", "float64")
@@ -252,21 +255,13 @@ def carry_out(
         StorageError: The destination cannot be written.
     """
     # With NumPy, which commands that look at headers do not wait for.
-    from ckptkit.io.commit import Destination
     from ckptkit.io.drift import summarise
     from ckptkit.io.engine import MEMORY_LIMIT
 
     dropped = summarise(plan.dropped, measure=not how.dry_run)
     hashes: dict[str, str] = {}
     try:
-        destination = Destination(
-            Path(target["path"]),
-            plan,
-            sources=[folder for checkpoint in read for folder in (checkpoint.path, *checkpoint.seen.folders)],
-            seen=[checkpoint.seen for checkpoint in read],
-            overwrite=how.overwrite,
-            resume=how.resume,
-        )
+        destination = _destination(plan, read, Path(target["path"]), how)
         free = destination.free
         if not how.dry_run:
             hashes = destination.write(threads=how.threads, hash=how.hash, progress=how.progress)
@@ -293,6 +288,32 @@ def carry_out(
         seconds=time.monotonic() - started,
         hashes=hashes,
     )
+
+
+def _destination(plan: Plan, read: Sequence[Checkpoint], out: Path, how: Execution) -> Destination:
+    from ckptkit.io.commit import Destination
+
+    return Destination(
+        out,
+        plan,
+        sources=[folder for checkpoint in read for folder in (checkpoint.path, *checkpoint.seen.folders)],
+        seen=[checkpoint.seen for checkpoint in read],
+        overwrite=how.overwrite,
+        resume=how.resume,
+    )
+
+
+def check_destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, how: Execution) -> None:
+    """Whether a plan could be carried out, asked before work that only changes which bytes it has; as `carry_out`.
+
+    A dry run asks nothing here, and what goes on from an earlier run has a place already.
+
+    Raises:
+        UsageError: The destination is in use, or overlaps a source.
+        StorageError: The destination cannot be written, or has no room.
+    """
+    if not (how.dry_run or how.resume):
+        _destination(plan, read, Path(out), how).check_room()
 
 
 def open_source(

@@ -127,7 +127,8 @@ class Gemma4Layer(DecoderLayer):
         hidden_states, _ = super().forward(hidden_states, *args, context=None, **options)
         if self.carried.config.per_layer_input_size:
             hidden_states = self._mix(hidden_states, self.carried.take(context, columns, ("input", self.number)))
-        hidden_states = hidden_states * self.layer_scalar
+        # A buffer keeps its dtype where mixed precision casts parameters.
+        hidden_states = hidden_states * self.layer_scalar.to(hidden_states.dtype)
         context = self._keep(hidden_states, context)
         attention.shared = attention.kept = None
         if self.number == self.stage[-1]:

@@ -11,14 +11,22 @@ from typing import Any
 
 from ckptkit import __version__
 from ckptkit.checkpoint import EMBEDDING, HEAD, Checkpoint
-from ckptkit.conversion import ConversionResult, Execution, Options, carry_out, make_plan, open_source
+from ckptkit.conversion import (
+    ConversionResult,
+    Execution,
+    Options,
+    carry_out,
+    check_destination,
+    make_plan,
+    open_source,
+)
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.config import ModelConfig
 from ckptkit.families.split_llama import ARCHITECTURE, KINDS, LINEAR, RELU, SPLIT_LLAMA, compose
 from ckptkit.formats.hf import read_json
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME
-from ckptkit.surgery.initialisation import Request, initialise
+from ckptkit.surgery.initialisation import FITTED, Request, initialise
 from ckptkit.surgery.matching import differences
 from ckptkit.tensors import Tensor
 
@@ -146,8 +154,14 @@ def build(
     with ExitStack() as stack:
         first, last = (open_source(stack, path, None, headers_only=dry_run) for path in (recipe.first, recipe.last))
         notes = _check(recipe, first, last, accept_differences)
+        options = Options(layout=layout, shard_size=shard_size)
+        how = Execution(dry_run, overwrite, resume, threads, hash, progress)
+        if recipe.init.partition(":")[0] in FITTED:  # which takes long, and is lost if nothing can be written then
+            unfitted = replace(recipe, options={**recipe.options, "dry_run": True})
+            rehearsed = make_plan(assemble(unfitted, first, last, notes), "hf", options)
+            check_destination(rehearsed, [first, last], out, how)
         hybrid = assemble(recipe, first, last, notes)
-        plan = make_plan(hybrid, "hf", Options(layout=layout, shard_size=shard_size))
+        plan = make_plan(hybrid, "hf", options)
         source = {
             "path": f"{recipe.first} + {recipe.last}",
             "format": "hf",
@@ -157,7 +171,6 @@ def build(
             "recipe": hybrid.sidecar.config[RECIPE],
         }
         target = {"path": str(out), "format": "hf", "grid": str(hybrid.grid)}
-        how = Execution(dry_run, overwrite, resume, threads, hash, progress)
         return carry_out(plan, [first, last], source, target, how, started)
 
 

@@ -249,7 +249,11 @@ def _fitted(name: str, request: Request, solve: Solver, parameters: dict[str, An
     told = {"name": name, **parameters, **_told(calibration)}
     sequences = read_sequences(calibration, first)
     if request.options.get("dry_run"):
-        return Initialised(realise(request, shape), told, [f"{name}: fitted when it is built, not in a dry run"])
+        tokens, widths = sum(map(len, sequences)), request.narrow + request.wide
+        streams = f"its streams take {tokens * widths * 4 / 1e9:.1f} GB of memory ({tokens} tokens)"
+        return Initialised(
+            realise(request, shape), told, [f"{name}: fitted when it is built, not in a dry run; {streams}"]
+        )
     found = _run(request, first, last, solve, sequences, calibration.device)
     weight = found.weight.astype(np.float32)
     digest = hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()

@@ -37,6 +37,8 @@ INITIALISATIONS: dict[str, str] = {
 }
 """Name -> `module:function`, which takes a `Request` and gives an `Initialised`; imported when it is used."""
 
+WITH_ARGUMENT = ("ridge", "file")
+
 FITTED = ("lstsq", "ridge", "procrustes")
 """Those that need calibration text and both models."""
 
@@ -101,6 +103,13 @@ def initialise(name: str, request: Request) -> Initialised:
     """
     if name not in INITIALISATIONS:
         raise UsageError(f"--adapter-init {name}", hint=f"one of {', '.join(INITIALISATIONS)}")
+    if request.argument and name not in WITH_ARGUMENT:
+        hint = f"{' and '.join(WITH_ARGUMENT)} do; drop the colon and what follows"
+        raise UsageError(f"--adapter-init {name}:{request.argument}: {name} takes no argument", hint=hint)
+    given = request.options
+    if name not in FITTED and any(given.get(key) is not None for key in ("calibration", "tokens", "length")):
+        hint = f"--adapter-init {', '.join(FITTED)} are fitted"
+        raise UsageError(f"--adapter-init {name} is not fitted to a calibration", hint=hint)
     module, _, function = INITIALISATIONS[name].partition(":")
     found: Initialisation = getattr(import_module(module), function)
     result = found(request)
@@ -179,6 +188,8 @@ def identity_pad(request: Request) -> Initialised:
     return Initialised(made, {"name": "identity-pad"}, [note])
 
 
+_ROWS = 512
+"""Rows of a stored matrix that are looked at a time."""
 _SINGLE = ("model.adapter.weight", "adapter.weight", "weight")
 _DOUBLE = tuple(
     tuple(f"{prefix}{stem}_{number}.weight" for number in (1, 2))
@@ -230,5 +241,9 @@ def _stored(name: str, tensor: Tensor, sha256: str, path: Path) -> Matrix:
     def rows(start: int, stop: int) -> matrices.Rows:
         data = read_tensor(tensor.rows(start, stop).astype(DTYPES["F32"]))
         return data.view(np.float32).reshape(stop - start, width)
+
+    for start in range(0, height, _ROWS):
+        if not np.isfinite(rows(start, min(start + _ROWS, height))).all():
+            raise InputError(f"{name} has values that are not finite", where=path)
 
     return Matrix((height, width), rows, f"file({sha256})", (str(path),))

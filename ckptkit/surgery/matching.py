@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import UnsupportedError
+from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families.fields import rope_fields
 from ckptkit.families.split_llama import incompatible
 from ckptkit.formats.hf import read_json
+
+T = TypeVar("T")
 
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 
@@ -52,6 +54,9 @@ def differences(first: Checkpoint, last: Checkpoint) -> Differences:
         text, unknown = _sentencepiece(first, last)
         risky += text
         notes += unknown
+    widths = [model.config.hidden_size for model in (first, last)]
+    if widths[0] > widths[1]:
+        notes.append(f"FIRST is {widths[0]} wide and LAST {widths[1]}: are they in the right order?")
     lengths = [model.config.max_position_embeddings for model in (first, last)]
     if lengths[0] != lengths[1]:
         notes.append(f"context lengths are {lengths[0]} and {lengths[1]}: the smaller one counts")
@@ -77,7 +82,7 @@ def _tokenizers(first: Path, last: Path) -> tuple[list[str], list[str]]:
     if filecmp.cmp(first, last, shallow=False):
         return [], []
     one, other = read_json(first), read_json(last)
-    left, right = _vocabulary(one), _vocabulary(other)
+    left, right = _read(_vocabulary, one, first), _read(_vocabulary, other, last)
     unequal = sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token))
     if unequal:
         token = unequal[0]
@@ -85,8 +90,16 @@ def _tokenizers(first: Path, last: Path) -> tuple[list[str], list[str]]:
         return [f"tokens: {len(unequal)} have different ids ({ids}{', ...' if len(unequal) > 1 else ''})"], []
     parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     changed = [part for part in parts if one.get(part) != other.get(part)]
-    changed += ["merges"] if _merges(one) != _merges(other) else []
+    changed += ["merges"] if _read(_merges, one, first) != _read(_merges, other, last) else []
     return [], [f"{TOKENIZER}: {', '.join(changed)}"] if changed else []
+
+
+def _read(part: Callable[[Mapping[str, Any]], T], tokenizer: Mapping[str, Any], path: Path) -> T:
+    """A part of a tokenizer.json, whose inner structure nobody has checked."""
+    try:
+        return part(tokenizer)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"not the tokenizer.json of a tokenizer ({error})", where=path) from None
 
 
 def _model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion import ConversionResult, Execution, Options, carry_out, make_plan, open_source
+from ckptkit.conversion import (
+    ConversionResult,
+    Execution,
+    Options,
+    carry_out,
+    check_destination,
+    make_plan,
+    open_source,
+)
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.families.split_llama import ARCHITECTURE, FIRST, LAST, SPLIT_LLAMA, half
 from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME
@@ -70,14 +78,18 @@ def refit(
         _check_half(split, LAST, wide, "--last")
         if narrow is not split:
             _check_half(split, FIRST, narrow, "--first")
-        made = _fitted(split, narrow, wide, init, {**(options or {}), "dry_run": dry_run})
-        plan = make_plan(made, "hf", Options(shard_size=shard_size))
+        how = Execution(dry_run, overwrite, resume, threads, hash, progress)
+        read, given = [split, wide, narrow], Options(shard_size=shard_size)
+        # The fit takes long, and is lost if nothing can be written then.
+        rehearsed = _fitted(split, narrow, wide, init, {**(options or {}), "dry_run": True})
+        check_destination(make_plan(rehearsed, "hf", given), read, out, how)
+        made = rehearsed if dry_run else _fitted(split, narrow, wide, init, dict(options or {}))
+        plan = make_plan(made, "hf", given)
         facts = {"family": SPLIT_LLAMA.name, "architecture": ARCHITECTURE}
         source = {"path": str(hybrid), "format": split.format, **facts, "grid": str(split.grid)}
         source["recipe"] = made.sidecar.config[RECIPE]
         target = {"path": str(out), "format": "hf", "grid": str(made.grid)}
-        how = Execution(dry_run, overwrite, resume, threads, hash, progress)
-        return carry_out(plan, [split, wide, narrow], source, target, how, started)
+        return carry_out(plan, read, source, target, how, started)
 
 
 def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> None:

@@ -116,14 +116,9 @@ def verify_logits(
         UnsupportedError: A library has no such model.
         VerificationError: A run could not be made; that says nothing about the checkpoints.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no logits in {dtype}", hint=f"choose {', '.join(DTYPES)}")
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"no device {device!r}", hint="choose cpu or cuda")
-    if device == "cuda":
-        _check_cuda()
+    check_device(device, dtype)
     models = [_open(Side(*side), opener) for side in (reference, candidate)]
-    _check_how(models[1], packed, sequence_parallel, dp, dp_kind)
+    check_how(models[1].side, models[1].grid, packed, sequence_parallel, dp, dp_kind)
     if models[0].vocab_size != models[1].vocab_size:
         summary = f"the vocabularies differ: {models[0].vocab_size} and {models[1].vocab_size} tokens"
         checks = [Check("vocabulary", False, summary)]
@@ -144,20 +139,39 @@ def verify_logits(
     return report
 
 
-def _check_how(candidate: _Model, packed: bool, sequence_parallel: bool, dp: int, dp_kind: str) -> None:
-    """Whether the candidate can run as asked."""
+def check_device(device: str, dtype: str) -> None:
+    """Whether there is something to run on.
+
+    Raises:
+        UsageError: There is no such device or dtype.
+        VerificationError: There is no CUDA device here.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"no logits in {dtype}", hint=f"choose {', '.join(DTYPES)}")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"no device {device!r}", hint="choose cpu or cuda")
+    if device == "cuda":
+        _check_cuda()
+
+
+def check_how(candidate: Side, grid: Parallelism, packed: bool, sequence_parallel: bool, dp: int, dp_kind: str) -> None:
+    """Whether the candidate can run as asked.
+
+    Raises:
+        UsageError: It cannot.
+    """
     if dp < 1:
         raise UsageError(f"--dp must be at least 1, got {dp}")
     if dp_kind not in DP_KINDS:
         raise UsageError(f"no data parallelism by {dp_kind!r}", hint=f"choose {' or '.join(DP_KINDS)}")
-    if candidate.side.kind == "hf" and (packed or sequence_parallel or dp > 1):
+    if candidate.kind == "hf" and (packed or sequence_parallel or dp > 1):
         raise UsageError(
             "packed rows, sequence parallelism and replicas are of a candidate that megatron-core runs",
-            where=candidate.side.path,
+            where=candidate.path,
             hint="convert it with --to torch or --to packed first",
         )
-    if sequence_parallel and candidate.grid.tp == 1:
-        raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.side.path)
+    if sequence_parallel and grid.tp == 1:
+        raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.path)
 
 
 def _check_cuda() -> None:

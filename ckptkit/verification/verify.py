@@ -15,7 +15,7 @@ from ckptkit.formats.hub import locate
 from ckptkit.megatron import DDP
 from ckptkit.opening import open_checkpoint
 from ckptkit.verification.jobs import TIMEOUT
-from ckptkit.verification.logits import TOLERANCE, Side, verify_logits
+from ckptkit.verification.logits import TOLERANCE, Side, check_device, check_how, verify_logits
 from ckptkit.verification.placement import describe
 from ckptkit.verification.pool import Ranks
 from ckptkit.verification.report import LevelResult, VerificationReport
@@ -80,6 +80,11 @@ def verify(
     with ExitStack() as stack:
         paths = [stack.enter_context(locate(side)).path for side in (reference, candidate)]
         sides = open_checkpoint(paths[0]), open_checkpoint(paths[1])
+    if level == "logits":  # what cannot run is said before every byte is compared
+        check_device(device, dtype)
+        check_how(_side(sides[1]), sides[1].grid, packed, sequence_parallel, dp, dp_kind)
+    else:
+        _refuse_unused(level, packed, sequence_parallel, dp, save_logits, prompts, tokens)
     asked = LEVELS[: LEVELS.index(level) + 1]
     how = {
         **{"packed": packed, "sequence_parallel": sequence_parallel, "dp": dp, "dp_kind": dp_kind},
@@ -106,6 +111,20 @@ def verify(
     )
 
 
+def _side(side: Checkpoint) -> Side:
+    return Side(side.path, "hf" if side.format == "hf" else "megatron")
+
+
+def _refuse_unused(level: str, packed: bool, sequence_parallel: bool, dp: int, *others: object) -> None:
+    """Options of the logits level have no meaning below it."""
+    names = ("--packed", "--sequence-parallel", "--dp", "--save-logits", "--prompt", "--tokens")
+    given = (packed, sequence_parallel, dp != 1, *(other is not None for other in others))
+    if unused := [name for name, there in zip(names, given, strict=True) if there]:
+        raise UsageError(
+            f"{', '.join(unused)}: of the level logits, asked for was {level}", hint="drop one or the other"
+        )
+
+
 def _logits(
     sides: tuple[Checkpoint, Checkpoint],
     device: str,
@@ -120,7 +139,7 @@ def _logits(
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
     report = verify_logits(
-        *(Side(side.path, "hf" if side.format == "hf" else "megatron") for side in sides),
+        *map(_side, sides),
         device=device,
         dtype=dtype,
         tokens=tokens,

@@ -336,6 +336,21 @@ def test_values_and_their_gradients(one_rank: Parallelism) -> None:
         assert error(gradients[name], parameter.grad) < EXACT, name
 
 
+@pytest.mark.parametrize("kind", ["gqa", "gemma3_text", "gemma4_text-dense", "gemma4_text-e2b", "gemma4_text-moe"])
+def test_fsdp2_in_mixed_precision(one_rank: Parallelism, kind: str) -> None:
+    """fp32 weights that compute in bf16: as a model in bf16, but for its rounding."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from ckptkit.megatron.packed_model import shard
+
+    model = hf_model(kind)
+    expected = alone(model, ROWS)
+    runtime = shard(ckptkit.convert_to_packed(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with torch.no_grad():
+        found = runtime(*packed(ROWS))
+    assert found.dtype == torch.bfloat16 and 1e-4 < error(found.float(), expected) < 0.2
+
+
 def test_fsdp2_gives_the_same_logits_and_its_checkpoint_goes_back(one_rank: Parallelism, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

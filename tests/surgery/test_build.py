@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -369,3 +370,27 @@ def test_dry_run_at_full_size(tmp_path: Path) -> None:
         assert round(found.bytes_total / 1e9, 2) == size
         assert found.bytes_through / found.bytes_total > 0.99
     assert not (tmp_path / "split").exists()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "Unigram", "vocab": [["a"], [], 3]},
+        {"type": "Unigram", "vocab": [1, 2]},
+        {"type": "BPE", "vocab": {}, "merges": [3]},
+        {"type": "BPE", "vocab": {}, "merges": 5},
+    ],
+)
+def test_a_damaged_tokenizer_is_named(pair: tuple[Path, Path], tmp_path: Path, model: dict[str, Any]) -> None:
+    first, last = (Path(shutil.copytree(path, tmp_path / path.name)) for path in pair)
+    vocabulary = {"type": "BPE", "vocab": {}} if model["type"] == "BPE" else {"type": "Unigram", "vocab": []}
+    (first / "tokenizer.json").write_text(json.dumps({"model": vocabulary}))
+    (last / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(InputError, match=r"last/tokenizer\.json: not the tokenizer\.json of a tokenizer"):
+        build(recipe((first, last)), tmp_path / "out")
+
+
+def test_a_pair_in_the_wrong_order_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    note = f"FIRST is {WIDE} wide and LAST {NARROW}: are they in the right order?"
+    assert note in build(recipe((pair[1], pair[0])), tmp_path / "wrong", dry_run=True).notes
+    assert not any("right order" in text for text in build(recipe(pair), tmp_path / "right", dry_run=True).notes)

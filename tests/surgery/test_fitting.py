@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ckptkit import cli, convert
-from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError, UsageError
 from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.surgery import fitting
@@ -347,3 +347,44 @@ def test_fitted_adapters_begin_with_a_lower_held_out_loss() -> None:
         assert start[fitted] < start["linear kaiming"] - 0.5
     assert start["mlp lstsq"] == pytest.approx(start["linear lstsq"], abs=1e-4)
     assert found["linear lstsq"][1] < found["linear kaiming"][1]
+
+
+@pytest.mark.parametrize("what", ["exists", "no parent", "no room"])
+def test_a_destination_that_cannot_be_written_is_refused_before_anything_runs(
+    wide_pair: Pair, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    built, out = build_split(tmp_path / "split", wide_pair), tmp_path / "out"
+    monkeypatch.setattr("ckptkit.surgery.activations.residual_stream", lambda *_, **__: pytest.fail("it ran"))
+    if what == "exists":
+        (out / "something").mkdir(parents=True)
+    elif what == "no parent":
+        out = tmp_path / "nowhere" / "out"
+    else:
+        monkeypatch.setattr("ckptkit.io.commit.Destination._free", lambda self: setattr(self, "_sized", True) or 10)
+    kind: type[CkptkitError] = UsageError if what == "exists" else StorageError
+    options = {"calibration": calibration}
+    with pytest.raises(kind, match=r"exists|parent directory|not enough space"):
+        build_split(out, wide_pair, init="lstsq", options=options)
+    with pytest.raises(kind, match=r"exists|parent directory|not enough space"):
+        refit(built, out, last=wide_pair[1], options=options)
+
+
+def test_a_calibration_that_nothing_is_fitted_to_is_an_error(
+    wide_pair: Pair, tmp_path: Path, calibration: Path
+) -> None:
+    for options in ({"calibration": calibration}, {"tokens": 50}, {"length": 16}):
+        with pytest.raises(UsageError, match="kaiming is not fitted to a calibration; --adapter-init lstsq"):
+            build_split(tmp_path / "out", wide_pair, init="kaiming", options=options)
+    for init in ("kaiming:3", "lstsq:3"):
+        with pytest.raises(UsageError, match=f"{init}: .* takes no argument; ridge and file do"):
+            build_split(tmp_path / "out", wide_pair, init=init, options={})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_file_with_an_adapter_that_is_not_finite_is_refused(wide_pair: Pair, tmp_path: Path, value: float) -> None:
+    matrix = torch.randn(128, 64)
+    matrix[100, 3] = value
+    save_file({"weight": matrix}, tmp_path / "adapter.safetensors")
+    with pytest.raises(InputError, match=r"adapter\.safetensors: weight has values that are not finite"):
+        build_split(tmp_path / "out", wide_pair, init=f"file:{tmp_path / 'adapter.safetensors'}")
+    assert not (tmp_path / "out").exists()

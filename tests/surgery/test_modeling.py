@@ -228,3 +228,15 @@ def test_a_config_that_contradicts_itself(
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ValueError, match=message):
         load_remote(tmp_path / "split")
+
+
+def test_a_resized_vocabulary_is_saved_and_loaded(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model = load_remote(build_split(tmp_path / "split", pair))
+    model.resize_token_embeddings(256)
+    model.save_pretrained(tmp_path / "resized")
+    again = load_remote(tmp_path / "resized")
+    assert again.config.vocab_size == again.config.first_config.vocab_size == again.config.last_config.vocab_size == 256
+    ids = torch.randint(0, 256, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert open_checkpoint(tmp_path / "resized").config.vocab_size == 256

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,43 @@ def test_a_config_may_leave_out_the_vocabulary(tmp_path: Path) -> None:
     del raw["text_config"]["vocab_size"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert _open(Side(tmp_path, "hf"), OPENER).vocab_size == 262208
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"packed": True, "dp": 2}, "--packed, --dp: of the level logits, asked for was weights"),
+        ({"tokens": [[1, 2]]}, "--tokens: of the level logits"),
+        ({"save_logits": "logits.safetensors"}, "--save-logits: of the level logits"),
+    ],
+)
+def test_options_that_a_cheaper_level_does_not_have(
+    llama: Callable[..., Path], options: dict[str, Any], match: str
+) -> None:
+    source = llama("gqa", num_hidden_layers=2)
+    with pytest.raises(UsageError, match=match):
+        verify(source, source, level="weights", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dp": 0}, "--dp must be at least 1"),
+        ({"sequence_parallel": True}, "TP 2 or more"),
+        ({"dtype": "int8"}, "no logits in int8"),
+        ({"device": "tpu"}, "no device 'tpu'"),
+    ],
+)
+def test_what_cannot_run_is_said_before_bytes_are_compared(
+    llama: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    match: str,
+) -> None:
+    source = llama("gqa", num_hidden_layers=2)
+    convert(source, tmp_path / "meg", to="packed")
+    module = import_module("ckptkit.verification.verify")
+    monkeypatch.setattr(module, "check_weights", lambda *_: pytest.fail("bytes were compared"))
+    with pytest.raises(UsageError, match=match):
+        verify(source, tmp_path / "meg", **options)

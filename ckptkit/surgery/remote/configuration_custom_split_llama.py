@@ -61,5 +61,13 @@ class CustomSplitLLamaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {kwargs[name]!r}, the halves say {value!r}")
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keeps the halves at the vocabulary's size, which `resize_token_embeddings` sets at the top level only."""
+        super().__setattr__(name, value)
+        if name == "vocab_size":
+            for half in (self.first_config, self.last_config):
+                if isinstance(half, PreTrainedConfig):
+                    half.vocab_size = value
+
 
 __all__ = ["CustomSplitLLamaConfig"]
