@@ -1,6 +1,6 @@
 """Packed throughput against padded, on one ragged batch: tokens per second and peak memory.
 
-    python -m benchmarks.packed                            a 1.2B Llama in bf16 on the GPU
+    python -m benchmarks.packed                            a 1.1B Llama in bf16 on the GPU
     python -m benchmarks.packed --size tiny --device cpu   a tiny one in fp32, to see that it runs
 
 The lengths are drawn from a log-normal distribution (seed 0) and cut off at --longest, as answers in reinforcement

@@ -42,7 +42,7 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
     if source.config.value_head:
         raise UsageError("--head value: it is a value model already", where=source.path)
     if source.family.name not in STEMS:
-        raise UnsupportedError(f"transformers has no value model for {source.config.architecture}", where=source.path)
+        raise UnsupportedError(f"no value model is known here for {source.config.architecture}", where=source.path)
     family = next(found for found in families() if found.architectures == STEMS[source.family.name])
     raw = as_value_config(source.sidecar.config, family.architectures[0], bias=True)
     config = replace(family.parse(raw), dtype=source.config.dtype)

@@ -207,7 +207,7 @@ def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path)
         (source, {"head": "value", "head_init": "file:"}, UsageError, "zeros, normal or file:PATH"),
         (source, {"head": "value", "head_init": "file:/none"}, InputError, "no such file"),
         (value, {"head": "value"}, UsageError, "value model already"),
-        (multimodal, {"head": "value"}, UnsupportedError, "no value model for Gemma3ForConditionalGeneration"),
+        (multimodal, {"head": "value"}, UnsupportedError, "no value model is known here for Gemma3ForCond"),
     ]
     for path, arguments, kind, text in cases:
         with pytest.raises(kind, match=text):

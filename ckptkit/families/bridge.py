@@ -67,7 +67,7 @@ def provider_of(config: ModelConfig, grid: Parallelism, divisible_by: int, *, lo
     """
     target = _PROVIDERS.get(config.family)
     if target is None:
-        raise UnsupportedError(f"Megatron-Bridge {VERSION} has no {config.architecture}")
+        raise UnsupportedError(f"none of Megatron-Bridge {VERSION}'s providers is known here for {config.architecture}")
     if problem := _problem(config, target, local):
         raise UnsupportedError(f"Megatron-Bridge {VERSION} has no {problem}")
     spec = {"transformer_layer_spec": Named(_LOCAL_SPEC)} if local else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from ckptkit.errors import UsageError
 from ckptkit.formats.hub import locate
 from ckptkit.megatron import DDP
 from ckptkit.opening import open_checkpoint
+from ckptkit.verification.figures import Check
 from ckptkit.verification.jobs import TIMEOUT
 from ckptkit.verification.logits import TOLERANCE, Side, check_device, check_how, verify_logits
 from ckptkit.verification.placement import describe
-from ckptkit.verification.pool import Ranks
+from ckptkit.verification.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.report import LevelResult, VerificationReport
 from ckptkit.verification.weights import check_structure, check_weights
 
@@ -99,7 +100,7 @@ def verify(
             levels.append(replace(question(), seconds=time.monotonic() - start))
 
     ask("structure", lambda: check_structure(*sides))
-    ask("weights", lambda: check_weights(*sides, progress))
+    ask("weights", lambda: _in_one_process(lambda: check_weights(*sides, progress)))
     ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, replay, how))
     return VerificationReport(
         reference=str(reference),
@@ -109,6 +110,14 @@ def verify(
         sides={name: describe(side) for name, side in zip(("reference", "candidate"), sides, strict=True)},
         not_run=list(asked[len(levels) :]),
     )
+
+
+def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
+    """The answer, found by one of the processes that torchrun started: they would all read the same."""
+    if not inside_torchrun():
+        return question()
+    answer = TorchrunRanks().once(lambda: asdict(question()))
+    return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
 
 
 def _side(side: Checkpoint) -> Side:
