@@ -16,7 +16,8 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.weights import check_structure, check_weights
-from tests.models import files_of, save_model
+from tests.families.test_gemma4 import hub_dialect
+from tests.models import MODELS, files_of, save_model
 
 EDIT = Callable[[dict[str, Any]], None]
 UNUSED = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
@@ -394,3 +395,18 @@ def test_casts_reach_the_slots(tmp_path: Path) -> None:
     assert {str(tensor.dtype) for tensor in chunk.values()} == {"torch.bfloat16"}
     assert chunk["decoder.layers.4.self_attention.k_layernorm.weight"].eq(1).all()
     assert not convert(tmp_path / "meg", tmp_path / "back", to="hf").dropped[0]["max_abs_difference"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.startswith("gemma4")])
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+def test_the_older_dialect_of_config_json(tmp_path: Path, kind: str, to: str) -> None:
+    """As transformers up to 5.14 writes it; byte for byte through both formats, all shapes."""
+    source = save_model(tmp_path / "hf", kind, dtype="bfloat16")
+    raw, old = json.loads((source / "config.json").read_text()), hub_dialect(kind)
+    text, sizes = (config.get("text_config", config) for config in (raw, old))
+    text.pop("per_layer_config")
+    text.update({key: sizes[key] for key in ("global_head_dim", "num_global_key_value_heads")})
+    (source / "config.json").write_text(json.dumps(raw, indent=2))
+    convert(source, tmp_path / "meg", to=to, grid=Parallelism(2, 2, ep=2 if "moe" in kind else 1))
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)

@@ -50,3 +50,23 @@ def test_full_size_dry_run(tmp_path: Path, name: str) -> None:
     assert stored >= 2 * found.parameters
     assert result.coverage["used"] == count
     assert not (tmp_path / "meg").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("gemma-4-26B-A4B", Parallelism(4, 2, ep=8, etp=1)),  # its global layers have 2 key/value heads
+        ("gemma-4-31B", Parallelism(8, 4)),  # 4 of them
+        ("gemma-4-E2B", Parallelism(4)),  # one
+        ("gemma-4-E4B", Parallelism(2, 3, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+def test_full_size_dry_run_of_gemma_4_on_other_grids(tmp_path: Path, name: str, grid: Parallelism, to: str) -> None:
+    count = sparse_model(tmp_path / "hf", RELEASED[name]["config"])
+    result = convert(tmp_path / "hf", tmp_path / "meg", to=to, grid=grid, dry_run=True)
+    assert result.coverage["used"] == count and str(grid) in result.target["grid"]
+    stored = sum(file["bytes"] for file in result.files if not file["path"].startswith("ckptkit/"))
+    assert stored >= 2 * inspect(tmp_path / "hf").parameters
+    assert not (tmp_path / "meg").exists()
