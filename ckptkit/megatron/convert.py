@@ -52,6 +52,8 @@ def convert_to_packed(hf_model: Any) -> PackedModel:
     from ckptkit.megatron.model import build_chunks, load_strict
     from ckptkit.megatron.packed_model import PackedModel
 
+    if not isinstance(hf_model, torch.nn.Module) or not hasattr(hf_model, "config"):
+        raise UsageError(f"convert_to_packed takes a model of transformers, not a {type(hf_model).__name__}")
     state = hf_model.state_dict()
     device, memory = _device(state), Memory()
     checkpoint = _open(hf_model, memory.add(state, PLACE))

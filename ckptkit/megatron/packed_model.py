@@ -72,6 +72,7 @@ class PackedModel(torch.nn.Module):
         Raises:
             UsageError: The arguments do not fit one another.
         """
+        _check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
         if cu_seqlens is None:
             if max_seqlen is not None:
                 raise UsageError("max_seqlen is of packed inputs, which also need cu_seqlens")
@@ -130,6 +131,15 @@ class PackedModel(torch.nn.Module):
         """Megatron name -> tensor, without what Megatron's modules keep beside their weights."""
         state = self.state_dict() if state is None else state
         return {name.removeprefix(PREFIX): value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise UsageError(f"{name} must be a tensor, not a {type(value).__name__}")
+    dtype = given["input_ids"].dtype
+    if dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"input_ids are token ids, int64, not {str(dtype).removeprefix('torch.')}")
 
 
 def shard(model: PackedModel, mesh: Any = None, **options: Any) -> PackedModel:

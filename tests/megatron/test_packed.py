@@ -280,6 +280,21 @@ def test_models_that_are_not_what_they_say(one_rank: Parallelism, damage: str) -
         ckptkit.convert_to_packed(model)
 
 
+def test_what_is_no_input(tiny: tuple[Any, Any]) -> None:
+    _, runtime = tiny
+    ids, bounds, longest = packed(ROWS)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(UsageError, match=r"input_ids are token ids, int64, not (float32|bool)"):
+            runtime(ids.to(dtype), bounds, longest)
+    with pytest.raises(UsageError, match="input_ids must be a tensor, not a list"):
+        runtime(ids.tolist(), bounds, longest)
+    with pytest.raises(UsageError, match="cu_seqlens must be a tensor, not a list"):
+        runtime(ids, bounds.tolist(), longest)
+    for other in ("a path", {"model": 1}, torch.nn.Linear(2, 2)):
+        with pytest.raises(UsageError, match=r"takes a model of transformers, not a (str|dict|Linear)"):
+            ckptkit.convert_to_packed(other)
+
+
 def test_other_architectures_are_refused(one_rank: Parallelism) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
