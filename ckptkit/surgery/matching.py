@@ -54,6 +54,9 @@ def differences(first: Checkpoint, last: Checkpoint) -> Differences:
         text, unknown = _sentencepiece(first, last)
         risky += text
         notes += unknown
+    epsilons = [model.config.norm_eps for model in (first, last)]
+    if epsilons[0] != epsilons[1]:
+        notes.append(f"eps of the norms are {epsilons[0]:g} and {epsilons[1]:g}: each half keeps its own")
     widths = [model.config.hidden_size for model in (first, last)]
     if widths[0] > widths[1]:
         notes.append(f"FIRST is {widths[0]} wide and LAST {widths[1]}: are they in the right order?")

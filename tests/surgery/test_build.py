@@ -394,3 +394,11 @@ def test_a_pair_in_the_wrong_order_is_told(pair: tuple[Path, Path], tmp_path: Pa
     note = f"FIRST is {WIDE} wide and LAST {NARROW}: are they in the right order?"
     assert note in build(recipe((pair[1], pair[0])), tmp_path / "wrong", dry_run=True).notes
     assert not any("right order" in text for text in build(recipe(pair), tmp_path / "right", dry_run=True).notes)
+
+
+def test_differing_epsilons_are_told_and_kept(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    first = save_half(tmp_path / "first", FIRST, 1, rms_norm_eps=0.3)
+    result = build(recipe((first, pair[1])), tmp_path / "split")
+    assert "eps of the norms are 0.3 and 1e-05: each half keeps its own" in result.notes
+    raw = json.loads((tmp_path / "split" / "config.json").read_text())
+    assert [raw[half]["rms_norm_eps"] for half in ("first_config", "last_config")] == [0.3, 1e-5]
