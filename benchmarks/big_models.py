@@ -49,7 +49,6 @@ class Made:
     """A checkpoint that was written: bytes and seconds."""
 
     nbytes: int
-    tensors: int
     parameters: int
     seconds: float
 
@@ -139,8 +138,7 @@ def main() -> int:
         if path.exists():
             print(f"error: {path} exists; remove it, or choose another --workdir", file=sys.stderr)
             return 2
-    needed = 2 * sum(math.prod(shape) for shape in shapes_of(config).values())
-    refusal = no_room(options.workdir, options.out or options.workdir, needed)
+    refusal = no_room(options.workdir, options.out or options.workdir, nbytes_of(config))
     if refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 5
@@ -255,6 +253,11 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in stored.items()}
 
 
+def nbytes_of(config: dict[str, Any]) -> int:
+    """Bytes of the checkpoint's tensors in bf16."""
+    return 2 * sum(math.prod(shape) for shape in shapes_of(config).values())
+
+
 def write_checkpoint(path: Path, config: dict[str, Any], device: str) -> Made:
     """Draws a checkpoint in bf16 on the device and streams it to disk; holds two tensors at a time."""
     import torch
@@ -273,10 +276,10 @@ def write_checkpoint(path: Path, config: dict[str, Any], device: str) -> Made:
         weight_map.update(dict.fromkeys(names, file))
     if device == "cuda":
         torch.cuda.empty_cache()  # the models to be verified need it
-    total = 2 * sum(math.prod(shape) for shape in shapes.values())
+    total = nbytes_of(config)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return Made(total, len(shapes), total // 2, time.perf_counter() - started)
+    return Made(total, total // 2, time.perf_counter() - started)
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -375,7 +378,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _change(text: str) -> tuple[str, Any]:
+def change(text: str) -> tuple[str, Any]:
+    """KEY=JSON of an option as key and value."""
     key, _, value = text.partition("=")
     return key, json.loads(value)
 
@@ -390,7 +394,7 @@ def _options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the released model has")
     parser.add_argument(
-        "--set", type=_change, action="append", default=[], metavar="KEY=JSON", help="another size, for a trial run"
+        "--set", type=change, action="append", default=[], metavar="KEY=JSON", help="another size, for a trial run"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write verify's page")

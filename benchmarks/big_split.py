@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import shutil
 import sys
@@ -26,11 +25,12 @@ from benchmarks.big_models import (
     HEAD,
     SIZES,
     Made,
+    change,
     converted_and_verified,
+    nbytes_of,
     no_room,
     released,
     say,
-    shapes_of,
     shrink,
     write_checkpoint,
 )
@@ -68,14 +68,14 @@ def _measure(options: argparse.Namespace, paths: dict[str, Path]) -> dict[str, A
         "first": shrink(released(NAMES[0]), options.first_layers, options.set),
         "last": shrink(released(NAMES[1]), last_layers, options.set_last),
     }
-    needed = 2 * sum(_numel(config) for config in sources.values())
+    needed = sum(map(nbytes_of, sources.values()))
     if (refusal := no_room(options.workdir, options.workdir, needed)) is not None:
         raise CommandError(refusal)
     made = {name: write_checkpoint(paths[name], config, options.device) for name, config in sources.items()}
     for name, what in made.items():
         say(f"made {name}: {what.nbytes / 1e9:.1f} GB in {what.seconds:.1f} s")
     builds, copies = _build(options, paths)
-    nbytes = sum(file.stat().st_size for file in paths["split"].glob("*.safetensors"))
+    nbytes = nbytes_of(json.loads((paths["split"] / "config.json").read_text()))
     rows: list[tuple[str, int, Run, Run | None]] = [("split-llama build", nbytes, builds[-1], copies[-1])]
     head = ("command", "GB out", "seconds", "cp, s", "x cp", "anonymous MiB")
     print(table(head, [_row(*row) for row in rows]), flush=True)
@@ -85,10 +85,10 @@ def _measure(options: argparse.Namespace, paths: dict[str, Path]) -> dict[str, A
         remove(paths["fitted"])
     for name in ("first", "last"):
         remove(paths[name])
-    tensors = Made(nbytes, 0, nbytes // 2, builds[-1].clock)
+    made_of = Made(nbytes, nbytes // 2, builds[-1].clock)
     options.name = f"split Llama ({options.first_layers} of 8B, {options.last_layers} of 70B)"
     layers = options.first_layers + options.last_layers
-    verified = converted_and_verified(options, paths["split"], paths["megatron"], tensors, layers)
+    verified = converted_and_verified(options, paths["split"], paths["megatron"], made_of, layers)
     print(f"{HEAD}\n{verified.row()}", flush=True)
     commands = {name: asdict(found) for name, _, found, _ in rows} | {"cp": asdict(copies[-1])}
     return {"made": {name: asdict(what) for name, what in made.items()}, **commands, "verified": asdict(verified)}
@@ -128,15 +128,6 @@ def _row(name: str, nbytes: int, found: Run, copy: Run | None) -> list[str]:
     return [name, f"{nbytes / 1e9:.1f}", f"{found.clock:.1f}", *against, f"{found.anonymous / 2**20:.0f}"]
 
 
-def _numel(config: dict[str, Any]) -> int:
-    return sum(math.prod(shape) for shape in shapes_of(config).values())
-
-
-def _change(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    return key, json.loads(value)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="for everything; three times the hybrid must fit")
@@ -150,7 +141,7 @@ def _options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
     for name in ("--set", "--set-last"):
         parser.add_argument(
-            name, type=_change, action="append", default=[], metavar="KEY=JSON", help="another size, for a trial run"
+            name, type=change, action="append", default=[], metavar="KEY=JSON", help="another size, for a trial run"
         )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write verify's page")

@@ -239,7 +239,7 @@ def table(runs: list[dict[str, list[float]]], budget: Budget) -> str:
     return "\n".join(lines)
 
 
-def measured(seed: int, package: str, budget: Budget) -> dict[str, list[float]]:
+def run_seed(seed: int, package: str, budget: Budget) -> dict[str, list[float]]:
     """What `measure` finds, on the text of a package."""
     torch.set_float32_matmul_precision("high")  # TF32 where there is such; what is compared differs by far more
     return measure(seed, *corpus(package, budget.length), budget)
@@ -253,7 +253,7 @@ def main() -> None:
     budget = replace(scale, device=arguments.device, **given)
     started, runs = time.monotonic(), []
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = [pool.submit(measured, seed, arguments.corpus, budget) for seed in range(arguments.seeds)]
+        tasks = [pool.submit(run_seed, seed, arguments.corpus, budget) for seed in range(arguments.seeds)]
         for seed, task in enumerate(tasks):
             runs.append(task.result())
             print(f"seed {seed}: {json.dumps(runs[-1])} ({time.monotonic() - started:.0f} s)", flush=True)

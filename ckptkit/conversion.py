@@ -313,7 +313,7 @@ def check_destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, h
         StorageError: The destination cannot be written, or has no room.
     """
     if not (how.dry_run or how.resume):
-        _destination(plan, read, Path(out), how).check_room()
+        _destination(plan, read, Path(out), how)  # which looks at the place and the room
 
 
 def open_source(

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from ckptkit import convert, verify
 from ckptkit.errors import InputError
 from ckptkit.sharding.grid import Parallelism
-from tests.formats.round_trip import files_of
-from tests.models import save_model
+from tests.models import files_of, save_model
 
 KINDS = ["gemma3", "gemma4", "gemma4-moe"]
 GRID = Parallelism(2, 2)

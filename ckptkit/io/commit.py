@@ -98,7 +98,7 @@ class Destination:
             self._check_place()
         self.free = self._free()
         if not self._done:
-            self.check_room()
+            self._check_room()
 
     @property
     def directory(self) -> Path:
@@ -177,7 +177,7 @@ class Destination:
                 self._done = self._done and (self._is_sealed() or holds(self._plan, self.path))
                 self._check_place()
                 if not self._done:
-                    self.check_room()
+                    self._check_room()
                     self._prepare()
         except BaseException:
             self._release()
@@ -323,12 +323,7 @@ class Destination:
         self._sized = status.f_blocks > 0  # some network file systems do not say
         return status.f_bavail * status.f_frsize + _allocated(self._partial)
 
-    def check_room(self) -> None:
-        """Whether the output fits.
-
-        Raises:
-            StorageError: It does not.
-        """
+    def _check_room(self) -> None:
         if self._sized and self._plan.nbytes > self.free:
             raise StorageError(
                 f"not enough space: the output needs {_readable(self._plan.nbytes)}, {_readable(self.free)} are free",

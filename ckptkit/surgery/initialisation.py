@@ -38,6 +38,7 @@ INITIALISATIONS: dict[str, str] = {
 """Name -> `module:function`, which takes a `Request` and gives an `Initialised`; imported when it is used."""
 
 WITH_ARGUMENT = ("ridge", "file")
+"""Those that take something behind a colon."""
 
 FITTED = ("lstsq", "ridge", "procrustes")
 """Those that need calibration text and both models."""

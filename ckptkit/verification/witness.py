@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from ckptkit.megatron.pipeline import Pipeline
 
+_HINT = "this is a mistake in ckptkit"
+
 Seen = dict[str, Any]
 """`packed` and `sequence_parallel` of the last pass, `replication` (`ddp`, `fsdp2` or None), `device` in words."""
 
@@ -80,12 +82,14 @@ def check_ran(asked: Mapping[str, Any], seen: Sequence[Seen]) -> None:
         seen: What a `Witness` saw on each rank.
 
     Raises:
-        VerificationError: One did not; its logits would say nothing.
+        VerificationError: One did not, or nobody saw it; the logits would say nothing.
     """
+    if not any("packed" in facts for facts in seen):
+        raise VerificationError("no rank saw what went through its layers", hint=_HINT)
     for rank, facts in enumerate(seen):
         for name, value in asked.items():
             if facts.get(name, value) != value:
                 raise VerificationError(
                     f"rank {rank} ran with {name} {facts[name]!r}, asked for was {value!r}",
-                    hint="this is a mistake in ckptkit",
+                    hint=_HINT,
                 )

@@ -24,8 +24,8 @@ from ckptkit.verification.jobs import LogitsJob
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.pool import RankPool
 from ckptkit.verification.tokens import default_rows
+from tests.megatron.double_precision import double_precision
 from tests.megatron.gemma4 import KINDS, hf_model, local_state
-from tests.megatron.wide import double_precision
 from tests.verification.conftest import DEVICE
 
 compat.import_megatron()
@@ -779,7 +779,7 @@ def test_logits_in_double_precision_on_ranks(
         source, (_, expected) = saved(kind, torch.float64), reference(kind, torch.float64)
     convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
     rows, output = tokens_of().tolist(), str(tmp_path / "logits.safetensors")
-    opener = "tests.megatron.wide:opened"
+    opener = "tests.megatron.double_precision:opened"
     wide_pool.run(LogitsJob(str(tmp_path / "meg"), grid, "cpu", "float64", rows, output, opener=opener))
     (found,) = load_file(output).values()
     assert found.dtype == torch.float64

@@ -16,6 +16,11 @@ def test_all_ranks_ran_as_asked() -> None:
     check_ran(ASKED, [{**ASKED, "device": "cpu"}, {"replication": "fsdp2", "device": "cpu"}])
 
 
+def test_somebody_must_have_seen_it() -> None:
+    with pytest.raises(VerificationError, match="no rank saw what went through its layers"):
+        check_ran(ASKED, [{"replication": "fsdp2", "device": "cpu"}])
+
+
 @pytest.mark.parametrize(
     "other", [{"packed": False}, {"sequence_parallel": False}, {"replication": None}, {"replication": "ddp"}]
 )
