@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import CommandError, run
+from ckptkit.dtypes import DTYPES
 from ckptkit.families import family_of
-from ckptkit.families.config import ModelConfig
 from ckptkit.formats.hf import INDEX
 from ckptkit.formats.safetensors import build_header
-from ckptkit.tensors import DTYPES, Tensor
-from ckptkit.verification.report import installed_versions
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tensors import Tensor
+from ckptkit.verification.reports.report import installed_versions
 
 if TYPE_CHECKING:
     import torch

@@ -28,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
 from ckptkit.io.plan import Checksum, OutputFile, Plan, Segment
 from ckptkit.io.schedule import Limits
-from ckptkit.tensors import DTYPES, Tensor, hstack, vstack
+from ckptkit.tensors import Tensor, hstack, vstack
 
 BF16 = DTYPES["BF16"]
 HIDDEN, FFN, GROUPS, HEAD = 4096, 14336, 8, 128

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.formats.hf import INDEX
 from ckptkit.formats.safetensors import build_header
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 BLOCK = 8 << 20
 

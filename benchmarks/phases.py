@@ -2,7 +2,7 @@
 
     python -m benchmarks.phases SRC DST --to torch --tp 2 --pp 2
 
-The steps are those of `ckptkit.conversion.convert`. `move` writes and syncs every file, and nothing else.
+The steps are those of `ckptkit.conversion.convert.convert`. `move` writes and syncs every file, and nothing else.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def main() -> None:
         seconds[name] = time.perf_counter() - start
 
     with phase("import"):
-        from ckptkit.conversion import Options, make_plan
-        from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME
+        from ckptkit.checkpoints.opening import open_checkpoint
+        from ckptkit.conversion.options import Options
+        from ckptkit.conversion.planning import make_plan
+        from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
         from ckptkit.io.commit import Destination
         from ckptkit.io.engine import run
-        from ckptkit.opening import open_checkpoint
         from ckptkit.sharding.grid import Parallelism
     with phase("open"):
         source = open_checkpoint(arguments.src)

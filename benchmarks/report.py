@@ -110,7 +110,7 @@ def _version(name: str) -> str:
 
 
 def _ckptkit() -> str:
-    from ckptkit import __version__
+    from ckptkit.version import __version__
 
     return f"ckptkit {__version__}"
 

@@ -9,17 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptkit.conversion import convert, inspect
+    from ckptkit.checkpoints.opening import open_checkpoint
+    from ckptkit.conversion.convert import convert
     from ckptkit.families import supported_architectures
     from ckptkit.inspection.differences import diff
     from ckptkit.inspection.hashing import hash_checkpoint
+    from ckptkit.inspection.summary import inspect
     from ckptkit.inspection.validation import validate
-    from ckptkit.megatron.convert import convert_to_packed
-    from ckptkit.opening import open_checkpoint
+    from ckptkit.megatron.packed_inputs.convert import convert_to_packed
     from ckptkit.sharding.grid import Parallelism
     from ckptkit.verification.verify import verify
 
-__version__ = "0.1.0"
+from ckptkit.version import __version__
 
 __all__ = [
     "Parallelism",
@@ -37,12 +38,12 @@ __all__ = [
 
 _HOMES = {
     "Parallelism": "ckptkit.sharding.grid",
-    "convert": "ckptkit.conversion",
-    "convert_to_packed": "ckptkit.megatron.convert",
+    "convert": "ckptkit.conversion.convert",
+    "convert_to_packed": "ckptkit.megatron.packed_inputs.convert",
     "diff": "ckptkit.inspection.differences",
     "hash_checkpoint": "ckptkit.inspection.hashing",
-    "inspect": "ckptkit.conversion",
-    "open_checkpoint": "ckptkit.opening",
+    "inspect": "ckptkit.inspection.summary",
+    "open_checkpoint": "ckptkit.checkpoints.opening",
     "supported_architectures": "ckptkit.families",
     "validate": "ckptkit.inspection.validation",
     "verify": "ckptkit.verification.verify",

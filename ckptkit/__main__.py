@@ -1,5 +1,5 @@
 """`python -m ckptkit` is the command `ckptkit`."""
 
-from ckptkit.cli import app
+from ckptkit.cli.app import app
 
 app(prog_name="ckptkit")

@@ -19,25 +19,7 @@ from functools import cached_property
 from math import prod
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class DType:
-    """An element type, named as safetensors names it (`BF16`), with its size in bytes."""
-
-    name: str
-    itemsize: int
-    is_float: bool
-
-    def __str__(self) -> str:
-        return self.name
-
-
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-_OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
-DTYPES: dict[str, DType] = {
-    **{name: DType(name, size, True) for name, size in _FLOATS.items()},
-    **{name: DType(name, size, False) for name, size in _OTHERS.items()},
-}
+from ckptkit.dtypes import DType
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
-    from ckptkit.verification.pool import RankPool
+    from ckptkit.verification.ranks.pool import RankPool
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Four ranks that all tests share: importing megatron-core takes longer than any of them."""
-    from ckptkit.verification.pool import RankPool
+    from ckptkit.verification.ranks.pool import RankPool
 
     with RankPool(4) as ranks:
         yield ranks

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from tests.models import files_of, save_llama
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.errors import UnsupportedError
 from tests.models import save_llama
 
@@ -27,7 +27,7 @@ def train(rank, source, target):
     torch.set_num_threads(1)
     torch.manual_seed(1)
     from ckptkit import open_checkpoint
-    from ckptkit.families.args import to_args
+    from ckptkit.megatron_args.args import to_args
     from ckptkit.megatron import parallel
     from ckptkit.megatron.model import build_chunks, load_strict
     from ckptkit.sharding.grid import Parallelism

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from tests.models import files_of, save_llama
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from ckptkit import cli
+from ckptkit.cli import app as cli
 from fixtures.make_damaged import MARKER, SOUND, Case, catalogue
 from tests.models import files_of
 

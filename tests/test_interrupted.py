@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.errors import StorageError
 from ckptkit.io import commit, system
 from ckptkit.sharding.grid import Parallelism

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.tensors import DTYPES, Band, Const, Literal, Piece, Region, Tensor, hstack, stack, vstack
+from ckptkit.dtypes import DTYPES
+from ckptkit.tensors import Band, Const, Literal, Piece, Region, Tensor, hstack, stack, vstack
 
 F16 = DTYPES["F16"]
 FILE = np.arange(4096, dtype=np.uint16)  # no two elements are equal, so every mix-up shows

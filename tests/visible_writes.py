@@ -70,6 +70,6 @@ if __name__ == "__main__":
     armed = sys.modules.get("ckpt_chaos.inject")
     if armed is not None and armed._state["watch"]:
         make_visible(armed)
-    from ckptkit.cli import app
+    from ckptkit.cli.app import app
 
     app()

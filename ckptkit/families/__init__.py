@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families.table import Family, Raw
+from ckptkit.tables.family import Family
+from ckptkit.tables.rows import Raw
 
 
 @dataclass(frozen=True)
@@ -103,55 +102,6 @@ def family_of(raw: Raw, where: object) -> Family:
     raise UnsupportedError(
         f"no family converts {architectures[0]}", where=where, hint="`ckptkit families` lists what is supported"
     )
-
-
-def recognise(names: Iterable[str], args: Mapping[str, Any] | None = None) -> Family:
-    """The family of a Megatron checkpoint that has nothing but tensor names, and perhaps `args`, to tell it by.
-
-    Args:
-        names: Its Megatron names.
-        args: Its `args`. They decide between families with the same tensors: the first whose config.json can say what
-            they say (a window makes a Llama a Mistral).
-
-    Raises:
-        UnsupportedError: No family's table fits the names.
-    """
-    names = set(names)
-    fitting = sorted((family for family in families() if family.fits(names)), key=lambda family: -len(family.marks))
-    if not fitting:
-        raise UnsupportedError(
-            "no family fits the tensor names", hint="pass --hf-reference with the model's config.json"
-        )
-    alike = [family for family in fitting if family.marks == fitting[0].marks]
-    return next((family for family in alike if args and _can_say(family, args)), alike[0])
-
-
-def _can_say(family: Family, args: Mapping[str, Any]) -> bool:
-    """Whether config.json of the family holds everything that `args` say."""
-    from ckptkit.families.args import model_from_args
-
-    try:
-        config = model_from_args(args, family.name, family.architectures[0], args.get("vocab_size") or 1)
-    except UnsupportedError:
-        return False
-    return family.parse(family.unparse(config, {})) == config
-
-
-def refuse_foreign(names: Iterable[str], where: object) -> None:
-    """Names the layout of a Megatron checkpoint that is known, but that no table reads.
-
-    Raises:
-        UnsupportedError: It is such a one.
-    """
-    marks = {piece: layout for family in families() for piece, layout in family.foreign.items()}
-    for name in sorted(names):
-        for piece, layout in marks.items():
-            if piece in name:
-                raise UnsupportedError(
-                    f"{layout} (it holds {name})",
-                    where=where,
-                    hint="export it to Hugging Face with the tool that wrote it, and convert that",
-                )
 
 
 def family_called(name: str) -> Family:

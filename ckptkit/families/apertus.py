@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckptkit.families.common import QK_NORMS, ConfigJson, translation
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.families.table import ONE, Buffer, D, F, Family, Raw, Row, copy, renamed, without
 from ckptkit.sharding.rules import COLUMN, REPLICATED
+from ckptkit.tables.config_json import QK_NORMS, ConfigJson, translation
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+from ckptkit.tables.rows import ONE, Buffer, D, F, Raw, Row, copy, renamed, without
 
 DEFAULTS = {
     "vocab_size": 131072,

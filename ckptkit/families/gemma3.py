@@ -10,14 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families.common import QK_NORMS, ConfigJson, layer_types_of, window_of, windowed, windows_by_type
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
-from ckptkit.families.fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.families.spelling import HUB, LOCAL, TE, HfSpelling, Spelling
-from ckptkit.families.table import D, Family, Raw, Replica, Row, copy, renamed, without
 from ckptkit.families.wrapper import Wrapper
 from ckptkit.sharding.rules import REPLICATED
+from ckptkit.tables.config_fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
+from ckptkit.tables.config_json import QK_NORMS, ConfigJson, layer_types_of, window_of, windowed, windows_by_type
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+from ckptkit.tables.rows import D, Raw, Replica, Row, copy, renamed, without
+from ckptkit.tables.spelling import HUB, LOCAL, TE, HfSpelling, Spelling
 
 DEFAULTS = {
     "vocab_size": 262208,

@@ -12,33 +12,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckptkit.families.common import dense, sparse
-from ckptkit.families.config import LayerConfig, ModelConfig
 from ckptkit.families.gemma4_config import WRAPPER, from_args, parse_text, to_args, unparse_text
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.families.spelling import SEQUENTIAL, TE, HfSpelling, Spelling, Stack
-from ckptkit.families.table import (
-    HD,
-    KV,
-    LP,
-    ONE,
-    VP,
-    D,
-    E,
-    Family,
-    I,
-    P,
-    Q,
-    Row,
-    Slot,
-    When,
-    copy,
-    gate_up,
-    only,
-    qkv,
-    renamed,
-)
 from ckptkit.sharding.rules import COLUMN, EXPERT_GATED_COLUMN, EXPERT_ROW, REPLICATED
+from ckptkit.tables.config_json import dense, sparse
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.rows import HD, KV, LP, ONE, VP, D, E, I, P, Q, Row, Slot, When, copy, gate_up, only, qkv, renamed
+from ckptkit.tables.spelling import SEQUENTIAL, TE, HfSpelling, Spelling, Stack
 
 _IN = "decoder.layers.{i}."
 _HF = "model.layers.{i}."

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families.common import ConfigJson, layer_types_of, window_of
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
-from ckptkit.families.fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
-from ckptkit.families.table import Raw
 from ckptkit.families.wrapper import Wrapper
+from ckptkit.tables.config_fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
+from ckptkit.tables.config_json import ConfigJson, layer_types_of, window_of
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+from ckptkit.tables.rows import Raw
 
 DEFAULTS = {
     "vocab_size": 262144,

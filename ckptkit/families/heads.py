@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import UnsupportedError
-from ckptkit.families.config import LayerConfig, ModelConfig
-from ckptkit.families.table import ONE, D, Family, Raw, Row, copy
 from ckptkit.sharding.rules import REPLICATED
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.rows import ONE, D, Raw, Row, copy
 
 OF_TOKENS, OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
 STEMS: Mapping[str, tuple[str, ...]] = {

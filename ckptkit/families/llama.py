@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ckptkit.families.common import ConfigJson, translation
-from ckptkit.families.config import ModelConfig, Rope
-from ckptkit.families.spelling import LOCAL, TE, VERL
-from ckptkit.families.table import KV, D, F, Family, Q, Raw, Replica, Row, V, copy, gate_up, qkv
 from ckptkit.sharding.rules import COLUMN, GATED_COLUMN, REPLICATED, ROW, VOCAB
+from ckptkit.tables.config_json import ConfigJson, translation
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import ModelConfig, Rope
+from ckptkit.tables.rows import KV, D, F, Q, Raw, Replica, Row, V, copy, gate_up, qkv
+from ckptkit.tables.spelling import LOCAL, TE, VERL
 
 DEFAULTS = {
     "vocab_size": 32000,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ckptkit.families.common import (
+from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
+from ckptkit.tables.config_fields import FULL, SLIDING
+from ckptkit.tables.config_json import (
     ConfigJson,
     experts,
     layer_types_of,
@@ -14,11 +16,10 @@ from ckptkit.families.common import (
     windowed,
     windows_by_type,
 )
-from ckptkit.families.config import ModelConfig, Rope
-from ckptkit.families.fields import FULL, SLIDING
-from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.families.spelling import HUB, HfSpelling, Stack
-from ckptkit.families.table import Family, Raw, without
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import ModelConfig, Rope
+from ckptkit.tables.rows import Raw, without
+from ckptkit.tables.spelling import HUB, HfSpelling, Stack
 
 MISTRAL_DEFAULTS = {
     "vocab_size": 32000,

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError
-from ckptkit.families.common import (
+from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
+from ckptkit.tables.config_fields import FULL, SLIDING, Fields
+from ckptkit.tables.config_json import (
     QK_NORMS,
     ConfigJson,
     dense,
@@ -17,11 +19,10 @@ from ckptkit.families.common import (
     windowed,
     windows_by_type,
 )
-from ckptkit.families.config import ModelConfig, Rope
-from ckptkit.families.fields import FULL, SLIDING, Fields
-from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.families.spelling import HUB, LOCAL, TE, VERL, HfSpelling, Stack
-from ckptkit.families.table import Family, Raw, only, without
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import ModelConfig, Rope
+from ckptkit.tables.rows import Raw, only, without
+from ckptkit.tables.spelling import HUB, LOCAL, TE, VERL, HfSpelling, Stack
 
 QWEN2_DEFAULTS = {
     "vocab_size": 151936,

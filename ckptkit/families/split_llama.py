@@ -16,11 +16,12 @@ from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families import llama
-from ckptkit.families.config import Adapter, LayerConfig, ModelConfig
-from ckptkit.families.fields import Fields, object_in, set_dtype
 from ckptkit.families.llama import ATTENTION, MLP
-from ckptkit.families.table import Dim, Family, Raw, Row, V, copy, only, renamed
 from ckptkit.sharding.rules import COLUMN, REPLICATED, ROW, VOCAB
+from ckptkit.tables.config_fields import Fields, object_in, set_dtype
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig
+from ckptkit.tables.rows import Dim, Raw, Row, V, copy, only, renamed
 
 ARCHITECTURE = "CustomSplitLLamaForCausalLM"
 MODEL_TYPE = "split_llama"

@@ -7,10 +7,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptkit.families.common import ConfigJson
-from ckptkit.families.config import ModelConfig
-from ckptkit.families.fields import Fields, object_in, set_dtype
-from ckptkit.families.table import Raw
+from ckptkit.tables.config_fields import Fields, object_in, set_dtype
+from ckptkit.tables.config_json import ConfigJson
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.rows import Raw
 
 WRAPPER_DEFAULTS = {"tie_word_embeddings": True}
 """What a wrapper itself says of the model, with the class defaults of Gemma 3 and 4."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
-from ckptkit.formats.pickles import UnreadableTensor, read_torch_file
 from ckptkit.formats.safetensors import Header
+from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 

@@ -15,9 +15,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ckptkit.dtypes import DTYPES, DType
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.io.plan import OutputFile, Segment, literal
-from ckptkit.tensors import DTYPES, DType, Tensor
+from ckptkit.tensors import Tensor
 
 MAX_HEADER = 100_000_000
 ALIGNMENT = 4096

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.formats.dcp import DcpFiles, is_dcp, open_dcp
-from ckptkit.formats.dcp_layout import NewChunk, NewObject, lay_out_dcp
+from ckptkit.formats.dcp.reading import DcpFiles, is_dcp, open_dcp
+from ckptkit.formats.dcp.writing import NewChunk, NewObject, lay_out_dcp
 from ckptkit.formats.hf import read_json
-from ckptkit.formats.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
+from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import TRACKER, OptimizerState, plain_values
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Literal, Tensor, vstack

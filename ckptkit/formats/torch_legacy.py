@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.errors import InputError, UsageError
-from ckptkit.formats.pickles import Namespace, Record, TorchDType, UnreadableTensor, lay_out_torch_file, read_torch_file
+from ckptkit.formats.torch_file.pickles import (
+    Namespace,
+    Record,
+    TorchDType,
+    UnreadableTensor,
+    lay_out_torch_file,
+    read_torch_file,
+)
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion import open_source
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import InputError
 from ckptkit.formats.hub import is_reference
 from ckptkit.inspection.structure import config_differences

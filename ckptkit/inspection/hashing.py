@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptkit.conversion import open_source
+from ckptkit.checkpoints.locating import Place, find_place
+from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import UsageError
 from ckptkit.formats.hf import CACHES
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
 from ckptkit.io.reading import hash_file
 from ckptkit.io.threads import Progress, Readers, read_all
-from ckptkit.locating import Place, find_place
 from ckptkit.tensors import Region, Tensor
 
 PARTS = ("tensors", "files")

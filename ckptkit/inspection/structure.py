@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ckptkit.families.config import LayerConfig, ModelConfig
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 _NOT_THE_MODEL = {"dtype", "init_std", "max_position_embeddings", "layers"}
 """Fields of a `ModelConfig` that change no logit."""

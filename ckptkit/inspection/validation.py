@@ -15,22 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.locating import Place, find_place, is_hf_like
+from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.errors import InputError
-from ckptkit.formats.dcp import METADATA, open_dcp
-from ckptkit.formats.fsdp import is_fsdp
+from ckptkit.formats.dcp.reading import METADATA, open_dcp
 from ckptkit.formats.hf import BIN_INDEX, INDEX, is_weights, read_shard, weight_files
 from ckptkit.formats.hub import locate
-from ckptkit.formats.pickles import read_torch_file
 from ckptkit.formats.sidecar import FOLDER
+from ckptkit.formats.torch_file.pickles import read_torch_file
+from ckptkit.formats.torch_file.zipfiles import Member, is_archive, open_archive
 from ckptkit.formats.torch_legacy import is_torch_legacy
-from ckptkit.formats.zipfiles import Member, is_archive, open_archive
+from ckptkit.formats.trainer_states.fsdp import is_fsdp
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
 from ckptkit.io.reading import compare
 from ckptkit.io.threads import Progress, Readers, read_all
-from ckptkit.locating import Place, find_place, is_hf_like
-from ckptkit.opening import open_checkpoint
 from ckptkit.tensors import Tensor
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptkit.dtypes import DTYPES, DType
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.casts import decode
-from ckptkit.tensors import DTYPES, DType
 
 Bytes = NDArray[np.uint8]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ckptkit.dtypes import DType
 from ckptkit.errors import UnsupportedError
-from ckptkit.tensors import DType
 
 CASTABLE = ("F64", "F32", "F16", "BF16")
 """Types that are converted among each other."""

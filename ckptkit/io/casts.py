@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptkit.dtypes import DType
 from ckptkit.io.castable import check_cast
-from ckptkit.tensors import DType
 
 Bytes = NDArray[np.uint8]
 

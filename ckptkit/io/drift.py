@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.io.casts import convert
 from ckptkit.io.plan import Dropped
 from ckptkit.io.reading import TensorReader, in_step
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 
 def summarise(dropped: Iterable[Dropped], *, measure: bool) -> list[dict[str, object]]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePosixPath
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.castable import check_cast
 from ckptkit.io.source import Fingerprint
-from ckptkit.tensors import DTYPES, Const, Literal, Piece, Region, Tensor
+from ckptkit.tensors import Const, Literal, Piece, Region, Tensor
 
 _RECIPE = 1  # to be raised when the same recipe comes to mean other bytes
 

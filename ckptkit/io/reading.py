@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.casts import convert
 from ckptkit.io.gather import Gatherer
@@ -18,7 +19,7 @@ from ckptkit.io.plan import Comparison
 from ckptkit.io.schedule import Limits, tensor_units
 from ckptkit.io.source import Sources
 from ckptkit.io.system import storage_error
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 Bytes = NDArray[np.uint8]
 

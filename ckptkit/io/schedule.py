@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckptkit.dtypes import DType
 from ckptkit.io.gather import Placement
 from ckptkit.io.plan import OutputFile, Segment
-from ckptkit.tensors import Band, Const, DType, Region, Tensor, flat
+from ckptkit.tensors import Band, Const, Region, Tensor, flat
 
 Cast = tuple[DType, DType]
 

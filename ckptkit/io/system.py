@@ -9,8 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptkit.errors import StorageError
+
+if TYPE_CHECKING:
+    pass
 
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV}
 _AT_FDCWD = -100
@@ -105,3 +109,15 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file that somebody asked for.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=path) from error

@@ -15,9 +15,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ckptkit.families.config import Adapter, ModelConfig
 from ckptkit.families.split_llama import LINEAR, RELU
 from ckptkit.sharding.stages import Stage
+from ckptkit.tables.model_config import Adapter, ModelConfig
 
 
 class ParallelAdapter(MegatronModule):

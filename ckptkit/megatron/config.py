@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.errors import UnsupportedError
-from ckptkit.families.config import LayerConfig, ModelConfig
 from ckptkit.megatron.activations import activation
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError
-from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.tensors import Const, Literal, Piece, Region, Tensor
 
 

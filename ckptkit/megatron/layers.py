@@ -8,12 +8,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ckptkit.errors import UnsupportedError
-from ckptkit.families.config import LayerConfig, ModelConfig
-from ckptkit.megatron.attention import ExactAttention, GroupedQueryAttention, ValueNormAttention
+from ckptkit.megatron.attention import ExactAttention, GroupedQueryAttention
 from ckptkit.megatron.compat import local_layer_spec, submodules_of, with_module
-from ckptkit.megatron.decoder import DecoderLayer, Gemma4Layer, NormedRowParallelLinear
-from ckptkit.megatron.moe import ParallelMoELayer, Router, ScaledRouter
+from ckptkit.megatron.decoder import DecoderLayer, NormedRowParallelLinear
+from ckptkit.megatron.gemma4.attention import ValueNormAttention
+from ckptkit.megatron.gemma4.layer import Gemma4Layer
+from ckptkit.megatron.gemma4.moe import ParallelMoELayer, ScaledRouter
+from ckptkit.megatron.moe import Router
 from ckptkit.megatron.norms import DeferredRMSNorm, RMSNorm
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 
 def block_spec(config: ModelConfig, layers: range) -> TransformerBlockSubmodules:

@@ -13,17 +13,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_pipeline_model_parallel_rank
 
 from ckptkit.errors import InputError, VerificationError
-from ckptkit.families.config import Adapter, ModelConfig
-from ckptkit.families.divisibility import check_divides
 from ckptkit.megatron.adapter import add_adapter, received_width
-from ckptkit.megatron.carried import Carried
 from ckptkit.megatron.compat import runs_on
 from ckptkit.megatron.config import transformer_config
+from ckptkit.megatron.gemma4.carried import Carried
+from ckptkit.megatron.gemma4.per_layer_inputs import add_per_layer_inputs, per_layer_inputs
 from ckptkit.megatron.heads import ValueHead
-from ckptkit.megatron.inputs import add_per_layer_inputs, per_layer_inputs
 from ckptkit.megatron.layers import block_spec
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
+from ckptkit.tables.divisibility import check_divides
+from ckptkit.tables.model_config import Adapter, ModelConfig
 
 NAMED = 6
 """How many tensors an error message names before it counts the rest."""

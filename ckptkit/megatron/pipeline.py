@@ -16,7 +16,7 @@ from ckptkit.megatron import parallel
 from ckptkit.megatron.compat import runs_on
 from ckptkit.megatron.model import CausalModel
 from ckptkit.megatron.moe import replay_routing
-from ckptkit.megatron.packed import PackedBatch, pad, unpad
+from ckptkit.megatron.packed_inputs.batch import PackedBatch, pad, unpad
 from ckptkit.sharding.grid import Parallelism
 
 TOKENS_PER_PASS = 8192

@@ -11,7 +11,7 @@ import math
 import torch
 
 from ckptkit.errors import UnsupportedError
-from ckptkit.families.config import Rope
+from ckptkit.tables.model_config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.checkpoint import EMBEDDING, Checkpoint
+from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint
 from ckptkit.errors import UsageError
 from ckptkit.families.split_llama import FIRST
-from ckptkit.megatron.loading import load
+from ckptkit.io.as_torch import load
 
 if TYPE_CHECKING:
     import torch

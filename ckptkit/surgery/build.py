@@ -9,26 +9,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit import __version__
-from ckptkit.checkpoint import EMBEDDING, HEAD, Checkpoint
-from ckptkit.conversion import (
-    ConversionResult,
-    Execution,
-    Options,
-    carry_out,
-    check_destination,
-    make_plan,
-    open_source,
-)
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from ckptkit.checkpoints.sources import open_source
+from ckptkit.conversion.execution import carry_out, check_destination
+from ckptkit.conversion.options import ConversionResult, Execution, Options
+from ckptkit.conversion.planning import make_plan
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families.config import ModelConfig
 from ckptkit.families.split_llama import ARCHITECTURE, KINDS, LINEAR, RELU, SPLIT_LLAMA, compose
 from ckptkit.formats.hf import read_json
 from ckptkit.formats.sidecar import Sidecar
-from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME
 from ckptkit.surgery.initialisation import FITTED, Request, initialise
 from ckptkit.surgery.matching import differences
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor
+from ckptkit.version import __version__
 
 DEFAULT_INIT = "kaiming"
 RECIPE = "split_recipe"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UsageError
 from ckptkit.surgery.matching import TOKENIZER
 

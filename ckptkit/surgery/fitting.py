@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UsageError
 from ckptkit.surgery import matrices
 from ckptkit.surgery.calibration import Calibration, read_sequences, split

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UsageError
 from ckptkit.families.split_llama import LINEAR, RELU
 from ckptkit.formats import safetensors
 from ckptkit.io.reading import hash_tensor, read_tensor
 from ckptkit.surgery import matrices
 from ckptkit.surgery.matrices import Matrix
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 FIRST_MATRIX, SECOND_MATRIX = "linear_1", "linear_2"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families.fields import rope_fields
 from ckptkit.families.split_llama import incompatible
 from ckptkit.formats.hf import read_json
+from ckptkit.tables.config_fields import rope_fields
 
 T = TypeVar("T")
 

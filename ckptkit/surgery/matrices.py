@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptkit.tensors import DTYPES, DType, Tensor
+from ckptkit.dtypes import DTYPES, DType
+from ckptkit.tensors import Tensor
 
 Rows = NDArray[np.float32]
 

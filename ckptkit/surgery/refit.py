@@ -9,19 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion import (
-    ConversionResult,
-    Execution,
-    Options,
-    carry_out,
-    check_destination,
-    make_plan,
-    open_source,
-)
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.sources import open_source
+from ckptkit.conversion.execution import carry_out, check_destination
+from ckptkit.conversion.options import ConversionResult, Execution, Options
+from ckptkit.conversion.planning import make_plan
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.families.split_llama import ARCHITECTURE, FIRST, LAST, SPLIT_LLAMA, half
-from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME
 from ckptkit.surgery.build import ADAPTER, RECIPE
 from ckptkit.surgery.initialisation import FITTED, Request, initialise
 

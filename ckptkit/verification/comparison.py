@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ckptkit.verification.figures import Agreement, Greedy, NoiseFloor
+from ckptkit.verification.reports.results import Agreement, Greedy, NoiseFloor
 from ckptkit.verification.runs import Run, row_logits
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptkit.verification.figures import Location
 from ckptkit.verification.probes import ALL_PARTS, KEPT, places
+from ckptkit.verification.reports.results import Location
 from ckptkit.verification.routing import read_router_logits
 from ckptkit.verification.runs import Run, read_probes, row_logits
 

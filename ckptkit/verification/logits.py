@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, UsageError, VerificationError
 from ckptkit.families import family_of
-from ckptkit.families.config import ModelConfig
 from ckptkit.formats.hf import read_json
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.figures import (
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.verification.ranks.jobs import OPENER, TIMEOUT, LogitsJob, find
+from ckptkit.verification.ranks.pool import RankPool, Ranks, TorchrunRanks, inside_torchrun
+from ckptkit.verification.ranks.what_ran import check_ran
+from ckptkit.verification.reports.report import LogitsReport
+from ckptkit.verification.reports.results import (
     Agreement,
     CandidateRan,
     Check,
@@ -26,12 +30,8 @@ from ckptkit.verification.figures import (
     RoutingReport,
     StateError,
 )
-from ckptkit.verification.jobs import OPENER, TIMEOUT, LogitsJob, find
-from ckptkit.verification.pool import RankPool, Ranks, TorchrunRanks, inside_torchrun
-from ckptkit.verification.report import LogitsReport
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import check_rows, default_rows, read_rows
-from ckptkit.verification.witness import check_ran
 
 TOLERANCE = 1e-4
 GREEDY_STEPS = 8
@@ -263,7 +263,7 @@ class _Check:
 
     def _judge(self, exact: Run, low: Run | None, found: Run) -> LogitsReport:
         from ckptkit.verification.comparison import compare, compare_greedy, noise_floor
-        from ckptkit.verification.curve import error_curve
+        from ckptkit.verification.error_growth import error_curve
         from ckptkit.verification.routing import judge_routing
 
         agreement = compare(exact, found)
@@ -346,7 +346,7 @@ class _Check:
         self, exact: Run, bad: list[tuple[int, int]], curve: list[StateError]
     ) -> tuple[Location | None, list[str]]:
         """Where the models part, seen from the earliest bad position, and what to tell about it."""
-        from ckptkit.verification.curve import first_excess
+        from ckptkit.verification.error_growth import first_excess
         from ckptkit.verification.location import locate
 
         row, position = min(bad, key=lambda place: (place[1], place[0]))

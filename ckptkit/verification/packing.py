@@ -10,7 +10,7 @@ from ckptkit.verification.tokens import group_by_length
 if TYPE_CHECKING:
     import torch
 
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
 Experts = Mapping[int, "torch.Tensor"]
 
@@ -39,7 +39,7 @@ def run_packed(
     """
     import torch
 
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
     groups = group_by_length(rows)
     place = {number: at for numbers in groups.values() for at, number in enumerate(numbers)}

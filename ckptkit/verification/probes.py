@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ckptkit.checkpoint import EMBEDDING, HEAD
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
 from ckptkit.verification.routing import decoder_layers, is_router
 
 KEPT = 64

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.split_llama import ARCHITECTURE as SPLIT_LLAMA
-from ckptkit.verification.jobs import LogitsJob
-from ckptkit.verification.report import installed_versions
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.verification.comparison import MEDIAN_LIMIT, P99_LIMIT
-from ckptkit.verification.figures import RouterLayer, RoutingReport
+from ckptkit.verification.reports.results import RouterLayer, RoutingReport
 from ckptkit.verification.runs import Run
 
 LOGITS, EXPERTS, OWN = KINDS = ("logits", "experts", "own")

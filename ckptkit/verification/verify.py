@@ -9,17 +9,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.errors import UsageError
 from ckptkit.formats.hub import locate
 from ckptkit.megatron import DDP
-from ckptkit.opening import open_checkpoint
-from ckptkit.verification.figures import Check
-from ckptkit.verification.jobs import TIMEOUT
 from ckptkit.verification.logits import TOLERANCE, Side, check_device, check_how, verify_logits
-from ckptkit.verification.placement import describe
-from ckptkit.verification.pool import Ranks, TorchrunRanks, inside_torchrun
-from ckptkit.verification.report import LevelResult, VerificationReport
+from ckptkit.verification.ranks.jobs import TIMEOUT
+from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
+from ckptkit.verification.reports.placement import describe
+from ckptkit.verification.reports.report import LevelResult, VerificationReport
+from ckptkit.verification.reports.results import Check
 from ckptkit.verification.weights import check_structure, check_weights
 
 LEVELS = ("structure", "weights", "logits")

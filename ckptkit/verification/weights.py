@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.inspection.structure import config_differences
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import difference
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
-from ckptkit.verification.figures import Check
-from ckptkit.verification.report import LevelResult
+from ckptkit.verification.reports.report import LevelResult
+from ckptkit.verification.reports.results import Check
 
 _SIDES = ("the reference", "the candidate")
 

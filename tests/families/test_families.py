@@ -15,27 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.checkpoints.recognition import recognise
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import (
-    apertus,
-    families,
-    family_called,
-    family_of,
-    gemma3,
-    gemma4_config,
-    mistral,
-    qwen,
-    recognise,
-)
-from ckptkit.families.args import from_args, inexpressible, model_from_args, to_args
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
-from ckptkit.families.fields import Fields
-from ckptkit.families.spelling import template
-from ckptkit.families.table import Family
+from ckptkit.families import apertus, families, family_called, family_of, gemma3, gemma4_config, mistral, qwen
 from ckptkit.families.wrapper import WRAPPER_DEFAULTS
 from ckptkit.io.engine import read_tensor
+from ckptkit.megatron_args.args import from_args, inexpressible, model_from_args, to_args
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tables.config_fields import Fields
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+from ckptkit.tables.spelling import template
+from ckptkit.tensors import Tensor
 from tests.models import MODELS, model_classes, model_config, raw_config
 
 RELEASED = json.loads((Path(__file__).parents[2] / "fixtures" / "released_configs.json").read_text())

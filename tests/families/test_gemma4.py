@@ -12,16 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.checkpoints.recognition import refuse_foreign
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import family_called, family_of, refuse_foreign
-from ckptkit.families.args import from_args, model_from_args, to_args
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
-from ckptkit.families.divisibility import sharing_problem
-from ckptkit.families.table import Item
+from ckptkit.families import family_called, family_of
 from ckptkit.io.reading import read_tensor
+from ckptkit.megatron_args.args import from_args, model_from_args, to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tables.divisibility import sharing_problem
+from ckptkit.tables.family import Item
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+from ckptkit.tensors import Tensor
 from tests.models import MODELS, model_classes, model_config, raw_config
 
 KINDS = [kind for kind in MODELS if kind.startswith("gemma4")]

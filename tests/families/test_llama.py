@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.checkpoints.recognition import recognise
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families import family_of, recognise
-from ckptkit.families.args import from_args, inexpressible, model_from_args, to_args
+from ckptkit.families import family_of
 from ckptkit.families.llama import DEFAULTS, LLAMA, THETA, parse, unparse
+from ckptkit.megatron_args.args import from_args, inexpressible, model_from_args, to_args
 from ckptkit.sharding.grid import Parallelism
 from tests.models import LLAMAS, llama_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from tests.formats.golden_hf import save_hf
 from tests.formats.megatron_ranks import Job, run

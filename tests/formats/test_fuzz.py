@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import CkptkitError
-from ckptkit.formats.pickles import read_torch_file
 from ckptkit.formats.safetensors import read_header, tensors_of
-from ckptkit.formats.torch_types import DTYPES_BY_TORCH_NAME
+from ckptkit.formats.torch_file.pickles import read_torch_file
 from ckptkit.io.engine import read_tensor
 from ckptkit.tensors import Tensor
 

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.conversion import convert
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.conversion.convert import convert
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.reading import read_tensor
 from ckptkit.io.transposed import transposed
-from ckptkit.opening import open_checkpoint
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 from tests.formats.golden_hf import save_hf
 from tests.formats.megatron_ranks import (
     EXPERT_FFN,

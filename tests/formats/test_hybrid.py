@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.conversion import convert
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families.hybrid import gpt_args, gpt_name, hybrid_args, hybrid_name, pattern_of
-from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.hybrid_names import gpt_args, gpt_name, hybrid_args, hybrid_name, pattern_of
 from tests.formats.golden_hf import save_hf
 from tests.formats.megatron_ranks import Job
 from tests.formats.rank_pool import RankProcesses

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from tests.formats.golden_hf import save_hf
 from tests.formats.megatron_lm import DIVISIBLE_BY

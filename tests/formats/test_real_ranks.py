@@ -37,7 +37,7 @@ def test_grid(megatron_ranks: RankProcesses, tmp_path: Path, job: Job) -> None:
 
 def test_a_changed_byte_is_seen(megatron_ranks: RankProcesses, tmp_path: Path) -> None:
     """What passes above could fail: one bit of one weight."""
-    from ckptkit.conversion import convert
+    from ckptkit.conversion.convert import convert
     from tests.formats.golden_hf import save_hf
     from tests.formats.megatron_ranks import run
 

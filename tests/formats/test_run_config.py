@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ckptkit.conversion import convert
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from tests.models import save_llama, save_model
 

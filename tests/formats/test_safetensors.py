@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError, InputError, UnsupportedError
 from ckptkit.formats.safetensors import ALIGNMENT, build_header, lay_out, parse_header, read_header, tensors_of
 from ckptkit.io.engine import read_tensor
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 
 @pytest.fixture

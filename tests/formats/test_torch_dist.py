@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.formats.dcp import METADATA, open_dcp
-from ckptkit.formats.dcp_layout import NewChunk, NewObject, lay_out_dcp
-from ckptkit.formats.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
+from ckptkit.formats.dcp.reading import METADATA, open_dcp
+from ckptkit.formats.dcp.writing import NewChunk, NewObject, lay_out_dcp
 from ckptkit.formats.torch_dist import (
     GlobalTensor,
     StageRanks,
@@ -22,11 +22,12 @@ from ckptkit.formats.torch_dist import (
     open_torch_dist,
     stacks,
 )
+from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import iteration_folder
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 from tests.formats.megatron_ranks import EXPERTS, LAYERS, Job, arguments, run, weights
 from tests.formats.rank_pool import RankProcesses
-from tests.formats.torch_files import as_torch, contents, torch_bytes, write_out
+from tests.formats.torch_file.torch_files import as_torch, contents, torch_bytes, write_out
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckptkit.verification.pool import RankPool
+from ckptkit.verification.ranks.pool import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ckptkit.cli import app
-from ckptkit.conversion import convert
+from ckptkit.cli.app import app
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification import verify
-from ckptkit.verification.pool import RankPool
-from ckptkit.verification.report import VerificationReport
+from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.reports.report import VerificationReport
 from tests.models import LLAMAS, MODELS, save_llama, save_model
 
 pytestmark = pytest.mark.gpu

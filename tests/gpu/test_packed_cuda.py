@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from ckptkit.conversion import convert
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification import verify
-from ckptkit.verification.pool import RankPool
+from ckptkit.verification.ranks.pool import RankPool
 from tests.gpu.test_cuda import EXPERT_GRIDS, GRIDS, KINDS, has_experts, record
 from tests.models import LLAMAS, llama_config, model_classes, model_config, randomise, save_llama, save_model
 
@@ -135,8 +135,8 @@ def test_flash_attention_is_the_exact_path(
     import torch
 
     from ckptkit.megatron import attention as module
-    from ckptkit.megatron import kernels
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs import kernels
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
     if through == "operator":
         monkeypatch.setattr(kernels, "_varlen", lambda: kernels._operator)
@@ -166,8 +166,8 @@ def test_flash_attention_is_the_exact_path(
 def test_what_flash_attention_does_not_take_is_exact(one_gpu: None, dtype: str, head_dim: int) -> None:
     import torch
 
-    from ckptkit.megatron import kernels
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs import kernels
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
     batch = PackedBatch.of_rows([[0] * 20, [0] * 3], torch.device("cuda"))
     parts = [torch.randn(23, heads, head_dim, device="cuda").to(getattr(torch, dtype)) for heads in (4, 2, 2)]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ckptkit.conversion import convert
-from ckptkit.opening import open_checkpoint
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification import verify
-from ckptkit.verification.pool import RankPool
+from ckptkit.verification.ranks.pool import RankPool
 from tests.gpu.test_cuda import EXACT, record
 from tests.gpu.test_packed_cuda import TOKENS
 from tests.surgery.pairs import KINDS, build_split, save_pair

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ckptkit import Parallelism, cli, convert
+from ckptkit import Parallelism, convert
+from ckptkit.cli import app as cli
 from ckptkit.inspection.differences import TensorDifference, diff
 from tests.inspection.conftest import LAYOUTS
 from tests.models import save_llama

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ckptkit import cli
+from ckptkit.cli import app as cli
 from ckptkit.errors import UsageError
 from ckptkit.inspection.hashing import Hashes, hash_checkpoint
 from tests.inspection.conftest import LAYOUTS

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ckptkit import cli
+from ckptkit.cli import app as cli
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.inspection.validation import Validation, validate
 from tests.inspection.conftest import LAYOUTS
@@ -51,7 +51,7 @@ def flip_in_tensor(path: Path) -> None:
 
 
 def flip_in_chunk(path: Path) -> None:
-    from ckptkit.opening import open_checkpoint
+    from ckptkit.checkpoints.opening import open_checkpoint
 
     tensor = open_checkpoint(path).tensors["decoder.layers.1.mlp.linear_fc2.weight"]
     piece: Any = tensor.bands[0].pieces[0]

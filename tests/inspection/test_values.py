@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.formats.torch_types import TORCH_DTYPE_NAMES
+from ckptkit.dtypes import DTYPES, TORCH_DTYPE_NAMES, DType
 from ckptkit.inspection.values import Gap, Survey, common_type, gap, survey
-from ckptkit.tensors import DTYPES, DType
 
 EVERY_TYPE = [dtype for dtype in DTYPES.values() if dtype.name != "BOOL"]
 

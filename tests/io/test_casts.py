@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.io.casts import check_cast, convert
-from ckptkit.tensors import DTYPES
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError, InputError, StorageError, UsageError
 from ckptkit.io import commit, faults, system
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
 from ckptkit.io.plan import OutputFile, Plan, Segment
 from ckptkit.io.source import Seen
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 BF16 = DTYPES["BF16"]
 STEPS = ["sync", "drop-journal", "rename", "clean-up"]

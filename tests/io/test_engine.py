@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, StorageError, UnsupportedError
 from ckptkit.io import engine, faults
 from ckptkit.io.engine import MEMORY_LIMIT, compare, hash_tensor, read_tensor, run
 from ckptkit.io.plan import Checksum, Comparison, OutputFile, Plan, Segment, literal
 from ckptkit.io.schedule import Limits, Schedule, tensor_units
-from ckptkit.tensors import DTYPES, Tensor, hstack, vstack
+from ckptkit.tensors import Tensor, hstack, vstack
 from tests.test_tensors import FILE, Pair, pairs
 
 U8, F16, F32, BF16 = (DTYPES[name] for name in ("U8", "F16", "F32", "BF16"))

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.engine import run
 from ckptkit.io.plan import Checksum, OutputFile, Plan, Segment, literal
 from ckptkit.io.present import holds, resembles
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 F32 = DTYPES["F32"]
 SIZE = 4200

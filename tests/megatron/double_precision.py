@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ckptkit.checkpoint import Checkpoint
-from ckptkit.opening import open_checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.opening import open_checkpoint
 
 _to_float = torch.Tensor.float
 

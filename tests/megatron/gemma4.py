@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ckptkit.families.config import ModelConfig
+from ckptkit.tables.model_config import ModelConfig
 
 S, F = "sliding_attention", "full_attention"
 _COMMON: dict[str, Any] = {

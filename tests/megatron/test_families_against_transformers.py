@@ -14,10 +14,10 @@ import pytest
 from ckptkit import convert, verify
 from ckptkit.errors import InputError
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.jobs import LogitsJob
 from ckptkit.verification.logits import Side, verify_logits
-from ckptkit.verification.pool import RankPool
-from ckptkit.verification.report import LogitsReport
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.reports.report import LogitsReport
 from ckptkit.verification.tokens import default_rows
 from tests.models import MODELS, save_model
 from tests.verification.conftest import DEVICE

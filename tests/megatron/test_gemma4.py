@@ -15,14 +15,14 @@ import torch.nn.functional as F
 
 from ckptkit import convert, verify
 from ckptkit.errors import UsageError
-from ckptkit.families.config import LayerConfig, ModelConfig
 from ckptkit.families.gemma4_config import parse_text
 from ckptkit.megatron import compat
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import Stage
-from ckptkit.verification.jobs import LogitsJob
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.verification.logits import Side, verify_logits
-from ckptkit.verification.pool import RankPool
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.tokens import default_rows
 from tests.megatron.double_precision import double_precision
 from tests.megatron.gemma4 import KINDS, hf_model, local_state
@@ -30,9 +30,10 @@ from tests.verification.conftest import DEVICE
 
 compat.import_megatron()
 
-from ckptkit.megatron import attention, decoder, inputs, moe, norms, rotary  # noqa: E402
-from ckptkit.megatron.carried import Carried  # noqa: E402
+from ckptkit.megatron import attention, decoder, moe, norms, rotary  # noqa: E402
 from ckptkit.megatron.config import transformer_config  # noqa: E402
+from ckptkit.megatron.gemma4 import per_layer_inputs as inputs  # noqa: E402
+from ckptkit.megatron.gemma4.carried import Carried  # noqa: E402
 from ckptkit.megatron.layers import block_spec  # noqa: E402
 from ckptkit.megatron.model import CausalModel, build_chunks, load_strict  # noqa: E402
 from ckptkit.megatron.pipeline import Pipeline  # noqa: E402
@@ -442,7 +443,7 @@ def test_gradients(one_rank: Parallelism, kind: str, recompute: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences_give_the_logits_of_each_alone(one_rank: Parallelism, kind: str) -> None:
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
     config = config_of(reference(kind)[0])
     chunk = build(config, state_of(kind))
@@ -500,7 +501,7 @@ def test_proportional_frequencies_are_those_of_transformers(partial: float, head
     from transformers import Gemma4TextConfig
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 
-    from ckptkit.families.config import Rope
+    from ckptkit.tables.model_config import Rope
 
     full = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": partial, "factor": factor}
     ropes = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -790,7 +791,7 @@ def test_logits_in_double_precision_on_ranks(
 def test_logits_on_ranks(saved: Saved, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism) -> None:
     """Keys and values that cross stages included; sequences are longer than two windows."""
     level = verified(saved(kind), tmp_path / "meg", grid, pool, tolerance=EXACT)
-    assert "ckptkit.megatron.decoder.Gemma4Layer" in level.details["own_modules"]
+    assert "ckptkit.megatron.gemma4.layer.Gemma4Layer" in level.details["own_modules"]
     assert all(len(row) > 2 * 12 for row in default_rows(250))
 
 

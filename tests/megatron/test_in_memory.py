@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.in_memory import Memory
-from ckptkit.tensors import DTYPES, Tensor, hstack, stack, vstack
+from ckptkit.tensors import Tensor, hstack, stack, vstack
 
 SIZES = st.integers(1, 5)
 

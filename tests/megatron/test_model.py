@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 from tests.models import randomise
 from tests.verification.stand_in import cut, llama_of
 

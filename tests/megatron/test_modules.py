@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ckptkit.errors import UnsupportedError
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.megatron import compat
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 
 compat.import_megatron()
 

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UsageError
-from ckptkit.families.config import LayerConfig, Rope
-from ckptkit.families.table import qkv
 from ckptkit.sharding.blocks import query_key_value_blocks
 from ckptkit.sharding.rules import Split
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tables.model_config import LayerConfig, Rope
+from ckptkit.tables.rows import qkv
+from ckptkit.tensors import Tensor
 from tests.test_tensors import materialise
 
 DIM, WIDTH = 2, 3

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UsageError
 from ckptkit.io.engine import read_tensor
 from ckptkit.sharding.rules import (
@@ -22,7 +23,7 @@ from ckptkit.sharding.rules import (
     pad_rows,
     padded_vocab_size,
 )
-from ckptkit.tensors import DTYPES, Tensor
+from ckptkit.tensors import Tensor
 
 
 def tensor_of(array: np.ndarray) -> Tensor:

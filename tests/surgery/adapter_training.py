@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.megatron import compat
-from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from tests.surgery.pairs import KINDS, load_remote
 

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ckptkit import cli
-from ckptkit.conversion import convert
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.cli import app as cli
+from ckptkit.cli.exits import how_to_resume
+from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, StorageError, UnsupportedError, UsageError
-from ckptkit.exits import how_to_resume
 from ckptkit.io import faults
-from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.surgery.build import SplitRecipe, build, read_schema
+from tests.checkpoints.test_released_models import RELEASED, sparse_model
 from tests.models import files_of, save_model
 from tests.surgery.pairs import FIRST, KINDS, LAST, NARROW, NUM_FIRST, NUM_LAST, WIDE, build_split, recipe, save_half
-from tests.test_released_models import RELEASED, sparse_model
 
 WEIGHTS = "model.safetensors"
 

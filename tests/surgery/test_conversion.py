@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ckptkit import cli
-from ckptkit.conversion import convert, inspect
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.checkpoints.recognition import recognise
+from ckptkit.cli import app as cli
+from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import family_called, recognise, supported_architectures
-from ckptkit.families.args import from_args, inexpressible, to_args
-from ckptkit.families.config import Adapter
+from ckptkit.families import family_called, supported_architectures
 from ckptkit.families.split_llama import CODE, parse, unparse
-from ckptkit.opening import open_checkpoint
+from ckptkit.inspection.summary import inspect
+from ckptkit.megatron_args.args import from_args, inexpressible, to_args
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.model_config import Adapter
 from ckptkit.verification import verify
 from tests.models import files_of
 from tests.surgery.pairs import FIRST as FIRST_SIZES

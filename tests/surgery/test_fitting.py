@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ckptkit import cli, convert
+from ckptkit import convert
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.cli import app as cli
 from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError, UsageError
-from ckptkit.opening import open_checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.surgery import fitting
 from ckptkit.surgery.activations import residual_stream

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UsageError
 from ckptkit.io.reading import read_tensor
 from ckptkit.surgery import matrices
 from ckptkit.surgery.initialisation import Request, initialise, kaiming, realise
 from ckptkit.surgery.matrices import Matrix, of_array
-from ckptkit.tensors import DTYPES
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**63)

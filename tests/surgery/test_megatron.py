@@ -15,8 +15,8 @@ from ckptkit import convert, verify
 from ckptkit.errors import InputError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
-from ckptkit.verification.pool import RankPool
-from ckptkit.verification.report import LogitsReport
+from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.reports.report import LogitsReport
 from tests.surgery.pairs import KINDS, WIDE, build_split
 
 EXACT = 1e-5

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptkit.opening import open_checkpoint
+from ckptkit.checkpoints.opening import open_checkpoint
 from tests.surgery.pairs import FIRST as FIRST_SIZES
 from tests.surgery.pairs import KINDS, NARROW, NUM_FIRST, NUM_LAST, WIDE, build_split, load_remote, save_half
 from tests.surgery.pairs import LAST as LAST_SIZES

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 
 OPENER = "tests.verification.mutants:"
 Tensors = dict[str, Any]
@@ -184,7 +184,7 @@ def thetas_swapped(model: ModelConfig) -> ModelConfig:
 
 def positions_run_on() -> dict[tuple[Any, str], Any]:
     """Packed sequences that see one another: the bounds between them are lost."""
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
     original = PackedBatch.params
 
@@ -197,7 +197,7 @@ def positions_run_on() -> dict[tuple[Any, str], Any]:
 
 def bound_late() -> dict[tuple[Any, str], Any]:
     """The first token of every packed sequence but the first belongs to the one before."""
-    from ckptkit.megatron.packed import PackedBatch
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
 
     original = PackedBatch.params
 

@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.figures import (
+from ckptkit.verification.reports.placement import SideReport, placement
+from ckptkit.verification.reports.report import LevelResult, LogitsReport, VerificationReport
+from ckptkit.verification.reports.results import (
     Agreement,
     CandidateRan,
     Check,
@@ -17,8 +19,6 @@ from ckptkit.verification.figures import (
     RoutingReport,
     StateError,
 )
-from ckptkit.verification.placement import SideReport, placement
-from ckptkit.verification.report import LevelResult, LogitsReport, VerificationReport
 
 PLACES = ["embedding", "layer 0", "layer 1", "final norm", "head"]
 

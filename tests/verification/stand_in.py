@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit.families.config import LayerConfig, ModelConfig, Rope
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import Stage, split_layers
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 
 OPENER = "tests.verification.stand_in:open_stand_in"
 DIVISIBLE_BY = 16

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ckptkit import convert
-from ckptkit.cli import app
+from ckptkit.cli.app import app
 from ckptkit.sharding.grid import Parallelism
 from tests.megatron.test_families_against_transformers import put, rewrite, shards
 from tests.models import MODELS, save_model

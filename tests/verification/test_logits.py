@@ -11,8 +11,8 @@ import pytest
 from ckptkit.errors import InputError, UnsupportedError, UsageError, VerificationError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
-from ckptkit.verification.pool import RankPool
-from ckptkit.verification.report import LogitsReport
+from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.reports.report import LogitsReport
 from tests.verification.conftest import DEVICE
 from tests.verification.stand_in import OPENER, edit_config, edit_shard, with_rope, write_stand_in
 

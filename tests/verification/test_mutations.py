@@ -11,8 +11,8 @@ import pytest
 
 from ckptkit import convert, verify
 from ckptkit.verification.logits import Side, verify_logits
-from ckptkit.verification.pool import RankPool
-from ckptkit.verification.report import LogitsReport
+from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.reports.report import LogitsReport
 from tests.models import LLAMAS, save_llama, save_model
 from tests.verification.conftest import DEVICE
 from tests.verification.mutants import FAULTS, OPENER, Fault, damage

@@ -10,7 +10,7 @@ import pytest
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.jobs import LogitsJob
+from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reference import run_reference
 
 

@@ -13,11 +13,11 @@ import torch
 from ckptkit import convert
 from ckptkit.errors import UnsupportedError
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.jobs import LogitsJob
 from ckptkit.verification.logits import Side, verify_logits
-from ckptkit.verification.pool import RankPool
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reference import run_reference
-from ckptkit.verification.report import LogitsReport
+from ckptkit.verification.reports.report import LogitsReport
 from ckptkit.verification.routing import Record, hf_routers, judge_routing, read_experts
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import default_rows

@@ -16,7 +16,7 @@ from ckptkit import convert, verify
 from ckptkit.errors import InputError, UsageError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side
-from ckptkit.verification.pool import RankPool
+from ckptkit.verification.ranks.pool import RankPool
 from tests.models import LLAMAS, raw_config
 
 GRIDS = [Parallelism(2, 2), Parallelism(1, 2, 2), Parallelism(4)]
@@ -179,8 +179,8 @@ def test_a_copy_that_is_too_short_is_named(llama: Callable[..., Path], tmp_path:
 
 def test_a_config_may_leave_out_the_vocabulary(tmp_path: Path) -> None:
     """As the released Gemma 3 of 4B, 12B and 27B do; the class has a default."""
-    from ckptkit.verification.jobs import OPENER
     from ckptkit.verification.logits import _open
+    from ckptkit.verification.ranks.jobs import OPENER
 
     raw = raw_config("gemma3")
     del raw["text_config"]["vocab_size"]

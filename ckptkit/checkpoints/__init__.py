@@ -1,0 +1,1 @@
+"""Any format to the canonical view: locate, recognise, describe, join."""

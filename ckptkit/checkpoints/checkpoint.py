@@ -1,0 +1,288 @@
+"""An opened checkpoint: whatever its format, the same canonical view, and any rank's shard of it.
+
+Opening reads headers only. The view is one `Tensor` recipe for each item of the family's table, under Megatron's
+canonical name with the global layer number and without vocabulary padding. Hugging Face tensors are packed into it,
+shards are joined into it; both are slicing, so nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES, DType
+from ckptkit.errors import UsageError
+from ckptkit.formats.sidecar import Sidecar
+from ckptkit.formats.torch_legacy import OptimizerState
+from ckptkit.io.plan import Comparison, Dropped
+from ckptkit.io.source import Seen
+from ckptkit.sharding.grid import Parallelism, Rank
+from ckptkit.sharding.rules import expert_home, pad_rows, padded_vocab_size
+from ckptkit.sharding.stages import Stage, holds_cut, split_layers
+from ckptkit.tables.divisibility import check_divides
+from ckptkit.tables.family import Family, Item
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.spelling import Spelling
+from ckptkit.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+DEFAULT_DIVISIBLE_BY = 128
+LAYOUTS = ("full", "text", "legacy")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint of any format, opened.
+
+    Attributes:
+        path: Where it is.
+        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp` or `fsdp`.
+        family: The family whose table it follows.
+        config: What it describes; for Megatron formats stored `args` override the sidecar's config.json.
+        sidecar: The Hugging Face side: config.json and small files, headers, tensors without a Megatron slot.
+        items: Canonical name -> table item, in table order.
+        tensors: Canonical name -> tensor without vocabulary padding.
+        grid: The stored grid; 1 x 1 where nothing is sharded.
+        spelling: How its Megatron names are spelled; the canonical spelling for Hugging Face.
+        padded_vocab_size: Rows of the stored embedding.
+        args: Megatron's `args`, empty for Hugging Face.
+        comparisons: What must be equal for the view to be the whole truth (replicated shards, tied copies).
+        coverage: How many stored tensors were used, are replicas, travel in the sidecar, ...
+        notes: What a user should know.
+        disagreements: Fields in which `args` contradict config.json, as sentences.
+        optimizer: The optimizer's state beside the model, which is left out.
+        seen: The files that it was read from, as they were before.
+    """
+
+    path: Path
+    format: str
+    family: Family
+    config: ModelConfig
+    sidecar: Sidecar
+    items: dict[str, Item]
+    tensors: dict[str, Tensor]
+    spelling: Spelling
+    grid: Parallelism = field(default_factory=Parallelism)
+    padded_vocab_size: int = 0
+    args: dict[str, Any] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
+    coverage: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    seen: Seen = field(default_factory=Seen)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, each counted once; what travels in the sidecar is not counted."""
+        return sum(item.parameters for item in self.items.values())
+
+    @property
+    def main_dtype(self) -> str:
+        """What torch calls the element type that most bytes have."""
+        return TORCH_DTYPE_NAMES[most_common_dtype(self.tensors.values())]
+
+    @property
+    def stored_names(self) -> set[str]:
+        """What the Hugging Face model it came from called its tensors; empty if that is not known."""
+        return {name for header in self.sidecar.headers.values() for name in header.entries}
+
+    @property
+    def towers_are_missing(self) -> bool:
+        """Whether this is a multimodal model of which there is no more than the text part."""
+        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory is what it is
+            return False
+        towers = {name for name in self.stored_names if self.family.is_extra(name, self.config)}
+        return bool(towers - self.sidecar.extras.keys()) if self.stored_names else not self.sidecar.extras
+
+    def hf_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Everything that the Hugging Face model holds.
+
+        Args:
+            names: What the model it came from called its tensors, to be named so again; empty for canonical names.
+        """
+        family, config = self.family, self.config
+        spelling = family.hf_spelling(names, config) if names else family.hf_spellings[0]
+        tensors: dict[str, Tensor] = {}
+        for key, item in self.items.items():
+            tensors.update(item.unpack(self.tensors[key]))
+            for slot, found, _ in item.dropped(self.tensors[key]):
+                if slot.hf is not None and spelling.written(slot.hf) in names:
+                    tensors[slot.hf] = found
+        tensors.update(self.sidecar.extras)
+        tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[self.main_dtype]))
+        for replica in family.replicas:
+            if spelling.written(replica.hf) in names and replica.when(config):
+                tensors[replica.hf] = tensors[replica.of]
+        return family.fuse(tensors, config, spelling.name)
+
+    def dropped(self, names: Collection[str]) -> list[Dropped]:
+        """What `hf_tensors` leaves behind because the model does not use it, unless this very opening put it there.
+
+        Args:
+            names: As for `hf_tensors`.
+        """
+        spelling = self.family.hf_spelling(names, self.config) if names else self.family.hf_spellings[0]
+        return [
+            Dropped(slot.slot.name, key, found, expected)
+            for key, item in self.items.items()
+            for slot, found, expected in item.dropped(self.tensors[key])
+            if (slot.hf is None or spelling.written(slot.hf) not in names) and not found.same_bytes_as(expected)
+        ]
+
+    def chunk(
+        self, stage: Stage, rank: Rank, grid: Parallelism, spelling: Spelling, divisible_by: int
+    ) -> dict[str, Tensor]:
+        """The tensors of one model chunk of one rank, under the rank's own layer and expert numbers.
+
+        Args:
+            stage: The chunk's stage.
+            rank: The rank's places in the grid.
+            grid: The grid.
+            spelling: Spelling of the names.
+            divisible_by: The vocabulary is padded to a multiple of this times the tensor parallel size.
+
+        Raises:
+            UsageError: A tensor does not divide over the ranks.
+        """
+        local = {layer: number for number, layer in enumerate(stage.layers)}
+        chunk = {}
+        for key, item in self.items.items():
+            if not is_on(item, stage, grid):
+                continue
+            home, expert = (rank.ep, None)
+            if item.expert is not None:
+                home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
+            if home == rank.ep:
+                name = item.name(None if item.layer is None else local[item.layer], expert)
+                chunk[spelling.written(name)] = self._cut(key, rank, grid, divisible_by, spelling)
+        if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
+            chunk[spelling.written(HEAD)] = self._cut(EMBEDDING, rank, grid, divisible_by, spelling)
+        return chunk
+
+    def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int, spelling: Spelling) -> Tensor:
+        tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
+        try:
+            return split.cut(tensor, *((rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)))
+        except UsageError as error:
+            raise UsageError(error.what, where=key, hint=error.hint) from None
+
+    def padded(self, key: str, tp: int, divisible_by: int) -> Tensor:
+        """The whole tensor of a canonical name, with vocabulary padding for `tp` ranks where it has a vocabulary."""
+        tensor = self.tensors[key]
+        if not self.items[key].row.split.padded:
+            return tensor
+        return pad_rows(tensor, padded_vocab_size(tensor.shape[0], divisible_by, tp))
+
+    def shard(
+        self,
+        tp_rank: int = 0,
+        tp: int = 1,
+        pp_rank: int = 0,
+        pp: int = 1,
+        vp_stage: int = 0,
+        vpp: int = 1,
+        *,
+        ep_rank: int = 0,
+        ep: int = 1,
+        grid: Parallelism | None = None,
+        spec: str = "te",
+        layout: str = "full",
+        make_vocab_size_divisible_by: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """One rank's tensors, loaded, from any format and for any grid.
+
+        Args:
+            tp_rank: Tensor parallel rank, of `tp`.
+            tp: Tensor parallel size.
+            pp_rank: Pipeline rank, of `pp`.
+            pp: Pipeline parallel size.
+            vp_stage: Virtual stage (model chunk), of `vpp`.
+            vpp: Virtual pipeline size.
+            ep_rank: Expert parallel rank, of `ep`.
+            ep: Expert parallel size.
+            grid: The whole grid instead of the sizes, for uneven pipelines and another expert tensor parallel size.
+            spec: Spelling of the names: `te`, `local`, or another that the family has.
+            layout: `full`, or `text` for a multimodal model's text part under a text model's names.
+            make_vocab_size_divisible_by: As Megatron-LM's option of that name; by default 128, or 1 for a spelling
+                without padding.
+
+        Returns:
+            Megatron names with the rank's own layer and expert numbers -> CPU tensors in the stored dtype.
+
+        Raises:
+            UsageError: The grid cannot hold the model, or the rank is not in it.
+        """
+        from ckptkit.io.as_torch import load
+
+        grid = grid or Parallelism(tp, pp, vpp, ep=ep)
+        check_grid(self.config, grid)
+        rank = next((r for r in grid.ranks() if (r.pp, r.tp, r.ep) == (pp_rank, tp_rank, ep_rank)), None)
+        if rank is None or not 0 <= vp_stage < grid.vpp:
+            raise UsageError(f"no rank tp {tp_rank}, pp {pp_rank}, ep {ep_rank}, virtual stage {vp_stage} in {grid}")
+        stages = {(s.pp_rank, s.vp_stage): s for s in split_layers(self.config.num_layers, grid)}
+        spelling = self.family.spelling(spec, text=layout == "text")
+        divisible_by = vocabulary_multiple(self.config.vocab_size, grid.tp, spelling, make_vocab_size_divisible_by)
+        chunk = self.chunk(stages[pp_rank, vp_stage], rank, grid, spelling, divisible_by)
+        return {name: load(tensor) for name, tensor in chunk.items()}
+
+
+def most_common_dtype(tensors: Iterable[Tensor]) -> DType:
+    """The element type that most bytes of tensors have as written."""
+    sizes: Counter[DType] = Counter()
+    for tensor in tensors:
+        sizes[tensor.out_dtype] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def is_on(item: Item, stage: Stage, grid: Parallelism) -> bool:
+    """Whether a stage holds an item: layers by number, an adapter beside its layer, embedding first, the rest last."""
+    if item.layer is not None:
+        return item.layer in stage.layers
+    if item.cut is not None:
+        return holds_cut(stage, item.cut, grid)
+    return stage.first if item.row.first else stage.last
+
+
+def vocabulary_multiple(vocab_size: int, tp: int, spelling: Spelling, asked: int | None) -> int:
+    """What the vocabulary is padded to a multiple of, times `tp`.
+
+    Args:
+        vocab_size: Its size.
+        tp: Tensor parallel size.
+        spelling: Whose names are written.
+        asked: What the user asks for, or None.
+
+    Raises:
+        UsageError: It is no multiple, or this writer pads nothing, and padding is asked for or needed.
+    """
+    if asked is not None and asked < 1:
+        raise UsageError(f"--make-vocab-size-divisible-by must be at least 1, got {asked}")
+    if spelling.padded:
+        return asked or DEFAULT_DIVISIBLE_BY
+    if asked not in (None, 1):
+        hint = "drop --make-vocab-size-divisible-by"
+        raise UsageError(f"--spec {spelling.name} does not pad the vocabulary", hint=hint)
+    if vocab_size % tp:
+        what = (
+            f"a vocabulary of {vocab_size} does not divide over --tp {tp}, and --spec {spelling.name} does not pad it"
+        )
+        raise UsageError(what, hint="choose another --tp")
+    return 1
+
+
+def check_grid(config: ModelConfig, grid: Parallelism) -> None:
+    """Whether a model can be written for a grid.
+
+    Raises:
+        UsageError: Its sizes do not divide over the grid, or experts are to be split and there are none.
+    """
+    if grid.etp is not None and not config.num_experts:
+        raise UsageError("--etp needs a model with experts, and this one has none")
+    check_divides(config, grid)

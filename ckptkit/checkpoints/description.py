@@ -1,0 +1,159 @@
+"""What a Megatron checkpoint says about its model, apart from the weights: reference, sidecar or `args`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoints.recognition import recognise
+from ckptkit.checkpoints.vocabulary import Vocabulary
+from ckptkit.errors import CkptkitError, InputError, UsageError
+from ckptkit.families import family_of
+from ckptkit.formats.hf import HfFiles, read_json
+from ckptkit.formats.sidecar import Sidecar, read_sidecar
+from ckptkit.megatron_args.args import contradictions, from_args, model_from_args
+from ckptkit.megatron_args.known import read_args
+from ckptkit.sharding.grid import StatedGrid
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a Megatron checkpoint."""
+
+    reference: HfFiles | None
+    grid: StatedGrid
+    vocab_size: int | None
+
+
+def complete(files: HfFiles) -> tuple[HfFiles, list[str]]:
+    """A directory whose config.json describes the model by itself, and notes; older layouts leave some of it to others.
+
+    Raises:
+        InputError: Something about the model cannot be known.
+    """
+    family = family_of(files.config, files.path / "config.json")
+    if family.complete is None:
+        return files, []
+
+    def read(path: str) -> dict[str, Any] | None:
+        places = (files.path / path / "config.json", Path(path) / "config.json")
+        return next((read_json(place) for place in places if place.is_file()), None)
+
+    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
+    with located(files.path):
+        config, notes = family.complete(files.config, shapes, read)
+    return replace(files, config=config), notes
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a Megatron checkpoint says of its model, apart from the weights."""
+
+    family: Family
+    config: ModelConfig
+    sidecar: Sidecar
+    notes: list[str]
+    disagreements: list[str]
+
+
+def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given, vocabulary: Vocabulary) -> Description:
+    """The family, config and sidecar of a Megatron checkpoint: reference first, then sidecar, then `args` alone."""
+    sidecar, reference = read_sidecar(root), given.reference
+    if reference is not None:
+        sidecar = Sidecar.of_hf(reference, sidecar.extras if sidecar else {})
+    if sidecar is not None:
+        family = family_of(sidecar.config, root)
+        base = family.parse(sidecar.config)
+        with located(root):
+            config = from_args(args, base)
+        differences = [*_differences(config, base), *_contradictions(args, base)]
+        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.told)
+        if reference is None:
+            return Description(family, config, sidecar, notes, [*differences, *cut])
+        if cut:  # a reference outranks words about the weights, not the weights
+            hint = f"give one with the right vocab_size, or --vocab-size {base.vocab_size} if the others are no tokens"
+            raise InputError(f"{cut[0]}: weights would be lost", where=root, hint=hint)
+        notes += [f"the reference outranks the checkpoint's args: {text}" for text in differences]
+        return Description(family, base, sidecar, notes, [])
+    with located(root):
+        return _describe_by_args(root, args, names, given, vocabulary)
+
+
+def _compare_vocabulary(size: int, stated: int | None, told: int | None) -> tuple[list[str], list[str]]:
+    """Contradictions between config.json and `args` about the number of tokens, and notes.
+
+    Args:
+        size: What config.json says.
+        stated: What the user says, or None.
+        told: What `args` say, or None.
+    """
+    if told in (None, size):
+        return [], []
+    text = f"args say vocab_size {told}, config.json says {size}"
+    if told is not None and told > size:
+        return ([text], []) if stated != size else ([], [f"{text}, which --vocab-size confirms"])
+    return [], [f"{text}: all its rows are kept"]  # of many a released model, more than its tokenizer has tokens
+
+
+def _describe_by_args(
+    root: Path, args: Mapping[str, Any], names: set[str], given: Given, vocabulary: Vocabulary
+) -> Description:
+    """The description of a checkpoint that nobody else describes."""
+    family, rows = recognise(names, args), vocabulary.rows
+    if given.vocab_size is not None and not 0 < given.vocab_size <= rows:
+        raise UsageError(f"--vocab-size {given.vocab_size}, but {rows} rows are stored", where=root)
+    vocab_size = vocabulary.size(given.vocab_size, root)
+    config = model_from_args(args, family.name, family.architectures[0], vocab_size)
+    notes = [
+        "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
+        " unknown (--hf-reference supplies them)"
+    ]
+    if vocabulary.told is None and given.vocab_size is None:
+        notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")
+    if vocabulary.told not in (None, vocab_size):
+        notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.told}")
+    sidecar = Sidecar(family.unparse(config, {}), {})
+    return Description(family, config, sidecar, notes, [])
+
+
+def _differences(config: ModelConfig, base: ModelConfig) -> list[str]:
+    """Fields in which `args` contradict config.json."""
+    texts = []
+    for name in (f.name for f in fields(ModelConfig) if f.name not in ("layers", "dtype", "init_std")):
+        if getattr(config, name) != getattr(base, name):
+            texts.append(f"args say {name} {getattr(config, name)!r}, config.json says {getattr(base, name)!r}")
+    if config.num_layers != base.num_layers:
+        texts.append(f"args say {config.num_layers} layers, config.json says {base.num_layers}")
+    elif config.layers != base.layers:
+        new, old = next((a, b) for a, b in zip(config.layers, base.layers, strict=True) if a != b)
+        for name in (f.name for f in fields(new) if getattr(new, f.name) != getattr(old, f.name)):
+            texts.append(f"args say {name} {getattr(new, name)}, config.json says {getattr(old, name)}")
+    return texts
+
+
+def _contradictions(args: Mapping[str, Any], base: ModelConfig) -> list[str]:
+    """Arguments with which Megatron-LM computes something else than the model of config.json."""
+    return [
+        f"args say {name} {stored!r}, config.json means {expected!r}"
+        for name, stored, expected in contradictions(args, base)
+    ]
+
+
+@contextmanager
+def located(where: Path) -> Iterator[None]:
+    """Names the place in errors that do not."""
+    try:
+        yield
+    except CkptkitError as error:
+        raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
+
+
+def checked_args(stored: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """`args` as read from a file, checked; errors name the file."""
+    with located(where):
+        return read_args(stored)

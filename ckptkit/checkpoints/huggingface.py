@@ -1,0 +1,83 @@
+"""Opens a Hugging Face directory: its tensors under canonical names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
+from ckptkit.checkpoints.description import complete
+from ckptkit.checkpoints.problems import Problems
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import UnsupportedError
+from ckptkit.families import family_of
+from ckptkit.formats.hf import HfFiles
+from ckptkit.formats.sidecar import Sidecar
+from ckptkit.io.plan import Comparison
+
+
+def open_hf_files(files: HfFiles) -> Checkpoint:
+    """Opens what a Hugging Face directory holds, or what would be in one.
+
+    Raises:
+        InputError: Tensors are missing, mis-shaped or unknown.
+        UnsupportedError: No family for its architecture, or the weights are quantised.
+    """
+    files, notes = complete(files)
+    family = family_of(files.config, files.path / "config.json")
+    config = family.parse(files.config)
+    items = {item.key: item for item in family.items(config)}
+    stored, _ = family.unfuse(files.tensors, config)
+    left = dict(stored)
+    dtype = most_common_dtype(stored.values()) if stored else DTYPES["F32"]
+    problems = Problems(files.path)
+    tensors = {}
+    for key, item in items.items():
+        parts = [problems.take(left, name, shape) for name, shape in item.parts.items()]
+        held = {slot.hf: problems.take(left, slot.hf, slot.shape) for slot in item.slots if slot.hf in left}
+        unused = {name: tensor for name, tensor in held.items() if name is not None and tensor is not None}
+        if all(part is not None for part in parts):
+            tensors[key] = item.pack([part for part in parts if part is not None], unused, dtype)
+    used = len(files.tensors) - len(left)
+    comparisons = []
+    for replica in family.replicas:
+        if replica.hf in left and replica.when(config) and replica.of in stored:
+            what = f"{replica.hf} repeats {replica.of} (tie_word_embeddings is true)"
+            comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what))
+    extras = {name: left.pop(name) for name in sorted(left) if family.is_extra(name, config)}
+    _refuse_quantised(files.path, left)
+    problems.unknown(left)
+    problems.check()
+    return Checkpoint(
+        path=files.path,
+        format="hf",
+        family=family,
+        config=config,
+        sidecar=Sidecar.of_hf(files, extras),
+        items=items,
+        tensors=tensors,
+        spelling=family.spellings[0],
+        padded_vocab_size=config.vocab_size,
+        comparisons=comparisons,
+        coverage={"used": used, "replicas": len(comparisons), "in the sidecar": len(extras)},
+        notes=[*notes, *(f"{name} is not part of the model and stays behind" for name in files.ignored)],
+    )
+
+
+_QUANTISED = {
+    "_scale_inv": "FP8 with block scales",
+    ".weight_scale": "FP8 with scales",
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes 8 bit",
+    ".absmax": "bitsandbytes 4 bit",
+}
+
+
+def _refuse_quantised(path: Path, names: Iterable[str]) -> None:
+    """Names the method of weights that are quantised although config.json does not say so."""
+    for name in sorted(names):
+        for ending, method in _QUANTISED.items():
+            if name.endswith(ending):
+                raise UnsupportedError(
+                    f"quantised weights ({method}: {name})", where=path, hint="convert from the unquantised model"
+                )

@@ -1,0 +1,173 @@
+"""Joining the shards of a Megatron checkpoint into the canonical view."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint, is_on
+from ckptkit.checkpoints.problems import Problems
+from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.torch_legacy import RankFile, RankKey
+from ckptkit.io.plan import Comparison
+from ckptkit.sharding.grid import Rank
+from ckptkit.sharding.rules import expert_home
+from ckptkit.sharding.stages import Stage, split_layers, stage_of_layer
+from ckptkit.tables.family import Item
+from ckptkit.tensors import Tensor, vstack
+
+
+def join_shards(checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile], most_rows: int | None) -> None:
+    """Fills the canonical view of a checkpoint: each item's shards are found where it lives and joined by its rule.
+
+    Args:
+        checkpoint: Described, without tensors.
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> written name -> tensor.
+        most_rows: Rows that its vocabulary has at most with padding, or None if somebody says what is padding.
+
+    Raises:
+        InputError: Shards are missing, unknown or mis-shaped, or do not fit the grid; or more rows of the vocabulary
+            would be cut off than padding explains.
+    """
+    try:
+        _Joiner(checkpoint, ranks, most_rows).join()
+    except UsageError as error:
+        raise InputError(f"the stored grid does not fit the model: {error.what}", where=checkpoint.path) from None
+
+
+class _Joiner:
+    def __init__(self, checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile], most_rows: int | None) -> None:
+        self.checkpoint = checkpoint
+        self.most_rows = most_rows
+        self.left = {
+            (*rank, vp_stage): dict(chunk)
+            for rank, chunks in ranks.items()
+            for vp_stage, chunk in enumerate(chunks.values())
+        }
+        self.stored = sum(len(chunk) for chunk in self.left.values())
+        self.problems = Problems(checkpoint.path)
+        self.bare: list[str] = []
+        self.stages = split_layers(checkpoint.config.num_layers, checkpoint.grid)
+        self.home = stage_of_layer(self.stages)
+
+    def join(self) -> None:
+        used = 0
+        for key, item in self.checkpoint.items.items():
+            if (shards := self._shards(item)) is None:
+                continue
+            used += len(shards)
+            self._add(key, item, shards)
+        self._compare_tied_head()
+        used += self._take_towers()
+        self.problems.unknown({name for chunk in self.left.values() for name in chunk})
+        self.problems.check()
+        if self.bare:
+            self.checkpoint.notes.append(f"{len(self.bare)} tensors have no slots for values that are their keys")
+        self.checkpoint.coverage.update(used=used, replicas=self.stored - used)
+
+    def _stage(self, item: Item) -> tuple[Stage, int | None]:
+        if item.layer is not None:
+            return self.home[item.layer]
+        return next((stage, None) for stage in self.stages if is_on(item, stage, self.checkpoint.grid))
+
+    def _shards(self, item: Item) -> list[Tensor] | None:
+        """The distinct shards of an item in order, or None if one is missing; further copies must be equal."""
+        stage, number = self._stage(item)
+        split = item.row.split
+        ep, expert = None, None
+        if item.expert is not None:
+            ep, expert = expert_home(item.expert, self.checkpoint.config.num_experts, self.checkpoint.grid.ep)
+        where = "" if item.layer is None else f" (layer {item.layer})"
+        found: dict[int, list[tuple[Rank, Tensor]]] = defaultdict(list)
+        for rank in self.checkpoint.grid.ranks():
+            if rank.pp != stage.pp_rank or ep not in (None, rank.ep):
+                continue
+            name = self.checkpoint.spelling.written(item.name(number, expert))
+            shard = self.problems.take(self.left[rank.pp, rank.tp, rank.ep, stage.vp_stage], name, None, where)
+            if shard is None:
+                return None
+            found[0 if split.replicated else rank.etp if split.expert else rank.tp].append((rank, shard))
+        for copies in found.values():
+            first, original = copies[0]
+            for other, copy in copies[1:]:
+                what = f"{item.key} on {_two_ranks(first, other)}"
+                self.checkpoint.comparisons.append(Comparison(original, copy, what))
+        return [found[number][0][1] for number in sorted(found)]
+
+    def _add(self, key: str, item: Item, shards: list[Tensor]) -> None:
+        split = item.split(self.checkpoint.spelling)
+        try:
+            joined = split.join(shards)
+            copies = [Comparison(*pair, f"{key} on ranks that share heads") for pair in split.copies(shards)]
+        except (ValueError, UsageError) as error:
+            self.problems.wrong.append(f"{key}: its shards do not fit together ({error})")
+            return
+        if split.padded:
+            self.checkpoint.padded_vocab_size = joined.shape[0]
+            self._check_padding(key, joined.shape[0], item.shape[0])
+            joined = joined.rows(0, min(joined.shape[0], item.shape[0]))
+        if joined.shape == item.bare_shape != item.shape:
+            joined = item.completed(joined)
+            self.bare.append(key)
+        if joined.shape != item.shape:
+            self.problems.wrong.append(f"{key} is {list(joined.shape)}, the config says {list(item.shape)}")
+            return
+        self.checkpoint.tensors[key] = joined
+        self.checkpoint.comparisons += copies
+
+    def _check_padding(self, key: str, rows: int, size: int) -> None:
+        """Rows beyond the vocabulary are cut off, which may only be padding."""
+        if self.most_rows is not None and rows > self.most_rows:
+            raise InputError(
+                f"{key} has {rows} rows, a vocabulary of {size} has at most {self.most_rows} with its padding: weights"
+                " would be lost",
+                where=self.checkpoint.path,
+                hint=f"give --hf-reference with the right vocab_size, or --vocab-size {size} if they are padding",
+            )
+
+    def _take_towers(self) -> int:
+        """Moves what is no part of the text model, but stored beside it, to the extras; returns how many these are."""
+        towers = self.checkpoint.family.towers
+        found: dict[str, Tensor] = {}
+        for _, chunk in sorted(self.left.items()):
+            for name in sorted(chunk):
+                prefix = next((prefix for prefix in towers if name.startswith(prefix)), None)
+                if prefix is None:
+                    continue
+                tensor, hf = chunk.pop(name), towers[prefix] + name.removeprefix(prefix)
+                if found.setdefault(hf, tensor) is not tensor:
+                    self.checkpoint.comparisons.append(Comparison(found[hf], tensor, f"{name} on ranks that share it"))
+        sidecar = self.checkpoint.sidecar
+        self.checkpoint.sidecar = replace(sidecar, extras={**sidecar.extras, **found})
+        return len(found)
+
+    def _compare_tied_head(self) -> None:
+        """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""
+        last = next(stage for stage in self.stages if stage.last)
+        if not self.checkpoint.config.tied or EMBEDDING not in self.checkpoint.tensors:
+            return
+        name = self.checkpoint.spelling.written(HEAD)
+        shards: dict[int, Tensor] = {}
+        missing = False
+        for rank in self.checkpoint.grid.ranks():
+            if rank.pp == last.pp_rank:
+                shard = self.left[rank.pp, rank.tp, rank.ep, last.vp_stage].pop(name, None)
+                missing = missing or shard is None
+                if shard is not None and shards.setdefault(rank.tp, shard) is not shard:
+                    what = f"{name} on ranks that share it"
+                    self.checkpoint.comparisons.append(Comparison(shards[rank.tp], shard, what))
+        if not missing:
+            head = vstack([shards[tp_rank] for tp_rank in sorted(shards)])
+            rows = min(head.shape[0], self.checkpoint.config.vocab_size)
+            what = "output_layer.weight of the last stage and the tied embedding"
+            embedding = self.checkpoint.tensors[EMBEDDING]
+            self.checkpoint.comparisons.append(Comparison(head.rows(0, rows), embedding, what))
+        elif shards or not last.first:
+            self.problems.missing.append(f"{name} (the tied copy on the last stage)")
+
+
+def _two_ranks(first: Rank, other: Rank) -> str:
+    if first.ep == other.ep:
+        return f"tensor parallel ranks {first.tp} and {other.tp}"
+    return f"expert parallel ranks {first.ep} and {other.ep} (tensor parallel ranks {first.tp} and {other.tp})"

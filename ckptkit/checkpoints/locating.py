@@ -1,0 +1,120 @@
+"""Where in a folder the checkpoint is: a root with iterations, one iteration, or what a trainer put around it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.dcp.reading import is_dcp
+from ckptkit.formats.hf import has_shards
+from ckptkit.formats.torch_dist import holds_model, is_torch_dist
+from ckptkit.formats.torch_legacy import TRACKER, is_torch_legacy, iteration_folder
+from ckptkit.formats.trainer_states.fsdp import is_fsdp
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint is.
+
+    Attributes:
+        folder: What holds the weights.
+        root: What holds the sidecar and the tracker file: the folder itself, or what is around it.
+        reference: A Hugging Face directory that its writer put beside the weights, or None.
+    """
+
+    folder: Path
+    root: Path
+    reference: Path | None = None
+
+
+def find_place(path: Path, iteration: int | None = None) -> Place:
+    """Finds the checkpoint in a directory.
+
+    Args:
+        path: A Hugging Face or packed directory; the root of a Megatron checkpoint, or one iteration of it; the root of
+            a verl run, a `global_step_N` of it, or its `actor` folder.
+        iteration: Number of the iteration, if `path` is a root.
+
+    Raises:
+        InputError: There is no such directory, or the tracker file names an iteration that is not there.
+        UsageError: There is no such iteration, or there are several and nothing says which.
+    """
+    if not path.is_dir():
+        raise InputError("no such directory" if not path.exists() else "not a directory", where=path)
+    if is_hf_like(path):
+        if iteration is not None:
+            raise UsageError("--iteration is about the root of a Megatron checkpoint", where=path, hint="drop it")
+        return Place(path, path)
+    folder = iteration_folder(path, iteration)
+    if (folder / "actor").is_dir():
+        folder = folder / "actor"
+    if (found := _of_verl(folder)) is not None:
+        return found
+    if holds_state(folder):
+        return _of_state(folder)
+    if folder != path:
+        return Place(folder, path)
+    return Place(path, path if (path / "ckptkit").is_dir() else _around(path, "ckptkit"))
+
+
+def is_hf_like(path: Path) -> bool:
+    """Whether a directory is one of Hugging Face's, or has its weights named as one."""
+    return has_shards(path) or ((path / "config.json").is_file() and not (holds_state(path) or _holds_ranks(path)))
+
+
+def _holds_ranks(path: Path) -> bool:
+    """Whether a directory is a Megatron checkpoint or one iteration of it; people put a config.json beside those."""
+    iterations = (path / TRACKER).is_file() or (path / "release").is_dir()
+    return iterations or is_torch_legacy(path) or is_torch_dist(path)
+
+
+def holds_state(path: Path) -> bool:
+    """Whether a directory holds the state of a bare module, and no weights as Hugging Face names them."""
+    return not has_shards(path) and (is_fsdp(path) or (is_dcp(path) and not is_torch_dist(path)))
+
+
+def _around(folder: Path, wanted: str) -> Path:
+    """The directory around a folder, also where that is called `.` or `..`, or is a link from somewhere else.
+
+    Args:
+        folder: What is in it.
+        wanted: What else should be in it; the directory around the link comes first, then that of what it links to.
+    """
+    named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
+    real = folder.resolve().parent
+    return real if not (named.parent / wanted).exists() and (real / wanted).exists() else named.parent
+
+
+def _of_state(folder: Path) -> Place:
+    """A module's state, whose config.json is in its folder or in a `huggingface` beside it, if anywhere."""
+    around = _around(folder, "huggingface")
+    references = [(folder, folder), (around / "huggingface", around)]
+    found = next(((path, root) for path, root in references if (path / "config.json").is_file()), None)
+    return Place(folder, folder) if found is None else Place(folder, found[1], found[0])
+
+
+def _of_verl(actor: Path) -> Place | None:
+    """The folder of a model that verl trained: config and tokenizer in `huggingface/`, weights there or beside it.
+
+    Since its layout 2 both are inside `model/`, apart from the optimizer. A run with mbridge keeps the weights in
+    `huggingface/` and only the optimizer in `dist_ckpt/`; FSDP keeps shards beside `huggingface/`.
+    Source: `megatron_checkpoint_manager.py` and `fsdp_checkpoint_manager.py` of verl.
+    """
+    for folder in (actor / "model", actor):
+        reference, weights = folder / "huggingface", _weights_of_verl(folder)
+        if not (reference / "config.json").is_file():
+            continue
+        if has_shards(reference) and not holds_model(weights):
+            return Place(reference, reference)
+        return Place(weights, folder, reference)
+    return None
+
+
+def _weights_of_verl(folder: Path) -> Path:
+    """Where Megatron's weights are (`model/mp_rank_*` until verl 0.4), or the folder itself."""
+    distributed, ranks = folder / "dist_ckpt", folder / "model"
+    if is_dcp(distributed) or is_torch_dist(distributed):
+        return distributed
+    return ranks if is_torch_legacy(ranks) else folder

@@ -1,0 +1,61 @@
+"""What Megatron-Bridge is told of a checkpoint, and what it told: its model provider in `run_config.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.errors import CkptkitError
+from ckptkit.families import family_of
+from ckptkit.formats.run_config import is_reference, lay_out_run_config, read_run_config, reference
+from ckptkit.io.plan import OutputFile
+from ckptkit.megatron_args.bridge_provider import Named, Provider, args_of_provider, provider_of
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.spelling import GROUPED, Spelling
+
+
+def run_config(
+    source: Checkpoint, grid: Parallelism, divisible_by: int, spelling: Spelling, folder: str, *, text: bool
+) -> OutputFile:
+    """The file that lets Megatron-Bridge build the model of a distributed checkpoint.
+
+    Args:
+        source: The model.
+        grid: The grid that is written.
+        divisible_by: `make_vocab_size_divisible_by`.
+        spelling: How names and experts are written.
+        folder: The folder of `.metadata`, below the checkpoint's root.
+        text: Whether only the text part of a multimodal model is written as a model.
+
+    Raises:
+        UnsupportedError: Megatron-Bridge has no provider that builds it.
+    """
+    family = source.family
+    if text and family.text_only is not None:
+        family = family_of(family.text_only(source.sidecar.config), source.path)
+    config = replace(source.config, family=family.name, architecture=family.architectures[0], dtype=source.main_dtype)
+    local = spelling.name == "local" or source.family.local_only(source.config)
+    provider = provider_of(config, grid, divisible_by, local=local, grouped=spelling.experts == GROUPED)
+    values = {
+        key: reference(value.name) if isinstance(value, Named) else value for key, value in provider.values.items()
+    }
+    return lay_out_run_config({"_target_": provider.target, **values}, folder)
+
+
+def args_of_run_config(folder: Path) -> dict[str, Any]:
+    """What the file in a folder says of the model, as Megatron-LM's `args`; nothing if there is none.
+
+    Raises:
+        InputError: It is damaged, or makes no sense.
+        UnsupportedError: It says what `args` cannot.
+    """
+    model = read_run_config(folder)
+    if not model:
+        return {}
+    values = {key: Named(value["_target_"]) if is_reference(value) else value for key, value in model.items()}
+    try:
+        return args_of_provider(Provider(str(model.get("_target_")), values))
+    except CkptkitError as error:
+        raise type(error)(error.what, where=folder, hint=error.hint) from None

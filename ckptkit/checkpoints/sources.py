@@ -1,0 +1,48 @@
+"""Opens a source, a path or a hub reference."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.formats.hub import locate
+
+if TYPE_CHECKING:
+    pass
+
+
+def open_source(
+    stack: ExitStack, src: str | Path, hf_reference: str | Path | None, *, headers_only: bool, **options: Any
+) -> Checkpoint:
+    """Opens a checkpoint, a path or a hub reference, and notes in its sidecar where it came from.
+
+    Args:
+        stack: What keeps fetched files until they are no longer needed.
+        src: A directory, or `org/model@revision` on the hub.
+        hf_reference: The same, for what supplies config.json, tokenizer and shard map.
+        headers_only: Fetch no more than a plan needs.
+        options: Further options of `open_checkpoint`.
+    """
+    located = stack.enter_context(locate(src, headers_only=headers_only))
+    reference = None
+    if hf_reference is not None:
+        reference = stack.enter_context(locate(hf_reference, headers_only=headers_only)).path
+    source = open_checkpoint(located.path, hf_reference=reference, **options)
+    if located.origin:
+        source.sidecar = replace(source.sidecar, origin=located.origin)
+    return source
+
+
+def facts_of(source: Checkpoint) -> dict[str, Any]:
+    """Where a checkpoint is and which model it holds, for the result of a command."""
+    return {
+        "path": str(source.path),
+        "format": source.format,
+        "family": source.family.name,
+        "architecture": source.config.architecture,
+        "grid": str(source.grid),
+    }

@@ -1,0 +1,77 @@
+"""How many rows of a stored vocabulary are tokens: padding is cut off, and nothing else may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoints.checkpoint import DEFAULT_DIVISIBLE_BY, EMBEDDING
+from ckptkit.errors import InputError
+from ckptkit.formats.torch_legacy import RankFile, RankKey
+from ckptkit.sharding.rules import padded_vocab_size
+from ckptkit.tables.spelling import VERL
+from ckptkit.tensors import Tensor
+
+_EMBEDDINGS = (EMBEDDING, VERL.written(EMBEDDING))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A stored vocabulary.
+
+    Attributes:
+        rows: Rows of the embedding over all tensor parallel ranks, padding included.
+        multiple: What they were padded to a multiple of.
+        told: How many of them are tokens, as `args` have it; None if they do not say.
+    """
+
+    rows: int
+    multiple: int
+    told: int | None
+
+    def padded(self, size: int) -> int:
+        """Rows that a vocabulary of this size has at most."""
+        return padded_vocab_size(size, self.multiple, 1)
+
+    def size(self, stated: int | None, where: Path) -> int:
+        """Its size where no config.json says it: as `args` say, if padding explains the rows beyond, or as stated.
+
+        Args:
+            stated: What the user says.
+            where: The checkpoint.
+
+        Raises:
+            InputError: `args` tell of fewer rows than are stored, and nobody says how many are tokens.
+        """
+        if self.told is None or self.rows <= self.padded(self.told):
+            return self.told or stated or self.rows
+        if stated is None:
+            raise InputError(
+                f"the checkpoint's args say vocab_size {self.told}, but {self.rows} rows are stored, which is more than"
+                " padding explains",
+                where=where,
+                hint=f"--vocab-size N says how many are tokens ({self.rows} keeps them all)",
+            )
+        return stated
+
+
+def stored_vocabulary(ranks: Mapping[RankKey, RankFile], args: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary in the files of all ranks.
+
+    Args:
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> written name -> tensor.
+        args: Stored arguments.
+    """
+    shards: dict[int, Tensor] = {}
+    for (_, tp_rank, _), chunks in ranks.items():
+        for chunk in chunks.values():
+            shards.update((tp_rank, tensor) for name, tensor in chunk.items() if name.endswith(_EMBEDDINGS))
+    rows = sum(size for shard in shards.values() for size in shard.shape[:1])
+    # Where nothing says what it was padded for, it is taken for a multiple of Megatron-LM's 128 times the ranks that
+    # wrote it: a distributed checkpoint has one piece for each, so that less than one such step may be padding.
+    pieces = sum(len(shard.bands) for shard in shards.values())
+    divisible_by = args.get("make_vocab_size_divisible_by") or DEFAULT_DIVISIBLE_BY
+    multiple = divisible_by * (args.get("tensor_model_parallel_size") or max(pieces, 1))
+    return Vocabulary(rows, multiple, args.get("vocab_size") or None)

@@ -1,0 +1,1 @@
+"""The command line: commands, options, output. The only room that imports typer and rich."""

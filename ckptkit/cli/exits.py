@@ -1,0 +1,134 @@
+"""Every way that a command can end: signals, errors and bugs become one line and an exit code here."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from typer.core import TyperGroup
+
+from ckptkit.cli.output import Output, say
+from ckptkit.errors import CkptkitError
+
+EXIT_DIFFERS = 1
+EXIT_USAGE = 2
+EXIT_STORAGE = 5
+EXIT_INTERNAL = 70
+TRACEBACK_VARIABLE = "CKPTKIT_TRACEBACK"
+
+EXIT_CODES = """\b
+Exit codes:
+  0 ok                          5 no space, or an I/O error
+  1 the checkpoints differ      6 the verification could not be run
+  2 usage                      70 internal error, a bug in ckptkit
+  3 damaged or inconsistent   130 interrupted (SIGINT)
+  4 not supported             143 terminated (SIGTERM)"""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception: nothing on the way up may take it for a failure and go on."""
+
+    def __init__(self, signum: int) -> None:
+        self.exit_code = 128 + signum
+        super().__init__(signal.Signals(signum).name)
+
+
+class Commands(TyperGroup):
+    """A command group that ends with one line and a documented exit code, never with a traceback."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line and exits."""
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+        with _signals_raise():
+            code = self._run(arguments, prog_name, complete_var, **extra)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
+        output = Output(_json_file(arguments))
+        try:
+            return int(super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0)
+        except CkptkitError as error:
+            return _fail(output, error, str(error), error.exit_code)
+        except Interrupted as error:
+            return _fail(output, None, f"stopped by {error}{how_to_resume(arguments)}", error.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(output, None, f"{where}{error.strerror or error}", EXIT_STORAGE)
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                return _fail(output, None, _usage_message(error), EXIT_USAGE)
+            bug = f"internal error: {type(error).__name__}: {error}; set {TRACEBACK_VARIABLE}=1 to see where"
+            return _fail(output, None, bug, EXIT_INTERNAL)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """In here SIGINT and SIGTERM become `Interrupted`; a second one, should cleaning up hang, acts as it always did."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        restore()
+        raise Interrupted(signum)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _fail(output: Output, error: CkptkitError | None, message: str, exit_code: int) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        say(traceback.format_exc().rstrip())
+    output.error(error, message, exit_code)
+    return exit_code
+
+
+def how_to_resume(arguments: list[str]) -> str:
+    """What to type next after a stopped conversion: the same line with --resume."""
+    if (arguments[0] != "convert" and arguments[:2] != ["split-llama", "build"]) or "--dry-run" in arguments:
+        return ""
+    command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]
+    return f"; the destination is as it was; go on with: {shlex.join(command)}"
+
+
+def _usage_message(error: Any) -> str:
+    """What typer says about a command line, with the command whose help explains it."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "ckptkit"
+    return f"{str(error.format_message()).rstrip('.')}; see {path} --help"
+
+
+def _json_file(arguments: list[str]) -> str | None:
+    """Where JSON is wanted, read from the raw command line: it may be too wrong for typer to parse."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for index, argument in enumerate(options):
+        if argument.startswith("--json="):
+            return argument.removeprefix("--json=")
+        if argument == "--json":
+            takes_file = arguments[0] == "verify"
+            return "".join(options[index + 1 : index + 2]) or None if takes_file else "-"
+    return None

@@ -1,0 +1,77 @@
+"""Changes of the model that is written: its text part alone, an older layout, another dtype."""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.dtypes import TORCH_DTYPE_NAMES, DType
+from ckptkit.errors import UsageError
+from ckptkit.families import family_of
+from ckptkit.io.castable import check_cast
+from ckptkit.tables.config_fields import set_dtype
+from ckptkit.tensors import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """The text part of a multimodal model as a model of its own, and what that leaves behind."""
+    if source.family.text_only is None:
+        raise UsageError(f"--layout text: {source.config.architecture} is a text model already", where=source.path)
+    raw = source.family.text_only(source.sidecar.config)
+    family = family_of(raw, source.path)
+    sidecar = replace(source.sidecar, config=raw, headers={}, extras={})
+    config = family.parse(raw)
+    items = {item.key: item for item in family.items(config)}
+    dropped = len(source.sidecar.extras)
+    text = replace(source, family=family, config=config, items=items, sidecar=sidecar, spelling=family.spellings[0])
+    return text, [f"{dropped} tensors outside the text model are left out (--layout text)"]
+
+
+def legacy_layout(source: Checkpoint, to: str) -> tuple[Checkpoint, list[str]]:
+    """A model under its family's older layout, and what that loses."""
+    if to != "hf" or source.family.legacy_config is None:
+        which = f"--to {to}" if to != "hf" else source.config.architecture
+        raise UsageError(f"--layout legacy: {which} has none", where=source.path, hint="drop --layout legacy")
+    names = {path.name for path in source.family.code}
+    sidecar = replace(
+        source.sidecar,
+        config=source.family.legacy_config(source.sidecar.config),
+        small={name: path for name, path in source.sidecar.small.items() if name not in names},
+    )
+    what = "the legacy layout does not describe the model by itself, and transformers takes it for another one"
+    return replace(source, sidecar=sidecar), [what]
+
+
+def cast_floats(source: Checkpoint, dtype: DType | None) -> tuple[Checkpoint, list[str]]:
+    """The source with floats cast to `dtype`, its config.json saying so, and what that loses."""
+    if dtype is None:
+        return source, []
+    lost: Counter[str] = Counter()
+
+    def cast(tensor: Tensor) -> Tensor:
+        if not tensor.dtype.is_float or tensor.dtype == dtype:
+            return tensor
+        check_cast(tensor.dtype, dtype)
+        if not _holds(dtype, tensor.dtype):
+            lost[f"{tensor.dtype} -> {dtype}"] += 1
+        return tensor.astype(dtype)
+
+    tensors = {key: cast(tensor) for key, tensor in source.tensors.items()}
+    extras = {name: cast(tensor) for name, tensor in source.sidecar.extras.items()}
+    name = TORCH_DTYPE_NAMES[dtype]
+    config = deepcopy(source.sidecar.config)
+    set_dtype(config, name)
+    sidecar = replace(source.sidecar, config=config, extras=extras)
+    lossy = [f"{count} tensors are rounded ({pair})" for pair, count in lost.items()]
+    return replace(source, tensors=tensors, sidecar=sidecar, config=replace(source.config, dtype=name)), lossy
+
+
+def _holds(wide: DType, narrow: DType) -> bool:
+    """Whether every value of `narrow` exists in `wide`."""
+    return wide.name == "F64" or (wide.name == "F32" and narrow.itemsize < 4)

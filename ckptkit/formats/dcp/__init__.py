@@ -1,0 +1,1 @@
+"""The container of torch.distributed.checkpoint: chunks of tensors in files, and a pickled index."""

@@ -1,0 +1,326 @@
+"""The container of torch.distributed.checkpoint: `.metadata`, and the `.distcp` files that it points into.
+
+`.metadata` is a pickle: for each key a dtype, a shape and chunks (offsets and sizes) or the note that it is an object,
+and for each chunk and object the bytes of a `.distcp` file that hold it. The bytes of a chunk are an archive of
+torch.save with one tensor; those of an object are what its writer made of it, such an archive too for Megatron-Core.
+Nothing here knows what keys mean.
+
+Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13, and the files of torch 2.4 and later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ckptkit.dtypes import DType
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats.dcp.chunks import Box, ChunkError, check_inside, split_chunks
+from ckptkit.formats.torch_file.pickles import Record, TorchDType, UnreadableTensor, loads, read_torch_file
+from ckptkit.formats.torch_file.zipfiles import read_start
+from ckptkit.tensors import Region, Tensor
+
+METADATA = ".metadata"
+_AGAIN = "fetch or copy it again"
+_MAX_METADATA = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file beside `.metadata`; `encodings` names what they went through (compression), if anything."""
+
+    file: str
+    offset: int
+    length: int
+    encodings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor, sizes in elements, and where its bytes are."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What `.metadata` says of a tensor."""
+
+    dtype: TorchDType
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class DcpFiles:
+    """An opened checkpoint. Keys are checked when they are asked for: nobody needs a damaged optimizer to be sound.
+
+    Attributes:
+        path: The folder with `.metadata`.
+        tensors: Key -> what is known of a tensor.
+        objects: Key -> the bytes of an object.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, StoredTensor], objects: dict[str, Span]) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.objects = objects
+        self._folder = _Folder(path)
+        self._archives = _Archives()
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor, joined from its chunks; reads the headers of their archives.
+
+        Raises:
+            InputError: Chunks overlap, leave holes or the tensor, or their files are missing, damaged, cut short,
+                outside the folder, or hold something else.
+            UnsupportedError: Its element type has no equal here, or its bytes are compressed.
+        """
+        ((_, tensor),) = self.parts(key, 0)
+        return tensor
+
+    def parts(self, key: str, axes: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The tensors that are stacked in one, for every index on its first `axes` axes.
+
+        Raises:
+            InputError: As `tensor`, or it has not so many axes.
+            UnsupportedError: As `tensor`.
+        """
+        stored, where = self.tensors[key], self.path / METADATA
+        dtype = stored.dtype.dtype
+        if dtype is None:
+            raise UnsupportedError(f"tensor {key} has elements of type {stored.dtype}", where=where)
+        if len(stored.shape) < axes:
+            raise InputError(f"{key} is {list(stored.shape)}, not a stack of layers or experts", where=where)
+        try:
+            for chunk in stored.chunks:
+                check_inside(stored.shape, chunk.offsets, chunk.sizes)
+            boxes = [self._box(key, chunk, dtype) for chunk in stored.chunks]
+            yield from split_chunks(dtype, stored.shape, boxes, axes)
+        except ChunkError as error:
+            raise InputError(f"tensor {key}: {error}", where=where) from None
+
+    def object(self, key: str) -> object:
+        """What an object holds, as `read_torch_file` gives it.
+
+        Raises:
+            InputError: Its file is missing, cut short, outside the folder, or no archive of torch.save.
+            UnsupportedError: Its bytes are compressed.
+        """
+        span = self.objects[key]
+        return read_torch_file(self._folder.file(key, span), span.offset, span.length)
+
+    def object_bytes(self, key: str) -> bytes:
+        """The bytes of an object as they are stored.
+
+        Raises:
+            InputError: Its file is missing, cut short, or outside the folder.
+            UnsupportedError: Its bytes are compressed.
+        """
+        span = self.objects[key]
+        return read_start(self._folder.file(key, span), span.offset, span.length, span.length)
+
+    def spans(self) -> Iterator[tuple[Path, Span]]:
+        """The bytes of every chunk and object, with the file that holds them.
+
+        Raises:
+            InputError: A file is missing or outside the folder.
+            UnsupportedError: Its bytes are compressed.
+        """
+        for key, stored in self.tensors.items():
+            for chunk in stored.chunks:
+                yield self._folder.file(key, chunk.span), chunk.span
+        for key, span in self.objects.items():
+            yield self._folder.file(key, span), span
+
+    def _box(self, key: str, chunk: Chunk, dtype: DType) -> Box:
+        file = self._folder.file(key, chunk.span)
+        tensor = self._archives.tensor(file, chunk.span, dtype, chunk.sizes)
+        if isinstance(tensor, UnreadableTensor):
+            raise tensor.error(key, file)
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"holds no tensor where {METADATA} says {key} is", where=file, hint=_AGAIN)
+        if (tensor.dtype, tensor.shape) != (dtype, chunk.sizes):
+            raise InputError(
+                f"holds {tensor.dtype}{list(tensor.shape)} where {METADATA} says {key} has {dtype}{list(chunk.sizes)}",
+                where=file,
+                hint=_AGAIN,
+            )
+        return Box(chunk.offsets, tensor)
+
+
+class _Folder:
+    """Finds files by the names in `.metadata`, which may lie."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, Path] = {}
+
+    def file(self, key: str, span: Span) -> Path:
+        """The file of a span, which must be in the folder, links followed."""
+        if span.encodings:
+            raise UnsupportedError(
+                f"{key} is stored through {', '.join(span.encodings)}",
+                where=self._path / METADATA,
+                hint="load it with torch.distributed.checkpoint and save it again without extensions",
+            )
+        if span.file not in self._known:
+            self._known[span.file] = self._find(key, span.file)
+        return self._known[span.file]
+
+    def _find(self, key: str, name: str) -> Path:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name:
+            raise InputError(f"{key} is to be read from outside the folder ({name!r})", where=self._path / METADATA)
+        file = self._path / parts
+        if not os.path.lexists(file):
+            raise InputError(f"{key} is in {name}, which is missing", where=self._path, hint="fetch the missing file")
+        if not file.resolve().is_relative_to(self._path.resolve()):
+            hint = "copy the file in its place"
+            raise InputError(f"{name} is a link that leads outside the folder", where=self._path, hint=hint)
+        return file
+
+
+class _Archives:
+    """Reads the archives of chunks, of which a checkpoint has tens of thousands.
+
+    Those of equal dtype, shape and length that one writer made differ only in data and checksums. So what comes before
+    the data, pickle included, and the last records are compared with an archive that was read in full.
+    """
+
+    _END = 98  # the zip64 end record, its locator and the end record
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[DType, tuple[int, ...], int], tuple[bytes, bytes]] = {}
+
+    def tensor(self, file: Path, span: Span, dtype: DType, shape: tuple[int, ...]) -> object:
+        """What the archive in a span holds; `dtype` and `shape` say what is expected."""
+        kind = (dtype, shape, span.length)
+        if kind in self._known:
+            head, end = self._known[kind]
+            if self._read(file, span, len(head)) == (head, end):
+                return Tensor.from_file(str(file), span.offset + len(head), dtype, shape)
+        found = read_torch_file(file, span.offset, span.length)
+        if kind not in self._known and isinstance(found, Tensor) and (found.dtype, found.shape) == (dtype, shape):
+            start = _start_of(found)
+            if start is not None:
+                self._known[kind] = self._read(file, span, start - span.offset)
+        return found
+
+    def _read(self, file: Path, span: Span, size: int) -> tuple[bytes, bytes]:
+        """The first `size` bytes and the last records."""
+        end = span.offset + span.length - self._END
+        return read_start(file, span.offset, span.length, size), read_start(file, end, self._END, self._END)
+
+
+def _start_of(tensor: Tensor) -> int | None:
+    """Where a tensor starts in its file, if its bytes follow one another."""
+    runs = list(islice(tensor.runs(), 2)) if all(band.pieces[0].contiguous for band in tensor.bands) else []
+    return runs[0].offset if len(runs) == 1 and isinstance(runs[0], Region) else None
+
+
+def is_dcp(path: Path) -> bool:
+    """Whether a folder holds the container."""
+    return (path / METADATA).is_file()
+
+
+def open_dcp(path: Path) -> DcpFiles:
+    """Opens a checkpoint; reads only `.metadata`, whose names stay names.
+
+    Raises:
+        InputError: It is missing, damaged, or names something that no checkpoint needs.
+    """
+    file = path / METADATA
+    data = read_start(file, 0, None, _MAX_METADATA)
+    state = _state(loads(data, file), file)
+    described, stored = state.get("state_dict_metadata"), state.get("storage_data")
+    if not isinstance(described, dict) or not isinstance(stored, dict):
+        raise InputError("no metadata of torch.distributed.checkpoint", where=file)
+    spans = _Spans(stored, file)
+    files = DcpFiles(path, {}, {})
+    for key, value in described.items():
+        if not isinstance(key, str) or not isinstance(value, Record):
+            raise _odd(file, f"an entry {str(key)[:80]!r}")
+        if value.name == "TensorStorageMetadata":
+            files.tensors[key] = _stored_tensor(key, value, spans, file)
+        elif value.name == "BytesStorageMetadata":
+            files.objects[key] = spans.find(key, None)
+        else:
+            raise _odd(file, f"{key} as a {value.name}")
+    return files
+
+
+def _odd(file: Path, what: str) -> InputError:
+    return InputError(f"describes {what}, which torch does not write", where=file)
+
+
+def _state(value: object, file: Path) -> dict[Any, Any]:
+    if not isinstance(value, Record) or not isinstance(value.state, dict):
+        raise _odd(file, f"a {type(value).__name__} in place of an object")
+    return value.state
+
+
+def _integers(value: object, file: Path) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list) or not all(type(item) is int and 0 <= item < 1 << 63 for item in value):
+        raise _odd(file, f"sizes {str(value)[:80]}")
+    return tuple(value)
+
+
+def _stored_tensor(key: str, record: Record, spans: _Spans, file: Path) -> StoredTensor:
+    state = _state(record, file)
+    properties = state.get("properties")
+    parts = properties.state if isinstance(properties, Record) else None
+    if isinstance(parts, dict):
+        parts = (parts.get("dtype"),)
+    if not isinstance(parts, tuple) or not parts or not isinstance(parts[0], TorchDType):
+        raise _odd(file, f"{key} without an element type")
+    listed = state.get("chunks")
+    if not isinstance(listed, list):
+        raise _odd(file, f"{key} without chunks")
+    chunks = []
+    for item in listed:
+        chunk = _state(item, file)
+        offsets = _integers(chunk.get("offsets"), file)
+        sizes = _integers(chunk.get("sizes"), file)
+        if prod(sizes):  # ranks that hold nothing of a tensor are described, but not always stored
+            chunks.append(Chunk(offsets, sizes, spans.find(key, offsets)))
+    return StoredTensor(parts[0], _integers(state.get("size"), file), tuple(chunks))
+
+
+class _Spans:
+    """Where things lie: (key, offsets of a chunk, or None for an object) -> span."""
+
+    def __init__(self, stored: Mapping[object, object], file: Path) -> None:
+        self._file = file
+        self._spans: dict[tuple[str, tuple[int, ...] | None], Span] = {}
+        for index, info in stored.items():
+            where = _state(index, file)
+            key, offset = where.get("fqn"), where.get("offset")
+            if not isinstance(key, str):
+                raise _odd(file, "bytes without a key")
+            place = (key, None if offset is None else _integers(offset, file))
+            if place in self._spans:
+                raise _odd(file, f"{key} at {list(place[1] or ())} twice")
+            self._spans[place] = self._span(key, _state(info, file))
+
+    def _span(self, key: str, state: Mapping[object, object]) -> Span:
+        path, offset, length = (state.get(name) for name in ("relative_path", "offset", "length"))
+        encodings = state.get("transform_descriptors") or ()
+        if not isinstance(path, str) or type(offset) is not int or type(length) is not int or min(offset, length) < 0:
+            raise _odd(self._file, f"{key} at no place of a file")
+        if not isinstance(encodings, list | tuple):
+            raise _odd(self._file, f"{key} in an unknown encoding")
+        return Span(path, offset, length, tuple(str(item)[:40] for item in encodings))
+
+    def find(self, key: str, offsets: tuple[int, ...] | None) -> Span:
+        span = self._spans.get((key, offsets))
+        if span is None:
+            place = "" if offsets is None else f" (the chunk at {list(offsets)})"
+            raise InputError(f"does not say where {key}{place} is stored", where=self._file, hint=_AGAIN)
+        return span

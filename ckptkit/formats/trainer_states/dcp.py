@@ -1,0 +1,29 @@
+"""The state of a module in the container of torch.distributed.checkpoint, as FSDP2 training saves it.
+
+Keys are the names of the module's parameters behind whatever the trainer put before them; there may be an optimizer's
+beside them. There is nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckptkit.formats.dcp.reading import open_dcp
+from ckptkit.formats.torch_dist import optimizer_state
+from ckptkit.formats.trainer_states.module_state import ModuleState
+
+_OPTIMIZER = re.compile(r"(?:(?:app|state_dict)\.)*(?:optim|optimizer|optimizers)\.")
+
+
+def open_dcp_state(path: Path) -> ModuleState:
+    """Opens a checkpoint; reads metadata and the headers of the model's chunks.
+
+    Raises:
+        InputError: Files are missing or damaged.
+        UnsupportedError: Elements of a type without an equal here, or compressed bytes.
+    """
+    files = open_dcp(path)
+    optimizer = {key for key in files.tensors if _OPTIMIZER.match(key)}
+    tensors = {key: files.tensor(key) for key in files.tensors if key not in optimizer}
+    return ModuleState(path, "dcp", tensors, optimizer=optimizer_state(files, optimizer))

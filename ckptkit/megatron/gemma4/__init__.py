@@ -1,0 +1,1 @@
+"""What Gemma 4 needs beyond megatron-core's modules."""

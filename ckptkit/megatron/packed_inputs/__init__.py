@@ -1,0 +1,1 @@
+"""Models for packed inputs: sequences of different lengths in one row, without padding between them."""

@@ -1,0 +1,1 @@
+"""How Megatron writes a model down: Megatron-LM's `args` and Megatron-Bridge's model providers."""

@@ -1,0 +1,1 @@
+"""The language of the family tables: rows, layouts, spellings, and the description of a model."""

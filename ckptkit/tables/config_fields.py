@@ -1,0 +1,251 @@
+"""Reading raw config.json fields, in the old and the new spelling, with the class defaults of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ckptkit.errors import InputError
+from ckptkit.tables.model_config import Rope
+from ckptkit.tables.rows import Raw
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+
+
+class Fields:
+    """A config.json with the class defaults of its family behind it.
+
+    Args:
+        raw: The JSON object.
+        defaults: Class default of every key that may be absent; a null in the file stays a null.
+        aliases: Other names of keys; in a file that has both, the other name counts, as in transformers.
+    """
+
+    def __init__(
+        self, raw: Raw, defaults: Mapping[str, Any], aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.raw = raw
+        self.defaults = defaults
+        self.aliases = aliases
+
+    def get(self, key: str) -> Any:
+        """The value of `key`, or its class default."""
+        if self.aliases.get(key) in self.raw:
+            return self.raw[self.aliases[key]]
+        if key in self.raw:
+            return self.raw[key]
+        if key not in self.defaults:
+            raise InputError(f"config.json lacks {key}", hint="every model of this family states it")
+        return self.defaults[key]
+
+    def integer(self, key: str) -> int:
+        """A positive integer.
+
+        Raises:
+            InputError: It is absent without a default, or not a positive integer.
+        """
+        value = self.get(key)
+        if type(value) is not int or value < 1:
+            raise InputError(f"config.json: {key} must be a positive integer, not {value!r}")
+        return value
+
+    def integer_or_none(self, key: str) -> int | None:
+        """A positive integer, or None for null.
+
+        Raises:
+            InputError: It is anything else.
+        """
+        return None if self.get(key) is None else self.integer(key)
+
+    def number(self, key: str) -> float:
+        """A number.
+
+        Raises:
+            InputError: It is absent without a default, or not a number.
+        """
+        return _number(self.get(key), key)
+
+    def flag(self, key: str) -> bool:
+        """A boolean; null counts as false."""
+        value = self.get(key)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise InputError(f"config.json: {key} must be true or false, not {value!r}")
+        return value
+
+    def dtype(self) -> str | None:
+        """Element type as torch names it (`bfloat16`), from `dtype` or the older `torch_dtype`."""
+        value = self.raw.get("dtype", self.raw.get("torch_dtype"))
+        return None if value is None else str(value).removeprefix("torch.")
+
+    def number_or_none(self, key: str) -> float | None:
+        """A number, or None for null.
+
+        Raises:
+            InputError: It is anything else.
+        """
+        return None if self.get(key) is None else self.number(key)
+
+    def layer_types(self, default: Sequence[str]) -> list[str]:
+        """Kind of attention of each layer, `full_attention` or `sliding_attention`.
+
+        Args:
+            default: What transformers fills in where the file has no `layer_types`.
+
+        Raises:
+            InputError: There is not one of these two for each layer.
+        """
+        types = self.raw.get("layer_types")
+        if types is None:
+            return list(default)
+        if not isinstance(types, list) or len(types) != len(default):
+            raise InputError(f"config.json: layer_types must name {len(default)} layers, not {types!r}")
+        if unknown := sorted({str(kind) for kind in types} - {FULL, SLIDING}):
+            raise InputError(f"config.json: unknown layer_types {', '.join(unknown)}")
+        return types
+
+    def rope(self, default: Rope) -> Rope:
+        """The rotary embedding, from `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+
+        Args:
+            default: The class default; its base alone where it is unscaled.
+        """
+        scaling = object_in(self.raw, "rope_scaling") or object_in(self.raw, "rope_parameters")
+        if not scaling and default.kind != "default":
+            return default  # a class with a scaled default keeps it whole and does not look at rope_theta
+        return parse_rope(scaling, self.raw.get("rope_theta", default.theta), self.context())
+
+    def context(self) -> int:
+        """Context length in tokens, which scaled ropes fall back to; 0 where neither file nor class states it."""
+        value = self.raw.get("max_position_embeddings", self.defaults.get("max_position_embeddings"))
+        return value if type(value) is int else 0
+
+
+def object_in(raw: Raw, key: str) -> dict[str, Any]:
+    """The JSON object under `key`; null and nothing are an empty one.
+
+    Raises:
+        InputError: It is no object.
+    """
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"config.json: {key} must be an object, not {value!r}")
+    return value or {}
+
+
+def parse_rope(scaling: Mapping[str, Any], theta: Any, context: int = 0) -> Rope:
+    """A `Rope` from one rope dictionary of config.json.
+
+    Args:
+        scaling: The dictionary.
+        theta: The base where the dictionary has none.
+        context: `max_position_embeddings`, the original context length where the dictionary has none.
+
+    Raises:
+        InputError: A field is missing or is not a number.
+    """
+    theta = _number(scaling.get("rope_theta", theta), "rope_theta")
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")) or "default")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "llama3":
+        return _llama3(scaling, theta, context)
+    if kind == "yarn":
+        return _yarn(scaling, theta, context)
+    factor = _number(scaling.get("factor", 1.0), "rope factor")
+    if kind == "proportional":
+        return Rope(
+            theta, kind, factor, partial=_number(scaling.get("partial_rotary_factor", 1.0), "partial_rotary_factor")
+        )
+    return Rope(theta, kind, factor)
+
+
+def _llama3(scaling: Mapping[str, Any], theta: float, context: int) -> Rope:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [name for name in names if name not in scaling]:
+        raise InputError(f"config.json: llama3 rope lacks {', '.join(missing)}")
+    factor, low, high = (_number(scaling[name], name) for name in names)
+    return Rope(theta, "llama3", factor, low, high, _original(scaling, context))
+
+
+def _yarn(scaling: Mapping[str, Any], theta: float, context: int) -> Rope:
+    """Source of the defaults: `_compute_yarn_parameters` of transformers."""
+    original = _original(scaling, context)
+    factor = scaling.get("factor")
+    given = {name: _number(scaling[name], name) for name in _YARN if scaling.get(name) is not None}
+    return Rope(
+        theta,
+        "yarn",
+        context / original if factor is None else _number(factor, "rope factor"),
+        original_max_position=original,
+        truncate=bool(scaling.get("truncate", True)),
+        **given,
+    )
+
+
+def _original(scaling: Mapping[str, Any], context: int) -> int:
+    value = _number(scaling.get("original_max_position_embeddings", context), "original_max_position_embeddings")
+    if value < 1:
+        raise InputError("config.json: scaled rope lacks original_max_position_embeddings")
+    return int(value)
+
+
+def rope_fields(rope: Rope) -> dict[str, Any]:
+    """`rope_parameters` as transformers 5 writes it."""
+    fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind == "proportional":
+        fields["partial_rotary_factor"] = rope.partial
+    if rope.kind != "default" and (rope.kind, rope.factor) != ("proportional", 1.0):
+        fields["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        fields["original_max_position_embeddings"] = rope.original_max_position
+    if rope.kind == "llama3":
+        fields["low_freq_factor"] = rope.low_freq_factor
+        fields["high_freq_factor"] = rope.high_freq_factor
+    if rope.kind == "yarn":
+        plain = Rope(rope.theta)
+        names = [name for name in (*_YARN, "truncate") if getattr(rope, name) != getattr(plain, name)]
+        fields.update({name: getattr(rope, name) for name in names})
+    return fields
+
+
+def set_rope(raw: dict[str, Any], rope: Rope, default: Rope, defaults: Mapping[str, Any]) -> None:
+    """Writes `rope` into `raw` in the spelling that `raw` already uses; an equal one stays as it is.
+
+    Args:
+        raw: The config.json to change.
+        rope: What it shall say.
+        default: The family's class default.
+        defaults: Class defaults of the other keys.
+    """
+    if raw and Fields(raw, defaults).rope(default) == rope:
+        return
+    fields = rope_fields(rope)
+    old = "rope_theta" in raw or "rope_scaling" in raw
+    if old and "rope_parameters" not in raw and default.kind == "default":
+        raw["rope_theta"] = fields.pop("rope_theta")
+        raw["rope_scaling"] = None if rope.kind == "default" else fields
+        return
+    for key in ("rope_theta", "rope_scaling"):
+        raw.pop(key, None)
+    raw["rope_parameters"] = fields
+
+
+def set_dtype(raw: dict[str, Any], dtype: str | None) -> None:
+    """Writes the element type, as torch names it, where `raw` and the configs in it state one; None does nothing."""
+    if dtype is None:
+        return
+    for inner in (value for value in raw.values() if isinstance(value, dict)):
+        if Fields(inner, {}).dtype() not in (None, dtype):
+            inner["torch_dtype" if "torch_dtype" in inner else "dtype"] = dtype
+    if Fields(raw, {}).dtype() != dtype:
+        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"config.json: {key} must be a number, not {value!r}")
+    return float(value)

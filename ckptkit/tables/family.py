@@ -1,0 +1,378 @@
+"""A family: its table, resolved for one model, and the recognition of its names."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ckptkit.dtypes import DType
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.sharding.blocks import query_key_value_blocks
+from ckptkit.sharding.rules import Split
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.rows import _BF16, Buffer, Raw, Replica, Row, Slot, qkv
+from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
+from ckptkit.tensors import Literal, Tensor
+
+
+def _number(value: float, dtype: DType) -> Tensor:
+    """A 0-dim tensor, rounded to nearest even as torch rounds a Python number."""
+    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
+    if dtype.name not in formats:
+        raise UnsupportedError(f"no {dtype} form of a number", hint="choose bfloat16, float16 or float32 with --dtype")
+    data = struct.pack(formats[dtype.name], value)
+    if dtype.name == "BF16":
+        bits = int.from_bytes(data, "little")
+        data = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to_bytes(2, "little")
+    return Tensor.from_bytes(data, dtype, ())
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A slot of an item, with everything resolved.
+
+    Attributes:
+        slot: The slot.
+        shape: Its shape in elements.
+        hf: Name under which Hugging Face files may hold it, or None.
+    """
+
+    slot: Slot
+    shape: tuple[int, ...]
+    hf: str | None
+
+    def filled(self, parts: Sequence[Tensor], dtype: DType) -> Tensor:
+        """What a conversion fills it with.
+
+        Args:
+            parts: The tensors of the row that it belongs to.
+            dtype: Element type, where there are none.
+        """
+        if self.slot.repeats is not None:
+            return parts[self.slot.repeats]
+        like = parts[0] if parts else None
+        kind = like.dtype if like is not None else dtype
+        (piece,) = _number(self.slot.value, kind).bands[0].pieces
+        assert isinstance(piece, Literal) and isinstance(piece.data, bytes)
+        constant = Tensor.full(kind, self.shape, piece.data)
+        return constant if like is None or like.cast is None else constant.astype(like.cast)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row for one model, layer and expert, with everything resolved.
+
+    Attributes:
+        row: The row it comes from.
+        key: Canonical Megatron name with the global layer and expert numbers.
+        layer: Global layer number, or None.
+        parts: Hugging Face names -> shapes in elements.
+        config: The layer's sizes.
+        expert: Global expert number, or None.
+        cut: Number of the layer that it stands before, or None unless it stands at the model's adapter.
+        slots: Its parts that the model does not use.
+    """
+
+    row: Row
+    key: str
+    layer: int | None
+    parts: dict[str, tuple[int, ...]]
+    config: LayerConfig
+    expert: int | None = None
+    cut: int | None = None
+    slots: tuple[Unused, ...] = ()
+
+    def name(self, layer: int | None, expert: int | None = None) -> str:
+        """The canonical Megatron name under a rank's own layer and expert numbers."""
+        return self.row.megatron.format(i=layer, e=expert)
+
+    def split(self, spelling: Spelling) -> Split:
+        """How it splits over tensor parallel ranks for a writer."""
+        if not spelling.blocks or self.row.layout is not qkv:
+            return self.row.split
+        layer = self.config
+        return query_key_value_blocks(
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_dim,
+            lambda parts: qkv.pack(parts, layer),
+            lambda fused: qkv.unpack(fused, layer),
+        )
+
+    def pack(
+        self, tensors: Sequence[Tensor], unused: Mapping[str, Tensor] = MappingProxyType({}), dtype: DType = _BF16
+    ) -> Tensor:
+        """Hugging Face tensors -> the Megatron tensor.
+
+        Args:
+            tensors: One for each of `parts`.
+            unused: What the files hold for slots, by Hugging Face name; other slots are filled.
+            dtype: Element type of a tensor that has no parts.
+
+        Raises:
+            InputError: The tensors differ in dtype.
+        """
+        slots = [
+            unused[slot.hf] if slot.hf is not None and slot.hf in unused else slot.filled(tensors, dtype)
+            for slot in self.slots
+        ]
+        try:
+            return self.row.layout.pack([*tensors, *slots], self.config)
+        except ValueError as error:
+            raise InputError(
+                f"{', '.join(self.parts)}: {error}", hint="cast them to one type first: Megatron has them in one tensor"
+            ) from None
+
+    def unpack(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The Megatron tensor -> its Hugging Face tensors."""
+        return dict(zip(self.parts, self._pieces(tensor), strict=False))
+
+    def dropped(self, tensor: Tensor) -> list[tuple[Unused, Tensor, Tensor]]:
+        """The slots of the Megatron tensor: (slot, what is in it, what a conversion fills it with)."""
+        pieces = self._pieces(tensor)
+        parts, slots = pieces[: len(self.parts)], pieces[len(self.parts) :]
+        return [(slot, found, slot.filled(parts, tensor.dtype)) for slot, found in zip(self.slots, slots, strict=True)]
+
+    def completed(self, tensor: Tensor) -> Tensor:
+        """The Megatron tensor of a writer that leaves out the slots, with them."""
+        return self.pack(self._pieces(tensor), dtype=tensor.dtype)
+
+    def _pieces(self, tensor: Tensor) -> list[Tensor]:
+        return self.row.layout.unpack(tensor, self.config)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the Megatron tensor, without vocabulary padding."""
+        return _stacked([*self.parts.values(), *(slot.shape for slot in self.slots)])
+
+    @cached_property
+    def bare_shape(self) -> tuple[int, ...] | None:
+        """Shape of the Megatron tensor without slots that repeat a part, or None where it has none of those."""
+        if not any(slot.slot.repeats is not None for slot in self.slots):
+            return None
+        return _stacked(list(self.parts.values()))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements that the model has in it."""
+        return sum(prod(shape) for shape in self.parts.values())
+
+
+def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+
+Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: Short name.
+        architectures: Hugging Face class names.
+        rows: The table.
+        parse: Raw config.json -> `ModelConfig`.
+        unparse: (`ModelConfig` read from Megatron's `args`, base config.json) -> raw config.json with these values.
+        replicas: Redundant copies that some Hugging Face files hold.
+        extras: Hugging Face tensors without a Megatron slot; they travel in the sidecar. Names with `{i}` for every
+            layer, or with a `*` at the end for everything that starts so.
+        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it: what
+            their names begin with -> what the extras' names begin with.
+        buffers: Extras that can be made anew where nothing brought them along.
+        spellings: Megatron names of different writers; the first is canonical.
+        hf_spellings: Hugging Face names of different writers; the first is what a new model is written in.
+        prefix: What stands before all Megatron names of this family's models, unless only the text part is wanted.
+        marks: Canonical Megatron names (without numbers) that a checkpoint of this family is recognised by.
+        text_only: Multimodal families: raw config.json -> raw config.json of the text model alone. The canonical names
+            of both are the same.
+        sizes_in: Key of config.json under which the sizes of the text model are, or None for the top level.
+        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
+            directory that it names) -> one that describes the model by itself, and what a user should know.
+        legacy_config: Raw config.json -> that of an older layout of the same tensors.
+        code: Files with the model's Python code, which belong into every Hugging Face directory of the family.
+        foreign: Pieces of Megatron names -> the layout that they betray, which no table reads.
+        attention_of: What torch_dist keys add to `self_attention` in a layer, where layers whose attention differs are
+            stacked apart.
+        args: What Megatron's `args` say of this family's models beyond what they say of all.
+        from_args: (`args`, window of each layer) -> config.json of what only this family has.
+        local_only: Whether a model is only ever built from the local layer spec, whatever the names of its norms.
+        plain: Endings of modules that are not Transformer Engine's in any layer spec.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    rows: tuple[Row, ...]
+    parse: Callable[[Raw], ModelConfig]
+    unparse: Callable[[ModelConfig, Raw], dict[str, Any]]
+    replicas: tuple[Replica, ...] = ()
+    extras: tuple[str, ...] = ()
+    towers: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[Buffer, ...] = ()
+    spellings: tuple[Spelling, ...] = (TE, LOCAL)
+    hf_spellings: tuple[HfSpelling, ...] = (HUB,)
+    prefix: str = ""
+    marks: tuple[str, ...] = ()
+    text_only: Callable[[Raw], dict[str, Any]] | None = None
+    sizes_in: str | None = None
+    complete: Complete | None = None
+    legacy_config: Callable[[Raw], dict[str, Any]] | None = None
+    code: tuple[Path, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    attention_of: Callable[[LayerConfig], str] | None = None
+    args: Callable[[ModelConfig], dict[str, Any]] | None = None
+    from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    local_only: Callable[[ModelConfig], bool] = lambda config: False
+    plain: tuple[str, ...] = ()
+
+    def items(self, config: ModelConfig) -> Iterator[Item]:
+        """Every tensor that a model of this config has, in table order, layer by layer, expert by expert."""
+        for row in self.rows:
+            if "{i}" not in row.megatron and row.when(config, config.layers[0]):
+                yield _resolve(row, config, None, None)
+        for index, layer in enumerate(config.layers):
+            for row in self.rows:
+                if "{i}" in row.megatron and row.when(config, layer):
+                    for expert in range(config.num_experts) if "{e}" in row.megatron else (None,):
+                        yield _resolve(row, config, index, expert)
+
+    def is_extra(self, name: str, config: ModelConfig) -> bool:
+        """Whether a Hugging Face tensor has no Megatron slot but belongs to the model all the same."""
+        patterns = [*self.extras, *(buffer.hf for buffer in self.buffers if buffer.when(config))]
+        return any(_matches(pattern, name, config.num_layers) for pattern in patterns)
+
+    def missing_buffers(self, present: Collection[str], config: ModelConfig, dtype: DType) -> dict[str, Tensor]:
+        """The buffers that a model has and `present` does not, with the values of the class.
+
+        Args:
+            present: Hugging Face names at hand.
+            config: The model.
+            dtype: Element type to make them in, that of the weights.
+
+        Raises:
+            UnsupportedError: `dtype` is no floating-point type that torch rounds numbers to.
+        """
+        names = {
+            buffer.hf.format(i=index): buffer.value
+            for buffer in self.buffers
+            if buffer.when(config)
+            for index in range(config.num_layers)
+        }
+        return {name: _number(value, dtype) for name, value in names.items() if name not in present}
+
+    def unfuse(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], str]:
+        """Hugging Face tensors as some writer names them -> canonical names, and the name of the writer's spelling.
+
+        Raises:
+            InputError: Stacked experts are missing or have another shape than the config says.
+        """
+        spelling = self.hf_spelling(tensors, config)
+        if spelling.canonical_as_is:
+            return dict(tensors), spelling.name
+        shapes = {name: shape for item in self.items(config) for name, shape in item.parts.items()}
+        return spelling.split(tensors, shapes, config), spelling.name
+
+    def fuse(self, tensors: Mapping[str, Tensor], config: ModelConfig, spelling: str) -> dict[str, Tensor]:
+        """Hugging Face tensors under canonical names -> the names of a spelling.
+
+        Raises:
+            UsageError: The family has no such spelling.
+            InputError: Experts that should be one tensor differ in dtype.
+        """
+        found = next((found for found in self.hf_spellings if found.name == spelling), None)
+        if found is None:
+            raise UsageError(f"{self.name} has no spelling {spelling!r}", hint=_names(self.hf_spellings))
+        return dict(tensors) if found.canonical_as_is else found.join(tensors, config)
+
+    def hf_spelling(self, names: Collection[str], config: ModelConfig) -> HfSpelling:
+        """The spelling of Hugging Face names: the one that has most of them in common."""
+        if len(self.hf_spellings) == 1:
+            return self.hf_spellings[0]
+        canonical = [name for item in self.items(config) for name in item.parts]
+        present = set(names)
+        return max(self.hf_spellings, key=lambda spelling: len(spelling.names(canonical, config) & present))
+
+    def spelling(self, name: str, experts: str | None = None, *, text: bool = False) -> Spelling:
+        """The Megatron spelling called `name`.
+
+        Args:
+            name: `te`, `local`, or another that the family has.
+            experts: `grouped` or `sequential`; None for what goes with the spelling.
+            text: Without the prefix of a multimodal family, as a text model alone is named.
+
+        Raises:
+            UsageError: The family has no such spelling.
+        """
+        found = next((found for found in self.spellings if found.name == name), None)
+        if found is None or experts not in (None, GROUPED, SEQUENTIAL):
+            wrong = f"spelling {name!r}" if found is None else f"naming of experts {experts!r}"
+            hint = _names(self.spellings) if found is None else f"{GROUPED} or {SEQUENTIAL}"
+            raise UsageError(f"{self.name} has no {wrong}", hint=hint)
+        return replace(found, experts=experts or found.experts, prefix="" if text else found.prefix or self.prefix)
+
+    def spelling_of(self, names: Iterable[str], config: ModelConfig | None = None) -> Spelling:
+        """The spelling that Megatron names are written in: the one that knows most of them.
+
+        Args:
+            names: The names.
+            config: The model, if it is known; then those of its own tensors that a spelling has beyond `names` count
+                against it, too.
+        """
+        written = {template(name) for name in names}
+        if config is None:
+            return min(self._variants(), key=lambda spelling: len(written - self._templates(spelling, self.rows)))
+        rows = [row for row in self.rows if any(row.when(config, layer) for layer in config.layers)]
+        return min(self._variants(), key=lambda spelling: len(written ^ self._templates(spelling, rows)))
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Whether all of these Megatron names are in the table, and the marks of the family among them."""
+        written = {template(name) for name in names}
+        spelling = self.spelling_of(written)
+        marks = {spelling.written(mark) for mark in self.marks}
+        return marks <= written <= self._templates(spelling, self.rows)
+
+    def _variants(self) -> Iterator[Spelling]:
+        """Every way to write the Megatron names, the usual ones first."""
+        for other in (False, True):
+            for base in self.spellings:
+                usual = base.experts
+                experts = usual if not other else SEQUENTIAL if usual == GROUPED else GROUPED
+                for prefix in dict.fromkeys((base.prefix or self.prefix, "")):
+                    yield replace(base, experts=experts, prefix=prefix)
+
+    def _templates(self, spelling: Spelling, rows: Iterable[Row]) -> set[str]:
+        """The names of rows without numbers, as a spelling writes them."""
+        return {template(spelling.written(row.megatron.format(i=0, e=0))) for row in rows}
+
+
+def _names(spellings: Iterable[Spelling | HfSpelling]) -> str:
+    return f"one of {', '.join(spelling.name for spelling in spellings)}"
+
+
+def _matches(pattern: str, name: str, num_layers: int) -> bool:
+    if pattern.endswith("*"):
+        return name.startswith(pattern[:-1])
+    head, _, tail = pattern.partition("{i}")
+    match = re.fullmatch(f"{re.escape(head)}(0|[1-9][0-9]*){re.escape(tail)}", name)
+    return match is not None and int(match[1]) < num_layers
+
+
+def _resolve(row: Row, config: ModelConfig, index: int | None, expert: int | None) -> Item:
+    layer = config.layers[index or 0]
+    shapes = {name: tuple(dim.of(config, layer) for dim in shape) for name, shape in row.hf.items()}
+    number = None if index is None else config.number_in_group(index)
+    parts = {name.format(i=index, j=number, e=expert): shape for name, shape in shapes.items()}
+    cut = config.adapter.after if row.at_cut and config.adapter is not None else None
+    slots = tuple(
+        Unused(slot, tuple(dim.of(config, layer) for dim in slot.shape), slot.hf and slot.hf.format(i=index, j=number))
+        for slot in row.slots
+    )
+    return Item(row, row.megatron.format(i=index, e=expert), index, parts, layer, expert, cut, slots)

@@ -1,0 +1,242 @@
+"""Other names for the same tensors: what differs between the writers of one model, as data.
+
+The tables use one canonical name for each tensor on either side. A `Spelling` turns canonical Megatron names into those
+of another writer, an `HfSpelling` does the same for Hugging Face names, where experts may also be stacked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptkit.errors import InputError
+from ckptkit.tables.hybrid_names import hybrid_name
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tensors import Tensor, vstack
+
+GROUPED, SEQUENTIAL = "grouped", "sequential"
+_GROUPED_NAME = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
+_SEQUENTIAL_NAME = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_NUMBER = re.compile(r"\.\d+(?=\.)|(?<=\.weight)\d+$")
+
+
+def template(name: str) -> str:
+    """A Megatron tensor name without layer and expert numbers."""
+    return _NUMBER.sub("", name)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Another way to write the canonical Megatron names.
+
+    Attributes:
+        name: `te` (canonical: what the Transformer Engine layer spec writes), `local`, or a writer's name.
+        endings: (canonical ending, written ending) pairs.
+        experts: `grouped` (canonical: `experts.linear_fc1.weight3`, as `TEGroupedMLP` writes) or `sequential`
+            (`experts.local_experts.3.linear_fc1.weight`, as `SequentialMLP` does).
+        prefix: What stands before every name, e.g. `language_model.` inside a multimodal model.
+        tied_head: Whether a tied head is stored even where the embedding is.
+        hybrid: Whether names are written as HybridModel has them; they are read through `checkpoints/hybrid_model.py`.
+        starts: (canonical start, written start) pairs.
+        blocks: Whether a rank's fused queries, keys and values lie one behind the other, and not by query group.
+        padded: Whether the vocabulary is padded before it is split.
+        extra_states: Whether its modules have an `_extra_state` where they are Transformer Engine's.
+    """
+
+    name: str
+    endings: tuple[tuple[str, str], ...] = ()
+    experts: str = GROUPED
+    prefix: str = ""
+    tied_head: bool = False
+    hybrid: bool = False
+    starts: tuple[tuple[str, str], ...] = ()
+    blocks: bool = False
+    padded: bool = True
+    extra_states: bool = True
+
+    def written(self, name: str) -> str:
+        """The name as this writer spells it."""
+        name = _swap_start(_swap(name, self.endings), self.starts)
+        if self.experts == SEQUENTIAL:
+            name = _GROUPED_NAME.sub(r".experts.local_experts.\2.\1.weight", name)
+        return self.prefix + (hybrid_name(name) if self.hybrid else name)
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of what this writer wrote.
+
+        One written name has two canonical ones: `local` calls the norm before a dense MLP what every writer calls the
+        one before experts. Such a name is taken to belong to a dense layer; reading by the table needs no guess.
+        """
+        name = name.removeprefix(self.prefix)
+        name = _SEQUENTIAL_NAME.sub(r".experts.\2.weight\1", name)
+        name = _swap_start(name, tuple((written, canonical) for canonical, written in self.starts))
+        return _swap(name, tuple((written, canonical) for canonical, written in self.endings))
+
+
+TE = Spelling("te")
+LOCAL = Spelling(
+    "local",
+    (
+        (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
+        (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
+    ),
+    experts=SEQUENTIAL,
+    extra_states=False,
+)
+VERL = Spelling(
+    "verl",
+    endings=(
+        (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
+        (".self_attention.linear_qkv.weight", ".self_attn.qkv_proj.weight"),
+        (".self_attention.linear_qkv.bias", ".self_attn.qkv_proj.bias"),
+        (".self_attention.linear_proj.weight", ".self_attn.o_proj.weight"),
+        (".self_attention.linear_proj.bias", ".self_attn.o_proj.bias"),
+        (".mlp.linear_fc1.layer_norm_weight", ".post_attention_layernorm.weight"),
+        (".mlp.linear_fc1.weight", ".mlp.gate_up_proj.weight"),
+        (".mlp.linear_fc1.bias", ".mlp.gate_up_proj.bias"),
+        (".mlp.linear_fc2.weight", ".mlp.down_proj.weight"),
+        (".mlp.linear_fc2.bias", ".mlp.down_proj.bias"),
+    ),
+    starts=(
+        ("decoder.layers.", "model.layers."),
+        ("embedding.word_embeddings.", "model.embed_tokens."),
+        ("decoder.final_layernorm.", "model.norm."),
+        ("output_layer.", "lm_head."),
+    ),
+    blocks=True,
+    padded=False,
+    extra_states=False,
+)
+"""The models of verl's own that are parallel but not Megatron-Core's.
+
+Source: `verl/models/llama/megatron` and `verl/models/qwen2/megatron`, up to verl 0.5.
+"""
+
+
+def _swap(name: str, endings: Sequence[tuple[str, str]]) -> str:
+    for old, new in endings:
+        if name.endswith(old):
+            return name[: -len(old)] + new
+    return name
+
+
+def _swap_start(name: str, starts: Sequence[tuple[str, str]]) -> str:
+    for old, new in starts:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One Hugging Face tensor `[experts, rows, columns]` in place of the tensors of all experts of a layer.
+
+    Attributes:
+        fused: Its name, with `{i}`.
+        parts: Canonical names, with `{i}` and `{e}`, of what lies on top of each other in an expert's rows.
+    """
+
+    fused: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HfSpelling:
+    """Another way to write the canonical Hugging Face names.
+
+    Attributes:
+        name: For the `spelling` of `Family.fuse`.
+        renames: (canonical, written) pieces of names; with a leading dot anywhere in a name, else at its start.
+        stacks: What is stored as one tensor for all experts.
+    """
+
+    name: str
+    renames: tuple[tuple[str, str], ...] = ()
+    stacks: tuple[Stack, ...] = ()
+
+    @property
+    def canonical_as_is(self) -> bool:
+        """Whether its names are the canonical ones."""
+        return not (self.renames or self.stacks)
+
+    def written(self, name: str) -> str:
+        """The name of a tensor that is not stacked, as this writer spells it."""
+        return _replace(name, self.renames)
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a tensor that is not stacked."""
+        return _replace(name, tuple((written, canonical) for canonical, written in self.renames))
+
+    def names(self, canonical: Sequence[str], config: ModelConfig) -> set[str]:
+        """What a model with these canonical names has in this spelling."""
+        stacked = self._stacked(config)
+        gone = {part for parts in stacked.values() for expert in parts for part in expert}
+        return stacked.keys() | {self.written(name) for name in canonical if name not in gone}
+
+    def split(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
+    ) -> dict[str, Tensor]:
+        """Tensors under this spelling -> canonical names, one for each expert.
+
+        Args:
+            tensors: Everything in the files.
+            shapes: Canonical name -> shape that the config asks for.
+            config: The model.
+
+        Raises:
+            InputError: A stack is missing, or has another shape than the config says.
+        """
+        stacked = self._stacked(config)
+        if missing := sorted(stacked.keys() - tensors.keys()):
+            raise InputError(f"{len(missing)} missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+        result = {self.canonical(name): tensor for name, tensor in tensors.items() if name not in stacked}
+        for name, experts in stacked.items():
+            heights = [shapes[part][0] for part in experts[0]]
+            shape = (len(experts), sum(heights), *shapes[experts[0][0]][1:])
+            if tensors[name].shape != shape:
+                raise InputError(f"{name} is {list(tensors[name].shape)}, the config says {list(shape)}")
+            for number, parts in enumerate(experts):
+                expert, top = tensors[name].rows(number, number + 1).reshape(shape[1:]), 0
+                for part, height in zip(parts, heights, strict=True):
+                    result[part] = expert.rows(top, top + height)
+                    top += height
+        return result
+
+    def join(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        """Canonical names -> this spelling.
+
+        Raises:
+            InputError: The experts of a layer have different dtypes, so that no single tensor can hold them.
+        """
+        stacked = self._stacked(config)
+        gone = {part for parts in stacked.values() for expert in parts for part in expert}
+        result = {self.written(name): tensor for name, tensor in tensors.items() if name not in gone}
+        for name, experts in stacked.items():
+            try:
+                rows = vstack([tensors[part] for parts in experts for part in parts])
+            except ValueError as error:
+                raise InputError(f"{name}: {error}", hint="--dtype casts all of them to one type") from None
+            result[name] = rows.reshape((len(experts), rows.shape[0] // len(experts), *rows.shape[1:]))
+        return result
+
+    def _stacked(self, config: ModelConfig) -> dict[str, list[list[str]]]:
+        """Fused name -> for each expert the canonical names of its parts."""
+        layers = [number for number, layer in enumerate(config.layers) if layer.moe]
+        return {
+            stack.fused.format(i=i): [
+                [part.format(i=i, e=e) for part in stack.parts] for e in range(config.num_experts)
+            ]
+            for stack in self.stacks
+            for i in layers
+        }
+
+
+HUB = HfSpelling("hub")
+
+
+def _replace(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if name.startswith(old) or (old.startswith(".") and old in name):
+            return name.replace(old, new, 1)
+    return name

@@ -1,0 +1,300 @@
+"""One rank: `python -m ckptkit.verification.ranks.worker`.
+
+It imports megatron-core once, then takes jobs from standard input.
+
+A job is a line of JSON with a rank and a meeting point; the answer is a line of JSON on standard output. Whatever
+libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
+from ckptkit.verification.ranks.jobs import LogitsJob, decode_error, encode_error, find
+from ckptkit.verification.reports.report import installed_versions
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from ckptkit.megatron.pipeline import Pipeline
+
+
+def execute(
+    job: LogitsJob, rank: int, store: dist.Store, failed: Callable[[Exception], None] = lambda error: None
+) -> dict[str, Any]:
+    """Do one rank's part of a job.
+
+    Args:
+        job: The job, the same on all its ranks.
+        rank: Global rank, below `job.world_size`.
+        store: A fresh store on which the ranks meet.
+        failed: Told of an error before the group is left, which may wait for ranks that never come.
+
+    Returns:
+        The fields of `runs.Run` that a rank knows, as JSON types.
+
+    Raises:
+        CkptkitError: The checkpoint cannot be loaded, the same error on every rank.
+    """
+    import torch
+
+    from ckptkit.megatron import parallel
+
+    device = parallel.device_of(job.device, rank)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        parallel.initialize(
+            job.grid, rank, store=store, device=device, timeout_seconds=job.timeout, replicas=job.replicas
+        )
+        return _run(job, rank, device)
+    except Exception as error:
+        failed(error)
+        raise
+    finally:
+        parallel.finalize()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
+    from ckptkit.megatron.replicas import check_alike, check_same_weights, replica_group, replicate
+    from ckptkit.verification.probes import megatron_head
+
+    start = time.monotonic()
+    pipeline = _together(job, rank, device)
+    group = replica_group(job.grid, job.replicas, rank) if job.replicas > 1 else None
+    if group is not None:
+        check_same_weights(pipeline.chunks, group)
+        pipeline = replace(pipeline, replicated=replicate(job.replication, pipeline.chunks, group, device))
+    loaded = time.monotonic()
+    runner = _Runner(job, pipeline)
+    rows, groups = runner.run()
+    if group is not None:
+        for logits in groups.values():
+            check_alike(logits, group, device)
+    runner.save(rank, groups)
+    feeds = {place: site.feeds for place, site in runner.recorder.sites.items()}
+    return {
+        "rows": rows,
+        "feeds": feeds | _head(megatron_head(pipeline.chunks)),
+        "modules": _modules(pipeline.chunks),
+        "seen": [runner.witness.seen],
+        "versions": installed_versions(),
+        "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},
+    }
+
+
+class _Runner:
+    """A loaded model and what to keep of a run."""
+
+    def __init__(self, job: LogitsJob, pipeline: Pipeline) -> None:
+        from ckptkit.megatron.moe import routers
+        from ckptkit.verification.probes import Recorder, megatron_sites
+        from ckptkit.verification.ranks.what_ran import Witness
+        from ckptkit.verification.routing import Record, read_experts
+
+        self.witness = Witness(pipeline)
+        self.job, self.pipeline = job, pipeline
+        self.recorder = Recorder(megatron_sites(pipeline.chunks) if job.probes else {}, job.whole_layers)
+        self.record, self.experts = Record(), read_experts(job.replay)
+        self.routers = routers(pipeline.chunks)
+
+    def run(self) -> tuple[list[list[int]], dict[int, torch.Tensor]]:
+        """The rows with their greedy continuation, and the logits by length on the ranks of the last stage."""
+        from ckptkit.verification.packing import run_packed
+        from ckptkit.verification.runs import run_by_length
+
+        job, pipeline = self.job, self.pipeline
+        with self.witness.watching():
+            rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), self._forward)
+            if not job.packed:
+                return rows, groups
+            replay = self.experts if all(map(self._fits, self.experts.values())) else {}
+            return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Logits of rows of one length."""
+        from ckptkit.megatron.moe import record_routing
+
+        experts, length = self.experts.get(tokens.size(1)), tokens.size(1)
+        self.witness.expect(length)
+        with self.recorder.over(length), record_routing(self.pipeline.chunks, length) as routing:
+            logits = self.pipeline.forward(tokens, replay=experts if self._fits(experts) else None)
+        self.record.add(routing.logits, routing.experts, routing.own)
+        return logits
+
+    def _fits(self, experts: Mapping[int, torch.Tensor] | None) -> bool:
+        """Whether the other side's choice can be replayed.
+
+        A router that chooses another number of experts, or is none of the other side's, goes by its own choice.
+        """
+        return experts is not None and all(
+            layer in experts and experts[layer].size(-1) == router.topk for layer, router in self.routers.items()
+        )
+
+    def save(self, rank: int, groups: Mapping[int, torch.Tensor]) -> None:
+        """Write what this rank has; of replicas, which are all the same, the first one does."""
+        from ckptkit.megatron.replicas import seat
+        from ckptkit.verification.runs import save_logits, save_probes
+
+        job, sits = self.job, seat(self.job.grid, self.job.replicas, rank)
+        if sits.replica:
+            return
+        if sits.number == job.grid.world_size - job.grid.stage_size:  # the first rank of the last stage
+            save_logits(job.output, groups)
+        if job.probes:
+            save_probes(Path(job.probes), self.recorder.states, rank)
+        if job.routing:
+            self.record.save(Path(job.routing), rank)
+
+
+def _together(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
+    """The loaded model; if any rank cannot load its part, all ranks raise that rank's error."""
+    from ckptkit.megatron import parallel
+
+    pipeline, problem = None, None
+    try:
+        pipeline = _load(job, rank, device)
+    except Exception as error:
+        traceback.print_exc()
+        problem = json.dumps(encode_error(error))
+    problems = parallel.agree(problem)
+    if problems or pipeline is None:
+        raise decode_error(json.loads(problems[0][1]))
+    return pipeline
+
+
+def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
+    import torch
+
+    from ckptkit.megatron.model import build_chunks, load_strict
+    from ckptkit.megatron.pipeline import Pipeline
+    from ckptkit.megatron.replicas import seat
+
+    checkpoint = find(job.opener)(job.checkpoint)
+    here = seat(job.grid, job.replicas, rank).place
+    shards = [
+        checkpoint.shard(
+            grid=job.grid,
+            pp_rank=here.pp,
+            tp_rank=here.tp,
+            ep_rank=here.ep,
+            vp_stage=vp_stage,
+            spec="local",
+            layout="text",
+        )
+        for vp_stage in range(job.grid.vpp)
+    ]
+    value_head = checkpoint.config.value_head
+    chunks = build_chunks(
+        checkpoint.config,
+        job.grid,
+        _padded_vocab_size(
+            shards, job.grid.tp, checkpoint.padded_vocab_size, [EMBEDDING] if value_head else [EMBEDDING, HEAD]
+        ),
+        dtype=getattr(torch, job.dtype),
+        device=device,
+        sequence_parallel=job.sequence_parallel,
+    )
+    for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
+        place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"
+        where = f"{job.checkpoint} ({place})"
+        load_strict(chunk, shard, where=where)
+        shard.clear()
+    return Pipeline(chunks, job.grid, device, 1 if value_head else checkpoint.config.vocab_size)
+
+
+def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: int, names: list[str]) -> int:
+    """Rows of the whole of `names`, from the shard's own rows; as stated on ranks that hold no part of them."""
+    for shard in shards:
+        for name in names:
+            if name in shard:
+                return int(shard[name].shape[0]) * tp
+    return stated
+
+
+def _head(names: list[str]) -> dict[str, list[str]]:
+    return {"head": names} if names else {}
+
+
+def _modules(chunks: list[Any]) -> dict[str, int]:
+    """Classes of megatron-core and of ckptkit among the modules -> how many."""
+    counts: dict[str, int] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            if name.startswith(("megatron.", "ckptkit.")):
+                counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
+    """Does what a line of standard input asks for, and replies once."""
+    import torch.distributed as dist
+
+    message, told = json.loads(line), False
+
+    def failed(error: Exception) -> None:
+        nonlocal told
+        if not told:
+            traceback.print_exception(error)
+            reply({"error": encode_error(error)})
+        told = True
+
+    try:
+        job = LogitsJob.from_json(message["job"])
+        store = dist.FileStore(message["meeting_point"], job.world_size)
+        result = execute(job, message["rank"], store, failed)
+    except Exception as error:
+        failed(error)
+    else:
+        reply({"result": result})
+
+
+def _lines(source: TextIO) -> Iterator[str]:
+    """Lines of `source`. The process ends with its parent, even while it waits for ranks that are gone."""
+    queue: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in source:
+            queue.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield queue.get()
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def reply(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=replies, flush=True)
+
+    start = time.monotonic()
+    from ckptkit.megatron import compat
+
+    compat.import_megatron()
+    reply({"ready": time.monotonic() - start})
+    for line in _lines(sys.stdin):
+        _serve(line, reply)
+
+
+if __name__ == "__main__":
+    main()

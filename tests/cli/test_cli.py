@@ -1,0 +1,507 @@
+"""The command line: options reach what they control, every end has its exit code, and stdout stays clean."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+import pytest
+from typer.testing import CliRunner
+
+import ckptkit
+from ckptkit import verification
+from ckptkit.cli import app as cli
+from ckptkit.conversion import convert as conversion
+from ckptkit.errors import (
+    CkptkitError,
+    InputError,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
+from ckptkit.inspection import summary
+from ckptkit.sharding.grid import Parallelism, StatedGrid
+
+RESULT: dict[str, Any] = {
+    "source": {
+        "path": "a",
+        "format": "hf",
+        "family": "llama",
+        "architecture": "LlamaForCausalLM",
+        "grid": "TP1 x PP1",
+    },
+    "target": {"path": "b", "format": "torch", "grid": "TP3 x PP2"},
+    "files": [
+        {"path": "release/mp_rank_00_000/model_optim_rng.pt", "bytes": 45_300_000, "tensors": 91},
+        {"path": "latest_checkpointed_iteration.txt", "bytes": 7, "tensors": 0},
+    ],
+    "bytes_total": 45_300_007,
+    "bytes_through": 40_000_000,
+    "bytes_rearranged": 5_300_007,
+    "memory_needed": 256 * 2**20,
+    "disk_needed": 45_300_007,
+    "disk_free": 10**9,
+    "coverage": {"used": 272},
+    "lossy": ["3 tensors are rounded (F32 -> BF16)"],
+    "dropped": [],
+    "notes": ["not in Megatron's arguments: [rope] factor"],
+    "dry_run": True,
+    "seconds": 0.5,
+    "hashes": {},
+}
+INSPECTION: dict[str, Any] = {
+    "path": "a",
+    "format": "hf",
+    "family": "llama",
+    "architecture": "LlamaForCausalLM",
+    "grid": "TP1 x PP1",
+    "parameters": 134_515_008,
+    "bytes": 269_030_016,
+    "dtypes": {"BF16": 269_030_016},
+    "roles": [{"role": "embedding", "tensors": 1, "parameters": 28_311_552, "bytes": 56_623_104}],
+    "optimizer": {"tensors": 2, "nbytes": 512},
+    "notes": [],
+}
+
+
+@dataclass
+class Callee:
+    """Stands in for a function: records its arguments, then returns or raises what it was told to."""
+
+    result: Any
+    error: BaseException | None = None
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.arguments, self.options = arguments, options
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    callee = Callee(SimpleNamespace(to_dict=lambda: RESULT))
+    monkeypatch.setattr(conversion, "convert", callee)
+    return callee
+
+
+@pytest.fixture
+def verify(monkeypatch):
+    from ckptkit.verification.reports import report
+
+    callee = Callee(SimpleNamespace(passed=True, to_dict=lambda: {"verdict": "same"}))
+    monkeypatch.setattr(verification, "verify", callee, raising=False)
+    monkeypatch.setattr(report, "render", lambda report: "the verdict")
+    return callee
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, arguments, prog_name="ckptkit", catch_exceptions=False)
+
+
+def test_defaults_of_convert(convert):
+    assert run("convert", "a", "b", "--to", "hf").exit_code == 0
+    assert convert.arguments == ("a", "b")
+    assert convert.options == {
+        "to": "hf",
+        "grid": Parallelism(),
+        "spec": "te",
+        "dtype": None,
+        "shard_size": None,
+        "make_vocab_size_divisible_by": None,
+        "hf_reference": None,
+        "iteration": None,
+        "stored_grid": StatedGrid(),
+        "vocab_size": None,
+        "strict_config": False,
+        "experts": None,
+        "layout": "full",
+        "head": None,
+        "head_init": None,
+        "megatron_model": "gpt",
+        "dry_run": False,
+        "overwrite": False,
+        "resume": False,
+        "threads": None,
+        "hash": False,
+        "progress": None,
+    }
+
+
+def test_every_option_of_convert_arrives(convert):
+    line = (
+        "convert a b --to torch --tp 4 --pp 3 --vpp 2 --ep 2 --etp 2 --spec local --dtype bfloat16"
+        " --experts sequential --layout text --shard-size 5GB --hash"
+        " --make-vocab-size-divisible-by 64 --hf-reference ref --strict-config"
+        " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
+        " --src-first-stage-layers 5 --src-last-stage-layers 3"
+        " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
+    )
+    assert run(*line.split()).exit_code == 0
+    assert convert.options == {
+        "to": "torch",
+        "grid": Parallelism(4, 3, 2, ep=2, etp=2),
+        "spec": "local",
+        "dtype": "bfloat16",
+        "shard_size": 5_000_000_000,
+        "make_vocab_size_divisible_by": 64,
+        "hf_reference": "ref",
+        "iteration": 7,
+        "stored_grid": StatedGrid(2, 4, 2, 8, 1, 5, 3),
+        "vocab_size": 250,
+        "strict_config": True,
+        "experts": "sequential",
+        "layout": "text",
+        "head": "value",
+        "head_init": "normal",
+        "megatron_model": "hybrid",
+        "dry_run": True,
+        "overwrite": True,
+        "resume": True,
+        "threads": 3,
+        "hash": True,
+        "progress": None,
+    }
+
+
+def test_text_only_is_the_layout_text(convert):
+    assert run("convert", "a", "b", "--to", "hf", "--text-only").exit_code == 0
+    assert convert.options["layout"] == "text"
+    assert run("convert", "a", "b", "--to", "hf", "--text-only", "--layout", "legacy").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
+        ("--num-layers-in-first-pipeline-stage", "--num-layers-in-last-pipeline-stage"),
+    ],
+)
+def test_megatron_names_of_the_grid(convert, first, last):
+    line = (
+        "convert a b --to torch --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4"
+        f" --virtual-pipeline-model-parallel-size 2 {first} 5 {last} 3"
+        " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+    )
+    assert run(*line.split()).exit_code == 0
+    assert convert.options["grid"] == Parallelism(2, 4, 2, 5, 3, True, True)
+
+
+def test_the_plan_as_people_read_it(convert):
+    result = run("convert", "a", "b", "--to", "torch", "--dry-run")
+    for text in (
+        "LlamaForCausalLM (llama): hf -> torch TP3 x PP2",
+        "release/mp_rank_00_000/model_optim_rng.pt",
+        "45.3 MB",
+        "40.0 MB (88%)",
+        "5.30 MB (12%)",
+        "268 MB",
+        "1.00 GB free",
+        "272 used",
+        "lossy: 3 tensors are rounded (F32 -> BF16)",
+        "note: not in Megatron's arguments: [rope] factor",
+        "Nothing was written",
+    ):
+        assert text in result.stdout
+    assert "short" not in result.stdout
+    assert result.stderr == ""
+    assert "\x1b" not in result.output
+
+
+def test_a_full_disk_shows(convert):
+    convert.result = SimpleNamespace(to_dict=lambda: {**RESULT, "disk_free": 5_300_007})
+    assert "40.0 MB short" in run("convert", "a", "b", "--to", "torch", "--dry-run").stdout
+
+
+def test_a_finished_conversion_and_its_hashes(convert):
+    hashes = {"latest_checkpointed_iteration.txt": "ab" * 32}
+    convert.result = SimpleNamespace(to_dict=lambda: {**RESULT, "dry_run": False, "hashes": hashes})
+    text = run("convert", "a", "b", "--to", "torch", "--hash").stdout
+    assert "Wrote 45.3 MB in 0.50 s (90.6 MB/s)" in text
+    assert "ab" * 32 in text
+
+
+def test_convert_as_json(convert):
+    result = run("convert", "a", "b", "--to", "torch", "--json")
+    assert json.loads(result.stdout) == RESULT
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (UsageError, 2, "usage"),
+        (InputError, 3, "input"),
+        (UnsupportedError, 4, "unsupported"),
+        (StorageError, 5, "storage"),
+        (VerificationError, 6, "verification"),
+    ],
+)
+def test_an_error_is_one_line_and_a_code(convert, error: type[CkptkitError], code, kind):
+    convert.error = error("is broken\nbadly", where="model.safetensors", hint="mend it")
+    result = run("convert", "a", "b", "--to", "hf")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr == "error: model.safetensors: is broken badly; mend it\n"
+    result = run("convert", "a", "b", "--to", "hf", "--json")
+    assert result.exit_code == code
+    told = json.loads(result.stdout)["error"]
+    assert (told["kind"], told["exit_code"], told["where"], told["hint"]) == (
+        kind,
+        code,
+        "model.safetensors",
+        "mend it",
+    )
+
+
+def test_an_operating_system_error_is_not_a_bug(convert):
+    convert.error = PermissionError(13, "Permission denied", "a/config.json")
+    result = run("convert", "a", "b", "--to", "hf")
+    assert (result.exit_code, result.stderr) == (5, "error: a/config.json: Permission denied\n")
+
+
+def test_a_bug_is_named_and_can_be_traced(convert, monkeypatch):
+    convert.error = KeyError("weight")
+    result = run("convert", "a", "b", "--to", "hf")
+    assert result.exit_code == 70
+    assert result.stderr == "error: internal error: KeyError: 'weight'; set CKPTKIT_TRACEBACK=1 to see where\n"
+    monkeypatch.setenv("CKPTKIT_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in run("convert", "a", "b", "--to", "hf").stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--to nonsense",
+        "--to hf --tp x",
+        "--to hf --threads 0",
+        "--to hf --shard-size huge",
+        "--to torch --tp 0",
+        "--to torch --vpp 2",
+        "--to hf --no-such-option",
+    ],
+)
+def test_bad_usage(convert, line):
+    result = run("convert", "a", "b", *line.split(), "--json")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert json.loads(result.stdout)["error"]["kind"] == "usage"
+    assert convert.arguments == ()
+
+
+def test_an_unknown_command():
+    result = run("konvert")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "konvert" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "kind"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_names_the_command_that_resumes(monkeypatch, signum, code, kind):
+    def convert(*arguments, **options):
+        os.kill(os.getpid(), signum)
+        time.sleep(10)
+        raise AssertionError("the signal did not arrive")
+
+    monkeypatch.setattr(conversion, "convert", convert)
+    before = signal.getsignal(signum)
+    result = run("convert", "a b", "c", "--to", "hf", "--json")
+    assert result.exit_code == code
+    assert result.stderr.endswith("go on with: ckptkit convert 'a b' c --to hf --json --resume\n")
+    assert json.loads(result.stdout)["error"]["kind"] == kind
+    assert signal.getsignal(signum) is before
+    assert "--resume" not in run("convert", "a", "b", "--to", "hf", "--dry-run").stderr
+    assert run("convert", "a", "b", "--to", "hf", "--resume").stderr.count("--resume") == 1
+
+
+def test_inspect(monkeypatch):
+    monkeypatch.setattr(summary, "inspect", Callee(SimpleNamespace(to_dict=lambda: INSPECTION)))
+    text = run("inspect", "a").stdout
+    for part in ("LlamaForCausalLM (llama), hf, TP1 x PP1", "134,515,008 (135 M)", "28.3 M", "56.6 MB", "BF16 269 MB"):
+        assert part in text
+    assert json.loads(run("inspect", "a", "--json").stdout) == INSPECTION
+
+
+def test_families():
+    expected = [json.loads(json.dumps(asdict(item))) for item in ckptkit.supported_architectures()]
+    assert "LlamaForCausalLM" in {item["architecture"] for item in expected}
+    assert json.loads(run("families", "--json").stdout) == expected
+    assert "LlamaForCausalLM" in run("families").stdout
+
+
+def test_verify_passes_and_differs(verify):
+    result = run("verify", "a", "b")
+    assert (result.exit_code, result.stdout) == (0, "the verdict\n")
+    assert verify.arguments == ("a", "b")
+    assert verify.options == {
+        "level": "logits",
+        "device": "cpu",
+        "dtype": "float32",
+        "prompts": None,
+        "tokens": None,
+        "tolerance": None,
+        "replay": True,
+        "packed": False,
+        "sequence_parallel": False,
+        "dp": 1,
+        "dp_kind": "ddp",
+        "save_logits": None,
+        "timeout": 3600.0,
+        "progress": None,
+    }
+    verify.result = SimpleNamespace(passed=False, to_dict=lambda: {"verdict": "differs"})
+    result = run("verify", "a", "b", "--json", "-")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"verdict": "differs"}
+
+
+def test_every_option_of_verify_arrives(verify, tmp_path):
+    report = tmp_path / "report.json"
+    line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
+    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60"
+    result = run(*line.split(), *how.split(), "--prompt", "one", "--prompt", "two")
+    assert (result.exit_code, result.stdout) == (0, "the verdict\n")
+    assert verify.options == {
+        "level": "weights",
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "prompts": ["one", "two"],
+        "tokens": None,
+        "tolerance": 1e-4,
+        "replay": True,
+        "packed": True,
+        "sequence_parallel": True,
+        "dp": 2,
+        "dp_kind": "fsdp2",
+        "save_logits": "l",
+        "timeout": 60.0,
+        "progress": None,
+    }
+    assert json.loads(report.read_text()) == {"verdict": "same"}
+
+
+def test_token_ids_from_a_file(verify, tmp_path):
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text("[[1, 2], [3]]")
+    assert run("verify", "a", "b", "--tokens", str(tokens)).exit_code == 0
+    assert verify.options["tokens"] == [[1, 2], [3]]
+    tokens.write_text("no json")
+    verify.arguments = ()
+    result = run("verify", "a", "b", "--tokens", str(tokens))
+    assert result.exit_code == 2
+    assert str(tokens) in result.stderr
+    assert verify.arguments == ()
+
+
+def test_prompt_and_tokens_exclude_each_other(verify, tmp_path):
+    assert run("verify", "a", "b", "--prompt", "x", "--tokens", str(tmp_path / "t")).exit_code == 2
+    assert verify.arguments == ()
+
+
+def test_the_report_has_a_place_to_go_before_the_work_starts(verify, tmp_path):
+    result = run("verify", "a", "b", "--json", str(tmp_path / "missing" / "report.json"))
+    assert result.exit_code == 2
+    assert verify.arguments == ()
+
+
+def test_a_failed_verification_run_is_in_the_json_file(verify, tmp_path):
+    verify.error = VerificationError("a rank died")
+    report = tmp_path / "report.json"
+    result = run("verify", "a", "b", "--json", str(report))
+    assert (result.exit_code, result.stdout) == (6, "")
+    assert json.loads(report.read_text())["error"]["kind"] == "verification"
+
+
+def test_under_torchrun_only_rank_zero_reports(verify, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run("verify", "a", "b").stdout == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run("verify", "a", "b").stdout == "the verdict\n"
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "diff", "validate", "hash", "verify", "families"])
+def test_help_has_examples_and_explains_every_option(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Examples:\n    ckptkit {command}" in result.stdout
+    parameters = cli.typer.main.get_command(cli.app).commands[command].params
+    assert [parameter.name for parameter in parameters if not parameter.help] == []
+
+
+def test_options_are_named_where_their_metavar_is_their_name():
+    """Typer 0.27 takes `--DTYPE` for the option of a parameter `dtype` with that metavar, if nothing names it."""
+    groups = [cli.app, *(group.typer_instance for group in cli.app.registered_groups)]
+    callbacks = [command.callback for group in groups for command in group.registered_commands]
+    unnamed = 0
+    for callback in callbacks:
+        for name, hint in get_type_hints(callback, include_extras=True).items():
+            for info in getattr(hint, "__metadata__", ()):
+                if not isinstance(info, cli.typer.models.OptionInfo):
+                    continue
+                if not str(info.default).startswith("-"):  # the first name of an annotated option is stored there
+                    assert info.metavar != name.upper(), (callback.__name__, name)
+                    unnamed += 1
+    assert len(callbacks) > 7 and unnamed > 5
+
+
+def test_help_is_complete_on_a_narrow_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = run("convert", "--help").stdout
+    assert "--num-layers-in-first-pipeline-stage" in text
+    assert "--virtual-pipeline-model-parallel-size" in text
+
+
+def test_version_and_no_command():
+    assert run("--version").stdout == f"ckptkit {ckptkit.__version__}\n"
+    result = run()
+    assert result.exit_code == 0
+    assert "Commands:" in result.stdout
+    assert "Exit codes:" in result.stdout
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_help_and_headers_stay_light():
+    heavy = "{'torch', 'transformers', 'megatron', 'numpy'} & set(sys.modules)"
+    done = command_line("-c", f"import sys, ckptkit, ckptkit.cli.app; assert not {heavy}, {heavy}")
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys, ckptkit.cli.app, ckptkit.cli.rendering, ckptkit.conversion.convert, ckptkit.verification\n"
+        "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
+    )
+    done = command_line("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert "Usage: ckptkit" in command_line("-m", "ckptkit", "--help").stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.4
+
+
+def test_a_reader_that_goes_away_is_no_difference_and_no_bug():
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "ckptkit", "families", "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=root, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

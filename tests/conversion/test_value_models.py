@@ -1,0 +1,292 @@
+"""Value models: through every format and back, on ranks against transformers, and made from language models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptkit import convert, open_checkpoint, verify
+from ckptkit.errors import InputError, UnsupportedError, UsageError, VerificationError
+from ckptkit.families import families, family_called
+from ckptkit.families.heads import OF_TOKENS, STEMS, as_value_config
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.logits import Side, verify_logits
+from ckptkit.verification.ranks.pool import RankPool
+from tests.models import LLAMAS, files_of, llama_config, model_config, randomise, save_llama, save_model
+
+TOKENS = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(n)] for n in (24, 3, 17, 1, 24)]
+EXACT = 2e-5
+FAST = [
+    ("gqa", "LlamaForTokenClassification"),
+    ("tied", "LlamaForSequenceClassification"),
+    ("qwen3", "Qwen3ForTokenClassification"),
+    ("mistral", "MistralForTokenClassification"),
+    ("gemma3_text", "Gemma3TextForSequenceClassification"),
+]
+SLOW = [case for kind in STEMS for name in STEMS[kind] if kind != "llama" and (case := (kind, name)) not in FAST]
+
+
+def build(kind: str, name: str, **changes: Any) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = (llama_config if kind in LLAMAS else model_config)(kind, num_labels=1, **changes)
+    model = getattr(transformers, name)(config)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    folder = tmp_path_factory.mktemp("values")
+
+    def get(kind: str, name: str) -> Path:
+        if not (folder / name).exists():
+            build(kind, name).save_pretrained(folder / name)
+        return folder / name
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "name"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_every_format_and_back(saved: Callable[..., Path], tmp_path: Path, kind: str, name: str) -> None:
+    import torch
+
+    source = saved(kind, name)
+    for to, grid in (
+        ("packed", Parallelism()),
+        ("torch", Parallelism(2, 2)),
+        ("torch_dist", Parallelism(2, 2)),
+    ):
+        convert(source, tmp_path / to, to=to, grid=grid)
+        assert verify(source, tmp_path / to, level="weights").passed
+        convert(tmp_path / to, tmp_path / "hf", to="hf", overwrite=True)
+        assert files_of(tmp_path / "hf") == files_of(source)
+    # Whole on both tensor parallel ranks of the last stage, and nowhere else.
+    shards = {(tp, pp): open_checkpoint(source).shard(tp, 2, pp, 2) for tp in range(2) for pp in range(2)}
+    head = build(kind, name).score
+    for (_, pp), shard in shards.items():
+        assert ("output_layer.weight" in shard) == (pp == 1)
+        assert ("output_layer.bias" in shard) == (pp == 1 and head.bias is not None)
+    assert torch.equal(shards[1, 1]["output_layer.weight"], head.weight)
+    assert (head.bias is not None) == name.endswith(OF_TOKENS)
+
+
+RUN = [
+    ("gqa", "LlamaForTokenClassification", Parallelism(2), {"sequence_parallel": True, "packed": True}),
+    ("qwen3", "Qwen3ForTokenClassification", Parallelism(1, 2), {}),
+    ("mistral", "MistralForSequenceClassification", Parallelism(2), {"sequence_parallel": True}),
+    ("gemma3_text", "Gemma3TextForSequenceClassification", Parallelism(2, 2), {"packed": True}),
+]
+MORE = [
+    ("tied", "LlamaForSequenceClassification", Parallelism(2), {"dp": 2, "dp_kind": "fsdp2"}),
+    ("qwen2", "Qwen2ForTokenClassification", Parallelism(2), {"sequence_parallel": True}),
+    ("qwen3_moe", "Qwen3MoeForTokenClassification", Parallelism(2, ep=2), {"sequence_parallel": True, "packed": True}),
+    ("mixtral", "MixtralForTokenClassification", Parallelism(1, 2, ep=2), {"packed": True}),
+    ("apertus", "ApertusForTokenClassification", Parallelism(2, 2), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "grid", "how"), [*RUN, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)], ids=str
+)
+def test_values_are_those_of_transformers(
+    saved: Callable[..., Path],
+    pool: RankPool,
+    tmp_path: Path,
+    kind: str,
+    name: str,
+    grid: Parallelism,
+    how: dict[str, Any],
+) -> None:
+    source = saved(kind, name)
+    convert(source, tmp_path / "meg", to="torch", grid=grid, spec="local")
+    report = verify(source, tmp_path / "meg", tokens=TOKENS, tolerance=EXACT, pool=pool, **how)
+    assert report.passed, report.levels[-1].summary
+    if kind != "gqa":
+        return
+    for change in ({"score.weight": 1.001}, {"model.norm.weight": 1.001}):
+        broken = _scaled(source, tmp_path / "-".join(change), change)
+        found = verify_logits(
+            Side(broken, "hf"), Side(tmp_path / "meg", "megatron"), tokens=TOKENS, tolerance=EXACT, pool=pool, **how
+        )
+        assert not found.passed
+
+
+def _scaled(source: Path, target: Path, change: dict[str, float]) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = {name: value * change.get(name, 1) for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_bfloat16_values_are_judged_by_the_noise_floor(
+    saved: Callable[..., Path], pool: RankPool, tmp_path: Path
+) -> None:
+    source = saved("gqa", "LlamaForTokenClassification")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2), spec="local")
+    sides = Side(source, "hf"), Side(tmp_path / "meg", "megatron")
+    assert verify_logits(*sides, tokens=TOKENS, dtype="bfloat16", pool=pool).passed
+    broken = _scaled(source, tmp_path / "broken", {"score.weight": 1.05})
+    assert not verify_logits(Side(broken, "hf"), sides[1], tokens=TOKENS, dtype="bfloat16", pool=pool).passed
+
+
+@pytest.mark.parametrize("kind", ["tied", "gqa"])
+@pytest.mark.parametrize("init", ["zeros", "normal"])
+def test_a_language_model_becomes_a_value_model(tmp_path: Path, kind: str, init: str) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForTokenClassification
+
+    source = save_llama(tmp_path / "lm", kind, dtype="bfloat16")
+    result = convert(source, tmp_path / "hf", to="hf", head="value", head_init=init)
+    assert result.lossy == ([] if kind == "tied" else ["the language model head is left out (--head value)"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "hf"))
+    assert after.keys() - before.keys() == {"score.weight", "score.bias"}
+    assert before.keys() - after.keys() == (set() if kind == "tied" else {"lm_head.weight"})
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if name in before)
+    weight = after["score.weight"].float()
+    assert weight.shape == (1, 96) and after["score.weight"].dtype == torch.bfloat16
+    assert not after["score.bias"].any()
+    assert not weight.any() if init == "zeros" else abs(weight.std() / 0.02 - 1) < 0.25 and weight.mean().abs() < 0.01
+    model, info = AutoModelForTokenClassification.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_labels == 1
+    # The same bytes by way of Megatron.
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2, 2), head="value", head_init=init)
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+
+
+def test_the_head_comes_from_a_file(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_model(tmp_path / "lm", "gemma3_text", dtype="bfloat16")
+    file = tmp_path / "head.safetensors"
+    weight = torch.randn(1, 96)
+
+    def made(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        save_file(tensors, file)
+        convert(source, tmp_path / "out", to="hf", head="value", head_init=f"file:{file}", overwrite=True)
+        found: dict[str, torch.Tensor] = load_file(tmp_path / "out/model.safetensors")
+        return found
+
+    for name in ("score.weight", "reward_head.weight", "v_head.summary.weight"):
+        assert torch.equal(made({name: weight})["score.weight"], weight.to(torch.bfloat16))
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [
+        "Gemma3TextForSequenceClassification"
+    ]
+    for tensors, text in (
+        ({"weight": weight}, "0 value heads"),
+        ({"score.weight": weight, "reward_head.weight": weight.clone()}, "2 value heads"),
+        ({"score.weight": weight[:, :95].contiguous()}, r"\[1, 95\], the model asks for \[1, 96\]"),
+        ({"score.weight": weight, "score.bias": torch.zeros(1)}, "has not: score.bias"),
+        ({"score.weight": weight, "other": torch.zeros(1)}, "has not: other"),
+        ({"score.weight": torch.zeros(1, 96, dtype=torch.int32)}, "cannot cast"),
+    ):
+        with pytest.raises((InputError, UnsupportedError), match=text):
+            made(tensors)
+
+
+def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path) -> None:
+    source, value = save_llama(tmp_path / "lm"), saved("gqa", "LlamaForTokenClassification")
+    multimodal = save_model(tmp_path / "mm", "gemma3")
+    cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (source, {"head": "reward"}, UsageError, "value is what can be asked for"),
+        (source, {"head_init": "zeros"}, UsageError, "add --head value"),
+        (source, {"head": "value", "head_init": "ones"}, UsageError, "zeros, normal or file:PATH"),
+        (source, {"head": "value", "head_init": "file:"}, UsageError, "zeros, normal or file:PATH"),
+        (source, {"head": "value", "head_init": "file:/none"}, InputError, "no such file"),
+        (value, {"head": "value"}, UsageError, "value model already"),
+        (multimodal, {"head": "value"}, UnsupportedError, "no value model is known here for Gemma3ForCond"),
+    ]
+    for path, arguments, kind, text in cases:
+        with pytest.raises(kind, match=text):
+            convert(path, tmp_path / "out", to="hf", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multimodal_model_gives_its_text_part(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "mm", "gemma3")
+    convert(source, tmp_path / "out", to="hf", layout="text", head="value")
+    assert open_checkpoint(tmp_path / "out").config.architecture == "Gemma3TextForSequenceClassification"
+
+
+@pytest.mark.parametrize("labels", [None, 2, 3])
+def test_classifiers_of_several_labels_are_refused(tmp_path: Path, labels: int | None) -> None:
+    source = save_llama(tmp_path / "lm")
+    convert(source, tmp_path / "value", to="hf", head="value")
+    file = tmp_path / "value/config.json"
+    raw = json.loads(file.read_text())
+    raw["id2label"] = None if labels is None else {str(n): f"LABEL_{n}" for n in range(labels)}
+    file.write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedError, match=f"LlamaForTokenClassification with {labels or 2} labels"):
+        open_checkpoint(tmp_path / "value")
+
+
+def test_value_models_are_those_of_transformers() -> None:
+    """Every class is there, with a `score`, and a bias exactly where the table says so."""
+    import transformers
+
+    for kind, names in STEMS.items():
+        for name in names:
+            assert hasattr(transformers, name), name
+        assert family_called(f"{kind}_value").architectures == names
+    assert {family.name for family in families() if family.name.endswith("_value")} == {
+        f"{kind}_value" for kind in STEMS
+    }
+
+
+def test_a_bias_can_be_absent(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "lm")
+    convert(source, tmp_path / "value", to="hf", head="value", head_init="normal")
+    file = tmp_path / "value/config.json"
+    raw = as_value_config(json.loads(file.read_text()), "LlamaForTokenClassification", bias=False)
+    assert raw["token_classification_bias"] is False
+    file.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"unknown to this family: score\.bias"):
+        open_checkpoint(tmp_path / "value")
+
+
+def test_without_its_config_a_value_model_is_not_taken_for_another(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """A bias tells it from a language model; without one, the shape of its head contradicts what it is taken for."""
+    import shutil
+
+    for kind, name, known in (
+        ("gqa", "LlamaForTokenClassification", True),
+        ("tied", "LlamaForSequenceClassification", False),
+    ):
+        convert(saved(kind, name), tmp_path / name, to="torch", grid=Parallelism(2))
+        shutil.rmtree(tmp_path / name / "ckptkit")
+        if known:
+            assert open_checkpoint(tmp_path / name).config.value_head
+            continue
+        with pytest.raises(InputError, match=r"output_layer\.weight is \[2, 96\], the config says \[250, 96\]"):
+            open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_of_zeros_hides_nothing(pool: RankPool, tmp_path: Path, dtype: str) -> None:
+    """All values are 0, whatever the body does: what the head is fed is judged instead."""
+    source = save_llama(tmp_path / "lm", "gqa")
+    convert(source, tmp_path / "hf", to="hf", head="value")
+    convert(tmp_path / "hf", tmp_path / "meg", to="torch", grid=Parallelism(2), spec="local")
+    sides = Side(tmp_path / "hf", "hf"), Side(tmp_path / "meg", "megatron")
+    how: dict[str, Any] = {"tokens": TOKENS, "tolerance": EXACT, "dtype": dtype, "pool": pool}
+    report = verify_logits(*sides, **how)
+    assert report.passed, report.summary
+    assert "final norm" in [check.name for check in report.checks]
+    broken = _scaled(tmp_path / "hf", tmp_path / "broken", {"model.layers.1.mlp.down_proj.weight": 1.5})
+    report = verify_logits(Side(broken, "hf"), sides[1], **how)
+    assert [check.name for check in report.checks if not check.passed] == ["final norm"]
+    with pytest.raises(VerificationError, match="cannot tell packed rows apart"):
+        verify_logits(*sides, **how, packed=True)

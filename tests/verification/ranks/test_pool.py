@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ckptkit.errors import InputError, UsageError, VerificationError
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.ranks.pool import RankPool
+from tests.verification.conftest import DEVICE
+from tests.verification.stand_in import OPENER, write_stand_in
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def job(llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> LogitsJob:
+    folder = tmp_path_factory.mktemp("pool")
+    source = llama("gqa", num_hidden_layers=2)
+    candidate = write_stand_in(source, folder / "meg", Parallelism(2))
+    output = str(folder / "out.safetensors")
+    return LogitsJob(str(candidate), Parallelism(2), DEVICE, "float32", [[1, 2, 3, 4, 5]], output, opener=OPENER)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+def pids(ranks: RankPool) -> list[int]:
+    return [process.pid for process in ranks._processes]
+
+
+def test_an_error_of_one_rank_reaches_the_caller_and_the_ranks_stay(two: RankPool, job: LogitsJob) -> None:
+    two.run(job)
+    before = pids(two)
+    with pytest.raises(InputError, match="rank 1's file: this shard is damaged; get another"):
+        two.run(replace(job, opener="tests.verification.openers:one_bad_rank"))
+    with pytest.raises(VerificationError, match="ZeroDivisionError: integer division"):
+        two.run(replace(job, opener="tests.verification.openers:one_crash"))
+    assert len(two.run(job)) == 2
+    assert pids(two) == before
+
+
+def test_a_dead_rank_is_noticed_and_replaced(two: RankPool, job: LogitsJob) -> None:
+    two.run(job)
+    os.kill(pids(two)[1], signal.SIGKILL)
+    with pytest.raises(VerificationError, match=r"rank 1 died \(killed by signal 9\).*out of memory"):
+        two.run(job)
+    with pytest.raises(VerificationError, match=r"rank \d died \(exit code 3\).*this is the end"):
+        two.run(replace(job, opener="tests.verification.openers:die"))
+    assert len(two.run(job)) == 2
+
+
+def test_silence_has_an_end(job: LogitsJob) -> None:
+    with RankPool(1) as one:
+        one.start()
+        with pytest.raises(VerificationError, match=r"no answer from rank 0 within 0\.5 seconds"):
+            one.run(replace(job, grid=Parallelism(), timeout=0.5, opener="tests.verification.openers:hang"))
+        assert pids(one) == []
+    with RankPool(1, start_timeout=0.05) as slow, pytest.raises(VerificationError, match="starting the ranks"):
+        slow.start()
+
+
+def test_ranks_begin_before_they_are_needed(job: LogitsJob) -> None:
+    with RankPool(2) as ranks:
+        ranks.begin()
+        begun = pids(ranks)
+        ranks.begin()
+        assert len(ranks.run(job)) == 2
+        assert pids(ranks) == begun and len(begun) == 2
+
+
+def test_a_rank_that_ends_while_nobody_waits_is_reported(job: LogitsJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RankPool(2) as ranks:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        ranks.begin()
+        monkeypatch.undo()
+        with pytest.raises(VerificationError, match=r"starting the ranks: rank \d died \(exit code 1\)"):
+            ranks.run(job)
+        assert len(ranks.run(job)) == 2  # others have taken their place
+
+
+def test_ranks_import_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with RankPool(1) as one:
+        one.start()
+        assert len(pids(one)) == 1
+
+
+def test_who_is_interrupted_leaves_no_answer_for_the_next(
+    two: RankPool, job: LogitsJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    two.run(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(two, "_collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            two.run(job)
+        assert pids(two) == []
+        with pytest.raises(KeyboardInterrupt):
+            two.start()
+        assert pids(two) == []
+    assert len(two.run(replace(job, rows=[[1, 2]]))[0]["rows"][0]) == 2
+
+
+def test_a_pool_refuses_what_it_cannot_hold(two: RankPool, job: LogitsJob) -> None:
+    with pytest.raises(UsageError, match="TP4 x PP1 needs 4 ranks, the pool has 2"):
+        two.run(replace(job, grid=Parallelism(4)))
+
+
+def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    split = str(tmp_path / "split.safetensors")
+    pool.run(replace(job, probes=str(tmp_path / "whole")))
+    answers = pool.run(replace(job, output=split, probes=str(tmp_path / "split"), sequence_parallel=True))
+    expected, found = load_file(job.output), load_file(split)
+    assert found["logits.5"].shape == (1, 5, 250)  # 5 positions do not divide over 2 ranks
+    assert (expected["logits.5"] - found["logits.5"]).abs().max() < 1e-4
+    states = [load_file(tmp_path / kind / "rank_1.safetensors") for kind in ("whole", "split")]
+    for name, state in states[0].items():
+        assert (state - states[1][name]).abs().max() < 1e-4, name
+    assert answers[0]["feeds"]["head"] == ["output_layer.weight"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_replicas_that_loaded_something_else_are_named(pool: RankPool, job: LogitsJob, kind: str) -> None:
+    """Both kinds make every replica a copy of the first one, so that their logits cannot tell."""
+    twice = replace(job, replicas=2, replication=kind)
+    assert len(pool.run(twice)) == 4
+    with pytest.raises(VerificationError, match=r"replica 1 loaded another decoder\.final_layernorm\.weight"):
+        pool.run(replace(twice, opener="tests.verification.openers:one_other"))
+
+
+def test_jobs_survive_the_wire(job: LogitsJob) -> None:
+    uneven = replace(job, grid=Parallelism(2, 3, first_stage_layers=1), greedy=3)
+    assert LogitsJob.from_json(uneven.to_json()) == uneven
+
+
+def test_inside_torchrun_every_process_is_its_own_rank(llama: Callable[..., Path], tmp_path: Path) -> None:
+    source = llama("gqa", num_hidden_layers=2)
+    candidate = write_stand_in(source, tmp_path / "meg", Parallelism(1, 2))
+    program = (
+        "import json, os, sys\n"
+        "from ckptkit.verification.logits import verify_logits\n"
+        "sides = (sys.argv[1], 'hf'), (sys.argv[2], 'megatron')\n"
+        "good = verify_logits(*sides, opener=sys.argv[3], tolerance=1e-5, greedy=2)\n"
+        "bad = verify_logits(*sides, opener=sys.argv[3], tolerance=0.0, greedy=2)\n"
+        "assert bad.location is not None or bad.messages\n"
+        "result = {'good': good.passed, 'bad': bad.passed, 'modules': len(good.own_modules)}\n"
+        "open(sys.argv[4] + os.environ['RANK'], 'w').write(json.dumps(result))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    arguments = [str(source), str(candidate), OPENER, str(tmp_path / "result")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        result = json.loads((tmp_path / f"result{rank}").read_text())
+        assert result["good"] and not result["bad"] and result["modules"] > 3
