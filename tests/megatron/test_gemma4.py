@@ -30,8 +30,11 @@ from tests.verification.conftest import DEVICE
 
 compat.import_megatron()
 
-from ckptkit.megatron import attention, decoder, moe, norms, rotary  # noqa: E402
+from ckptkit.megatron import attention, moe, norms, rotary  # noqa: E402
 from ckptkit.megatron.config import transformer_config  # noqa: E402
+from ckptkit.megatron.gemma4 import attention as gemma4_attention  # noqa: E402
+from ckptkit.megatron.gemma4 import layer as gemma4_layer  # noqa: E402
+from ckptkit.megatron.gemma4 import moe as gemma4_moe  # noqa: E402
 from ckptkit.megatron.gemma4 import per_layer_inputs as inputs  # noqa: E402
 from ckptkit.megatron.gemma4.carried import Carried  # noqa: E402
 from ckptkit.megatron.layers import block_spec  # noqa: E402
@@ -109,7 +112,7 @@ def test_logits_in_double_precision(one_rank: Parallelism, kind: str) -> None:
 
 Patch = pytest.MonkeyPatch
 State = dict[str, torch.Tensor]
-ATTENTION, LAYER = attention.ValueNormAttention, decoder.Gemma4Layer
+ATTENTION, LAYER = gemma4_attention.ValueNormAttention, gemma4_layer.Gemma4Layer
 
 
 def layers(change: Callable[[LayerConfig], LayerConfig]) -> Callable[[ModelConfig], ModelConfig]:
@@ -253,16 +256,16 @@ def _scalar_before_the_inputs(patch: Patch) -> None:
 
 
 def _router_input_not_normalised(patch: Patch) -> None:
-    patch.setattr(moe, "normalised", lambda x, eps: x)
+    patch.setattr(gemma4_moe, "normalised", lambda x, eps: x)
 
 
 def _router_behind_the_norm(patch: Patch) -> None:
-    original = moe.ParallelMoELayer.route
+    original = gemma4_moe.ParallelMoELayer.route
 
     def wrong(self: Any, hidden: torch.Tensor, *args: Any) -> Any:
         return original(self, self._norm_before_experts(hidden), *args)
 
-    patch.setattr(moe.ParallelMoELayer, "route", wrong)
+    patch.setattr(gemma4_moe.ParallelMoELayer, "route", wrong)
 
 
 def _expert_scale(then: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[Patch], None]:
@@ -273,7 +276,7 @@ def _expert_scale(then: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) ->
             weights, chosen = moe.Router.routing(self, logits, *args, **options)
             return then(weights, self.per_expert_scale), chosen
 
-        patch.setattr(moe.ScaledRouter, "routing", wrong)
+        patch.setattr(gemma4_moe.ScaledRouter, "routing", wrong)
 
     return inject
 
@@ -282,7 +285,7 @@ def _expert_scale_before_the_choice(patch: Patch) -> None:
     def wrong(self: Any, logits: torch.Tensor, *args: Any, **options: Any) -> Any:
         return moe.Router.routing(self, logits + self.per_expert_scale.log(), *args, **options)
 
-    patch.setattr(moe.ScaledRouter, "routing", wrong)
+    patch.setattr(gemma4_moe.ScaledRouter, "routing", wrong)
 
 
 def _without_the_router_root(patch: Patch) -> None:
@@ -294,7 +297,7 @@ def _experts_behind_the_dense_norm(patch: Patch) -> None:
     def wrong(self: Any, dense: Any, experts: Any) -> None:
         self._norm_before_dense, self._norm_before_experts = dense, dense
 
-    patch.setattr(moe.ParallelMoELayer, "norms_before", wrong)
+    patch.setattr(gemma4_moe.ParallelMoELayer, "norms_before", wrong)
 
 
 def _inputs(name: str, factor: Callable[[ModelConfig], float]) -> Callable[[Patch], None]:

@@ -8,7 +8,7 @@ import pytest
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.reports.charts import Series, log_chart, rank_map
 from ckptkit.verification.reports.html import html_page
-from tests.verification.reports import report, side
+from tests.verification.reports.samples import report, side
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

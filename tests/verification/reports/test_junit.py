@@ -9,7 +9,7 @@ from ckptkit.errors import VerificationError
 from ckptkit.verification.reports.junit import junit_error, junit_xml
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
 from ckptkit.verification.reports.results import Check
-from tests.verification.reports import report
+from tests.verification.reports.samples import report
 
 
 def suites(text: str) -> dict[str, ElementTree.Element]:

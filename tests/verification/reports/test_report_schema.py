@@ -16,7 +16,7 @@ import pytest
 from ckptkit import convert, verify
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.reports.report import SCHEMA, LogitsReport, VerificationReport
-from tests.verification.reports import report
+from tests.verification.reports.samples import report
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "report-schema.md"
 MADE_BY_HAND = {"structure": {"tensors", "problems[]"}, "weights": {"tensors", "bytes", "casts[]", "problems[]"}}
