@@ -1,8 +1,9 @@
 """What the way back needs, kept in `ckptkit/` inside a Megatron output.
 
 `manifest.json` says what was written and how; `hf/` holds config.json, tokenizer and all other small files verbatim;
-`headers/` the raw safetensors headers, so that the same files come out byte for byte; `extras.safetensors` the tensors
-that Megatron has no slot for. Nothing in it depends on time, paths or the number of threads.
+`headers/` the raw safetensors headers, so that the same files come out byte for byte, each named `SHARD.header`: they
+hold no tensors, and `**/*.safetensors` must not find them; `extras.safetensors` the tensors that Megatron has no slot
+for. Nothing in it depends on time, paths or the number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 
 FOLDER = "ckptkit"
-SCHEMA = 1
+SCHEMA = 2
+"""What is written. Schema 1, which is still read, named each header as its shard."""
+
+_HEADER = ".header"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Sidecar:
         for name, path in sorted(self.small.items()):
             files.append(OutputFile.copy(f"{FOLDER}/hf/{name}", str(path), path.stat().st_size))
         for name, header in sorted(self.headers.items()):
-            files.append(OutputFile.small(f"{FOLDER}/headers/{name}", header.raw))
+            files.append(OutputFile.small(f"{FOLDER}/headers/{name}{_HEADER}", header.raw))
         if self.extras:
             files.append(safetensors.lay_out(f"{FOLDER}/extras.safetensors", self.extras))
         return files
@@ -86,9 +90,9 @@ def read_sidecar(path: Path) -> Sidecar | None:
     if not (folder / "manifest.json").is_file():
         return None
     manifest = read_json(folder / "manifest.json")
-    if manifest.get("schema") != SCHEMA:
+    if (schema := manifest.get("schema")) not in (1, SCHEMA):
         raise UnsupportedError(
-            f"sidecar schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
+            f"sidecar schema {schema!r}, this version reads 1 and {SCHEMA}",
             where=folder / "manifest.json",
             hint="update ckptkit, or pass --hf-reference",
         )
@@ -99,7 +103,10 @@ def read_sidecar(path: Path) -> Sidecar | None:
             raw = file.read_bytes()
             if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
                 raise InputError("damaged header copy", where=file, hint="pass --hf-reference instead")
-            headers[file.relative_to(folder / "headers").as_posix()] = safetensors.parse_header(raw, file)
+            name = file.relative_to(folder / "headers").as_posix()
+            if schema != 1 and not name.endswith(_HEADER):
+                raise InputError(f"a header copy whose name does not end in {_HEADER}", where=file, hint="remove it")
+            headers[name.removesuffix("" if schema == 1 else _HEADER)] = safetensors.parse_header(raw, file)
     extras_file = folder / "extras.safetensors"
     extras = safetensors.tensors_of(extras_file, safetensors.read_header(extras_file)) if extras_file.is_file() else {}
     config = read_json(folder / "hf" / "config.json")

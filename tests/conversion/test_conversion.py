@@ -265,3 +265,31 @@ def test_types_that_cannot_share_a_tensor(tmp_path: Path) -> None:
     convert(source, tmp_path / "dist", to="torch_dist", dtype="bfloat16")
     with pytest.raises(InputError, match=r"k_proj.*cast them to one type first"):
         convert(with_fp32("model.layers.1.self_attn.k_proj.weight"), tmp_path / "meg2", to="torch")
+
+
+def older_sidecar(folder: Path) -> None:
+    """Renames what a sidecar of schema 1 called otherwise."""
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 1}))
+    for file in (folder / "headers").rglob("*.header"):
+        file.rename(file.with_suffix(""))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_no_header_copy_is_taken_for_a_safetensors_file(tmp_path: Path, older: bool) -> None:
+    source = save_llama(tmp_path / "hf", shard="100KB")
+    meg = tmp_path / "meg"
+    convert(source, meg, to="torch")
+    assert not list(meg.rglob("*.safetensors")) and list(meg.rglob("*.safetensors.header"))
+    if older:
+        older_sidecar(meg / "ckptkit")
+    convert(meg, tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)
+
+
+def test_a_header_copy_with_an_older_name_is_refused(tmp_path: Path) -> None:
+    convert(save_llama(tmp_path / "hf"), tmp_path / "meg", to="torch")
+    file = tmp_path / "meg" / "ckptkit" / "headers" / "model.safetensors.header"
+    file.rename(file.with_suffix(""))
+    with pytest.raises(InputError, match=r"does not end in \.header"):
+        convert(tmp_path / "meg", tmp_path / "back", to="hf")
