@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 DEFAULT_DIVISIBLE_BY = 128
-LAYOUTS = ("full", "text", "legacy")
 
 
 @dataclass

@@ -1,22 +1,47 @@
-"""Changes of the model that is written: its text part alone, an older layout, another dtype."""
+"""Changes of the model on its way: its text part alone, an older layout, another dtype, another head.
+
+A `Change` makes a checkpoint of a checkpoint, and says in sentences what that loses. `changes` lists those that a
+conversion makes; a further one is a function, and a line there.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.conversion.options import LEGACY, TEXT, Options
+from ckptkit.conversion.target import WritableFormat
+from ckptkit.conversion.value_head import ZEROS, to_value_model
 from ckptkit.dtypes import TORCH_DTYPE_NAMES, DType
-from ckptkit.errors import UsageError
+from ckptkit.errors import InputError, UsageError
 from ckptkit.families import family_of
 from ckptkit.io.castable import check_cast
 from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tensors import Tensor
 
-if TYPE_CHECKING:
-    pass
+Change = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
+"""A checkpoint -> the changed one, and what that loses, as sentences."""
+
+
+def changes(options: Options, format: WritableFormat) -> list[Change]:
+    """The changes that a conversion makes, in order.
+
+    Megatron formats write the text part of a model, or its older layout, by other names and not by another model.
+    """
+    found: list[Change] = []
+    if not format.megatron:
+        found += [text_only, with_towers] if options.layout == TEXT else [with_towers]
+    if options.layout == LEGACY:
+        found.append(partial(legacy_layout, format=format))
+    if options.dtype is not None:
+        found.append(partial(cast_floats, dtype=options.dtype))
+    if options.head is not None:
+        found.append(partial(to_value_model, init=options.head_init or ZEROS))
+    return found
 
 
 def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -33,10 +58,21 @@ def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
     return text, [f"{dropped} tensors outside the text model are left out (--layout text)"]
 
 
-def legacy_layout(source: Checkpoint, to: str) -> tuple[Checkpoint, list[str]]:
+def with_towers(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """The same model, all of which must be there: nothing is written that lacks the towers of its config.json."""
+    if source.towers_are_missing:
+        raise InputError(
+            f"{source.config.architecture} has tensors outside of the text model, and they are not here",
+            where=source.path,
+            hint="--hf-reference with the original's weights supplies them, --layout text leaves them out",
+        )
+    return source, []
+
+
+def legacy_layout(source: Checkpoint, format: WritableFormat) -> tuple[Checkpoint, list[str]]:
     """A model under its family's older layout, and what that loses."""
-    if to != "hf" or source.family.legacy_config is None:
-        which = f"--to {to}" if to != "hf" else source.config.architecture
+    if format.megatron or source.family.legacy_config is None:
+        which = f"--to {format.name}" if format.megatron else source.config.architecture
         raise UsageError(f"--layout legacy: {which} has none", where=source.path, hint="drop --layout legacy")
     names = {path.name for path in source.family.code}
     sidecar = replace(
@@ -48,10 +84,8 @@ def legacy_layout(source: Checkpoint, to: str) -> tuple[Checkpoint, list[str]]:
     return replace(source, sidecar=sidecar), [what]
 
 
-def cast_floats(source: Checkpoint, dtype: DType | None) -> tuple[Checkpoint, list[str]]:
-    """The source with floats cast to `dtype`, its config.json saying so, and what that loses."""
-    if dtype is None:
-        return source, []
+def cast_floats(source: Checkpoint, dtype: DType) -> tuple[Checkpoint, list[str]]:
+    """A model with its floats cast to `dtype`, as its config.json then says, and what that loses."""
     lost: Counter[str] = Counter()
 
     def cast(tensor: Tensor) -> Tensor:

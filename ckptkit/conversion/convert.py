@@ -1,26 +1,23 @@
-"""The main job on one page: open -> translate -> shard -> plan -> move -> commit.
+"""The main job on one page: open -> change -> lay out -> plan -> move -> commit.
 
-`open_checkpoint` gives the canonical view of any source; a target lays that view out as files; the plan is then
-complete and can be shown, checked against the disk, and executed. Nothing on the way loads a tensor.
+`open_source` gives the canonical view of any checkpoint; changes may make another model of it; a format lays that out
+as files (`conversion/target.py`). The plan is then complete and can be shown, checked against the disk, and carried
+out. Nothing on the way loads a tensor.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 from ckptkit.checkpoints.sources import facts_of, open_source
-from ckptkit.conversion.execution import carry_out
-from ckptkit.conversion.options import ConversionResult, Execution, Options, dtype_called
+from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
+from ckptkit.conversion.options import FULL, Options, dtype_called
 from ckptkit.conversion.planning import make_plan
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.hybrid_names import GPT
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(
@@ -39,16 +36,11 @@ def convert(
     vocab_size: int | None = None,
     strict_config: bool = False,
     experts: str | None = None,
-    layout: str = "full",
+    layout: str = FULL,
     head: str | None = None,
     head_init: str | None = None,
     megatron_model: str = GPT,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    threads: int | None = None,
-    hash: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Unpack[How],
 ) -> ConversionResult:
     """Converts a checkpoint of any format and grid to another.
 
@@ -57,8 +49,8 @@ def convert(
         dst: The directory to create.
         to: `hf`, `packed`, `torch` or `torch_dist`.
         grid: The grid of a `torch` or `torch_dist` output.
-        spec: Megatron names as the `te` or the `local` layer spec has them.
-        dtype: Casts floating point tensors (`bfloat16`, `float16`, `float32`).
+        spec: Megatron names as the `te` or the `local` layer spec has them, or as another writer that the family knows.
+        dtype: Casts floating point tensors (`bfloat16`, `float16`, `float32`, `float64`).
         shard_size: Largest safetensors shard in bytes.
         make_vocab_size_divisible_by: As Megatron-LM's option; 128 for sharded formats, 1 for `packed`.
         hf_reference: Hugging Face directory that supplies config.json, tokenizer and shard map.
@@ -72,12 +64,8 @@ def convert(
         head: `value` turns a language model into a value model: one output per token in place of the logits.
         head_init: Its weights: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
         megatron_model: Megatron-Core's model whose names and arguments are written: `gpt` or `hybrid`.
-        dry_run: Plan only; nothing is written.
-        overwrite: Replace an existing destination, atomically.
-        resume: Go on from what a killed run left.
-        threads: Threads that move bytes.
-        hash: Also compute the SHA-256 of every output file.
-        progress: Called with (bytes done, bytes in all).
+        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
+            `Execution`.
 
     Raises:
         UsageError: The request cannot work.
@@ -86,25 +74,26 @@ def convert(
         StorageError: The destination cannot be written.
     """
     started = time.monotonic()
+    execution = Execution(**how)
     options = Options(
-        grid,
-        spec,
-        dtype_called(dtype),
-        shard_size,
-        make_vocab_size_divisible_by,
-        strict_config,
-        experts,
-        layout,
-        head,
-        head_init,
-        megatron_model,
+        grid=grid,
+        spec=spec,
+        experts=experts,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        megatron_model=megatron_model,
+        shard_size=shard_size,
+        dtype=dtype_called(dtype),
+        strict_config=strict_config,
+        layout=layout,
+        head=head,
+        head_init=head_init,
     )
     with ExitStack() as stack:
         source = open_source(
             stack,
             src,
             hf_reference,
-            headers_only=dry_run,
+            headers_only=execution.dry_run,
             iteration=iteration,
             stored_grid=stored_grid,
             vocab_size=vocab_size,
@@ -112,5 +101,4 @@ def convert(
         plan = make_plan(source, to, options)
         about = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
         target = {"path": str(dst), "format": to, "grid": str(grid)}
-        execution = Execution(dry_run, overwrite, resume, threads, hash, progress)
         return carry_out(plan, [source], about, target, execution, started)

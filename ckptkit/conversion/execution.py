@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.conversion.options import ConversionResult, Execution
 from ckptkit.errors import StorageError
 from ckptkit.io.plan import Plan
 
@@ -17,12 +16,75 @@ if TYPE_CHECKING:
     from ckptkit.io.commit import Destination
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a plan is carried out. Everything that writes a checkpoint takes these by name.
+
+    Attributes:
+        dry_run: Plan only; nothing is written.
+        overwrite: Replace an existing destination, atomically.
+        resume: Continue from what a killed run left.
+        threads: Threads that move bytes; None for as many as the machine has use for.
+        hash: Also compute the SHA-256 of every output file.
+        progress: Called with (bytes done, bytes in all).
+    """
+
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    threads: int | None = None
+    hash: bool = False
+    progress: Callable[[int, int], None] | None = None
+
+
+class How(TypedDict, total=False):
+    """The names and types of an `Execution`, for functions that take them as `**how: Unpack[How]`."""
+
+    dry_run: bool
+    overwrite: bool
+    resume: bool
+    threads: int | None
+    hash: bool
+    progress: Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion did, or with `dry_run` would do. Sizes in bytes, time in seconds.
+
+    `dropped` lists stored things that the model does not use and that stay behind, one record for each kind: `what`,
+    `parts`, `elements`, and how far they have moved from what a conversion puts there (`max_abs_difference`, with the
+    tensor in `where`); that is None in a dry run, which reads no weights.
+    """
+
+    source: dict[str, Any]
+    target: dict[str, Any]
+    files: list[dict[str, Any]]
+    bytes_total: int
+    bytes_through: int
+    bytes_rearranged: int
+    memory_needed: int
+    disk_needed: int
+    disk_free: int
+    coverage: dict[str, int]
+    lossy: list[str]
+    notes: list[str]
+    dropped: list[dict[str, Any]]
+    dry_run: bool
+    seconds: float
+    hashes: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
 def carry_out(
     plan: Plan,
     read: Sequence[Checkpoint],
     source: dict[str, Any],
     target: dict[str, Any],
-    how: Execution,
+    execution: Execution,
     started: float,
 ) -> ConversionResult:
     """Writes what a plan says and sums it up; a dry run only sums it up.
@@ -32,7 +94,7 @@ def carry_out(
         read: What the plan was made from; the destination must not overlap it.
         source: Facts about what is read, for the result.
         target: The same about what is written; `path` is the destination.
-        how: How to do it.
+        execution: How to do it.
         started: When the whole command started, as `time.monotonic` gives it.
 
     Raises:
@@ -44,15 +106,15 @@ def carry_out(
     from ckptkit.io.drift import summarise
     from ckptkit.io.engine import MEMORY_LIMIT
 
-    dropped = summarise(plan.dropped, measure=not how.dry_run)
+    dropped = summarise(plan.dropped, measure=not execution.dry_run)
     hashes: dict[str, str] = {}
     try:
-        destination = _destination(plan, read, Path(target["path"]), how)
+        destination = _destination(plan, read, Path(target["path"]), execution)
         free = destination.free
-        if not how.dry_run:
-            hashes = destination.write(threads=how.threads, hash=how.hash, progress=how.progress)
+        if not execution.dry_run:
+            hashes = destination.write(threads=execution.threads, hash=execution.hash, progress=execution.progress)
     except StorageError as error:
-        if not how.dry_run:
+        if not execution.dry_run:
             raise
         plan, free = replace(plan, notes=(*plan.notes, f"it could not be written here: {error}")), 0
     through, rearranged = plan.traffic()
@@ -70,13 +132,13 @@ def carry_out(
         lossy=list(plan.lossy),
         notes=list(plan.notes),
         dropped=dropped,
-        dry_run=how.dry_run,
+        dry_run=execution.dry_run,
         seconds=time.monotonic() - started,
         hashes=hashes,
     )
 
 
-def _destination(plan: Plan, read: Sequence[Checkpoint], out: Path, how: Execution) -> Destination:
+def _destination(plan: Plan, read: Sequence[Checkpoint], out: Path, execution: Execution) -> Destination:
     from ckptkit.io.commit import Destination
 
     return Destination(
@@ -84,19 +146,19 @@ def _destination(plan: Plan, read: Sequence[Checkpoint], out: Path, how: Executi
         plan,
         sources=[folder for checkpoint in read for folder in (checkpoint.path, *checkpoint.seen.folders)],
         seen=[checkpoint.seen for checkpoint in read],
-        overwrite=how.overwrite,
-        resume=how.resume,
+        overwrite=execution.overwrite,
+        resume=execution.resume,
     )
 
 
-def check_destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, how: Execution) -> None:
+def check_destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, execution: Execution) -> None:
     """Whether a plan could be carried out, asked before work that only changes which bytes it has; as `carry_out`.
 
-    A dry run asks nothing here, and what goes on from an earlier run has a place already.
+    It does nothing in a dry run, nor for `resume`, which already owns its directory.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
         StorageError: The destination cannot be written, or has no room.
     """
-    if not (how.dry_run or how.resume):
-        _destination(plan, read, Path(out), how)  # which looks at the place and the room
+    if not (execution.dry_run or execution.resume):
+        _destination(plan, read, Path(out), execution)  # which looks at the place and the room

@@ -1,25 +1,24 @@
-"""What a conversion is asked for, and what it answers."""
+"""What can be asked of a conversion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, DType
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.hybrid_names import GPT
+from ckptkit.tables.hybrid_names import GPT, MODELS
 
 if TYPE_CHECKING:
-    pass
-
+    from ckptkit.conversion.target import WritableFormat
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-
-
 CASTS = ("bfloat16", "float16", "float32", "float64")
-
+FULL, TEXT, LEGACY = "full", "text", "legacy"
+LAYOUTS = (FULL, TEXT, LEGACY)
+VALUE = "value"
+"""The head that can take the place of a language model's."""
 
 _SHORT = {
     "fp32": "float32",
@@ -30,80 +29,71 @@ _SHORT = {
     "f64": "float64",
 }
 
+_MEGATRON = {"only": "Megatron formats"}
+_SHARDED = {"only": "formats that are sharded over ranks"}
+_SAFETENSORS = {"only": "safetensors files"}
+
 
 @dataclass(frozen=True)
 class Options:
-    """What the output shall look like.
+    """What the output is asked to be. The names, and more about each, are those of `convert`.
+
+    An option that not every format takes says here what it applies to (`only`), and a format names those that it takes;
+    `choices` are the values besides the default.
 
     Attributes:
         grid: The parallel grid of a sharded output.
-        spec: Spelling of Megatron names, `te` or `local`.
-        dtype: Type that floats are cast to, or None.
+        spec: Spelling of Megatron names.
+        experts: Naming of experts, `grouped` or `sequential`, or None for what goes with `spec`.
+        make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
+        megatron_model: Megatron-Core's model whose names are written, `gpt` or `hybrid`.
         shard_size: Largest safetensors shard in bytes, or None for the source's own files (or the default).
-        divisible_by: The vocabulary is padded to a multiple of this times TP.
+        dtype: Type that floats are cast to, or None.
         strict_config: Refuse what Megatron's arguments cannot express.
-        experts: Naming of experts, `grouped` or `sequential`, or None for what goes with the spec.
         layout: `full`; `text` for a multimodal model's text part under a text model's names; `legacy` for an older
             layout of the family.
         head: `value` for a value head in place of the language model head, or None.
         head_init: What a new head holds, see `value_head.to_value_model`.
-        model: Megatron-Core's model whose names are written, `gpt` or `hybrid`.
     """
 
-    grid: Parallelism = field(default_factory=Parallelism)
-    spec: str = "te"
+    grid: Parallelism = field(default_factory=Parallelism, metadata=_SHARDED)
+    spec: str = field(default="te", metadata=_MEGATRON)
+    experts: str | None = field(default=None, metadata=_MEGATRON)
+    make_vocab_size_divisible_by: int | None = field(default=None, metadata=_MEGATRON)
+    megatron_model: str = field(default=GPT, metadata={**_MEGATRON, "choices": MODELS})
+    shard_size: int | None = field(default=None, metadata=_SAFETENSORS)
     dtype: DType | None = None
-    shard_size: int | None = None
-    divisible_by: int | None = None
     strict_config: bool = False
-    experts: str | None = None
-    layout: str = "full"
-    head: str | None = None
+    layout: str = field(default=FULL, metadata={"choices": LAYOUTS})
+    head: str | None = field(default=None, metadata={"choices": (VALUE,)})
     head_init: str | None = None
-    model: str = GPT
 
 
-@dataclass(frozen=True)
-class ConversionResult:
-    """What a conversion did, or with `dry_run` would do. Sizes in bytes, time in seconds.
+_FLAGS = {"grid": "a parallel size such as --tp"}
 
-    `dropped` tells of stored things that the model does not use and that stay behind, one record for each kind: `what`,
-    `parts`, `elements`, and how far they have moved from what a conversion puts there (`max_abs_difference`, with the
-    tensor in `where`); that is None in a dry run, which reads no weights.
+
+def check_options(options: Options, format: WritableFormat) -> None:
+    """Whether each option has a value that exists, and the format takes it: nothing is left out in silence.
+
+    Raises:
+        UsageError: An option is not one of its choices, or means nothing for this format.
     """
-
-    source: dict[str, Any]
-    target: dict[str, Any]
-    files: list[dict[str, Any]]
-    bytes_total: int
-    bytes_through: int
-    bytes_rearranged: int
-    memory_needed: int
-    disk_needed: int
-    disk_free: int
-    coverage: dict[str, int]
-    lossy: list[str]
-    notes: list[str]
-    dropped: list[dict[str, Any]]
-    dry_run: bool
-    seconds: float
-    hashes: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a plan is carried out; the attributes are those of `convert`."""
-
-    dry_run: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    threads: int | None = None
-    hash: bool = False
-    progress: Callable[[int, int], None] | None = None
+    for option in fields(Options):
+        value = getattr(options, option.name)
+        if value == getattr(Options(), option.name):
+            continue
+        flag = _FLAGS.get(option.name, f"--{option.name.replace('_', '-')}")
+        choices = option.metadata.get("choices")
+        if choices and value not in choices:
+            hint = f"one of {', '.join(choices)}" if len(choices) > 1 else f"the only choice is: {choices[0]}"
+            raise UsageError(f"{flag} {value}", hint=hint)
+        only = option.metadata.get("only")
+        if only and option.name not in format.takes:
+            raise UsageError(f"{flag} applies only to {only}, and --to is {format.name}", hint="drop it")
+    if options.head is None and options.head_init is not None:
+        raise UsageError(
+            "--head-init sets a new head's weights, but no new head was asked for", hint=f"add --head {VALUE}"
+        )
 
 
 def dtype_called(name: str | None) -> DType | None:

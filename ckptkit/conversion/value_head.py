@@ -14,7 +14,6 @@ from ckptkit.formats import safetensors
 from ckptkit.io.castable import check_cast
 from ckptkit.tensors import Tensor
 
-VALUE = "value"
 ZEROS, NORMAL, FILE = "zeros", "normal", "file:"
 SEED = 0
 """The same model and the same initialisation give the same bytes."""

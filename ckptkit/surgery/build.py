@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from ckptkit.checkpoints.sources import open_source
-from ckptkit.conversion.execution import carry_out, check_destination
-from ckptkit.conversion.options import ConversionResult, Execution, Options
+from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out, check_destination
+from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError, UnsupportedError, UsageError
@@ -114,12 +114,7 @@ def build(
     accept_differences: bool = False,
     layout: str = "full",
     shard_size: int | None = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    threads: int | None = None,
-    hash: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Unpack[How],
 ) -> ConversionResult:
     """Builds a split Llama as a Hugging Face directory that loads by itself.
 
@@ -129,12 +124,8 @@ def build(
         accept_differences: Go on although the two models differ in what had better agree.
         layout: `full`, or `legacy` for the published layout, which needs the directories of both models to be loaded.
         shard_size: Largest safetensors shard in bytes.
-        dry_run: Plan only; nothing is written.
-        overwrite: Replace an existing destination, atomically.
-        resume: Go on from what a killed run left.
-        threads: Threads that move bytes.
-        hash: Also compute the SHA-256 of every output file.
-        progress: Called with (bytes done, bytes in all).
+        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
+            `Execution`.
 
     Raises:
         UsageError: The request cannot work.
@@ -143,18 +134,20 @@ def build(
         StorageError: The destination cannot be written.
     """
     started = time.monotonic()
+    execution = Execution(**how)
     if recipe.adapter not in KINDS:
         raise UsageError(f"--adapter {recipe.adapter}", hint=f"one of {', '.join(KINDS)}")
-    recipe = replace(recipe, options={**recipe.options, "dry_run": dry_run})
+    recipe = replace(recipe, options={**recipe.options, "dry_run": execution.dry_run})
     with ExitStack() as stack:
-        first, last = (open_source(stack, path, None, headers_only=dry_run) for path in (recipe.first, recipe.last))
+        first, last = (
+            open_source(stack, path, None, headers_only=execution.dry_run) for path in (recipe.first, recipe.last)
+        )
         notes = _check(recipe, first, last, accept_differences)
         options = Options(layout=layout, shard_size=shard_size)
-        how = Execution(dry_run, overwrite, resume, threads, hash, progress)
         if recipe.init.partition(":")[0] in FITTED:  # which takes long, and is lost if nothing can be written then
             unfitted = replace(recipe, options={**recipe.options, "dry_run": True})
             rehearsed = make_plan(assemble(unfitted, first, last, notes), "hf", options)
-            check_destination(rehearsed, [first, last], out, how)
+            check_destination(rehearsed, [first, last], out, execution)
         hybrid = assemble(recipe, first, last, notes)
         plan = make_plan(hybrid, "hf", options)
         source = {
@@ -166,7 +159,7 @@ def build(
             "recipe": hybrid.sidecar.config[RECIPE],
         }
         target = {"path": str(out), "format": "hf", "grid": str(hybrid.grid)}
-        return carry_out(plan, [first, last], source, target, how, started)
+        return carry_out(plan, [first, last], source, target, execution, started)
 
 
 def _check(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, accept: bool) -> list[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.sources import open_source
-from ckptkit.conversion.execution import carry_out, check_destination
-from ckptkit.conversion.options import ConversionResult, Execution, Options
+from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out, check_destination
+from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import UnsupportedError, UsageError
@@ -30,12 +30,7 @@ def refit(
     init: str = "lstsq",
     options: Mapping[str, Any] | None = None,
     shard_size: int | None = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    threads: int | None = None,
-    hash: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Unpack[How],
 ) -> ConversionResult:
     """Writes a split Llama again, with a fitted adapter.
 
@@ -47,12 +42,8 @@ def refit(
         init: `lstsq`, `ridge`, `ridge:STRENGTH` or `procrustes`.
         options: `calibration` and what else `Calibration` takes.
         shard_size: Largest safetensors shard in bytes.
-        dry_run: Plan only; nothing is run or written.
-        overwrite: Replace an existing destination, atomically.
-        resume: Go on from what a killed run left.
-        threads: Threads that move bytes.
-        hash: Also compute the SHA-256 of every output file.
-        progress: Called with (bytes done, bytes in all).
+        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
+            `Execution`.
 
     Raises:
         UsageError: The request cannot work.
@@ -61,30 +52,30 @@ def refit(
         StorageError: The destination cannot be written.
     """
     started = time.monotonic()
+    execution = Execution(**how)
     name = init.partition(":")[0]
     if name not in FITTED:
         raise UsageError(f"--adapter-init {init} is not fitted", hint=f"one of {', '.join(FITTED)}")
     with ExitStack() as stack:
-        split = open_source(stack, hybrid, None, headers_only=dry_run)
+        split = open_source(stack, hybrid, None, headers_only=execution.dry_run)
         if split.family is not SPLIT_LLAMA:
             raise UnsupportedError(f"{split.config.architecture} is no {ARCHITECTURE}", where=split.path)
-        wide = open_source(stack, last, None, headers_only=dry_run)
-        narrow = split if first is None else open_source(stack, first, None, headers_only=dry_run)
+        wide = open_source(stack, last, None, headers_only=execution.dry_run)
+        narrow = split if first is None else open_source(stack, first, None, headers_only=execution.dry_run)
         _check_half(split, LAST, wide, "--last")
         if narrow is not split:
             _check_half(split, FIRST, narrow, "--first")
-        how = Execution(dry_run, overwrite, resume, threads, hash, progress)
         read, given = [split, wide, narrow], Options(shard_size=shard_size)
         # The fit takes long, and is lost if nothing can be written then.
         rehearsed = _fitted(split, narrow, wide, init, {**(options or {}), "dry_run": True})
-        check_destination(make_plan(rehearsed, "hf", given), read, out, how)
-        made = rehearsed if dry_run else _fitted(split, narrow, wide, init, dict(options or {}))
+        check_destination(make_plan(rehearsed, "hf", given), read, out, execution)
+        made = rehearsed if execution.dry_run else _fitted(split, narrow, wide, init, dict(options or {}))
         plan = make_plan(made, "hf", given)
         facts = {"family": SPLIT_LLAMA.name, "architecture": ARCHITECTURE}
         source = {"path": str(hybrid), "format": split.format, **facts, "grid": str(split.grid)}
         source["recipe"] = made.sidecar.config[RECIPE]
         target = {"path": str(out), "format": "hf", "grid": str(made.grid)}
-        return carry_out(plan, read, source, target, how, started)
+        return carry_out(plan, read, source, target, execution, started)
 
 
 def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> None:

@@ -211,11 +211,11 @@ def test_a_source_that_is_replaced_while_it_is_planned_is_noticed(
 @pytest.mark.parametrize(
     ("to", "asked", "match"),
     [
-        ("hf", {"spec": "local"}, "--spec is about Megatron's formats"),
-        ("hf", {"experts": "grouped"}, "--experts is about"),
-        ("hf", {"make_vocab_size_divisible_by": 64}, "--make-vocab-size-divisible-by is about"),
-        ("torch", {"shard_size": 10**6}, "--shard-size is about safetensors"),
-        ("torch_dist", {"spec": "verl"}, "--spec verl is a layout of ranks' files"),
+        ("hf", {"spec": "local"}, "--spec applies only to Megatron formats"),
+        ("hf", {"experts": "grouped"}, "--experts applies only to"),
+        ("hf", {"make_vocab_size_divisible_by": 64}, "--make-vocab-size-divisible-by applies only"),
+        ("torch", {"shard_size": 10**6}, "--shard-size applies only to safetensors"),
+        ("torch_dist", {"spec": "verl"}, "--spec verl exists only as per-rank files"),
         ("torch", {"make_vocab_size_divisible_by": -8}, "must be at least 1, got -8"),
         ("torch_dist", {"make_vocab_size_divisible_by": 0}, "must be at least 1, got 0"),
         ("packed", {"make_vocab_size_divisible_by": 0}, "must be at least 1, got 0"),
@@ -232,7 +232,7 @@ def test_what_cannot_be_honoured_is_refused(
 def test_a_distributed_checkpoint_has_no_writers_names(tmp_path: Path) -> None:
     source = save_model(tmp_path / "hf", "gemma3")
     convert(source, tmp_path / "meg", to="torch", spec="mbridge")
-    with pytest.raises(UsageError, match="--spec mbridge is a layout of ranks' files"):
+    with pytest.raises(UsageError, match="--spec mbridge exists only as per-rank files"):
         convert(source, tmp_path / "dist", to="torch_dist", spec="mbridge")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.conversion.convert import convert
-from ckptkit.conversion.options import ConversionResult
+from ckptkit.conversion.execution import ConversionResult
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.inspection.summary import inspect
 from ckptkit.sharding.grid import Parallelism

@@ -201,7 +201,7 @@ def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path)
     source, value = save_llama(tmp_path / "lm"), saved("gqa", "LlamaForTokenClassification")
     multimodal = save_model(tmp_path / "mm", "gemma3")
     cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
-        (source, {"head": "reward"}, UsageError, "value is what can be asked for"),
+        (source, {"head": "reward"}, UsageError, "the only choice is: value"),
         (source, {"head_init": "zeros"}, UsageError, "add --head value"),
         (source, {"head": "value", "head_init": "ones"}, UsageError, "zeros, normal or file:PATH"),
         (source, {"head": "value", "head_init": "file:"}, UsageError, "zeros, normal or file:PATH"),

@@ -169,7 +169,7 @@ def test_what_it_has_not(models: Any, tmp_path: Path) -> None:
         convert(models(kind), tmp_path / "out", **{"to": "torch", "spec": "verl", **options})
 
     for to in ("packed", "torch_dist"):
-        with pytest.raises(UsageError, match="--spec verl is a layout of ranks' files; use --to torch"):
+        with pytest.raises(UsageError, match="--spec verl exists only as per-rank files; use --to torch"):
             attempt("gqa", to=to)
     with pytest.raises(UsageError, match="does not pad the vocabulary"):
         attempt("gqa", make_vocab_size_divisible_by=128)

@@ -117,7 +117,7 @@ def test_what_a_hybrid_model_cannot_be_told(tmp_path: Path) -> None:
     ]
     with pytest.raises(UnsupportedError, match="HybridModel does not scale it"):
         convert(source, tmp_path / "a", to="torch", megatron_model="hybrid", strict_config=True, dry_run=True)
-    with pytest.raises(UsageError, match="--megatron-model is of Megatron's formats"):
+    with pytest.raises(UsageError, match="--megatron-model applies only to Megatron formats"):
         convert(source, tmp_path / "a", to="hf", megatron_model="hybrid", dry_run=True)
     with pytest.raises(UsageError, match="--megatron-model mamba; one of gpt, hybrid"):
         convert(source, tmp_path / "a", to="torch", megatron_model="mamba", dry_run=True)

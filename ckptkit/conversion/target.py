@@ -1,0 +1,170 @@
+"""The output of a conversion: its format, and every fact that its files share, resolved once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid, vocabulary_multiple
+from ckptkit.checkpoints.run_config import run_config
+from ckptkit.conversion.options import TEXT, Options
+from ckptkit.errors import UnsupportedError, UsageError
+from ckptkit.formats.torch_dist import FOLDER
+from ckptkit.io.plan import OutputFile
+from ckptkit.megatron_args.args import to_args
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.sharding.rules import padded_vocab_size
+from ckptkit.sharding.stages import Stage, split_layers
+from ckptkit.tables.hybrid_names import GPT, HYBRID, hybrid_args
+from ckptkit.tables.spelling import Spelling
+from ckptkit.version import __version__
+
+
+@dataclass(frozen=True)
+class WritableFormat:
+    """A format that can be written: a module of `conversion/targets/` holds one.
+
+    Attributes:
+        name: What `--to` calls it.
+        lay_out: The files of an output.
+        takes: The options that it takes beyond those that every format takes: names of `Options`.
+        fits: Whether it can be written under a spelling of Megatron's names.
+        notes: What a user should know about this output.
+    """
+
+    name: str
+    lay_out: Callable[[Target], list[OutputFile]]
+    takes: frozenset[str] = frozenset()
+    fits: Callable[[Spelling], bool] = lambda spelling: True
+    notes: Callable[[Target], list[str]] = lambda target: []
+
+    @property
+    def megatron(self) -> bool:
+        """Whether it holds Megatron's names and `args`, and a sidecar for the way back."""
+        return "spec" in self.takes
+
+    @property
+    def sharded(self) -> bool:
+        """Whether it is sharded over the ranks of a grid."""
+        return "grid" in self.takes
+
+
+@dataclass(frozen=True)
+class NoRunConfig:
+    """Why Megatron-Bridge gets no description of a model."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a conversion writes.
+
+    Every property is resolved once, when the first file asks for it; all others are handed the same value. A format
+    that does not hold Megatron's names asks for none of them.
+
+    Attributes:
+        source: The model, after all changes.
+        options: What is asked for.
+        format: The format.
+    """
+
+    source: Checkpoint
+    options: Options
+    format: WritableFormat
+
+    @property
+    def grid(self) -> Parallelism:
+        """The grid, of one rank where the format is not sharded."""
+        return self.options.grid
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """How Megatron's names are written.
+
+        Raises:
+            UsageError: The family, the format or Megatron's model has no such names.
+        """
+        options = self.options
+        if options.megatron_model == HYBRID and self.source.config.adapter is not None:
+            raise UsageError("--megatron-model hybrid has layers of one width", hint="use --megatron-model gpt")
+        spelling = self.source.family.spelling(options.spec, options.experts, text=options.layout == TEXT)
+        if not self.format.fits(spelling):
+            raise UsageError(f"--spec {options.spec} exists only as per-rank files", hint="use --to torch")
+        return replace(spelling, hybrid=options.megatron_model == HYBRID)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The pipeline stages, ordered by (pp_rank, vp_stage).
+
+        Raises:
+            UsageError: The grid cannot hold the model.
+        """
+        check_grid(self.source.config, self.grid)
+        return split_layers(self.source.config.num_layers, self.grid)
+
+    @cached_property
+    def divisible_by(self) -> int:
+        """What the vocabulary is padded to a multiple of, times TP; without ranks it is padded only where asked.
+
+        Raises:
+            UsageError: It is no multiple, or this spelling pads nothing.
+        """
+        asked = self.options.make_vocab_size_divisible_by
+        if asked is None and not self.format.sharded:
+            return 1
+        return vocabulary_multiple(self.source.config.vocab_size, self.grid.tp, self.spelling, asked)
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """Megatron-LM's `args`, as plain values."""
+        source, spelling = self.source, self.spelling
+        rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], self.divisible_by, self.grid.tp)
+        config = replace(source.config, dtype=source.main_dtype)
+        args = to_args(config, self.grid, rows, self.divisible_by, spelling.experts)
+        if not spelling.hybrid:
+            return args
+        stages = sorted(self.stages, key=lambda stage: (stage.vp_stage, stage.pp_rank))
+        return hybrid_args(args, [layer.moe for layer in config.layers], [stage.layers for stage in stages])
+
+    @cached_property
+    def run_config(self) -> OutputFile | NoRunConfig:
+        """The file from which Megatron-Bridge builds the model of a distributed checkpoint, or why there is none."""
+        if self.spelling.hybrid:
+            return NoRunConfig("only GPTModel is described to it")
+        text = self.options.layout == TEXT
+        try:
+            return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text)
+        except UnsupportedError as error:
+            return NoRunConfig(error.what)
+
+    @cached_property
+    def config_json(self) -> OutputFile:
+        """config.json, verbatim unless a change has altered what it says."""
+        path, config = self.source.sidecar.small.get("config.json"), self.source.sidecar.config
+        if path is not None and json.loads(path.read_bytes()) == config:
+            return OutputFile.copy("config.json", str(path), path.stat().st_size)
+        return OutputFile.small("config.json", json.dumps(config, indent=2).encode() + b"\n")
+
+    @cached_property
+    def sidecar(self) -> list[OutputFile]:
+        """The files of the sidecar: what the way back needs, and a manifest of what is written here."""
+        source, spelling = self.source, self.spelling
+        manifest = {
+            "tool": f"ckptkit {__version__}",
+            "format": self.format.name,
+            "family": source.family.name,
+            "architecture": source.config.architecture,
+            "spec": spelling.name,
+            "experts": spelling.experts,
+            "megatron_model": HYBRID if spelling.hybrid else GPT,
+            "prefix": spelling.prefix,
+            "grid": asdict(self.grid),
+            "make_vocab_size_divisible_by": self.divisible_by,
+        }
+        small = {name: path for name, path in source.sidecar.small.items() if name != "config.json"}
+        files = replace(source.sidecar, small=small).lay_out(manifest)
+        return [*files, replace(self.config_json, path=f"ckptkit/hf/{self.config_json.path}")]

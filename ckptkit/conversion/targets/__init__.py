@@ -1,0 +1,36 @@
+"""The formats that can be written, one module each: it holds `FORMAT`, which says what it takes and lays files out.
+
+A module is imported when its format is written; the command line needs no more than the names.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ckptkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckptkit.conversion.target import WritableFormat
+
+_MODULES = {
+    "hf": "huggingface",
+    "packed": "packed",
+    "torch": "torch_legacy",
+    "torch_dist": "torch_dist",
+}
+"""Name of a format -> its module in this folder."""
+
+NAMES = tuple(_MODULES)
+
+
+def format_called(name: str) -> WritableFormat:
+    """The format of this name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name not in _MODULES:
+        raise UsageError(f"--to {name}", hint=f"one of {', '.join(NAMES)}")
+    found: WritableFormat = import_module(f"{__name__}.{_MODULES[name]}").FORMAT
+    return found

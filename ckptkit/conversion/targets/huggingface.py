@@ -1,0 +1,28 @@
+"""Writes a Hugging Face directory."""
+
+from __future__ import annotations
+
+from ckptkit.conversion.options import DEFAULT_SHARD_SIZE
+from ckptkit.conversion.target import Target, WritableFormat
+from ckptkit.formats.hf import BIN_INDEX, INDEX, lay_out_like, lay_out_shards
+from ckptkit.io.plan import OutputFile
+
+
+def _lay_out(target: Target) -> list[OutputFile]:
+    """Every item is unpacked; shards and header bytes are those of the origin where they still fit."""
+    source, shard_size = target.source, target.options.shard_size
+    tensors = source.hf_tensors(source.stored_names)
+    files = lay_out_like(tensors, source.sidecar.headers if shard_size is None else {})
+    stale = set() if files is not None else {INDEX, BIN_INDEX}
+    files = files or lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
+    taken = {file.path for file in files} | stale | {"config.json"}
+    code = {path.name: path for path in source.family.code if "auto_map" in source.sidecar.config}
+    small = [
+        OutputFile.copy(name, str(path), path.stat().st_size)
+        for name, path in sorted({**code, **source.sidecar.small}.items())
+        if name not in taken
+    ]
+    return [*files, *small, target.config_json]
+
+
+FORMAT = WritableFormat("hf", _lay_out, takes=frozenset({"shard_size"}))

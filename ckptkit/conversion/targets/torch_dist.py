@@ -1,0 +1,62 @@
+"""Writes Megatron-Core's distributed checkpoint: whole tensors, in the chunks that the ranks of a grid would write."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckptkit.checkpoints.checkpoint import is_on
+from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
+from ckptkit.formats.torch_dist import GlobalTensor, StageRanks, lay_out_torch_dist
+from ckptkit.io.plan import OutputFile
+from ckptkit.sharding.stages import stage_of_layer
+
+_SPECS = ("te", "local")
+"""Whose modules a checkpoint can be for: the keys are the same, and only the extra states differ."""
+
+
+def _lay_out(target: Target) -> list[OutputFile]:
+    source, grid, family, layers = target.source, target.grid, target.source.family, target.source.config.layers
+    files = lay_out_torch_dist(
+        _tensors(target),
+        target.args,
+        dtype=source.main_dtype,
+        ranks=StageRanks(grid.tp, grid.ep, grid.etp),
+        spec="local" if family.local_only(source.config) else target.spelling.name,
+        groups=[family.attention_of(layer) for layer in layers] if family.attention_of is not None else [],
+        plain=family.plain,
+        stacked=False if target.spelling.hybrid else None,
+    )
+    run_config = [] if isinstance(target.run_config, NoRunConfig) else [target.run_config]
+    return [*files, *run_config, *target.sidecar]
+
+
+def _tensors(target: Target) -> list[GlobalTensor]:
+    """The whole model under canonical names, which no spec changes, each tensor on the stage that holds it."""
+    source, grid, stages = target.source, target.grid, target.stages
+    canonical, written = source.family.spellings[0], target.spelling
+    names = replace(canonical, prefix=written.prefix, hybrid=written.hybrid)
+    homes = stage_of_layer(stages)
+    tensors = []
+    for key, item in source.items.items():
+        if item.layer is not None:
+            stage, _ = homes[item.layer]
+        else:
+            stage = next(stage for stage in stages if is_on(item, stage, grid))
+        whole, split = source.padded(key, grid.tp, target.divisible_by), item.row.split
+        tensors.append(GlobalTensor(names.written(key), whole, split.axis, split.blocks, stage.pp_rank))
+    return tensors
+
+
+def _notes(target: Target) -> list[str]:
+    if isinstance(target.run_config, NoRunConfig):
+        return [f"no run_config.yaml, which Megatron-Bridge needs to load it by itself: {target.run_config.reason}"]
+    return []
+
+
+FORMAT = WritableFormat(
+    "torch_dist",
+    _lay_out,
+    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model"}),
+    fits=lambda spelling: spelling.name in _SPECS,
+    notes=_notes,
+)
