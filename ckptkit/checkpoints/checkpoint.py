@@ -8,8 +8,8 @@ shards are joined into it; both are slicing, so nothing is loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,9 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 DEFAULT_DIVISIBLE_BY = 128
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of any format, opened.
+    """A checkpoint of any format, opened. It does not change: what makes another of it copies it (`replace`).
 
     Attributes:
         path: Where it is.
@@ -70,12 +70,16 @@ class Checkpoint:
     grid: Parallelism = field(default_factory=Parallelism)
     padded_vocab_size: int = 0
     args: dict[str, Any] = field(default_factory=dict)
-    comparisons: list[Comparison] = field(default_factory=list)
-    coverage: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
+    comparisons: tuple[Comparison, ...] = ()
+    coverage: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    disagreements: tuple[str, ...] = ()
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     seen: Seen = field(default_factory=Seen)
+
+    def noting(self, *notes: str) -> Checkpoint:
+        """The same checkpoint with further notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
     @property
     def parameters(self) -> int:

@@ -58,9 +58,9 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         tensors=tensors,
         spelling=family.spellings[0],
         padded_vocab_size=config.vocab_size,
-        comparisons=comparisons,
+        comparisons=tuple(comparisons),
         coverage={"used": used, "replicas": len(comparisons), "in the sidecar": len(extras)},
-        notes=[*notes, *(f"{name} is not part of the model and stays behind" for name in files.ignored)],
+        notes=(*notes, *(f"{name} is not part of the model and stays behind" for name in files.ignored)),
     )
 
 

@@ -4,72 +4,127 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint, is_on
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, is_on
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.torch_legacy import RankFile, RankKey
 from ckptkit.io.plan import Comparison
-from ckptkit.sharding.grid import Rank
+from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.rules import expert_home
 from ckptkit.sharding.stages import Stage, split_layers, stage_of_layer
-from ckptkit.tables.family import Item
+from ckptkit.tables.family import Family, Item
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.spelling import Spelling
 from ckptkit.tensors import Tensor, vstack
 
 
-def join_shards(checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile], most_rows: int | None) -> None:
-    """Fills the canonical view of a checkpoint: each item's shards are found where it lives and joined by its rule.
+@dataclass(frozen=True)
+class Shards:
+    """The files of a checkpoint's ranks, and what is known of the model in them.
 
-    Args:
-        checkpoint: Described, without tensors.
+    Attributes:
+        path: Where they are, for messages.
+        family: The model's family.
+        config: The model.
+        items: Canonical name -> table item.
+        spelling: How names are written.
+        grid: The grid that they make up.
         ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> written name -> tensor.
-        most_rows: Rows that its vocabulary has at most with padding, or None if somebody says what is padding.
+        most_rows: Rows that the vocabulary has at most with padding, or None if the user says what is padding.
+    """
+
+    path: Path
+    family: Family
+    config: ModelConfig
+    items: Mapping[str, Item]
+    spelling: Spelling
+    grid: Parallelism
+    ranks: Mapping[RankKey, RankFile]
+    most_rows: int | None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The whole tensors of a model.
+
+    Attributes:
+        tensors: Canonical name -> tensor without vocabulary padding.
+        towers: Hugging Face name -> tensor, for what is no part of the text model but stored beside it.
+        padded_vocab_size: Rows of the stored embedding.
+        comparisons: What must be equal for these tensors to be the whole truth.
+        coverage: How many stored tensors were used, and how many are replicas.
+        notes: What a user should know.
+    """
+
+    tensors: dict[str, Tensor]
+    towers: dict[str, Tensor]
+    padded_vocab_size: int
+    comparisons: tuple[Comparison, ...]
+    coverage: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def join_shards(shards: Shards) -> Joined:
+    """The canonical view of sharded tensors: each item's shards are found where it lives and joined by its rule.
 
     Raises:
         InputError: Shards are missing, unknown or mis-shaped, or do not fit the grid; or more rows of the vocabulary
             would be cut off than padding explains.
     """
     try:
-        _Joiner(checkpoint, ranks, most_rows).join()
+        return _Joiner(shards).join()
     except UsageError as error:
-        raise InputError(f"the stored grid does not fit the model: {error.what}", where=checkpoint.path) from None
+        raise InputError(f"the stored grid does not fit the model: {error.what}", where=shards.path) from None
 
 
 class _Joiner:
-    def __init__(self, checkpoint: Checkpoint, ranks: Mapping[RankKey, RankFile], most_rows: int | None) -> None:
-        self.checkpoint = checkpoint
-        self.most_rows = most_rows
+    """One joining: what it has taken of the shards, and what it has found so far."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.given = shards
         self.left = {
             (*rank, vp_stage): dict(chunk)
-            for rank, chunks in ranks.items()
+            for rank, chunks in shards.ranks.items()
             for vp_stage, chunk in enumerate(chunks.values())
         }
         self.stored = sum(len(chunk) for chunk in self.left.values())
-        self.problems = Problems(checkpoint.path)
-        self.bare: list[str] = []
-        self.stages = split_layers(checkpoint.config.num_layers, checkpoint.grid)
+        self.problems = Problems(shards.path)
+        self.stages = split_layers(shards.config.num_layers, shards.grid)
         self.home = stage_of_layer(self.stages)
+        self.tensors: dict[str, Tensor] = {}
+        self.comparisons: list[Comparison] = []
+        self.padded_vocab_size = 0
+        self.bare: list[str] = []
 
-    def join(self) -> None:
+    def join(self) -> Joined:
         used = 0
-        for key, item in self.checkpoint.items.items():
+        for key, item in self.given.items.items():
             if (shards := self._shards(item)) is None:
                 continue
             used += len(shards)
             self._add(key, item, shards)
         self._compare_tied_head()
-        used += self._take_towers()
+        towers = self._take_towers()
+        used += len(towers)
         self.problems.unknown({name for chunk in self.left.values() for name in chunk})
         self.problems.check()
-        if self.bare:
-            self.checkpoint.notes.append(f"{len(self.bare)} tensors have no slots for values that are their keys")
-        self.checkpoint.coverage.update(used=used, replicas=self.stored - used)
+        notes = [f"{len(self.bare)} tensors have no slots for values that are their keys"] if self.bare else []
+        return Joined(
+            self.tensors,
+            towers,
+            self.padded_vocab_size,
+            tuple(self.comparisons),
+            {"used": used, "replicas": self.stored - used},
+            tuple(notes),
+        )
 
     def _stage(self, item: Item) -> tuple[Stage, int | None]:
         if item.layer is not None:
             return self.home[item.layer]
-        return next((stage, None) for stage in self.stages if is_on(item, stage, self.checkpoint.grid))
+        return next((stage, None) for stage in self.stages if is_on(item, stage, self.given.grid))
 
     def _shards(self, item: Item) -> list[Tensor] | None:
         """The distinct shards of an item in order, or None if one is missing; further copies must be equal."""
@@ -77,13 +132,13 @@ class _Joiner:
         split = item.row.split
         ep, expert = None, None
         if item.expert is not None:
-            ep, expert = expert_home(item.expert, self.checkpoint.config.num_experts, self.checkpoint.grid.ep)
+            ep, expert = expert_home(item.expert, self.given.config.num_experts, self.given.grid.ep)
         where = "" if item.layer is None else f" (layer {item.layer})"
         found: dict[int, list[tuple[Rank, Tensor]]] = defaultdict(list)
-        for rank in self.checkpoint.grid.ranks():
+        for rank in self.given.grid.ranks():
             if rank.pp != stage.pp_rank or ep not in (None, rank.ep):
                 continue
-            name = self.checkpoint.spelling.written(item.name(number, expert))
+            name = self.given.spelling.written(item.name(number, expert))
             shard = self.problems.take(self.left[rank.pp, rank.tp, rank.ep, stage.vp_stage], name, None, where)
             if shard is None:
                 return None
@@ -92,11 +147,11 @@ class _Joiner:
             first, original = copies[0]
             for other, copy in copies[1:]:
                 what = f"{item.key} on {_two_ranks(first, other)}"
-                self.checkpoint.comparisons.append(Comparison(original, copy, what))
+                self.comparisons.append(Comparison(original, copy, what))
         return [found[number][0][1] for number in sorted(found)]
 
     def _add(self, key: str, item: Item, shards: list[Tensor]) -> None:
-        split = item.split(self.checkpoint.spelling)
+        split = item.split(self.given.spelling)
         try:
             joined = split.join(shards)
             copies = [Comparison(*pair, f"{key} on ranks that share heads") for pair in split.copies(shards)]
@@ -104,7 +159,7 @@ class _Joiner:
             self.problems.wrong.append(f"{key}: its shards do not fit together ({error})")
             return
         if split.padded:
-            self.checkpoint.padded_vocab_size = joined.shape[0]
+            self.padded_vocab_size = joined.shape[0]
             self._check_padding(key, joined.shape[0], item.shape[0])
             joined = joined.rows(0, min(joined.shape[0], item.shape[0]))
         if joined.shape == item.bare_shape != item.shape:
@@ -113,22 +168,23 @@ class _Joiner:
         if joined.shape != item.shape:
             self.problems.wrong.append(f"{key} is {list(joined.shape)}, the config says {list(item.shape)}")
             return
-        self.checkpoint.tensors[key] = joined
-        self.checkpoint.comparisons += copies
+        self.tensors[key] = joined
+        self.comparisons += copies
 
     def _check_padding(self, key: str, rows: int, size: int) -> None:
         """Rows beyond the vocabulary are cut off, which may only be padding."""
-        if self.most_rows is not None and rows > self.most_rows:
+        most = self.given.most_rows
+        if most is not None and rows > most:
             raise InputError(
-                f"{key} has {rows} rows, a vocabulary of {size} has at most {self.most_rows} with its padding: weights"
-                " would be lost",
-                where=self.checkpoint.path,
+                f"{key} has {rows} rows, a vocabulary of {size} has at most {most} with its padding: weights would be"
+                " lost",
+                where=self.given.path,
                 hint=f"give --hf-reference with the right vocab_size, or --vocab-size {size} if they are padding",
             )
 
-    def _take_towers(self) -> int:
-        """Moves what is no part of the text model, but stored beside it, to the extras; returns how many these are."""
-        towers = self.checkpoint.family.towers
+    def _take_towers(self) -> dict[str, Tensor]:
+        """Takes what is no part of the text model, but stored beside it."""
+        towers = self.given.family.towers
         found: dict[str, Tensor] = {}
         for _, chunk in sorted(self.left.items()):
             for name in sorted(chunk):
@@ -137,32 +193,30 @@ class _Joiner:
                     continue
                 tensor, hf = chunk.pop(name), towers[prefix] + name.removeprefix(prefix)
                 if found.setdefault(hf, tensor) is not tensor:
-                    self.checkpoint.comparisons.append(Comparison(found[hf], tensor, f"{name} on ranks that share it"))
-        sidecar = self.checkpoint.sidecar
-        self.checkpoint.sidecar = replace(sidecar, extras={**sidecar.extras, **found})
-        return len(found)
+                    self.comparisons.append(Comparison(found[hf], tensor, f"{name} on ranks that share it"))
+        return found
 
     def _compare_tied_head(self) -> None:
         """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""
         last = next(stage for stage in self.stages if stage.last)
-        if not self.checkpoint.config.tied or EMBEDDING not in self.checkpoint.tensors:
+        if not self.given.config.tied or EMBEDDING not in self.tensors:
             return
-        name = self.checkpoint.spelling.written(HEAD)
+        name = self.given.spelling.written(HEAD)
         shards: dict[int, Tensor] = {}
         missing = False
-        for rank in self.checkpoint.grid.ranks():
+        for rank in self.given.grid.ranks():
             if rank.pp == last.pp_rank:
                 shard = self.left[rank.pp, rank.tp, rank.ep, last.vp_stage].pop(name, None)
                 missing = missing or shard is None
                 if shard is not None and shards.setdefault(rank.tp, shard) is not shard:
                     what = f"{name} on ranks that share it"
-                    self.checkpoint.comparisons.append(Comparison(shards[rank.tp], shard, what))
+                    self.comparisons.append(Comparison(shards[rank.tp], shard, what))
         if not missing:
             head = vstack([shards[tp_rank] for tp_rank in sorted(shards)])
-            rows = min(head.shape[0], self.checkpoint.config.vocab_size)
+            rows = min(head.shape[0], self.given.config.vocab_size)
             what = "output_layer.weight of the last stage and the tied embedding"
-            embedding = self.checkpoint.tensors[EMBEDDING]
-            self.checkpoint.comparisons.append(Comparison(head.rows(0, rows), embedding, what))
+            embedding = self.tensors[EMBEDDING]
+            self.comparisons.append(Comparison(head.rows(0, rows), embedding, what))
         elif shards or not last.first:
             self.problems.missing.append(f"{name} (the tied copy on the last stage)")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptkit.errors import InputError, UsageError
-from ckptkit.formats.dcp.reading import is_dcp
 from ckptkit.formats.hf import has_shards
-from ckptkit.formats.torch_dist import holds_model, is_torch_dist
-from ckptkit.formats.torch_legacy import TRACKER, is_torch_legacy, iteration_folder
-from ckptkit.formats.trainer_states.fsdp import is_fsdp
+from ckptkit.formats.registry import format_of, is_huggingface
+from ckptkit.formats.torch_dist import TORCH_DIST, holds_model
+from ckptkit.formats.torch_legacy import TORCH, iteration_folder
+from ckptkit.formats.trainer_states.dcp import DCP
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
     """
     if not path.is_dir():
         raise InputError("no such directory" if not path.exists() else "not a directory", where=path)
-    if is_hf_like(path):
+    if is_huggingface(path):
         if iteration is not None:
             raise UsageError("--iteration is about the root of a Megatron checkpoint", where=path, hint="drop it")
         return Place(path, path)
@@ -52,27 +52,12 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
         folder = folder / "actor"
     if (found := _of_verl(folder)) is not None:
         return found
-    if holds_state(folder):
+    format = format_of(folder)
+    if format is not None and format.bare:
         return _of_state(folder)
     if folder != path:
         return Place(folder, path)
     return Place(path, path if (path / "ckptkit").is_dir() else _around(path, "ckptkit"))
-
-
-def is_hf_like(path: Path) -> bool:
-    """Whether a directory is one of Hugging Face's, or has its weights named as one."""
-    return has_shards(path) or ((path / "config.json").is_file() and not (holds_state(path) or _holds_ranks(path)))
-
-
-def _holds_ranks(path: Path) -> bool:
-    """Whether a directory is a Megatron checkpoint or one iteration of it; people put a config.json beside those."""
-    iterations = (path / TRACKER).is_file() or (path / "release").is_dir()
-    return iterations or is_torch_legacy(path) or is_torch_dist(path)
-
-
-def holds_state(path: Path) -> bool:
-    """Whether a directory holds the state of a bare module, and no weights as Hugging Face names them."""
-    return not has_shards(path) and (is_fsdp(path) or (is_dcp(path) and not is_torch_dist(path)))
 
 
 def _around(folder: Path, wanted: str) -> Path:
@@ -115,6 +100,6 @@ def _of_verl(actor: Path) -> Place | None:
 def _weights_of_verl(folder: Path) -> Path:
     """Where Megatron's weights are (`model/mp_rank_*` until verl 0.4), or the folder itself."""
     distributed, ranks = folder / "dist_ckpt", folder / "model"
-    if is_dcp(distributed) or is_torch_dist(distributed):
+    if format_of(distributed) in (TORCH_DIST, DCP):
         return distributed
-    return ranks if is_torch_legacy(ranks) else folder
+    return ranks if format_of(ranks) is TORCH else folder

@@ -5,14 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.formats.hub import locate
-
-if TYPE_CHECKING:
-    pass
 
 
 def open_source(
@@ -32,9 +29,7 @@ def open_source(
     if hf_reference is not None:
         reference = stack.enter_context(locate(hf_reference, headers_only=headers_only)).path
     source = open_checkpoint(located.path, hf_reference=reference, **options)
-    if located.origin:
-        source.sidecar = replace(source.sidecar, origin=located.origin)
-    return source
+    return replace(source, sidecar=replace(source.sidecar, origin=located.origin)) if located.origin else source
 
 
 def facts_of(source: Checkpoint) -> dict[str, Any]:

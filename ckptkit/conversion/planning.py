@@ -42,7 +42,7 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     coverage, unused = dict(source.coverage), [] if format.megatron else source.dropped(source.stored_names)
     if unused:
         coverage["unused parts dropped"] = len(unused)
-    return Plan(tuple(files), tuple(source.comparisons), tuple(lossy), tuple(notes), coverage, tuple(unused))
+    return Plan(tuple(files), source.comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused))
 
 
 def _megatron_notes(target: Target) -> list[str]:

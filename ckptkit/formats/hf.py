@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
+from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.safetensors import Header
 from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
@@ -290,3 +292,18 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
             yield item
         else:
             raise UnsupportedError("neither a file nor a folder (a broken link?)", where=item)
+
+
+def _checks(folder: Path) -> Iterator[Callable[[], object]]:
+    names: list[str] = []
+    yield lambda: names.extend(weight_files(folder)[0])
+    for name in names:
+        yield partial(read_shard, folder / name)
+
+
+def _archives(folder: Path) -> Iterator[Archive]:
+    return (Archive(folder / name) for name in weight_files(folder)[0] if name.endswith(".bin"))
+
+
+HF = Format("hf", has_shards, _checks, _archives)
+"""Also the container of `packed`, which differs in the names of its tensors alone."""

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.formats.dcp.reading import DcpFiles, is_dcp, open_dcp
+from ckptkit.formats.dcp.reading import DcpFiles, archives_of_dcp, checks_of_dcp, is_dcp, open_dcp
 from ckptkit.formats.dcp.writing import NewChunk, NewObject, lay_out_dcp
+from ckptkit.formats.format import Format
 from ckptkit.formats.hf import read_json
 from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import TRACKER, OptimizerState, plain_values
@@ -493,3 +494,6 @@ def _empty_state() -> bytes:
 
 
 _EMPTY_STATE = _empty_state()
+
+
+TORCH_DIST = Format("torch_dist", is_torch_dist, checks_of_dcp, archives_of_dcp)

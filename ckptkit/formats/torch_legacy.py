@@ -7,12 +7,14 @@ Layer numbers in a file are local to its stage; with virtual stages a file holds
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.torch_file.pickles import (
     Namespace,
     Record,
@@ -126,6 +128,11 @@ def _only_iteration(path: Path) -> Path:
         names = ", ".join(folder.name for folder in found[-4:])
         raise UsageError(f"several iterations ({names}) and no {TRACKER}", where=path, hint="choose with --iteration")
     return found[0] if found else path
+
+
+def has_iterations(path: Path) -> bool:
+    """Whether a directory is the root of a Megatron checkpoint, whose iterations are folders in it."""
+    return (path / TRACKER).is_file() or (path / "release").is_dir()
 
 
 def is_torch_legacy(path: Path) -> bool:
@@ -291,3 +298,15 @@ def _tensors(chunk: Any, file: Path) -> dict[str, Tensor]:
             raise InputError(f"{name} is not a tensor", where=file)
         tensors[str(name).removeprefix("module.")] = value
     return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every rank's files, the optimizer's included."""
+    return sorted(folder.glob("mp_rank_*/*.pt"))
+
+
+def _checks(folder: Path) -> Iterator[Callable[[], object]]:
+    return (partial(read_torch_file, file) for file in _files(folder))
+
+
+TORCH = Format("torch", is_torch_legacy, _checks, lambda folder: map(Archive, _files(folder)))

@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.locating import Place, find_place, is_hf_like
+from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.errors import InputError
-from ckptkit.formats.dcp.reading import METADATA, open_dcp
-from ckptkit.formats.hf import BIN_INDEX, INDEX, is_weights, read_shard, weight_files
+from ckptkit.formats.format import Format
+from ckptkit.formats.hf import BIN_INDEX, HF, INDEX, is_weights, read_shard, weight_files
 from ckptkit.formats.hub import locate
+from ckptkit.formats.registry import format_of
 from ckptkit.formats.sidecar import FOLDER
-from ckptkit.formats.torch_file.pickles import read_torch_file
-from ckptkit.formats.torch_file.zipfiles import Member, is_archive, open_archive
-from ckptkit.formats.torch_legacy import is_torch_legacy
-from ckptkit.formats.trainer_states.fsdp import is_fsdp
+from ckptkit.formats.torch_file.zipfiles import Member, open_archive
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
 from ckptkit.io.reading import compare
@@ -130,14 +128,15 @@ def validate(
         if hf_reference is not None:
             hf_reference = stack.enter_context(locate(hf_reference)).path
         place = find_place(folder, iteration)
-        checks = [_files(place)]
+        format = format_of(place.folder)
+        checks = [_files(place, format)]
         checkpoint: Checkpoint | None = None
         if checks[0].passed:
             opening = partial(open_checkpoint, folder, hf_reference=hf_reference, iteration=iteration, **source)
             checkpoint, answer = _tensors(opening)
             checks.append(answer)
         if checksums and checks[0].passed:
-            checks.append(_checksums(place, reads))
+            checks.append(_checksums(place.folder, format, reads))
         if values and checkpoint is not None and checks[1].passed:
             checks.append(_values(checkpoint, reads))
     asked = {check.name for check in checks}
@@ -156,10 +155,10 @@ def validate(
 Reads = Callable[..., list[Any]]
 
 
-def _files(place: Place) -> Check:
+def _files(place: Place, format: Format | None) -> Check:
     """Every file alone: headers and sizes of weights, what else there is beside them."""
-    errors = [error for check in _weight_checks(place) if (error := _caught(check))]
-    warnings = _total_size(place.folder) if is_hf_like(place.folder) and not errors else []
+    errors = [error for check in _weight_checks(place, format) if (error := _caught(check))]
+    warnings = _total_size(place.folder) if format is HF and not errors else []
     files = files_in(place)
     headers = f"{FOLDER}/headers/"  # copies of the headers alone
     small = {name: file for name, file in files.items() if not is_weights(name) or name.startswith(headers)}
@@ -184,26 +183,10 @@ def _one_for_each_file(errors: Iterable[InputError]) -> list[str]:
     return [f"{first}{f' (and {len(more):,} more in it)' if more else ''}" for first, *more in by_file.values()]
 
 
-def _weight_checks(place: Place) -> Iterator[Callable[[], object]]:
-    """A check for each file (in torch_dist: for each tensor and object) that holds weights."""
-    folder = place.folder
-    if is_hf_like(folder):
-        names: list[str] = []
-        yield lambda: names.extend(weight_files(folder)[0])
-        for name in names:
-            yield partial(read_shard, folder / name)
-    elif is_torch_legacy(folder):
-        for file in sorted(folder.glob("mp_rank_*/*.pt")):
-            yield partial(read_torch_file, file)
-    elif is_fsdp(folder):
-        for file in sorted(folder.glob("model_*.pt")):
-            yield partial(read_torch_file, file)
-    elif (folder / METADATA).is_file():
-        files = open_dcp(folder)
-        for key in files.tensors:
-            yield partial(files.tensor, key)
-        for key in files.objects:
-            yield partial(files.object_bytes, key)
+def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[], object]]:
+    """A check for each part that holds weights, those in the sidecar included."""
+    if format is not None:
+        yield from format.checks(place.folder)
     extras = place.root / FOLDER / "extras.safetensors"
     if extras.is_file():
         yield partial(read_shard, extras)
@@ -244,9 +227,9 @@ def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, Chec
     return checkpoint, Check("tensors", summary, list(checkpoint.disagreements))
 
 
-def _checksums(place: Place, reads: Reads) -> Check:
+def _checksums(folder: Path, format: Format | None, reads: Reads) -> Check:
     """CRC-32 of every record of torch's archives; safetensors has no checksums."""
-    tasks = list(_archives(place))
+    tasks = [] if format is None else list(_records(folder, format))
     if not tasks:
         return Check("checksums", "its files carry none (`ckptkit hash` makes some)")
     answers: list[_Sums] = reads(tasks, _check_sums, lambda task: task.size)
@@ -276,24 +259,14 @@ class _Sums:
     problems: list[str]
 
 
-def _archives(place: Place) -> Iterator[_Records]:
-    """Large archives record by record; the chunks of a distributed checkpoint, which are small and many, whole."""
-    folder = place.folder
-    large: Iterable[Path] = ()
-    if is_hf_like(folder):
-        large = (folder / name for name in weight_files(folder)[0] if name.endswith(".bin"))
-    elif is_torch_legacy(folder):
-        large = sorted(folder.glob("mp_rank_*/*.pt"))
-    elif is_fsdp(folder):
-        large = sorted(folder.glob("*.pt"))
-    elif (folder / METADATA).is_file():
-        large = sorted(folder.glob("*.pt"))
-        for file, span in open_dcp(folder).spans():
-            if is_archive(file, span.offset, span.length):
-                yield _Records(file, span.offset, span.length, span.length)
-    for file in large:
-        for member in open_archive(file).members.values():
-            yield _Records(file, 0, None, member.size, member)
+def _records(folder: Path, format: Format) -> Iterator[_Records]:
+    """Large archives record by record; those that are small and many, as the chunks of torch_dist, whole."""
+    for archive in format.archives(folder):
+        if archive.length is not None:
+            yield _Records(archive.file, archive.start, archive.length, archive.length)
+            continue
+        for member in open_archive(archive.file).members.values():
+            yield _Records(archive.file, archive.start, None, member.size, member)
 
 
 def _check_sums(readers: Readers, task: _Records) -> _Sums:

@@ -238,14 +238,14 @@ def assemble(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: li
         tensors={key: adapter[key] if key in adapter else _taken(key, recipe, first, last) for key in items},
         spelling=SPLIT_LLAMA.spellings[0],
         padded_vocab_size=config.vocab_size,
-        comparisons=[*first.comparisons, *last.comparisons],
+        comparisons=(*first.comparisons, *last.comparisons),
         coverage={
             "copied": copied,
             "made": len(adapter),
             "left behind": len(first.tensors) + len(last.tensors) - copied,
         },
-        notes=[*made.notes, *notes, *first.notes, *last.notes, *(f"{name} is left behind" for name in sorted(left))],
-        disagreements=[*first.disagreements, *last.disagreements],
+        notes=(*made.notes, *notes, *first.notes, *last.notes, *(f"{name} is left behind" for name in sorted(left))),
+        disagreements=(*first.disagreements, *last.disagreements),
     )
 
 

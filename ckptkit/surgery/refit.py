@@ -126,5 +126,5 @@ def _fitted(split: Checkpoint, first: Checkpoint, last: Checkpoint, init: str, o
         split,
         tensors={**split.tensors, **tensors},
         sidecar=replace(split.sidecar, config=raw, small=small),
-        notes=[*made.notes, *split.notes],
+        notes=(*made.notes, *split.notes),
     )

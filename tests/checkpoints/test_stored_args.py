@@ -307,7 +307,7 @@ class TestMathematics:
         assert diff(models("gqa"), path).same
         set_args(path, layernorm_epsilon=1e-3)
         if sidecar:
-            assert open_checkpoint(path).disagreements == ["args say norm_eps 0.001, config.json says 1e-05"]
+            assert open_checkpoint(path).disagreements == ("args say norm_eps 0.001, config.json says 1e-05",)
         else:
             assert open_checkpoint(path).config.norm_eps == 1e-3
 
@@ -520,7 +520,7 @@ class TestVocabulary:
         config = path / "ckptkit" / "hf" / "config.json"
         raw = json.loads(config.read_text())
         config.write_text(json.dumps({**raw, "vocab_size": 249}))
-        assert open_checkpoint(path).disagreements == ["args say vocab_size 250, config.json says 249"]
+        assert open_checkpoint(path).disagreements == ("args say vocab_size 250, config.json says 249",)
         assert not open_checkpoint(path, vocab_size=249).disagreements
         config.write_text(json.dumps({**raw, "vocab_size": 100}))
         with pytest.raises(InputError, match=r"256 rows, a vocabulary of 100 has at most 128.*would be lost"):

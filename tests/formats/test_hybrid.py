@@ -126,7 +126,7 @@ def test_what_a_hybrid_model_cannot_be_told(tmp_path: Path) -> None:
 def test_windows_survive(tmp_path: Path) -> None:
     source = save_model(tmp_path / "hf", "qwen2-windowed")
     convert(source, tmp_path / "megatron", to="torch_dist", megatron_model="hybrid")
-    assert open_checkpoint(tmp_path / "megatron").disagreements == []
+    assert open_checkpoint(tmp_path / "megatron").disagreements == ()
     shutil.rmtree(tmp_path / "megatron" / "ckptkit")
     windows = [layer.window for layer in open_checkpoint(tmp_path / "megatron").config.layers]
     assert windows == [None, None, 16, 16]

@@ -11,8 +11,9 @@ Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -21,8 +22,9 @@ from typing import Any
 from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.dcp.chunks import Box, ChunkError, check_inside, split_chunks
+from ckptkit.formats.format import Archive
 from ckptkit.formats.torch_file.pickles import Record, TorchDType, UnreadableTensor, loads, read_torch_file
-from ckptkit.formats.torch_file.zipfiles import read_start
+from ckptkit.formats.torch_file.zipfiles import is_archive, read_start
 from ckptkit.tensors import Region, Tensor
 
 METADATA = ".metadata"
@@ -228,6 +230,27 @@ def _start_of(tensor: Tensor) -> int | None:
 def is_dcp(path: Path) -> bool:
     """Whether a folder holds the container."""
     return (path / METADATA).is_file()
+
+
+def checks_of_dcp(folder: Path) -> Iterator[Callable[[], object]]:
+    """A check for each tensor and each object; none without `.metadata`, which is missed when the rest is opened."""
+    if not is_dcp(folder):
+        return
+    files = open_dcp(folder)
+    for key in files.tensors:
+        yield partial(files.tensor, key)
+    for key in files.objects:
+        yield partial(files.object_bytes, key)
+
+
+def archives_of_dcp(folder: Path) -> Iterator[Archive]:
+    """The small archives inside the `.distcp` files, and the files beside them."""
+    if not is_dcp(folder):
+        return
+    for file, span in open_dcp(folder).spans():
+        if is_archive(file, span.offset, span.length):
+            yield Archive(file, span.offset, span.length)
+    yield from map(Archive, sorted(folder.glob("*.pt")))
 
 
 def open_dcp(path: Path) -> DcpFiles:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ckptkit.formats.dcp.reading import open_dcp
+from ckptkit.formats.dcp.reading import archives_of_dcp, checks_of_dcp, is_dcp, open_dcp
+from ckptkit.formats.format import Format
 from ckptkit.formats.torch_dist import optimizer_state
 from ckptkit.formats.trainer_states.module_state import ModuleState
 
@@ -27,3 +28,6 @@ def open_dcp_state(path: Path) -> ModuleState:
     optimizer = {key for key in files.tensors if _OPTIMIZER.match(key)}
     tensors = {key: files.tensor(key) for key in files.tensors if key not in optimizer}
     return ModuleState(path, "dcp", tensors, optimizer=optimizer_state(files, optimizer))
+
+
+DCP = Format("dcp", is_dcp, checks_of_dcp, archives_of_dcp, bare=True)

@@ -11,11 +11,13 @@ for the others).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.dcp.chunks import ChunkError
+from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.hf import read_json
 from ckptkit.formats.torch_file.pickles import read_torch_file
 from ckptkit.formats.torch_legacy import OptimizerState
@@ -107,3 +109,10 @@ def _comparison(key: str, copy: Copy) -> Comparison:
 def _optimizer(path: Path) -> OptimizerState:
     """Its files are not opened: nobody needs a damaged optimizer to be sound."""
     return OptimizerState(0, sum(item.stat().st_size for item in path.iterdir() if _OPTIMIZER.fullmatch(item.name)))
+
+
+def _checks(folder: Path) -> Iterator[Callable[[], object]]:
+    return (partial(read_torch_file, file) for file in sorted(folder.glob("model_*.pt")))
+
+
+FSDP = Format("fsdp", is_fsdp, _checks, lambda folder: map(Archive, sorted(folder.glob("*.pt"))), bare=True)

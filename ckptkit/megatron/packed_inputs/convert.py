@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def convert_to_packed(hf_model: Any) -> PackedModel:
     _check(checkpoint, memory)
     _join_groups(device)
     grid = Parallelism()
-    checkpoint.spelling = checkpoint.family.spelling("local", text=True)
+    checkpoint = replace(checkpoint, spelling=checkpoint.family.spelling("local", text=True))
     (stage,), (rank,) = split_layers(checkpoint.config.num_layers, grid), grid.ranks()
     recipes = checkpoint.chunk(stage, rank, grid, checkpoint.spelling, divisible_by=1)
     (chunk,) = build_chunks(

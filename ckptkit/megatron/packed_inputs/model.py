@@ -45,7 +45,7 @@ class PackedModel(torch.nn.Module):
         self.model = chunk
         self.outputs = 1 if checkpoint.config.value_head else checkpoint.config.vocab_size
         # Its tensors are recipes over the transformers model, whose memory they would keep.
-        self._checkpoint = replace(checkpoint, tensors={}, comparisons=[])
+        self._checkpoint = replace(checkpoint, tensors={}, comparisons=())
         self._extras = dict(extras)
         self._hf_names = list(hf_names)
 

@@ -1,0 +1,271 @@
+"""Reads each format into the canonical view: a function per format, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.description import Given, checked_args, describe, located
+from ckptkit.checkpoints.huggingface import open_hf_files
+from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
+from ckptkit.checkpoints.joining import Shards, join_shards
+from ckptkit.checkpoints.locating import Place
+from ckptkit.checkpoints.recognition import refuse_foreign
+from ckptkit.checkpoints.run_config import args_of_run_config
+from ckptkit.checkpoints.vocabulary import stored_vocabulary
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.families import family_of
+from ckptkit.formats.grouped_experts import ungrouped_experts
+from ckptkit.formats.hf import HfFiles, open_hf, read_shards
+from ckptkit.formats.packed import is_packed, open_packed
+from ckptkit.formats.torch_dist import TorchDistFiles, open_torch_dist, ungrouped, without_group
+from ckptkit.formats.torch_legacy import (
+    OptimizerState,
+    RankFile,
+    RankKey,
+    TorchFiles,
+    open_torch_legacy,
+    rank_folder,
+)
+from ckptkit.formats.trainer_states.dcp import open_dcp_state
+from ckptkit.formats.trainer_states.fsdp import open_fsdp
+from ckptkit.formats.trainer_states.module_state import ModuleState
+from ckptkit.megatron_args.args import grid_of
+from ckptkit.megatron_args.known import GRID_ARGS
+from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.tensors import Tensor
+
+Reader = Callable[[Place, Given], Checkpoint]
+"""Opens what is at a place, with what the user says about it."""
+
+
+def _read_shards(place: Place, given: Given) -> Checkpoint:
+    """A Hugging Face directory or a packed one, by the names of the tensors."""
+    shards = read_shards(place.folder)
+    if is_packed(shards.tensors):
+        files = open_packed(place.folder, shards)
+        place = Place(place.folder, place.folder)
+        return _whole(place, "packed", files.tensors, checked_args(files.args, files.path), given)
+    if given.reference is not None:
+        raise UsageError("a Hugging Face directory takes no reference", where=place.folder, hint="drop --hf-reference")
+    return open_hf_files(open_hf(place.folder, shards))
+
+
+def _read_torch(place: Place, given: Given) -> Checkpoint:
+    files = open_torch_legacy(place.folder, place.root, pp=given.grid.pp, ep=given.grid.ep)
+    files = replace(files, args=checked_args(files.args, files.path))
+    grid = _grid_of_ranks(files, given.grid)
+    with located(files.path):
+        ranks = ungrouped_experts(files.ranks)
+    checkpoint = _join(place, "torch", ranks, grid, files.args, given)
+    if not files.args:
+        note = f"there are no args: that the grid is {grid} is read off the folders and --src sizes"
+        checkpoint = checkpoint.noting(note)
+    return _without_optimizer(checkpoint, files.optimizer)
+
+
+def _grid_of_ranks(files: TorchFiles, given: StatedGrid) -> Parallelism:
+    """The grid that the ranks' folders make, which `args` and the user must agree with.
+
+    Raises:
+        InputError: A rank is missing, or `args` give another grid.
+        UsageError: The user gives another grid.
+    """
+    stated = _stated_grid(files, given)
+    pp, tp, ep = (1 + max(numbers) for numbers in zip(*files.ranks, strict=True))
+    grid = replace(stated, tp=max(tp, stated.tp), pp=max(pp, stated.pp), ep=max(ep, stated.ep), vpp=files.chunks)
+    for names, who in (
+        ({name for name in ("tp", "pp", "ep") if GRID_ARGS[name] in files.args}, "args"),
+        (given.sizes(), "--src"),
+    ):
+        if any(getattr(grid, name) != getattr(stated, name) for name in names):
+            kind = InputError if who == "args" else UsageError
+            raise kind(f"{who} say {stated}, the folders make {grid}", where=files.path)
+    for rank in grid.ranks():
+        if (rank.pp, rank.tp, rank.ep) not in files.ranks:
+            name = rank_folder((rank.pp, rank.tp, rank.ep), grid.pp, grid.ep)
+            raise InputError(f"{name} is missing (the others make {grid})", where=files.path)
+    return grid
+
+
+def _stated_grid(files: TorchFiles, given: StatedGrid) -> Parallelism:
+    """The grid from `args`, completed by --src-* where an entry is missing.
+
+    Raises:
+        UsageError: Both give a size, and they differ.
+    """
+    with located(files.path):
+        stated = grid_of(files.args)
+    for name, size in given.sizes().items():
+        stored = stated.expert_tp if name == "etp" else getattr(stated, name)
+        if files.args.get(GRID_ARGS[name]) is not None and stored != size:
+            option = f"--src-{name.replace('_', '-')}"
+            raise UsageError(f"{option} {size}, but args say {stored}", where=files.path, hint=f"drop {option}")
+    sizes: dict[str, Any] = {**given.sizes()}
+    return replace(stated, **sizes)
+
+
+def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
+    """Distributed checkpoints hold whole tensors: they are joined as one rank's, and the grid is what `args` say."""
+    files = open_torch_dist(place.folder, place.root)
+    stored, notes = _dist_args(files, given)
+    args = checked_args(stored, files.path)
+    checkpoint = _whole(place, "torch_dist", files.tensors, args, given, stacked=files.stacked).noting(*notes)
+    try:
+        checkpoint = replace(checkpoint, grid=grid_of(args))
+    except UnsupportedError as error:
+        checkpoint = checkpoint.noting(f"{error.what}; the tensors are whole all the same")
+    return _without_optimizer(checkpoint, files.optimizer)
+
+
+def _dist_args(files: TorchDistFiles, given: Given) -> tuple[dict[str, Any], list[str]]:
+    """`args`, or what run_config.yaml says in their place, and notes; a reference outranks what is not supported."""
+    if files.args:
+        return files.args, []
+    try:
+        return args_of_run_config(files.path), []
+    except UnsupportedError as error:
+        if given.reference is None:
+            raise
+        return {}, [f"the reference outranks run_config.yaml: {error.what}"]
+
+
+def _read_dcp(place: Place, given: Given) -> Checkpoint:
+    return _read_state(open_dcp_state(place.folder), given)
+
+
+def _read_fsdp(place: Place, given: Given) -> Checkpoint:
+    return _read_state(open_fsdp(place.folder), given)
+
+
+def _read_state(state: ModuleState, given: Given) -> Checkpoint:
+    """The state of a bare module: whole tensors under Hugging Face's names, or those of a packed model."""
+    reference = given.reference
+    if reference is None:
+        raise UsageError(
+            "the state of a bare module does not say which model it is",
+            where=state.path,
+            hint="give --hf-reference with the model's config.json",
+        )
+    if adapters := sorted(key for key in state.tensors if ".lora_" in key):
+        hint = "merge them into the weights with peft (merge_and_unload) before they are saved"
+        raise UnsupportedError(f"LoRA adapters beside the weights ({adapters[0]})", where=state.path, hint=hint)
+    tensors = state.named(lambda names: max(_known(names, reference), sum(is_packed((name,)) for name in names)))
+    if is_packed(tensors):
+        place = Place(state.path, state.path)  # a sidecar would be beside the weights, wherever the reference is
+        checkpoint = _whole(place, state.format, tensors, {}, given)
+    else:
+        files = replace(reference, path=state.path, tensors=tensors, ignored=[])
+        checkpoint = replace(open_hf_files(files), format=state.format)
+    replicas = checkpoint.coverage.get("replicas", 0) + len(state.comparisons)
+    checkpoint = replace(
+        checkpoint.noting(*state.notes, *_dtype_notes(checkpoint)),
+        comparisons=(*checkpoint.comparisons, *state.comparisons),
+        coverage={**checkpoint.coverage, "replicas": replicas},
+    )
+    return _without_optimizer(checkpoint, state.optimizer)
+
+
+def _known(names: set[str], reference: HfFiles) -> int:
+    """How many of these names a model has, however its experts are stored."""
+    family = family_of(reference.config, reference.path / "config.json")
+    config = family.parse(reference.config)
+    canonical = [name for item in family.items(config) for name in item.parts]
+    return max(len(names & spelling.names(canonical, config)) for spelling in family.hf_spellings)
+
+
+def _dtype_notes(checkpoint: Checkpoint) -> list[str]:
+    """That the weights of a module have another type than its reference says."""
+    stated, dtype = checkpoint.config.dtype, checkpoint.main_dtype
+    if stated in (None, dtype):
+        return []
+    return [f"the weights are {dtype}, config.json says {stated} (--dtype {stated} converts them)"]
+
+
+def _without_optimizer(checkpoint: Checkpoint, optimizer: OptimizerState) -> Checkpoint:
+    """The checkpoint, which notes how much of the optimizer's state is beside it."""
+    checkpoint = replace(checkpoint, optimizer=optimizer)
+    if not optimizer:
+        return checkpoint
+    count = f"{optimizer.tensors:,} tensor{'s' * (optimizer.tensors != 1)}, " if optimizer.tensors else ""
+    return checkpoint.noting(f"the optimizer's state ({count}{optimizer.nbytes:,} bytes) is left out")
+
+
+def _whole(
+    place: Place,
+    format: str,
+    tensors: dict[str, Tensor],
+    args: dict[str, Any],
+    given: Given,
+    *,
+    stacked: bool = False,
+) -> Checkpoint:
+    """A Megatron checkpoint of whole tensors: a grid of one rank, whose one stage numbers layers as the model does."""
+    return _join(place, format, {(0, 0, 0): {"model": tensors}}, Parallelism(), args, given, stacked=stacked)
+
+
+def _join(
+    place: Place,
+    format: str,
+    ranks: Mapping[RankKey, RankFile],
+    grid: Parallelism,
+    args: dict[str, Any],
+    given: Given,
+    *,
+    stacked: bool = False,
+) -> Checkpoint:
+    """A Megatron checkpoint from the files of its ranks; `stacked` says whether its layers were."""
+    path, stored_grid, hybrid = place.folder, grid, holds_hybrid(ranks)
+    if hybrid:
+        ranks, args = as_gpt(ranks, args, path)
+        grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
+    names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
+    refuse_foreign(names, path)
+    vocabulary = stored_vocabulary(ranks, args)
+    about = describe(place.root, args, names, given, vocabulary)
+    family, config = about.family, about.config
+    if family.attention_of is not None:
+        groups = [family.attention_of(layer) for layer in config.layers]
+        ranks = {
+            rank: {chunk: ungrouped(tensors, groups, stacked, path) for chunk, tensors in chunks.items()}
+            for rank, chunks in ranks.items()
+        }
+    items = {item.key: item for item in family.items(config)}
+    spelling = family.spelling_of(names, config)
+    size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
+    most_rows = None if given.vocab_size == size else most
+    joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows))
+    notes = [*about.notes, *joined.notes]
+    if vocabulary.rows > most:
+        notes.append(f"{vocabulary.rows - size} rows beyond --vocab-size {size} are left out")
+    if hybrid:
+        notes.append("its tensors are those of Megatron-Core's HybridModel")
+    return Checkpoint(
+        path=path,
+        format=format,
+        family=family,
+        config=config,
+        sidecar=replace(about.sidecar, extras={**about.sidecar.extras, **joined.towers}),
+        items=items,
+        tensors=joined.tensors,
+        spelling=spelling,
+        grid=stored_grid,
+        padded_vocab_size=joined.padded_vocab_size,
+        args=args,
+        comparisons=joined.comparisons,
+        coverage=joined.coverage,
+        notes=tuple(notes),
+        disagreements=tuple(about.disagreements),
+    )
+
+
+READERS: Mapping[str, Reader] = {
+    "hf": _read_shards,
+    "torch": _read_torch,
+    "torch_dist": _read_torch_dist,
+    "dcp": _read_dcp,
+    "fsdp": _read_fsdp,
+}
+"""Name of a format in `formats/registry.py` -> its reader."""

@@ -1,0 +1,35 @@
+"""The formats that can be read, and which of them a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckptkit.formats.format import Format
+from ckptkit.formats.hf import HF
+from ckptkit.formats.torch_dist import TORCH_DIST
+from ckptkit.formats.torch_legacy import TORCH, has_iterations
+from ckptkit.formats.trainer_states.dcp import DCP
+from ckptkit.formats.trainer_states.fsdp import FSDP
+
+FORMATS = (HF, TORCH, TORCH_DIST, DCP, FSDP)
+"""In the order in which they are asked: the first that recognises a folder has it."""
+
+
+def format_of(folder: Path) -> Format | None:
+    """The format of what a folder holds, or None.
+
+    A folder with a config.json and no weights at all is a Hugging Face one, of which it is then said that they are
+    missing. People also put a config.json beside a Megatron checkpoint, and there it decides nothing.
+
+    Raises:
+        InputError: A file that would tell is damaged.
+    """
+    found = next((format for format in FORMATS if format.recognise(folder)), None)
+    if found is None and (folder / "config.json").is_file() and not has_iterations(folder):
+        return HF
+    return found
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face directory; others are only looked at if it has a config.json."""
+    return HF.recognise(folder) or ((folder / "config.json").is_file() and format_of(folder) is HF)
