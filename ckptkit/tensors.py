@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Protocol
+from typing import Generic, Protocol, Self, TypeVar
 
 from ckptkit.dtypes import DType
 
+Origin = TypeVar("Origin")
+
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """`rows` runs of `width` bytes in `file`, the first at `offset`, `pitch` bytes apart."""
+class _Strided(Generic[Origin]):
+    """`rows` runs of `width` bytes of `origin`, the first at `offset`, `pitch` bytes apart."""
 
-    file: str
+    origin: Origin
     offset: int
     rows: int
     pitch: int
@@ -37,9 +39,21 @@ class Region:
         """Whether the rows follow one another without gaps."""
         return self.pitch == self.width or self.rows == 1
 
-    def cut(self, top: int, bottom: int, left: int, right: int) -> Region:
+    def cut(self, top: int, bottom: int, left: int, right: int) -> Self:
         """Rows `top:bottom` and bytes `left:right` of this rectangle."""
-        return Region(self.file, self.offset + top * self.pitch + left, bottom - top, self.pitch, right - left)
+        start = self.offset + top * self.pitch + left
+        return type(self)(self.origin, start, bottom - top, self.pitch, right - left)
+
+
+class Region(_Strided[str]):
+    """`rows` runs of `width` bytes in `file`, the first at `offset`, `pitch` bytes apart."""
+
+    __slots__ = ()
+
+    @property
+    def file(self) -> str:
+        """The file's path."""
+        return self.origin
 
 
 class Made(Protocol):
@@ -62,24 +76,15 @@ class Made(Protocol):
         """Bytes `start:stop`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Literal:
+class Literal(_Strided[bytes | Made]):
     """`rows` runs of `width` bytes of `data`, `pitch` bytes apart, the first at `offset`."""
 
-    data: bytes | Made
-    offset: int
-    rows: int
-    pitch: int
-    width: int
+    __slots__ = ()
 
     @property
-    def contiguous(self) -> bool:
-        """Whether the rows follow one another without gaps."""
-        return self.pitch == self.width or self.rows == 1
-
-    def cut(self, top: int, bottom: int, left: int, right: int) -> Literal:
-        """Rows `top:bottom` and bytes `left:right` of this rectangle."""
-        return Literal(self.data, self.offset + top * self.pitch + left, bottom - top, self.pitch, right - left)
+    def data(self) -> bytes | Made:
+        """The bytes."""
+        return self.origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields
 from ckptkit.checkpoints.recognition import recognise
 from ckptkit.checkpoints.vocabulary import Vocabulary
 from ckptkit.errors import CkptkitError, InputError, UsageError
@@ -103,7 +104,7 @@ def _compare_vocabulary(size: int, stated: int | None, told: int | None) -> tupl
 def _describe_by_args(
     root: Path, args: Mapping[str, Any], names: set[str], given: Given, vocabulary: Vocabulary
 ) -> Description:
-    """The description of a checkpoint that nobody else describes."""
+    """Describes a checkpoint from its args: there is no reference and no sidecar."""
     family, rows = recognise(names, args), vocabulary.rows
     if given.vocab_size is not None and not 0 < given.vocab_size <= rows:
         raise UsageError(f"--vocab-size {given.vocab_size}, but {rows} rows are stored", where=root)
@@ -123,17 +124,12 @@ def _describe_by_args(
 
 def _differences(config: ModelConfig, base: ModelConfig) -> list[str]:
     """Fields in which `args` contradict config.json."""
-    texts = []
-    for name in (f.name for f in fields(ModelConfig) if f.name not in ("layers", "dtype", "init_std")):
-        if getattr(config, name) != getattr(base, name):
-            texts.append(f"args say {name} {getattr(config, name)!r}, config.json says {getattr(base, name)!r}")
-    if config.num_layers != base.num_layers:
-        texts.append(f"args say {config.num_layers} layers, config.json says {base.num_layers}")
-    elif config.layers != base.layers:
-        new, old = next((a, b) for a, b in zip(config.layers, base.layers, strict=True) if a != b)
-        for name in (f.name for f in fields(new) if getattr(new, f.name) != getattr(old, f.name)):
-            texts.append(f"args say {name} {getattr(new, name)}, config.json says {getattr(old, name)}")
-    return texts
+
+    def sentence(field: FieldDifference) -> str:
+        stored = f"{field.left} layers" if field.name == NUM_LAYERS else f"{field.name} {field.left!r}"
+        return f"args say {stored}, config.json says {field.right!r}"
+
+    return [sentence(field) for field in differing_fields(config, base, ignored=("dtype", "init_std"))]
 
 
 def _contradictions(args: Mapping[str, Any], base: ModelConfig) -> list[str]:

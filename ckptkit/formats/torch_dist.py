@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import lcm, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ckptkit.formats.hf import read_json
 from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import TRACKER, OptimizerState, plain_values
 from ckptkit.io.plan import OutputFile
+from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Literal, Tensor, vstack
 
 FOLDER = "release"
@@ -238,31 +239,6 @@ class GlobalTensor:
     pp_rank: int = 0
 
 
-@dataclass(frozen=True)
-class StageRanks:
-    """The ranks of one pipeline stage, as Megatron-Core numbers them (`tp-cp-ep-dp-pp`).
-
-    Attributes:
-        tp: Tensor parallel size.
-        ep: Expert parallel size.
-        etp: Tensor parallel size of the experts, `tp` by default.
-    """
-
-    tp: int = 1
-    ep: int = 1
-    etp: int | None = None
-
-    @property
-    def expert_tp(self) -> int:
-        """Tensor parallel size of the experts."""
-        return self.tp if self.etp is None else self.etp
-
-    @property
-    def size(self) -> int:
-        """The fewest ranks that hold a stage."""
-        return lcm(self.tp, self.ep * self.expert_tp)
-
-
 def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any], groups: Sequence[str] = ()) -> bool:
     """Whether stock Megatron-Core stacks the layers of a model: they are alike, and its arguments do not say otherwise.
 
@@ -298,7 +274,7 @@ def lay_out_torch_dist(
     args: Mapping[str, Any],
     *,
     dtype: str,
-    ranks: StageRanks = StageRanks(),
+    grid: Parallelism = Parallelism(),  # noqa: B008  frozen
     spec: str = "te",
     stacked: bool | None = None,
     groups: Sequence[str] = (),
@@ -313,7 +289,7 @@ def lay_out_torch_dist(
         tensors: The model.
         args: Arguments as plain values.
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
-        ranks: The grid within a pipeline stage.
+        grid: The grid whose ranks write; the stages are those of the tensors.
         spec: `te`, `local` or another spec without Transformer Engine, whose strictest loading shall find exactly its
             own keys. Strictness `assume_ok_unexpected`, Megatron-LM's default, loads `te` into all whose layers have
             the same names.
@@ -338,8 +314,8 @@ def lay_out_torch_dist(
         shape = (*place.counts, *item.tensor.shape)
         if whole.setdefault(place.key, shape) != shape:
             raise UsageError(f"{item.name} has another shape than its siblings")
-        chunks += _chunks(item, place, ranks)
-        objects += [NewObject(key, _EMPTY_STATE, _file(item, place, ranks, 0)) for key in keys.extra_states(item.name)]
+        chunks += _chunks(item, place, grid)
+        objects += [NewObject(key, _EMPTY_STATE, _file(item, place, grid, 0)) for key in keys.extra_states(item.name)]
     common = {
         "args": Namespace({**args, "ckpt_format": "torch_dist", "params_dtype": TorchDType(dtype)}),
         "checkpoint_version": 3.0,
@@ -438,7 +414,7 @@ class _Keys:
         return [f"{module}._extra_state/{shard}" for module in modules]
 
 
-def _chunks(item: GlobalTensor, place: _Place, ranks: StageRanks) -> Iterator[NewChunk]:
+def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[NewChunk]:
     """The chunks that the ranks which hold a tensor write of it."""
     tensor, lead = item.tensor, (1,) * len(place.at)
     if item.axis is None:
@@ -446,10 +422,10 @@ def _chunks(item: GlobalTensor, place: _Place, ranks: StageRanks) -> Iterator[Ne
             place.key,
             (*place.at, *(0 for _ in tensor.shape)),
             tensor.reshape((*lead, *tensor.shape)),
-            _file(item, place, ranks, 0),
+            _file(item, place, grid, 0),
         )
         return
-    size = ranks.expert_tp if place.expert else ranks.tp
+    size = grid.expert_tp if place.expert else grid.tp
     axis = item.axis % len(tensor.shape)
     share, rest = divmod(tensor.shape[axis], item.blocks * size)
     if rest:
@@ -462,7 +438,7 @@ def _chunks(item: GlobalTensor, place: _Place, ranks: StageRanks) -> Iterator[Ne
         part = _cut(tensor, axis, start, start + share)
         offsets = tuple(start if number == axis else 0 for number in range(len(tensor.shape)))
         yield NewChunk(
-            place.key, (*place.at, *offsets), part.reshape((*lead, *part.shape)), _file(item, place, ranks, rank)
+            place.key, (*place.at, *offsets), part.reshape((*lead, *part.shape)), _file(item, place, grid, rank)
         )
 
 
@@ -474,15 +450,15 @@ def _cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
     raise ValueError(f"ranks divide the first or the last axis, not {axis} of {len(tensor.shape)}")
 
 
-def _file(item: GlobalTensor, place: _Place, ranks: StageRanks, tp_rank: int) -> str:
+def _file(item: GlobalTensor, place: _Place, grid: Parallelism, tp_rank: int) -> str:
     """The file of the rank that writes a chunk: the first of those that hold it."""
     rank = tp_rank
     if place.expert:
         expert, count = place.at[-1], place.counts[-1]
-        if count % ranks.ep:
-            raise UsageError(f"{count} experts do not divide over {ranks.ep} ranks", hint="choose another --ep")
-        rank += expert // (count // ranks.ep) * ranks.expert_tp
-    return f"__{item.pp_rank * ranks.size + rank}_0.distcp"
+        if count % grid.ep:
+            raise UsageError(f"{count} experts do not divide over {grid.ep} ranks", hint="choose another --ep")
+        rank += expert // (count // grid.ep) * grid.expert_tp
+    return f"__{item.pp_rank * grid.stage_size + rank}_0.distcp"
 
 
 def _empty_state() -> bytes:

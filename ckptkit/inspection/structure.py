@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields
+from ckptkit.tables.model_config import ModelConfig
 
-from ckptkit.tables.model_config import LayerConfig, ModelConfig
-
-_NOT_THE_MODEL = {"dtype", "init_std", "max_position_embeddings", "layers"}
+_NOT_THE_MODEL = ("dtype", "init_std", "max_position_embeddings")
 """Fields of a `ModelConfig` that change no logit."""
 
 
 def config_differences(left: ModelConfig, right: ModelConfig, sides: tuple[str, str]) -> list[str]:
-    """Fields in which two descriptions of a model differ, as sentences; of the layers, the first that differs.
+    """Fields in which two descriptions of a model differ, as sentences; of the layers, the first field that differs.
 
     Args:
         left: One model.
@@ -19,19 +18,12 @@ def config_differences(left: ModelConfig, right: ModelConfig, sides: tuple[str, 
         sides: What to call the two.
     """
 
-    def sentence(name: str, one: object, other: object) -> str:
-        return f"{name} is {one!r} in {sides[0]}, {other!r} in {sides[1]}"
+    def sentence(field: FieldDifference) -> str:
+        if field.name == NUM_LAYERS:
+            return f"{field.left} layers in {sides[0]}, {field.right} in {sides[1]}"
+        where = "" if field.layer is None else f"layer {field.layer}: "
+        return f"{where}{field.name} is {field.left!r} in {sides[0]}, {field.right!r} in {sides[1]}"
 
-    found = [
-        sentence(name, getattr(left, name), getattr(right, name))
-        for name in (f.name for f in fields(ModelConfig) if f.name not in _NOT_THE_MODEL)
-        if getattr(left, name) != getattr(right, name)
-    ]
-    if left.num_layers != right.num_layers:
-        return [*found, f"{left.num_layers} layers in {sides[0]}, {right.num_layers} in {sides[1]}"]
-    for index, (one, other) in enumerate(zip(left.layers, right.layers, strict=True)):
-        names = [f.name for f in fields(LayerConfig) if getattr(one, f.name) != getattr(other, f.name)]
-        if names:
-            where = f"layer {index}: {names[0]}"
-            return [*found, sentence(where, getattr(one, names[0]), getattr(other, names[0]))]
-    return found
+    found = differing_fields(left, right, ignored=_NOT_THE_MODEL)
+    layers = [field for field in found if field.layer is not None]
+    return [sentence(field) for field in (*(field for field in found if field.layer is None), *layers[:1])]

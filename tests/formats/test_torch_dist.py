@@ -16,7 +16,6 @@ from ckptkit.formats.dcp.reading import METADATA, open_dcp
 from ckptkit.formats.dcp.writing import NewChunk, NewObject, lay_out_dcp
 from ckptkit.formats.torch_dist import (
     GlobalTensor,
-    StageRanks,
     is_torch_dist,
     lay_out_torch_dist,
     open_torch_dist,
@@ -24,6 +23,7 @@ from ckptkit.formats.torch_dist import (
 )
 from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import iteration_folder
+from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
 from tests.formats.megatron_ranks import EXPERTS, LAYERS, Job, arguments, run, weights
 from tests.formats.rank_pool import RankProcesses
@@ -89,12 +89,12 @@ SAVES_4 = [
 ]
 OURS: dict[str, dict[str, Any]] = {
     "our_dense": {"model": "dense", "spec": "local"},
-    "our_dense_tp2_pp2": {"model": "dense", "pp": 2, "ranks": StageRanks(2), "spec": "local"},
-    "our_dense_bf16": {"model": "dense", "ranks": StageRanks(4), "dtype": "bfloat16", "spec": "local"},
+    "our_dense_tp2_pp2": {"model": "dense", "pp": 2, "grid": Parallelism(2), "spec": "local"},
+    "our_dense_bf16": {"model": "dense", "grid": Parallelism(4), "dtype": "bfloat16", "spec": "local"},
     "our_tied": {"model": "tied", "spec": "local"},
     "our_moe": {"model": "moe", "spec": "local"},
-    "our_moe_tp2_ep2": {"model": "moe", "ranks": StageRanks(2, 2), "spec": "local"},
-    "our_moe_ep4_etp1": {"model": "moe", "ranks": StageRanks(2, 4, 1), "spec": "local"},
+    "our_moe_tp2_ep2": {"model": "moe", "grid": Parallelism(2, ep=2), "spec": "local"},
+    "our_moe_ep4_etp1": {"model": "moe", "grid": Parallelism(2, ep=4, etp=1), "spec": "local"},
     "our_mixed": {"model": "mixed", "spec": "local"},
     "our_layers": {"model": "dense", "stacked": False, "spec": "local"},
     "our_te": {"model": "dense"},
@@ -293,7 +293,7 @@ def test_common_state_is_what_megatron_loads_with_weights_only(folder: Path) -> 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     for name in "ab":
-        write(tmp_path / name, "moe", ranks=StageRanks(2, 2))
+        write(tmp_path / name, "moe", grid=Parallelism(2, ep=2))
     files = sorted(file.relative_to(tmp_path / "a") for file in (tmp_path / "a").rglob("*") if file.is_file())
     assert len(files) == 8
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
@@ -351,9 +351,9 @@ def test_layers_are_stacked_where_stock_megatron_stacks_them() -> None:
 
 def test_what_does_not_divide_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"weight: 64 do not divide over 1 x 3 tensor parallel ranks; choose"):
-        lay_out_torch_dist(items("dense")[3:], {}, dtype="float32", ranks=StageRanks(3))
+        lay_out_torch_dist(items("dense")[3:], {}, dtype="float32", grid=Parallelism(3))
     with pytest.raises(UsageError, match="4 experts do not divide over 3 ranks"):
-        lay_out_torch_dist(items("moe"), {}, dtype="float32", ranks=StageRanks(1, 3))
+        lay_out_torch_dist(items("moe"), {}, dtype="float32", grid=Parallelism(ep=3))
 
 
 def container(folder: Path, tensors: dict[str, Any], objects: dict[str, bytes] | None = None) -> Path:

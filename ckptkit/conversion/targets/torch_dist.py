@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ckptkit.checkpoints.checkpoint import is_on
 from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
-from ckptkit.formats.torch_dist import GlobalTensor, StageRanks, lay_out_torch_dist
+from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
 from ckptkit.sharding.stages import stage_of_layer
 
@@ -15,12 +15,12 @@ _SPECS = ("te", "local")
 
 
 def _lay_out(target: Target) -> list[OutputFile]:
-    source, grid, family, layers = target.source, target.grid, target.source.family, target.source.config.layers
+    source, family, layers = target.source, target.source.family, target.source.config.layers
     files = lay_out_torch_dist(
         _tensors(target),
         target.args,
         dtype=source.main_dtype,
-        ranks=StageRanks(grid.tp, grid.ep, grid.etp),
+        grid=target.grid,
         spec="local" if family.local_only(source.config) else target.spelling.name,
         groups=[family.attention_of(layer) for layer in layers] if family.attention_of is not None else [],
         plain=family.plain,
