@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptkit.checkpoints.opening import open_checkpoint
+    from ckptkit.conversion.architectures import supported_architectures
     from ckptkit.conversion.convert import convert
-    from ckptkit.families import supported_architectures
     from ckptkit.inspection.differences import diff
     from ckptkit.inspection.hashing import hash_checkpoint
     from ckptkit.inspection.summary import inspect
@@ -44,7 +44,7 @@ _HOMES = {
     "hash_checkpoint": "ckptkit.inspection.hashing",
     "inspect": "ckptkit.inspection.summary",
     "open_checkpoint": "ckptkit.checkpoints.opening",
-    "supported_architectures": "ckptkit.families",
+    "supported_architectures": "ckptkit.conversion.architectures",
     "validate": "ckptkit.inspection.validation",
     "verify": "ckptkit.verification.verify",
 }

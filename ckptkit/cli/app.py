@@ -467,7 +467,7 @@ Examples:
 def families(json: Json = False) -> None:
     """List the supported architectures and their formats."""
     from ckptkit.cli import rendering
-    from ckptkit.families import supported_architectures
+    from ckptkit.conversion.architectures import supported_architectures
 
     supported = [asdict(architecture) for architecture in supported_architectures()]
     Output("-" if json else None).result(supported, partial(rendering.architectures, supported))

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.tables.family import Family
 from ckptkit.tables.rows import Raw
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A Hugging Face architecture that ckptkit converts.
-
-    Attributes:
-        architecture: Hugging Face class name.
-        family: Name of the family table.
-        formats: Container formats it can be read from and written to.
-    """
-
-    architecture: str
-    family: str
-    formats: tuple[str, ...]
-
-
-FORMATS = ("hf", "packed", "torch", "torch_dist")
-
 
 ENTRY_POINTS = "ckptkit.families"
 """Group of the entry points by which other packages add families: each names a `Family`."""
@@ -73,11 +53,6 @@ def _load(point: EntryPoint) -> Family:
     if not isinstance(family, Family):
         raise UnsupportedError(f"entry point {point.name} ({point.value}) is no Family", hint="see CONTRIBUTING")
     return family
-
-
-def supported_architectures() -> list[Architecture]:
-    """What can be converted, by Hugging Face class name."""
-    return [Architecture(name, family.name, FORMATS) for family in families() for name in family.architectures]
 
 
 def family_of(raw: Raw, where: object) -> Family:

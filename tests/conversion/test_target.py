@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -78,3 +80,13 @@ def test_how_names_all_of_an_execution(tmp_path: Path) -> None:
     assert list(How.__annotations__) == [field.name for field in fields(Execution)]
     with pytest.raises(TypeError, match="overwrit"):
         convert(tmp_path, tmp_path / "out", to="hf", overwrit=True)  # type: ignore[call-arg]
+
+
+def test_the_names_of_formats_are_cheap() -> None:
+    """The command line needs them for its help."""
+    code = (
+        "import sys, ckptkit.conversion.targets; print(*(name for name in sys.modules if name.startswith('ckptkit')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = {"ckptkit", "ckptkit.version", "ckptkit.errors", "ckptkit.conversion", "ckptkit.conversion.targets"}
+    assert set(done.stdout.split()) == expected

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.checkpoints.recognition import recognise
 from ckptkit.cli import app as cli
+from ckptkit.conversion.architectures import supported_architectures
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import family_called, supported_architectures
+from ckptkit.families import family_called
 from ckptkit.families.split_llama import CODE, parse, unparse
 from ckptkit.inspection.summary import inspect
 from ckptkit.megatron_args.args import from_args, inexpressible, to_args
