@@ -73,7 +73,7 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         with located(root):
             config = from_args(args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
-        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.told)
+        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.in_args)
         if reference is None:
             return Description(family, config, sidecar, notes, [*differences, *cut])
         if cut:  # a reference outranks words about the weights, not the weights
@@ -85,18 +85,18 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         return _describe_by_args(root, args, names, given, vocabulary)
 
 
-def _compare_vocabulary(size: int, stated: int | None, told: int | None) -> tuple[list[str], list[str]]:
+def _compare_vocabulary(size: int, stated: int | None, in_args: int | None) -> tuple[list[str], list[str]]:
     """Contradictions between config.json and `args` about the number of tokens, and notes.
 
     Args:
         size: What config.json says.
         stated: What the user says, or None.
-        told: What `args` say, or None.
+        in_args: What `args` say, or None.
     """
-    if told in (None, size):
+    if in_args in (None, size):
         return [], []
-    text = f"args say vocab_size {told}, config.json says {size}"
-    if told is not None and told > size:
+    text = f"args say vocab_size {in_args}, config.json says {size}"
+    if in_args is not None and in_args > size:
         return ([text], []) if stated != size else ([], [f"{text}, which --vocab-size confirms"])
     return [], [f"{text}: all its rows are kept"]  # of many a released model, more than its tokenizer has tokens
 
@@ -114,10 +114,10 @@ def _describe_by_args(
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
     ]
-    if vocabulary.told is None and given.vocab_size is None:
+    if vocabulary.in_args is None and given.vocab_size is None:
         notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")
-    if vocabulary.told not in (None, vocab_size):
-        notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.told}")
+    if vocabulary.in_args not in (None, vocab_size):
+        notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.in_args}")
     sidecar = Sidecar(family.unparse(config, {}), {})
     return Description(family, config, sidecar, notes, [])
 

@@ -27,7 +27,7 @@ def as_gpt(ranks: Ranks, args: Mapping[str, Any], where: Path) -> tuple[dict[Ran
     """The ranks of one pipeline stage that holds all layers under GPTModel's names, and its `args`.
 
     Raises:
-        InputError: Ranks have different layers, or `args` tell of others.
+        InputError: Ranks have different layers, or `args` describe others.
         UnsupportedError: Layers have no counterpart in GPTModel.
     """
     try:

@@ -55,8 +55,8 @@ def open_checkpoint(
     if checkpoint.format != "torch" and given.grid.sizes():
         raise UsageError(f"--src-* applies only to mp_rank checkpoints; this is {checkpoint.format}", where=path)
     if vocab_size not in (None, checkpoint.config.vocab_size):
-        told = f"--vocab-size {vocab_size}, but the checkpoint says {checkpoint.config.vocab_size}"
-        raise UsageError(told, where=path, hint="drop --vocab-size")
+        what = f"--vocab-size {vocab_size}, but the checkpoint says {checkpoint.config.vocab_size}"
+        raise UsageError(what, where=path, hint="drop --vocab-size")
     return checkpoint
 
 

@@ -61,7 +61,7 @@ def _read_torch(place: Place, given: Given) -> Checkpoint:
         ranks = ungrouped_experts(files.ranks)
     checkpoint = _join(place, "torch", ranks, grid, files.args, given)
     if not files.args:
-        note = f"there are no args: that the grid is {grid} is read off the folders and --src sizes"
+        note = f"there are no args: the folders and --src sizes give the grid {grid}"
         checkpoint = checkpoint.noting(note)
     return _without_optimizer(checkpoint, files.optimizer)
 
@@ -116,7 +116,7 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     try:
         checkpoint = replace(checkpoint, grid=grid_of(args))
     except UnsupportedError as error:
-        checkpoint = checkpoint.noting(f"{error.what}; the tensors are whole all the same")
+        checkpoint = checkpoint.noting(f"{error.what}; the tensors are still whole")
     return _without_optimizer(checkpoint, files.optimizer)
 
 

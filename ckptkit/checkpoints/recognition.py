@@ -11,7 +11,7 @@ from ckptkit.tables.family import Family
 
 
 def recognise(names: Iterable[str], args: Mapping[str, Any] | None = None) -> Family:
-    """The family of a Megatron checkpoint that has nothing but tensor names, and perhaps `args`, to tell it by.
+    """The family of a Megatron checkpoint that nothing describes but tensor names, and perhaps `args`.
 
     Args:
         names: Its Megatron names.
@@ -46,7 +46,7 @@ def refuse_foreign(names: Iterable[str], where: object) -> None:
     """Names the layout of a Megatron checkpoint that is known, but that no table reads.
 
     Raises:
-        UnsupportedError: It is such a one.
+        UnsupportedError: It has such a layout.
     """
     marks = {piece: layout for family in families() for piece, layout in family.foreign.items()}
     for name in sorted(names):

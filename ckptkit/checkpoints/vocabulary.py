@@ -24,12 +24,12 @@ class Vocabulary:
     Attributes:
         rows: Rows of the embedding over all tensor parallel ranks, padding included.
         multiple: What they were padded to a multiple of.
-        told: How many of them are tokens, as `args` have it; None if they do not say.
+        in_args: How many of them are tokens by `args`; None if these do not record it.
     """
 
     rows: int
     multiple: int
-    told: int | None
+    in_args: int | None
 
     def padded(self, size: int) -> int:
         """Rows that a vocabulary of this size has at most."""
@@ -43,14 +43,14 @@ class Vocabulary:
             where: The checkpoint.
 
         Raises:
-            InputError: `args` tell of fewer rows than are stored, and nobody says how many are tokens.
+            InputError: `args` give fewer rows than are stored, and the user does not say how many are tokens.
         """
-        if self.told is None or self.rows <= self.padded(self.told):
-            return self.told or stated or self.rows
+        if self.in_args is None or self.rows <= self.padded(self.in_args):
+            return self.in_args or stated or self.rows
         if stated is None:
             raise InputError(
-                f"the checkpoint's args say vocab_size {self.told}, but {self.rows} rows are stored, which is more than"
-                " padding explains",
+                f"the checkpoint's args say vocab_size {self.in_args}, but {self.rows} rows are stored, which is more"
+                " than padding explains",
                 where=where,
                 hint=f"--vocab-size N says how many are tokens ({self.rows} keeps them all)",
             )

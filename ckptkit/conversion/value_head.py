@@ -92,7 +92,7 @@ def _from_file(path: Path, head: dict[str, tuple[int, ...]], dtype: DType) -> di
     stem = weights[0].removesuffix("weight")
     names = {f"{stem}{key.removeprefix(OUTPUT)}": key for key in head}
     if unknown := sorted(stored.keys() - names.keys()):
-        raise InputError(f"tensors that the model's value head has not: {', '.join(unknown[:3])}", where=path)
+        raise InputError(f"unexpected tensors in the value head file: {', '.join(unknown[:3])}", where=path)
     found: dict[str, Tensor] = {}
     for name, key in names.items():
         shape = head[key]

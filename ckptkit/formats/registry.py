@@ -18,11 +18,11 @@ FORMATS = (HF, TORCH, TORCH_DIST, DCP, FSDP)
 def format_of(folder: Path) -> Format | None:
     """The format of what a folder holds, or None.
 
-    A folder with a config.json and no weights at all is a Hugging Face one, of which it is then said that they are
-    missing. People also put a config.json beside a Megatron checkpoint, and there it decides nothing.
+    A folder with a config.json and no weights counts as a Hugging Face directory: its reader reports what is missing.
+    Beside a Megatron checkpoint a config.json decides nothing.
 
     Raises:
-        InputError: A file that would tell is damaged.
+        InputError: A file that the format is recognised by is damaged.
     """
     found = next((format for format in FORMATS if format.recognise(folder)), None)
     if found is None and (folder / "config.json").is_file() and not has_iterations(folder):
@@ -31,5 +31,5 @@ def format_of(folder: Path) -> Format | None:
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face directory; others are only looked at if it has a config.json."""
+    """Whether a folder is a Hugging Face directory; without shards only a folder with a config.json can be one."""
     return HF.recognise(folder) or ((folder / "config.json").is_file() and format_of(folder) is HF)

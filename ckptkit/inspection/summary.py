@@ -6,13 +6,10 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.sharding.grid import StatedGrid
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Validation:
         architecture: Hugging Face class name, or None.
         grid: The stored grid, or None.
         checks: The questions that were asked, in order.
-        not_asked: Those that were not, as an earlier answer was no or nobody wanted them.
+        not_asked: Those that were not, as an earlier answer was no or they were not wanted.
         notes: What a user should know.
         seconds: Time it took.
     """

@@ -271,7 +271,7 @@ class TestStatedGrids:
             open_checkpoint(path, hf_reference=llama, stored_grid=StatedGrid(tp=1, pp=2))
         with pytest.raises(InputError, match="mp_rank_02_000 is missing"):
             open_checkpoint(path, hf_reference=llama, stored_grid=StatedGrid(tp=4))
-        with pytest.raises(UsageError, match="the --src sizes are about mp_rank files, and this is hf"):
+        with pytest.raises(UsageError, match=r"--src-\* applies only to mp_rank checkpoints; this is hf"):
             open_checkpoint(llama, stored_grid=StatedGrid(tp=2))
 
     def test_a_reference_is_needed(self, converted: Callable[..., Path], tmp_path: Path) -> None:
