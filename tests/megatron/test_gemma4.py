@@ -26,6 +26,8 @@ from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.tokens import default_rows
 from tests.megatron.double_precision import double_precision
 from tests.megatron.gemma4 import KINDS, hf_model, local_state
+from tests.megatron.test_modules import assert_rounded_alike, exactly_normed
+from tests.precision import relative_error, settled
 from tests.verification.conftest import DEVICE
 
 compat.import_megatron()
@@ -441,7 +443,7 @@ def test_gradients(one_rank: Parallelism, kind: str, recompute: bool) -> None:
         assert (value - expected[name]).abs().max() <= 2e-3 * expected[name].abs().max(), name
     if recompute:
         kept = gradients(build(config, state_of(kind)), tokens)
-        assert all(torch.equal(value, kept[name]) for name, value in found.items())
+        assert all(relative_error(value, kept[name]) < EXACT for name, value in found.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -468,9 +470,10 @@ def test_the_embeddings_are_bitwise_those_of_transformers(one_rank: Parallelism)
     with torch.no_grad(), compat.runs_on(CPU):
         embedded = chunk.embedding(tokens, None)
         expected = text.embed_tokens(tokens)
+        # A product of two numbers is rounded once, by every processor alike.
         assert torch.equal(embedded.transpose(0, 1), expected)
         unrounded = (text.embed_tokens.weight[tokens].float() * 96**0.5).to(torch.bfloat16)
-        assert not torch.equal(expected, unrounded)
+        assert (expected != unrounded).float().mean() > 0.05  # the scale is rounded first
         looked_up = text.get_per_layer_inputs(tokens, None)
         assert torch.equal(inputs._looked_up(chunk, config, tokens).transpose(0, 1), looked_up.flatten(2))
         beside = inputs.per_layer_inputs(chunk, config, tokens, embedded).transpose(0, 1)
@@ -492,11 +495,14 @@ def test_norms_are_those_of_transformers(dtype: torch.dtype) -> None:
         theirs.weight.normal_()
         ours.weight.copy_(theirs.weight)
     x = torch.randn(3, 5, 48, dtype=dtype)
-    assert torch.equal(ours(x), theirs(x))
-    assert torch.equal(norms.normalised(x, 1e-4).to(dtype), Gemma4RMSNorm(48, 1e-4, with_scale=False)(x))
+    normed, weight = exactly_normed(x, 1e-4), theirs.weight.double()
+    assert_rounded_alike(ours(x), theirs(x), last=weight * normed, other_order=weight * normed.to(dtype).double())
+    bare, other = norms.normalised(x, 1e-4).to(dtype), Gemma4RMSNorm(48, 1e-4, with_scale=False)(x)
+    assert_rounded_alike(bare, other, last=normed)
     if dtype == torch.bfloat16:
         ours.scales_in_fp32 = False
-        assert not torch.equal(ours(x), theirs(x))
+        mask = settled(weight * normed, dtype) & settled(normed, dtype)
+        assert not torch.equal(ours(x)[mask], theirs(x)[mask])
 
 
 @pytest.mark.parametrize(("partial", "head_dim", "factor"), [(0.25, 16, 1.0), (0.3, 20, 2.0), (1.0, 8, 1.0)])
@@ -512,7 +518,7 @@ def test_proportional_frequencies_are_those_of_transformers(partial: float, head
     embedding = Gemma4TextRotaryEmbedding(Gemma4TextConfig(**sizes, rope_parameters=ropes))
     expected = embedding.get_buffer("full_attention_inv_freq")
     found = rotary.inverse_frequencies(Rope(1e6, "proportional", factor, partial=partial), head_dim)
-    assert torch.equal(found, expected)
+    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
     assert (found == 0).any() == (partial < 1)
 
 
@@ -569,11 +575,10 @@ def test_routing_is_recorded_and_replayed(one_rank: Parallelism) -> None:
     assert elsewhere is not None and (elsewhere - expected).abs().max() > 0.05 * largest("26B")
     assert all(torch.equal(rerouted.experts[layer], chosen) for layer, chosen in other.items())
     back = pipeline.forward(tokens, replay=theirs)
-    assert back is not None and torch.equal(back, logits)
+    assert back is not None and relative_error(back, logits) < EXACT
     free = {layer: torch.full_like(chosen, -1) for layer, chosen in theirs.items()}
-    assert torch.equal(run_replayed(chunk, tokens, free), run(chunk, tokens))
-    assert torch.equal(run_replayed(chunk, tokens, {at: x[:, :9] for at, x in theirs.items()}), run(chunk, tokens))
-    assert torch.equal(run(chunk, tokens), run_replayed(chunk, tokens, theirs))
+    for experts in (free, {at: x[:, :9] for at, x in theirs.items()}, theirs):
+        assert relative_error(run_replayed(chunk, tokens, experts), logits) < EXACT
 
 
 def run_replayed(chunk: CausalModel, tokens: torch.Tensor, experts: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -624,7 +629,7 @@ def test_replay_that_does_not_fit_is_refused(one_rank: Parallelism) -> None:
     for text, experts in wrong.items():
         with pytest.raises(UsageError, match=text):
             run_replayed(chunk, tokens, experts)
-    assert torch.equal(run(chunk, tokens), run_replayed(chunk, tokens, theirs))
+    assert relative_error(run_replayed(chunk, tokens, theirs), run(chunk, tokens)) < EXACT
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
@@ -699,7 +704,7 @@ def test_what_stages_send_carries_inputs_keys_and_values_and_their_gradients(
             found[key] = found[key] + gradient if key in found else gradient  # a tied head is there twice
     assert found.keys() == whole.keys()
     for name, gradient in whole.items():
-        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        assert relative_error(found[name], gradient) < EXACT, name
 
 
 def test_only_what_is_needed_is_sent() -> None:

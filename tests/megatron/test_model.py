@@ -14,6 +14,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 from tests.models import randomise
+from tests.precision import relative_error
 from tests.verification.stand_in import cut, llama_of
 
 CPU = torch.device("cpu")
@@ -104,7 +105,8 @@ def test_the_embedding_is_scaled_as_transformers_rounds_it(one_rank: Parallelism
     config = replace(CONFIG, scaled_embedding=True)
     (chunk,) = build_chunks(config, one_rank, 64, dtype=torch.bfloat16, device=CPU)
     theirs = Gemma3TextScaledWordEmbedding(64, 32, 0, config.embedding_scale).to(torch.bfloat16)
-    weight = torch.randn(64, 32).to(torch.bfloat16)
+    # Every number between 1 and 2: some of their products depend on whether the scale was rounded first.
+    weight = (1 + torch.arange(64 * 32).remainder(128).view(64, 32) / 128).to(torch.bfloat16)
     tokens = torch.arange(60)[None]
     with torch.no_grad():
         theirs.weight.copy_(weight)
@@ -128,8 +130,8 @@ def test_logits_are_capped_in_the_loss_too(one_rank: Parallelism) -> None:
         expected = 2.0 * torch.tanh(plain(tokens, positions, None) / 2.0)
         found = capped(tokens, positions, None)
         loss = capped(tokens, positions, None, labels=tokens)
-    assert torch.allclose(found, expected) and found.abs().max() > 1.9
-    assert torch.allclose(loss, torch.nn.functional.cross_entropy(expected[0], tokens[0], reduction="none"), atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-4) and found.abs().max() > 1.9
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(expected[0], tokens[0], reduction="none"), atol=1e-4)
 
 
 def test_every_layer_has_its_own_sizes(one_rank: Parallelism) -> None:
@@ -225,11 +227,12 @@ def test_features_against_transformers(one_rank: Parallelism, feature: str) -> N
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
     found = run(build(config, one_rank), translate(model, config), tokens)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert relative_error(found, expected) < 1e-5
     if window is not None:
         wider = replace(config, layers=tuple(replace(layer, window=window + 1) for layer in config.layers))
         wrong = run(build(wider, one_rank), translate(model, wider), tokens)
-        assert (wrong - expected)[:, :4].abs().max() < 1e-4 < (wrong - expected)[:, 4:].abs().max()
+        assert relative_error(wrong[:, :4], expected[:, :4]) < 1e-5
+        assert relative_error(wrong[:, 4:], expected[:, 4:]) > 1e-2
 
 
 def test_packed_sequences_give_the_logits_of_each_alone(one_rank: Parallelism) -> None:
@@ -249,8 +252,8 @@ def test_packed_sequences_give_the_logits_of_each_alone(one_rank: Parallelism) -
     with torch.no_grad(), runs_on(CPU):
         found = chunk(tokens, torch.arange(8)[None], None, packed_seq_params=packed)[0, :, :60]
         leaking = chunk(tokens, torch.arange(8)[None], None)[0, :, :60]
-    assert (found - alone).abs().max() < 1e-4
-    assert (leaking - alone).abs().max() > 1e-2
+    assert relative_error(found, alone) < 1e-4
+    assert relative_error(leaking, alone) > 1e-2
 
 
 def test_the_current_device_is_given_back(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.megatron import compat
 from ckptkit.sharding.grid import Parallelism
+from tests.precision import relative_error
 from tests.surgery.pairs import KINDS, load_remote
 
 STEPS, RATE = 5, 0.01
@@ -39,11 +40,6 @@ def whole(part: torch.Tensor, name: str) -> torch.Tensor:
     from ckptkit.megatron.parallel import gather_over_tensor_ranks
 
     return gather_over_tensor_ranks(part.detach(), 0 if name == "linear_1" else 1)
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def steps(model: Any, loss: Any, adapter: dict[str, torch.nn.Parameter]) -> dict[str, Any]:
@@ -107,10 +103,12 @@ def train(folder: Path, kind: str, sequence_parallel: bool, recompute: bool, ran
     return {
         **answer,
         "expected": expected["losses"],
-        "gradient_error": max(error(gradients[name], expected["gradients"][name]) for name in last),
+        "gradient_error": max(relative_error(gradients[name], expected["gradients"][name]) for name in last),
         # What the comparison must be able to see: that halves of a matrix are in the wrong order.
-        "swapped": min(error(gradients[n].roll(len(gradients[n]) // 2, 0), expected["gradients"][n]) for n in last),
-        "weight_error": max(error(ends[name], theirs[name].detach()) for name in last),
+        "swapped": min(
+            relative_error(gradients[n].roll(len(gradients[n]) // 2, 0), expected["gradients"][n]) for n in last
+        ),
+        "weight_error": max(relative_error(ends[name], theirs[name]) for name in last),
         "matrices": sorted(last),
     }
 

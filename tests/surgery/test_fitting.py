@@ -23,6 +23,7 @@ from ckptkit.surgery.activations import residual_stream
 from ckptkit.surgery.build import build
 from ckptkit.surgery.calibration import Calibration, read_sequences, split
 from ckptkit.surgery.refit import refit
+from tests.precision import relative_error
 from tests.surgery.pairs import (
     FIRST,
     LAST,
@@ -74,7 +75,8 @@ def test_streams_of_any_format_and_of_the_first_half_of_a_split_llama(wide_pair:
     expected = residual_stream(open_checkpoint(wide_pair[0]), NUM_FIRST, ROWS)
     for path in (tmp_path / "meg", built):
         found = residual_stream(open_checkpoint(path), NUM_FIRST, ROWS)
-        assert all(map(torch.equal, found, expected))
+        errors = [relative_error(stream, other) for stream, other in zip(found, expected, strict=True)]
+        assert max(errors) < 1e-5
 
 
 def test_one_layer_is_in_memory_at_a_time(wide_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +238,11 @@ def test_calibration_that_cannot_be_read(pair: Pair, tmp_path: Path) -> None:
 # Commands
 
 
+ADAPTER = "model.adapter.weight"
+
+
 def adapter_of(path: Path) -> torch.Tensor:
-    return load_file(path / "model.safetensors")["model.adapter.weight"]
+    return load_file(path / "model.safetensors")[ADAPTER]
 
 
 @pytest.mark.parametrize("init", ["lstsq", "ridge:0.1", "procrustes"])
@@ -269,7 +274,7 @@ def test_two_matrices_start_as_the_fitted_map(wide_pair: Pair, tmp_path: Path, c
         build_split(tmp_path / name, wide_pair, name, init="lstsq", options={"calibration": calibration})
         with torch.no_grad():
             found[name] = load_remote(tmp_path / name)(tokens).logits
-    assert (found[kind] - found["linear"]).abs().max() < 1e-4 * found["linear"].abs().max()
+    assert relative_error(found[kind], found["linear"]) < 1e-4
 
 
 def test_refit_gives_what_a_build_gives(wide_pair: Pair, tmp_path: Path, calibration: Path) -> None:
@@ -277,13 +282,17 @@ def test_refit_gives_what_a_build_gives(wide_pair: Pair, tmp_path: Path, calibra
     direct = build_split(tmp_path / "direct", wide_pair, init="lstsq", options=given)
     built = build_split(tmp_path / "split", wide_pair)
     convert(built, tmp_path / "meg", to="torch", grid=Parallelism(2))
-    weights = (direct / "model.safetensors").read_bytes()
+    expected = load_file(direct / "model.safetensors")
     for number, (source, first) in enumerate([(built, None), (built, wide_pair[0]), (tmp_path / "meg", None)]):
         out = tmp_path / f"out{number}"
         refit(source, out, last=wide_pair[1], first=first, options=given)
-        assert (out / "model.safetensors").read_bytes() == weights
+        weights = load_file(out / "model.safetensors")
+        # The rest is copied; the adapter is computed once more.
+        assert relative_error(weights.pop(ADAPTER), expected[ADAPTER]) < 1e-3
+        assert weights.keys() | {ADAPTER} == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
         assert load_remote(out).config.split_recipe["adapter_init"]["name"] == "lstsq"
-    assert adapter_of(built).ne(adapter_of(direct)).any()
+    assert relative_error(adapter_of(built), adapter_of(direct)) > 0.1
 
 
 def test_the_command(wide_pair: Pair, tmp_path: Path, calibration: Path) -> None:

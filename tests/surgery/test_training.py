@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -38,10 +39,8 @@ def test_adapter_only_steps(answers: list[dict[str, Any]], kind: str, sequence_p
     assert first["matrices"] == (["linear_1"] if kind == "linear" else ["linear_1", "linear_2"])
     assert first["gradient_error"] < EXACT < 1e-2 < first["swapped"]
     assert first["weight_error"] < EXACT
-    assert all(
-        one == pytest.approx(other, rel=EXACT) for one, other in zip(first["losses"], first["expected"], strict=True)
-    )
-    assert ranks[1]["losses"] == first["losses"]
-    assert first["losses"] == sorted(first["losses"], reverse=True) and first["losses"][-1] < first["losses"][0]
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(first["expected"], rel=EXACT)
+    assert all(later < 0.999 * earlier for earlier, later in itertools.pairwise(first["losses"]))
     for rank in ranks:
         assert rank["frozen"] > 20 and rank["moved"] == []

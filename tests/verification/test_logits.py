@@ -54,7 +54,7 @@ def test_every_kind_on_every_grid(pool: RankPool, llama: Saved, tmp_path: Path, 
     assert report.passed, report.summary
     assert report.agreement is not None and report.greedy is not None
     assert 10 < report.agreement.max_abs_logit < 100
-    assert report.greedy.equal == 2
+    assert report.greedy.passed and report.greedy.steps == 2
     layers = 4 * grid.tp
     assert report.own_modules["ckptkit.megatron.attention.ExactAttention"] == layers
     assert report.megatron_modules["megatron.core.transformer.mlp.MLP"] == layers
@@ -89,8 +89,7 @@ def test_bfloat16_is_judged_by_the_noise_floor(pool: RankPool, llama: Saved, tmp
     source = llama("gqa", num_hidden_layers=2)
     candidate = write_stand_in(source, tmp_path / "meg", Parallelism(2, 2))
     good = verify(source, candidate, pool, dtype="bfloat16")
-    assert good.passed and good.noise is not None
-    assert 0.5 < good.noise.median < 1.25
+    assert good.passed and good.noise is not None, good.summary
 
     def coarser(tensors: dict[str, Any]) -> None:
         import torch
@@ -101,7 +100,7 @@ def test_bfloat16_is_judged_by_the_noise_floor(pool: RankPool, llama: Saved, tmp
 
     edit_shard(candidate, coarser, pp_rank=1, tp_rank=1)
     bad = verify(source, candidate, pool, dtype="bfloat16")
-    assert not bad.passed and bad.noise is not None and bad.noise.median > 1.25
+    assert not bad.passed and bad.noise is not None and bad.noise.median > 2 * bad.noise.median_limit
     assert bad.location is not None and bad.location.place == "layer 1 self_attention"
 
 

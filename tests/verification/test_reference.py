@@ -11,7 +11,8 @@ import pytest
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.ranks.jobs import LogitsJob
-from ckptkit.verification.reference import run_reference
+from ckptkit.verification.reference import OTHER_ATTENTION, run_reference
+from tests.precision import relative_error
 
 
 @pytest.fixture
@@ -115,21 +116,39 @@ def test_experts_run_one_by_one(tmp_path: Path) -> None:
     assert result.feeds["head"] == ["lm_head.weight"]
 
 
-def test_a_second_run_rounds_in_another_way(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors.torch import load_file
+def test_a_second_run_computes_attention_in_another_way(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is eager; the other implementation is told from it by a fault that is put into it."""
     from transformers import LlamaForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    result = run(copy, dtype="bfloat16", greedy=2, again=str(copy / "again"))
-    first, second = load_file(result.logits), load_file(result.again)
+    first, second = twice(copy, "sound")
     assert first.keys() == second.keys()
-    assert 0 < max(float((first[key] - second[key]).abs().max()) for key in first) < 0.5
+    assert all(relative_error(second[key], first[key]) < 1e-4 for key in first)
+
+    def lost(*arguments: Any, **options: Any) -> Any:
+        output, weights = original(*arguments, **options)
+        return output * 0, weights
+
+    original = ALL_ATTENTION_FUNCTIONS[OTHER_ATTENTION]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, OTHER_ATTENTION, lost)
+    untouched, faulty = twice(copy, "faulty")
+    assert all(relative_error(untouched[key], first[key]) < 1e-4 for key in first)
+    assert all(relative_error(faulty[key], first[key]) > 0.1 for key in first)
 
     def refuse(self: Any, implementation: str) -> None:
         raise ValueError(implementation)
 
     monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", refuse)
-    run(copy, dtype="bfloat16", again=str(copy / "none"))
+    run(copy, again=str(copy / "none"))
     assert not (copy / "none").exists()
+
+
+def twice(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Logits of a run and of its second run."""
+    from safetensors.torch import load_file
+
+    result = run(path, greedy=2, again=str(path / name))
+    return load_file(result.logits), load_file(result.again)
 
 
 def test_probes_hold_the_last_positions_of_every_row(copy: Path) -> None:

@@ -17,6 +17,7 @@ import ckptkit
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.sharding.grid import Parallelism
 from tests.models import LLAMAS, MODELS, llama_config, model_classes, model_config, randomise
+from tests.precision import relative_error
 
 KINDS = ["gqa", "tied", "llama3", "biased", *MODELS]
 ROWS = [[5, 6, 7, 8, 9] * 8, [9], [], [10, 11, 12], list(range(100, 133))]
@@ -53,11 +54,6 @@ def packed(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, int]:
     )
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 @pytest.fixture
 def tiny(one_rank: Parallelism) -> tuple[Any, Any]:
     """A windowed model and its packed form."""
@@ -73,7 +69,7 @@ def test_packed_logits_are_those_of_transformers(one_rank: Parallelism, kind: st
         found = runtime(*packed(ROWS))
     expected = alone(model, ROWS)
     # transformers, too, rounds where it computes in fp32: its own error in the deepest models is a few units of 1e-6.
-    assert error(found, expected) < EXACT
+    assert relative_error(found, expected) < EXACT
     state = model.state_dict()
     back = runtime.to_hf_state_dict()
     assert list(back) == list(state)
@@ -88,7 +84,7 @@ def test_the_weights_of_a_trained_packed_model_go_back(tiny: tuple[Any, Any]) ->
             parameter.normal_()
     model.load_state_dict(runtime.to_hf_state_dict())
     with torch.no_grad():
-        assert error(runtime(*packed(ROWS)), alone(model, ROWS)) < EXACT
+        assert relative_error(runtime(*packed(ROWS)), alone(model, ROWS)) < EXACT
 
 
 def test_half_precision_comes_back_bit_by_bit(one_rank: Parallelism) -> None:
@@ -112,7 +108,7 @@ def test_gradients_are_those_of_transformers(tiny: tuple[Any, Any]) -> None:
             start += len(row)
     gradients = runtime.to_hf_state_dict({name: value.grad for name, value in runtime.named_parameters()})
     for name, parameter in model.named_parameters():
-        assert error(gradients[name], parameter.grad) < EXACT, name
+        assert relative_error(gradients[name], parameter.grad) < EXACT, name
 
 
 MASKS: dict[str, list[list[int]]] = {
@@ -138,21 +134,21 @@ def test_padded_inputs(tiny: tuple[Any, Any], case: str, dtype: torch.dtype) -> 
     assert not found[mask == 0].any()
     visible = [row[keep.bool()].tolist() for row, keep in zip(tokens, mask, strict=True)]
     if any(visible):
-        assert error(found[mask == 1], alone(model, visible)) < EXACT
+        assert relative_error(found[mask == 1], alone(model, visible)) < EXACT
 
 
 def test_without_a_mask_nothing_is_padding(tiny: tuple[Any, Any]) -> None:
     model, runtime = tiny
     tokens = torch.randint(0, 250, (2, 7))
     with torch.no_grad():
-        assert error(runtime(tokens), model(input_ids=tokens, use_cache=False).logits) < EXACT
+        assert relative_error(runtime(tokens), model(input_ids=tokens, use_cache=False).logits) < EXACT
 
 
 @pytest.mark.parametrize("rows", [[[7]], [[7], [8]], [[], [], [3, 4]], [[1, 2], []]])
 def test_small_batches(tiny: tuple[Any, Any], rows: list[list[int]]) -> None:
     model, runtime = tiny
     with torch.no_grad():
-        assert error(runtime(*packed(rows)), alone(model, rows)) < EXACT
+        assert relative_error(runtime(*packed(rows)), alone(model, rows)) < EXACT
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[], []]])
@@ -167,7 +163,7 @@ def test_a_sequence_beyond_4096_tokens(one_rank: Parallelism) -> None:
     rows = [torch.arange(4200).remainder(250).tolist(), [1, 2, 3]]
     with torch.no_grad():
         found = ckptkit.convert_to_packed(model)(*packed(rows))
-    assert error(found, alone(model, rows)) < EXACT
+    assert relative_error(found, alone(model, rows)) < EXACT
 
 
 def test_a_window_does_not_cross_a_boundary(tiny: tuple[Any, Any]) -> None:
@@ -179,10 +175,10 @@ def test_a_window_does_not_cross_a_boundary(tiny: tuple[Any, Any]) -> None:
     with torch.no_grad():
         first, second = runtime(tokens, bounds, longest), runtime(other, bounds, longest)
         leaking = [runtime(ids, torch.tensor([0, 15], dtype=torch.int32), 15) for ids in (tokens, other)]
-    assert torch.equal(first[6:], second[6:])
+    assert relative_error(first[6:], second[6:]) < EXACT
     # The same model does see across where no boundary is stated, as far as two layers of the window reach.
-    assert error(leaking[0][6:12], leaking[1][6:12]) > 1e-2
-    assert torch.equal(leaking[0][12:], leaking[1][12:])
+    assert relative_error(leaking[0][6:12], leaking[1][6:12]) > 1e-2
+    assert relative_error(leaking[0][12:], leaking[1][12:]) < EXACT
 
 
 def test_sequences_do_not_depend_on_their_neighbours(one_rank: Parallelism) -> None:
@@ -191,7 +187,7 @@ def test_sequences_do_not_depend_on_their_neighbours(one_rank: Parallelism) -> N
     with torch.no_grad():
         single = runtime(*packed([row]))
         between = runtime(*packed([[7] * 20, row, [8] * 5]))[20:28]
-    assert error(between, single) < EXACT
+    assert relative_error(between, single) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -331,6 +327,7 @@ def test_the_model_is_free_of_its_origin(tiny: tuple[Any, Any]) -> None:
 def test_values_and_their_gradients(one_rank: Parallelism) -> None:
     from transformers import LlamaForTokenClassification
 
+    torch.manual_seed(0)
     model = LlamaForTokenClassification(llama_config("gqa", num_hidden_layers=2, num_labels=1)).eval()
     randomise(model)
     runtime = ckptkit.convert_to_packed(model)
@@ -345,15 +342,15 @@ def test_values_and_their_gradients(one_rank: Parallelism) -> None:
         states = model.model(input_ids=row[visible][None], use_cache=False).last_hidden_state
         expected[number, visible] = model.score(states)[0]
     expected.sum().backward()
-    assert error(values, expected) < EXACT
+    assert relative_error(values, expected) < EXACT
     gradients = runtime.to_hf_state_dict({name: value.grad for name, value in runtime.named_parameters()})
     for name, parameter in model.named_parameters():
-        assert error(gradients[name], parameter.grad) < EXACT, name
+        assert relative_error(gradients[name], parameter.grad) < EXACT, name
 
 
 @pytest.mark.parametrize("kind", ["gqa", "gemma3_text", "gemma4_text-dense", "gemma4_text-e2b", "gemma4_text-moe"])
 def test_fsdp2_in_mixed_precision(one_rank: Parallelism, kind: str) -> None:
-    """fp32 weights that compute in bf16: as a model in bf16, but for its rounding."""
+    """fp32 weights that compute in bf16, and differ from those that compute in fp32 by little."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from ckptkit.megatron.packed_inputs.model import shard
@@ -361,9 +358,16 @@ def test_fsdp2_in_mixed_precision(one_rank: Parallelism, kind: str) -> None:
     model = hf_model(kind)
     expected = alone(model, ROWS)
     runtime = shard(ckptkit.convert_to_packed(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    used: set[torch.dtype] = set()
+    for module in runtime.modules():
+        module.register_forward_pre_hook(lambda module, _: used.update(x.dtype for x in module.parameters(False)))
     with torch.no_grad():
         found = runtime(*packed(ROWS))
-    assert found.dtype == torch.bfloat16 and 1e-4 < error(found.float(), expected) < 0.2
+    assert {parameter.dtype for parameter in runtime.parameters()} == {torch.float32}
+    assert used == {torch.bfloat16} == {found.dtype}
+    # Half of the positions: a token that another expert gets may be far off.
+    errors = (found.float() - expected).square().mean(-1).sqrt()
+    assert errors.median() < 0.1 * expected.square().mean().sqrt()
 
 
 def test_fsdp2_gives_the_same_logits_and_its_checkpoint_goes_back(one_rank: Parallelism, tmp_path: Path) -> None:
@@ -379,7 +383,7 @@ def test_fsdp2_gives_the_same_logits_and_its_checkpoint_goes_back(one_rank: Para
     shard(runtime)
     assert all(isinstance(parameter, DTensor) for parameter in runtime.parameters())
     with torch.no_grad():
-        assert error(runtime(*packed(ROWS)), expected) < EXACT
+        assert relative_error(runtime(*packed(ROWS)), expected) < EXACT
     state = model.state_dict()
     for weights in (None, get_model_state_dict(runtime, options=StateDictOptions(full_state_dict=True))):
         back = runtime.to_hf_state_dict(weights)
