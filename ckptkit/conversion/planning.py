@@ -11,7 +11,7 @@ from ckptkit.conversion.targets import DISTRIBUTED_SPECS, SHARDED, TARGETS, brid
 from ckptkit.conversion.value_head import VALUE, ZEROS, to_value_model
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.io.plan import Plan
-from ckptkit.megatron_args.args import inexpressible
+from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.divisibility import sharing_problem
 from ckptkit.tables.hybrid_names import HYBRID, MODELS, inexpressible_as_hybrid

@@ -16,7 +16,7 @@ from ckptkit.formats.packed import lay_out_packed
 from ckptkit.formats.torch_dist import FOLDER, GlobalTensor, StageRanks, lay_out_torch_dist
 from ckptkit.formats.torch_legacy import RankKey, lay_out_torch_legacy
 from ckptkit.io.plan import OutputFile
-from ckptkit.megatron_args.args import to_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import split_layers, stage_of_layer
@@ -181,7 +181,7 @@ def _multiple(source: Checkpoint, options: Options) -> int:
 def _args(source: Checkpoint, grid: Parallelism, spelling: Spelling, divisible_by: int) -> dict[str, Any]:
     rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], divisible_by, grid.tp)
     config = replace(source.config, dtype=source.main_dtype)
-    args = to_args(config, grid, rows, divisible_by, spelling.experts)
+    args = to_args(source.family, config, grid, rows, divisible_by, spelling.experts)
     if not spelling.hybrid:
         return args
     stages = sorted(split_layers(config.num_layers, grid), key=lambda stage: (stage.vp_stage, stage.pp_rank))
