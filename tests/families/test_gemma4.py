@@ -235,7 +235,7 @@ def test_args_alone_describe_the_model(kind: str) -> None:
     assert {layer.head_dim for layer in moved.layers} == {8, 24}
     assert from_args(family, {**args, "final_logit_softcapping": 5.0}, config) == replace(config, logit_softcap=5.0)
     del args["num_kv_shared_layers"], args["global_kv_channels"]
-    with pytest.raises(InputError, match=r"say nothing of num_kv_shared_layers, global_kv_channels.*--hf-reference"):
+    with pytest.raises(InputError, match=r"lack num_kv_shared_layers, global_kv_channels, .*needs.*--hf-reference"):
         model_from_args(family, args, config.vocab_size)
 
 
