@@ -28,7 +28,7 @@ def train(rank, source, target):
     torch.set_num_threads(1)
     torch.manual_seed(1)
     from ckptkit import open_checkpoint
-    from ckptkit.megatron_args.args import to_args
+    from ckptkit.megatron_args.writing import to_args
     from ckptkit.megatron import parallel
     from ckptkit.megatron.model import build_chunks, load_strict
     from ckptkit.sharding.grid import Parallelism
@@ -45,7 +45,7 @@ def train(rank, source, target):
     loss = model(tokens, position_ids, None, labels=tokens.roll(-1, 1)).mean()
     loss.backward()
     optimizer.step()
-    args = Namespace(**to_args(checkpoint.config, grid, 256, 128))
+    args = Namespace(**to_args(checkpoint.family, checkpoint.config, grid, 256, 128))
     del args.vocab_size
     args.params_dtype = torch.float32
     folder = Path(target) / "iter_0000001" / f"mp_rank_{rank:02d}"

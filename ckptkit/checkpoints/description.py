@@ -15,8 +15,9 @@ from ckptkit.errors import CkptkitError, InputError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles, read_json
 from ckptkit.formats.sidecar import Sidecar, read_sidecar
-from ckptkit.megatron_args.args import contradictions, from_args, model_from_args
+from ckptkit.megatron_args.contradictions import contradictions
 from ckptkit.megatron_args.known import read_args
+from ckptkit.megatron_args.reading import from_args, model_from_args
 from ckptkit.sharding.grid import StatedGrid
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
@@ -71,7 +72,7 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         family = family_of(sidecar.config, root)
         base = family.parse(sidecar.config)
         with located(root):
-            config = from_args(args, base)
+            config = from_args(family, args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
         cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.in_args)
         if reference is None:
@@ -109,7 +110,7 @@ def _describe_by_args(
     if given.vocab_size is not None and not 0 < given.vocab_size <= rows:
         raise UsageError(f"--vocab-size {given.vocab_size}, but {rows} rows are stored", where=root)
     vocab_size = vocabulary.size(given.vocab_size, root)
-    config = model_from_args(args, family.name, family.architectures[0], vocab_size)
+    config = model_from_args(family, args, vocab_size)
     notes = [
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"

@@ -32,8 +32,8 @@ from ckptkit.formats.torch_legacy import (
 from ckptkit.formats.trainer_states.dcp import open_dcp_state
 from ckptkit.formats.trainer_states.fsdp import open_fsdp
 from ckptkit.formats.trainer_states.module_state import ModuleState
-from ckptkit.megatron_args.args import grid_of
-from ckptkit.megatron_args.known import GRID_ARGS
+from ckptkit.megatron_args.fields import GRID_ARGS
+from ckptkit.megatron_args.reading import grid_of
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tensors import Tensor
 

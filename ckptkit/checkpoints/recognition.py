@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import families
+from ckptkit.megatron_args.reading import model_from_args
 from ckptkit.tables.family import Family
 
 
@@ -33,10 +34,8 @@ def recognise(names: Iterable[str], args: Mapping[str, Any] | None = None) -> Fa
 
 def _can_say(family: Family, args: Mapping[str, Any]) -> bool:
     """Whether config.json of the family holds everything that `args` say."""
-    from ckptkit.megatron_args.args import model_from_args
-
     try:
-        config = model_from_args(args, family.name, family.architectures[0], args.get("vocab_size") or 1)
+        config = model_from_args(family, args, args.get("vocab_size") or 1)
     except UnsupportedError:
         return False
     return family.parse(family.unparse(config, {})) == config

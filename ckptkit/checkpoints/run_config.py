@@ -1,4 +1,4 @@
-"""What Megatron-Bridge is told of a checkpoint, and what it told: its model provider in `run_config.yaml`."""
+"""Megatron-Bridge's model provider in `run_config.yaml`: written for it, and read where it wrote one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ckptkit.errors import CkptkitError
 from ckptkit.families import family_of
 from ckptkit.formats.run_config import is_reference, lay_out_run_config, read_run_config, reference
 from ckptkit.io.plan import OutputFile
-from ckptkit.megatron_args.bridge_provider import Named, Provider, args_of_provider, provider_of
+from ckptkit.megatron_args.bridge_provider import Provider, args_of_provider, provider_of
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.bridge import Named
 from ckptkit.tables.spelling import GROUPED, Spelling
 
 
@@ -35,9 +36,9 @@ def run_config(
     family = source.family
     if text and family.text_only is not None:
         family = family_of(family.text_only(source.sidecar.config), source.path)
-    config = replace(source.config, family=family.name, architecture=family.architectures[0], dtype=source.main_dtype)
+    config = replace(source.config, architecture=family.architectures[0], dtype=source.main_dtype)
     local = spelling.name == "local" or source.family.local_only(source.config)
-    provider = provider_of(config, grid, divisible_by, local=local, grouped=spelling.experts == GROUPED)
+    provider = provider_of(family, config, grid, divisible_by, local=local, grouped=spelling.experts == GROUPED)
     values = {
         key: reference(value.name) if isinstance(value, Named) else value for key, value in provider.values.items()
     }
@@ -45,11 +46,11 @@ def run_config(
 
 
 def args_of_run_config(folder: Path) -> dict[str, Any]:
-    """What the file in a folder says of the model, as Megatron-LM's `args`; nothing if there is none.
+    """The model in the file in a folder, as Megatron-LM's `args`; empty if there is no such file.
 
     Raises:
         InputError: It is damaged, or makes no sense.
-        UnsupportedError: It says what `args` cannot.
+        UnsupportedError: `args` cannot express it.
     """
     model = read_run_config(folder)
     if not model:

@@ -9,7 +9,7 @@ from ckptkit.conversion.target import Target
 from ckptkit.conversion.targets import format_called
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.io.plan import Plan
-from ckptkit.megatron_args.args import inexpressible
+from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.tables.divisibility import sharing_problem
 from ckptkit.tables.hybrid_names import inexpressible_as_hybrid
 

@@ -14,7 +14,7 @@ from ckptkit.conversion.options import TEXT, Options
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.torch_dist import FOLDER
 from ckptkit.io.plan import OutputFile
-from ckptkit.megatron_args.args import to_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import Stage, split_layers
@@ -124,7 +124,7 @@ class Target:
         source, spelling = self.source, self.spelling
         rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], self.divisible_by, self.grid.tp)
         config = replace(source.config, dtype=source.main_dtype)
-        args = to_args(config, self.grid, rows, self.divisible_by, spelling.experts)
+        args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts)
         if not spelling.hybrid:
             return args
         stages = sorted(self.stages, key=lambda stage: (stage.vp_stage, stage.pp_rank))

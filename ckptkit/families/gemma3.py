@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.families.gemma3_bridge import GEMMA3_BRIDGE
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.wrapper import Wrapper
 from ckptkit.sharding.rules import REPLICATED
@@ -174,6 +175,7 @@ GEMMA3_TEXT = Family(
     replicas=(TIED_HEAD,),
     spellings=(TE, LOCAL, MBRIDGE),
     marks=("decoder.layers.self_attention.linear_proj.post_layernorm.weight",),
+    bridge=GEMMA3_BRIDGE,
 )
 
 GEMMA3 = Family(

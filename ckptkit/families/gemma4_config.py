@@ -291,7 +291,7 @@ WRAPPER = Wrapper("gemma4", "Gemma4ForConditionalGeneration", CONFIG, parse_text
 
 
 def to_args(config: ModelConfig) -> dict[str, Any]:
-    """What `args` say of a model that only Gemma 4 has, under the names of Megatron-Bridge's `Gemma4DenseProvider`."""
+    """The arguments that only Gemma 4 has, named as in Megatron-Bridge's `Gemma4DenseProvider`."""
     full, base = _first(config, FULL), _first(config, SLIDING) or config.layers[0]
     assert full is not None  # the last layer is always one
     values = _values(config)
@@ -323,19 +323,19 @@ _HEAD_ARGS = ("kv_channels", "num_query_groups", "global_kv_channels", "num_glob
 
 
 def from_args(args: Mapping[str, Any], windows: Sequence[int | None]) -> dict[str, Any]:
-    """The keys of config.json that `to_args` speaks of.
+    """The keys of config.json that `to_args` records.
 
     Args:
         args: Arguments.
         windows: Window of each layer.
 
     Raises:
-        InputError: They lack one.
+        InputError: An argument that a Gemma 4 needs is absent.
     """
     needed = (*_ARGS, *_ROPE_ARGS, *_HEAD_ARGS)
     if missing := [key for key in needed if key not in args]:
         raise InputError(
-            f"the checkpoint's args say nothing of {', '.join(missing[:3])}, without which a Gemma 4 is not known",
+            f"the checkpoint's args lack {', '.join(missing[:3])}, which a Gemma 4 needs",
             hint="give --hf-reference",
         )
     types = [FULL if window is None else SLIDING for window in windows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.sharding.rules import COLUMN, GATED_COLUMN, REPLICATED, ROW, VOCAB
+from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig, Rope
@@ -135,4 +136,5 @@ LLAMA = Family(
     replicas=(TIED_HEAD,),
     spellings=(TE, LOCAL, VERL),
     extras=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    bridge=BridgeProvider(),
 )

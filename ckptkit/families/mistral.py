@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
+from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import FULL, SLIDING
 from ckptkit.tables.config_json import (
     ConfigJson,
@@ -128,6 +129,11 @@ MISTRAL = Family(
     rows=_ROWS,
     replicas=(TIED_HEAD,),
     extras=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    bridge=BridgeProvider(
+        "megatron.bridge.models.mistral.mistral_provider.MistralModelProvider",
+        ropes=("default", "linear", "llama3"),
+        with_windows={"cp_comm_type": "a2a"},
+    ),
 )
 
 MINISTRAL = Family(

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptkit.errors import InputError
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
+from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import FULL, SLIDING, Fields
 from ckptkit.tables.config_json import (
     QK_NORMS,
@@ -182,6 +183,7 @@ QWEN2 = Family(
     replicas=(TIED_HEAD,),
     spellings=(TE, LOCAL, VERL),
     marks=("decoder.layers.self_attention.linear_qkv.bias",),
+    bridge=BridgeProvider(),
 )
 
 QWEN3 = Family(
@@ -192,6 +194,7 @@ QWEN3 = Family(
     rows=without((*EMBEDDINGS, *ATTENTION, *QK_NORMS, *MLP), "linear_fc1.bias", "linear_fc2.bias"),
     replicas=(TIED_HEAD,),
     marks=("decoder.layers.self_attention.q_layernorm.weight",),
+    bridge=BridgeProvider(),
 )
 
 QWEN3_MOE = Family(
@@ -221,4 +224,5 @@ QWEN3_MOE = Family(
         ),
     ),
     marks=("decoder.layers.self_attention.q_layernorm.weight", "decoder.layers.mlp.router.weight"),
+    bridge=BridgeProvider(),
 )

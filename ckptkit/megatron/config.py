@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.activations import activation
+from ckptkit.megatron_args.fields import core_grid, core_sizes, fields_of, written
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
@@ -51,32 +52,12 @@ def transformer_config(
     Raises:
         UnsupportedError: megatron-core cannot express the biases or the router.
     """
-    first = config.layers[0]
+    if config.num_experts == 0:
+        grid = replace(grid, ep=1, etp=None)  # megatron-core refuses expert ranks without experts
     base = RuntimeConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=first.num_heads,
-        num_query_groups=first.num_kv_heads,
-        kv_channels=first.head_dim,
-        ffn_hidden_size=first.ffn_hidden_size,
-        softmax_scale=config.softmax_scale,
-        normalization="RMSNorm",
-        layernorm_zero_centered_gamma=config.zero_centered_norms,
-        layernorm_epsilon=config.norm_eps,
-        qk_layernorm=config.qk_norm,
+        **written(fields_of(config), "core", config, config.layers[0]),
+        **core_grid(grid),
         add_bias_linear=config.mlp_bias,
-        add_qkv_bias=config.qkv_bias,
-        gated_linear_unit=config.gated,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=config.init_std,
-        tensor_model_parallel_size=grid.tp,
-        pipeline_model_parallel_size=grid.pp,
-        virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
-        num_layers_in_first_pipeline_stage=grid.first_stage_layers,
-        num_layers_in_last_pipeline_stage=grid.last_stage_layers,
-        account_for_embedding_in_pipeline_split=grid.embedding_in_split,
-        account_for_loss_in_pipeline_split=grid.loss_in_split,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -93,7 +74,7 @@ def transformer_config(
         # Of the families, only Gemma 4 normalises values; its norms round last.
         norms_scale_in_fp32=config.value_norm,
         **_recompute_fields(recompute),
-        **_expert_fields(config, grid),
+        **_expert_fields(config),
     )
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
@@ -113,8 +94,8 @@ def _recompute_fields(recompute: bool) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _expert_fields(config: ModelConfig, grid: Parallelism) -> dict[str, Any]:
-    """What a `TransformerConfig` says of experts.
+def _expert_fields(config: ModelConfig) -> dict[str, Any]:
+    """How experts run.
 
     Tokens are gathered on all expert ranks: of the dispatchers, that one runs on CPUs as well as on GPUs.
 
@@ -126,18 +107,9 @@ def _expert_fields(config: ModelConfig, grid: Parallelism) -> dict[str, Any]:
     if config.experts_per_token == 1 and config.norm_topk_prob:
         raise UnsupportedError("megatron-core does not run a single expert per token whose weight is renormalised to 1")
     return {
-        "num_moe_experts": config.num_experts,
-        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": config.layers[0].ffn_hidden_size if config.parallel_dense else None,
-        "moe_router_topk": config.experts_per_token,
-        # Softmax over the chosen experts equals softmax over all of them, renormalised.
-        "moe_router_pre_softmax": not config.norm_topk_prob,
-        "moe_router_score_function": "softmax",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": False,
-        "expert_model_parallel_size": grid.ep,
-        "expert_tensor_parallel_size": grid.expert_tp,
     }
 
 
@@ -156,10 +128,8 @@ def layer_config(base: TransformerConfig, layer: LayerConfig, activation_name: s
     sized.activation_func = activation(activation_name, base.params_dtype)
     sized.hidden_size = layer.hidden_size or base.hidden_size
     sized.layernorm_epsilon = base.layernorm_epsilon if layer.norm_eps is None else layer.norm_eps
-    sized.num_attention_heads = layer.num_heads
-    sized.num_query_groups = layer.num_kv_heads
-    sized.kv_channels = layer.head_dim
-    sized.ffn_hidden_size = layer.ffn_hidden_size
+    for name, size in core_sizes(layer).items():
+        setattr(sized, name, size)
     if base.moe_shared_expert_intermediate_size is not None:
         sized.moe_shared_expert_intermediate_size = layer.ffn_hidden_size
     # Megatron counts the tokens to the left of the current one, ckptkit and Hugging Face count that one too.

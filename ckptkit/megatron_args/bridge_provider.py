@@ -1,8 +1,8 @@
 """Megatron-Bridge's model providers, the dataclasses that its checkpoints name: from a `ModelConfig`, and to `args`.
 
-A provider is a Transformer config of Megatron-Core and what its model's constructor asks for besides. The class and
-the values are those that the bridge of the family makes of config.json in Megatron-Bridge 0.6.2; what it leaves at a
-default is left out here.
+A provider is a `TransformerConfig` of megatron-core, and what its model's constructor needs besides. The class and the
+values are those that the family's bridge in Megatron-Bridge 0.6.2 makes of config.json; values that it leaves at their
+defaults are left out.
 """
 
 from __future__ import annotations
@@ -12,31 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.megatron_args.known import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN
+from ckptkit.families import families
+from ckptkit.megatron_args.contradictions import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN
+from ckptkit.megatron_args.fields import FIELDS, GRID_FIELDS, PRECISION_FIELDS, core_grid, fields_of, written
+from ckptkit.megatron_args.inexpressible import EXPRESSIBLE_BIASES, beyond_gpt
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.bridge import ACTIVATIONS, LOCAL_SPEC, VERSION, BridgeProvider, Named, OwnAttention
+from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig, Rope
-
-VERSION = "0.6.2"
-_GPT = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-_MISTRAL = "megatron.bridge.models.mistral.mistral_provider.MistralModelProvider"
-_GEMMA3 = "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider"
-_LOCAL_SPEC = "megatron.bridge.models.gpt_provider.local_layer_spec"
-_PROVIDERS = {
-    "llama": _GPT,
-    "qwen2": _GPT,
-    "qwen3": _GPT,
-    "qwen3_moe": _GPT,
-    "mistral": _MISTRAL,
-    "gemma3_text": _GEMMA3,
-}
-_SILU, _FAST_GELU = "torch.nn.functional.silu", "megatron.core.activations.fast_gelu"
-
-
-@dataclass(frozen=True)
-class Named:
-    """A value that is a Python object: its dotted name."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -52,10 +35,13 @@ class Provider:
     values: dict[str, Any]
 
 
-def provider_of(config: ModelConfig, grid: Parallelism, divisible_by: int, *, local: bool, grouped: bool) -> Provider:
+def provider_of(
+    family: Family, config: ModelConfig, grid: Parallelism, divisible_by: int, *, local: bool, grouped: bool
+) -> Provider:
     """The provider of a model on a grid.
 
     Args:
+        family: The model's family.
         config: The model; `dtype` is that of the stored parameters.
         grid: The parallel grid of the checkpoint.
         divisible_by: `make_vocab_size_divisible_by`.
@@ -65,101 +51,57 @@ def provider_of(config: ModelConfig, grid: Parallelism, divisible_by: int, *, lo
     Raises:
         UnsupportedError: Megatron-Bridge has no provider that builds this model.
     """
-    target = _PROVIDERS.get(config.family)
-    if target is None:
+    bridge = family.bridge
+    if bridge is None:
         raise UnsupportedError(f"none of Megatron-Bridge {VERSION}'s providers is known here for {config.architecture}")
-    if problem := _problem(config, target, local):
+    if problem := _problem(bridge, config, local):
         raise UnsupportedError(f"Megatron-Bridge {VERSION} has no {problem}")
-    spec = {"transformer_layer_spec": Named(_LOCAL_SPEC)} if local else {}
     return Provider(
-        target,
+        bridge.target,
         {
-            **_sizes(config),
-            **_features(config),
-            **(_gemma3(config) if target == _GEMMA3 else _rope(config.layers[0].rope)),
-            **({} if target == _GEMMA3 else _windows(config, target)),
-            **_experts(config, grouped),
-            **_grid(grid),
+            **_set(written(fields_of(config), "provider", config, config.layers[0])),
+            "activation_func": ACTIVATIONS[config.activation],
+            **(_attention(bridge, config) if bridge.attention is None else bridge.attention.values(config)),
+            **(_experts(grouped) if config.num_experts else {}),
+            **core_grid(grid),
+            "expert_tensor_parallel_size": grid.etp,  # None leaves it at the tensor parallel size
             **_vocabulary(config, grid, divisible_by),
             **_dtype(config),
-            **spec,
+            **({"transformer_layer_spec": Named(LOCAL_SPEC)} if local else {}),
         },
     )
 
 
-def _problem(config: ModelConfig, target: str, local: bool) -> str | None:
+def _problem(bridge: BridgeProvider, config: ModelConfig, local: bool) -> str | None:
     """What of a model a provider cannot build."""
-    rope, biases = config.layers[0].rope, (config.qkv_bias, config.out_bias, config.mlp_bias)
-    if biases not in ((False, False, False), (True, False, False), (True, True, True)):
+    if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         return "model with biases on some linear layers only"
     if config.value_head:
         return "value heads for this class"
     if len({layer.moe for layer in config.layers}) > 1:
         return "provider with experts on some layers only"
-    if target == _GEMMA3:
-        return _gemma3_problem(config, local)
-    if config.activation != "silu":
+    if config.activation != bridge.activation or config.activation not in ACTIVATIONS:
         return f"{config.architecture} with {config.activation}"
-    if rope.kind == "yarn" and (target == _MISTRAL or rope.attention_factor is not None):
+    if bridge.attention is not None:
+        return bridge.attention.problem(config, local)
+    if beyond := next(iter(beyond_gpt(config)), None):
+        return f"{config.architecture} with {beyond}"
+    rope = config.layers[0].rope
+    if rope.kind == "yarn" and ("yarn" not in bridge.ropes or rope.attention_factor is not None):
         return f"{config.architecture} with this yarn rope"
-    if rope.kind not in ("default", "linear", "llama3", "yarn"):
-        return f"{rope.kind} rope"
-    return None
+    return None if rope.kind in bridge.ropes else f"{rope.kind} rope"
 
 
-def _gemma3_problem(config: ModelConfig, local: bool) -> str | None:
-    if local:
-        return "Gemma 3 without Transformer Engine"
-    if config.logit_softcap is not None or config.attention_softcap is not None:
-        return "Gemma 3 with capped logits"
-    if config.activation != "gelu_pytorch_tanh":
-        return f"Gemma 3 with {config.activation}"
-    if _local_per_global(config) is None:
-        return "Gemma 3 whose local and global layers do not take turns in a fixed pattern"
-    ropes = {layer.window is None: layer.rope for layer in config.layers}
-    if ropes.get(False, Rope(1.0)).kind != "default" or ropes.get(True, Rope(1.0)).kind not in ("default", "linear"):
-        return "Gemma 3 with these ropes"
-    return None
+def _set(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not the default None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _local_per_global(config: ModelConfig) -> int | None:
-    """Local layers before each global one; None if they do not lie so. Without a global layer, all of them."""
-    glob = [number for number, layer in enumerate(config.layers) if layer.window is None]
-    period = glob[0] + 1 if glob else config.num_layers + 1
-    expected = list(range(period - 1, config.num_layers, period))
-    return period - 1 if glob == expected and period > 1 else None
-
-
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    layer = config.layers[0]
-    return {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": layer.ffn_hidden_size,
-        "num_attention_heads": layer.num_heads,
-        "num_query_groups": layer.num_kv_heads,
-        "kv_channels": layer.head_dim,
-        "seq_length": config.max_position_embeddings,
-    }
-
-
-def _features(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.norm_eps,
-        "layernorm_zero_centered_gamma": config.zero_centered_norms,
-        "qk_layernorm": config.qk_norm,
-        "add_bias_linear": config.mlp_bias,
-        "add_qkv_bias": config.qkv_bias,
-        "gated_linear_unit": config.gated,
-        "activation_func": Named(_FAST_GELU if config.activation == "gelu_pytorch_tanh" else _SILU),
-        "share_embeddings_and_output_weights": config.tied,
-        "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "init_method_std": config.init_std,
-    }
+def _attention(bridge: BridgeProvider, config: ModelConfig) -> dict[str, Any]:
+    """Ropes and windows as `GPTModelProvider` has them."""
+    args = written(fields_of(config), "args", config, config.layers[0])
+    windows = _set({name: args[name] for name in ("window_size", "window_attn_skip_freq")})
+    return {**_rope(config.layers[0].rope), **windows, **(bridge.with_windows if windows else {})}
 
 
 def _rope(rope: Rope) -> dict[str, Any]:
@@ -182,59 +124,14 @@ def _rope(rope: Rope) -> dict[str, Any]:
     return found
 
 
-def _windows(config: ModelConfig, target: str) -> dict[str, Any]:
-    windows = [layer.window for layer in config.layers]
-    window = next((window for window in windows if window is not None), None)
-    if window is None:
-        return {}
-    found: dict[str, Any] = {"window_size": [window - 1, 0]}
-    if target == _MISTRAL:
-        found["cp_comm_type"] = "a2a"
-    if None in windows:
-        found["window_attn_skip_freq"] = [int(window is not None) for window in windows]
-    return found
-
-
-def _gemma3(config: ModelConfig) -> dict[str, Any]:
-    ropes = {layer.window is None: layer.rope for layer in config.layers}
-    layer, local = config.layers[0], _local_per_global(config)
-    whole = ropes.get(True, Rope(1000000.0))
+def _experts(grouped: bool) -> dict[str, Any]:
+    """How experts run: what a bridge sets besides their sizes."""
     return {
-        "rotary_base": [ropes[False].theta, whole.theta],
-        "rope_scaling_factor": whole.factor,
-        "window_size": layer.window,
-        "interleaved_attn_pattern": [local, 1],
-        "softmax_scale": layer.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale,
-    }
-
-
-def _experts(config: ModelConfig, grouped: bool) -> dict[str, Any]:
-    if not config.num_experts:
-        return {}
-    return {
-        "num_moe_experts": config.num_experts,
-        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-        "moe_router_topk": config.experts_per_token,
-        "moe_router_pre_softmax": not config.norm_topk_prob,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 1e-3,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
         "moe_permute_fusion": grouped,
-    }
-
-
-def _grid(grid: Parallelism) -> dict[str, Any]:
-    return {
-        "tensor_model_parallel_size": grid.tp,
-        "pipeline_model_parallel_size": grid.pp,
-        "virtual_pipeline_model_parallel_size": grid.vpp if grid.vpp > 1 else None,
-        "num_layers_in_first_pipeline_stage": grid.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": grid.last_stage_layers,
-        "account_for_embedding_in_pipeline_split": grid.embedding_in_split,
-        "account_for_loss_in_pipeline_split": grid.loss_in_split,
-        "expert_model_parallel_size": grid.ep,
-        "expert_tensor_parallel_size": grid.etp,
     }
 
 
@@ -248,47 +145,20 @@ def _vocabulary(config: ModelConfig, grid: Parallelism, divisible_by: int) -> di
 
 
 def _dtype(config: ModelConfig) -> dict[str, Any]:
-    dtype = config.dtype or "float32"
-    name = Named(f"torch.{dtype}")
-    return {
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
-        "params_dtype": name,
-        "pipeline_dtype": name,
-        "autocast_dtype": name,
-    }
+    name = Named(f"torch.{config.dtype or 'float32'}")
+    flags = written(PRECISION_FIELDS, "provider", config, config.layers[0])
+    return {**flags, "params_dtype": name, "pipeline_dtype": name, "autocast_dtype": name}
 
 
 _SAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "seq_length",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
     "rotary_base",
+    "rope_scaling_factor",
     "softmax_scale",
     "window_size",
     "window_attn_skip_freq",
-    "init_method_std",
-    "bf16",
-    "fp16",
     "moe_layer_freq",
-    "moe_ffn_hidden_size",
-    "moe_router_topk",
-    "moe_router_pre_softmax",
     "vocab_size",
     "make_vocab_size_divisible_by",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
     "yarn_original_max_position_embeddings",
     "yarn_beta_fast",
     "yarn_beta_slow",
@@ -297,33 +167,34 @@ _SAME = (
     *NEUTRAL,
     *NEUTRAL_OF_EXPERTS,
 )
-_RENAMED = {
-    "seq_length": "max_position_embeddings",
-    "layernorm_epsilon": "norm_epsilon",
-    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+_ARGS_OF: Mapping[str, str] = {
+    **{
+        field.provider: field.args
+        for field in FIELDS
+        if field.provider is not None and field.args is not None and field.kind is not None
+    },
+    **{field.core: field.args for field in GRID_FIELDS},
+    **{name: name for name in _SAME},
     "rope_scaling": "use_rope_scaling",
-    "rope_scaling_factor": "rope_scaling_factor",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "yarn_rotary_scaling_factor": "rotary_scaling_factor",
     "yarn_mscale": "mscale",
     "yarn_mscale_all_dim": "mscale_all_dim",
-    "num_moe_experts": "num_experts",
-    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
-    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
 }
 """Field of a provider -> argument of Megatron-LM with the same meaning."""
 
 
 def args_of_provider(provider: Provider) -> dict[str, Any]:
-    """What Megatron-LM's `args` would say of the model that a provider builds.
+    """Megatron-LM's `args` of the model that a provider builds.
 
     Raises:
         InputError: A value makes no sense.
-        UnsupportedError: `args` cannot say it.
+        UnsupportedError: `args` cannot express one.
     """
     values = provider.values
-    args = {key: values[key] for key in _SAME if key in values}
-    args.update({new: values[old] for old, new in _RENAMED.items() if old in values})
+    args = {name: values[field] for field, name in _ARGS_OF.items() if field in values}
+    if "seq_length" in values:
+        args["max_position_embeddings"] = values["seq_length"]
     try:
         if "num_query_groups" in values:
             groups = values["num_query_groups"] or values["num_attention_heads"]
@@ -331,27 +202,20 @@ def args_of_provider(provider: Provider) -> dict[str, Any]:
         if "share_embeddings_and_output_weights" in values:
             args["untie_embeddings_and_output_weights"] = not values["share_embeddings_and_output_weights"]
         if "gated_linear_unit" in values and "activation_func" in values:
-            args["swiglu"] = bool(values["gated_linear_unit"]) and values["activation_func"] == Named(_SILU)
-        if provider.target == _GEMMA3 or "interleaved_attn_pattern" in values:
-            args.update(_gemma3_args(values))
+            is_silu = values["activation_func"] == ACTIVATIONS["silu"]
+            args["swiglu"] = bool(values["gated_linear_unit"]) and is_silu
+        if (attention := _own_attention(provider)) is not None:
+            args.update(attention.args(values))
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise InputError(f"the model section of run_config.yaml makes no sense ({error!r})") from None
     return args
 
 
-def _gemma3_args(values: Mapping[str, Any]) -> dict[str, Any]:
-    local, whole = values["rotary_base"]
-    if local != 10000:
-        raise UnsupportedError(f"local rotary base {local} in run_config.yaml", hint="give --hf-reference")
-    if values.get("activation_func", Named(_FAST_GELU)) != Named(_FAST_GELU):
-        name = getattr(values["activation_func"], "name", values["activation_func"])
-        raise UnsupportedError(f"activation {name} of Gemma 3 in run_config.yaml", hint="give --hf-reference")
-    pattern, factor = sum(values["interleaved_attn_pattern"]), values.get("rope_scaling_factor", 1.0)
-    return {
-        "rotary_base": whole,
-        "rotary_seq_len_interpolation_factor": factor if factor != 1 else None,
-        "use_rope_scaling": False,
-        "rope_scaling_factor": 8.0,
-        "window_size": [values["window_size"] - 1, 0],
-        "window_attn_skip_freq": [int((number + 1) % pattern != 0) for number in range(values["num_layers"])],
-    }
+def _own_attention(provider: Provider) -> OwnAttention | None:
+    """How a stored provider describes ropes and windows, if it is not like `GPTModelProvider` there."""
+    for bridge in (family.bridge for family in families()):
+        if bridge is None or bridge.attention is None:
+            continue
+        if provider.target == bridge.target or bridge.attention.mark in provider.values:
+            return bridge.attention
+    return None

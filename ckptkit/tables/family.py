@@ -16,6 +16,7 @@ from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.sharding.blocks import query_key_value_blocks
 from ckptkit.sharding.rules import Split
+from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import _BF16, Buffer, Raw, Replica, Row, Slot, qkv
 from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
@@ -204,6 +205,7 @@ class Family:
             stacked apart.
         args: What Megatron's `args` say of this family's models beyond what they say of all.
         from_args: (`args`, window of each layer) -> config.json of what only this family has.
+        bridge: How Megatron-Bridge builds this family's models, or None if it does not.
         local_only: Whether a model is only ever built from the local layer spec, whatever the names of its norms.
         plain: Endings of modules that are not Transformer Engine's in any layer spec.
     """
@@ -230,6 +232,7 @@ class Family:
     attention_of: Callable[[LayerConfig], str] | None = None
     args: Callable[[ModelConfig], dict[str, Any]] | None = None
     from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    bridge: BridgeProvider | None = None
     local_only: Callable[[ModelConfig], bool] = lambda config: False
     plain: tuple[str, ...] = ()
 

@@ -19,8 +19,11 @@ from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.llama import LLAMA
 from ckptkit.formats.packed import ARGS
 from ckptkit.inspection.differences import diff
-from ckptkit.megatron_args.args import contradictions, grid_of, to_args
-from ckptkit.megatron_args.known import GRID_ARGS, NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN, read_args
+from ckptkit.megatron_args.contradictions import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN, contradictions
+from ckptkit.megatron_args.fields import GRID_ARGS
+from ckptkit.megatron_args.known import read_args
+from ckptkit.megatron_args.reading import grid_of
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import StatedGrid
 from tests.models import save_llama, save_model
 
@@ -301,7 +304,8 @@ class TestMathematics:
     @pytest.mark.parametrize("sidecar", [True, False])
     def test_what_megatron_lm_0_19_records(self, models: Any, stored: Any, to: str, sidecar: bool) -> None:
         path = stored(to, sidecar=sidecar)
-        gone = [name for name in to_args(open_checkpoint(path).config, Parallelism(), 256, 128)]
+        opened = open_checkpoint(path)
+        gone = list(to_args(opened.family, opened.config, Parallelism(), 256, 128))
         set_args(path, **{**dict.fromkeys(gone, ...), **MEGATRON_0_19})
         assert not open_checkpoint(path).disagreements
         assert diff(models("gqa"), path).same
@@ -591,13 +595,11 @@ class TestGrids:
             assert diff(models("qwen3_moe"), path).same
             notes = open_checkpoint(path).notes
             known = "pipeline_model_parallel_size" in changes
-            assert any("a grid that is not supported" in note for note in notes) != known
+            assert any("an unsupported grid" in note for note in notes) != known
         convert(path, tmp_path / "out", to="hf")
 
     def test_ranks_files_do(self, stored: Any) -> None:
-        with pytest.raises(
-            UnsupportedError, match=r"args tell of a grid that is not supported.*one must be a multiple"
-        ):
+        with pytest.raises(UnsupportedError, match=r"args describe an unsupported grid.*one must be a multiple"):
             open_checkpoint(stored("torch", "qwen3_moe", **self.SIZES))
 
     def test_layers_that_do_not_divide(self, stored: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,23 +13,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.checkpoints.recognition import recognise
+from ckptkit.conversion.convert import convert
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import apertus, families, family_called, family_of, gemma3, gemma4_config, mistral, qwen
+from ckptkit.families.llama import LLAMA
 from ckptkit.families.wrapper import WRAPPER_DEFAULTS
 from ckptkit.io.engine import read_tensor
-from ckptkit.megatron_args.args import from_args, inexpressible, model_from_args, to_args
+from ckptkit.megatron_args.bridge_provider import provider_of
+from ckptkit.megatron_args.inexpressible import inexpressible
+from ckptkit.megatron_args.reading import from_args, model_from_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.bridge import GPT_PROVIDER
 from ckptkit.tables.config_fields import Fields
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 from ckptkit.tables.spelling import template
 from ckptkit.tensors import Tensor
-from tests.models import MODELS, model_classes, model_config, raw_config
+from tests.models import MODELS, model_classes, model_config, raw_config, save_llama
 
 RELEASED = json.loads((Path(__file__).parents[2] / "fixtures" / "released_configs.json").read_text())
 
@@ -149,10 +158,10 @@ def test_fields_agree_with_transformers(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_config_survives_args_and_back(kind: str) -> None:
     family, config = parsed(kind)
-    args = json.loads(json.dumps(to_args(config, Parallelism(2, 2), 256, 128)))
+    args = json.loads(json.dumps(to_args(family, config, Parallelism(2, 2), 256, 128)))
     told = replace(config, dtype="float32")
-    assert from_args(args, told) == told
-    rebuilt = model_from_args(args, family.name, config.architecture, config.vocab_size)
+    assert from_args(family, args, told) == told
+    rebuilt = model_from_args(family, args, config.vocab_size)
     assert rebuilt.layers[0].window == config.layers[0].window
     assert (rebuilt.qkv_bias, rebuilt.out_bias) == (config.qkv_bias, config.out_bias)
     assert [layer.moe for layer in rebuilt.layers] == [layer.moe for layer in config.layers]
@@ -460,7 +469,7 @@ def test_spellings_are_recognised(kind: str, name: str, experts: str, text: bool
     mixed = any(not layer.moe for layer in config.layers) and bool(config.num_experts)
     if not (mixed or alike or (config.num_experts and name == "local")):
         assert [spelling.canonical(other) for other in written] == keys
-    args = to_args(config, Parallelism(), 256, 128)
+    args = to_args(family, config, Parallelism(), 256, 128)
     names = {family.name, f"{family.name}_text"} if family.prefix else {family.name}
     assert recognise(written, args).name in (names if kind != "mistral-nemo" else {"llama"})
     with pytest.raises(UnsupportedError, match="no family fits"):
@@ -526,43 +535,49 @@ def test_args_alone_tell_llama_mistral_and_ministral_apart() -> None:
     for kind, expected in (("mistral", "mistral"), ("ministral", "ministral"), ("mistral-nemo", "llama")):
         family, config = parsed(kind)
         names = [item.key for item in family.items(config)]
-        assert recognise(names, to_args(config, Parallelism(), 256, 128)).name == expected
+        assert recognise(names, to_args(family, config, Parallelism(), 256, 128)).name == expected
         assert recognise(names).name == "llama"
 
 
 def test_moe_args_as_megatron_reads_them() -> None:
-    _, config = parsed("qwen3_moe-mixed")
-    args = to_args(config, Parallelism(), 256, 128)
+    family, config = parsed("qwen3_moe-mixed")
+    args = to_args(family, config, Parallelism(), 256, 128)
     assert args["moe_layer_freq"] == [1, 0, 1, 1] and args["moe_router_pre_softmax"] is True
     assert (args["num_experts"], args["moe_router_topk"], args["moe_ffn_hidden_size"]) == (4, 2, 48)
-    assert args["moe_grouped_gemm"] and not to_args(config, Parallelism(), 256, 128, "sequential")["moe_grouped_gemm"]
-    every_other = from_args({**args, "moe_layer_freq": 2}, config)
+    assert (
+        args["moe_grouped_gemm"]
+        and not to_args(family, config, Parallelism(), 256, 128, "sequential")["moe_grouped_gemm"]
+    )
+    every_other = from_args(family, {**args, "moe_layer_freq": 2}, config)
     assert [layer.moe for layer in every_other.layers] == [True, False, True, False]
-    dense = from_args({**args, "num_experts": None}, config)
+    dense = from_args(family, {**args, "num_experts": None}, config)
     assert not dense.num_experts and not any(layer.moe for layer in dense.layers)
 
 
 def test_window_args_as_megatron_reads_them() -> None:
-    _, config = parsed("ministral")
-    args = to_args(config, Parallelism(), 256, 128)
+    family, config = parsed("ministral")
+    args = to_args(family, config, Parallelism(), 256, 128)
     assert args["window_size"] == (15, 0) and args["window_attn_skip_freq"] == [0, 1, 1, 1]
-    assert [layer.window for layer in from_args({**args, "window_attn_skip_freq": 2}, config).layers] == [16, None] * 2
-    assert [layer.window for layer in from_args({**args, "window_size": None}, config).layers] == [None] * 4
-    assert [layer.window for layer in from_args({**args, "window_size": (-1, 0)}, config).layers] == [None] * 4
+    assert [layer.window for layer in from_args(family, {**args, "window_attn_skip_freq": 2}, config).layers] == [
+        16,
+        None,
+    ] * 2
+    assert [layer.window for layer in from_args(family, {**args, "window_size": None}, config).layers] == [None] * 4
+    assert [layer.window for layer in from_args(family, {**args, "window_size": (-1, 0)}, config).layers] == [None] * 4
 
 
 @pytest.mark.parametrize(
     "change", [{"window_size": 5}, {"window_attn_skip_freq": [1]}, {"rotary_base": None}, {"num_query_groups": "x"}]
 )
 def test_args_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
-    _, config = parsed("ministral")
-    args = to_args(config, Parallelism(), 256, 128)
+    family, config = parsed("ministral")
+    args = to_args(family, config, Parallelism(), 256, 128)
     args = {**args, "window_size": (15, 0), **change}
     if change == {"num_query_groups": "x"}:
-        assert from_args(args, config) != config  # a contradiction, which opening reports
+        assert from_args(family, args, config) != config  # a contradiction, which opening reports
         return
     with pytest.raises(InputError, match="args make no sense"):
-        from_args(args, config)
+        from_args(family, args, config)
 
 
 def test_inexpressible_is_listed() -> None:
@@ -648,6 +663,64 @@ def test_a_family_of_another_package(other_package: Path) -> None:
     )
     assert family_of({"architectures": ["PhonyForCausalLM"]}, "").name == "phony"
     assert family_of({"architectures": ["LlamaForCausalLM"]}, "").name == "llama"
+
+
+@pytest.mark.parametrize(
+    ("provider", "reason"),
+    [
+        ("BridgeProvider()", None),
+        ("BridgeProvider('phony.Provider')", None),
+        ("None", "none of Megatron-Bridge 0.6.2's providers is known here for PhonyForCausalLM"),
+        ("BridgeProvider(ropes=('linear',))", "has no default rope"),
+        ("BridgeProvider(activation='gelu_pytorch_tanh')", "has no PhonyForCausalLM with silu"),
+    ],
+)
+def test_megatron_bridge_knows_a_family_of_another_package(
+    other_package: Path, tmp_path: Path, provider: str, reason: str | None
+) -> None:
+    other_package.write_text(
+        "from dataclasses import replace\n"
+        "from ckptkit.families.llama import LLAMA\n"
+        "from ckptkit.tables.bridge import BridgeProvider\n"
+        "def parse(raw):\n"
+        "    return replace(LLAMA.parse(raw), family='phony', architecture='PhonyForCausalLM')\n"
+        "PHONY = replace(LLAMA, name='phony', architectures=('PhonyForCausalLM',), parse=parse,\n"
+        f"                marks=('decoder.layers.self_attention.linear_proj.weight',), bridge={provider})\n"
+    )
+    source = save_llama(tmp_path / "hf")
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**raw, "architectures": ["PhonyForCausalLM"]}))
+    result = convert(source, tmp_path / "megatron", to="torch_dist")
+    file = tmp_path / "megatron" / "release" / "run_config.yaml"
+    if reason is not None:
+        assert not file.exists() and any(reason in note for note in result.notes)
+        return
+    target = "phony.Provider" if "phony" in provider else GPT_PROVIDER
+    assert yaml.safe_load(file.read_text())["model"]["_target_"] == target
+    shutil.rmtree(tmp_path / "megatron" / "ckptkit")
+    (tmp_path / "megatron" / "release" / "common.pt").unlink()
+    opened = open_checkpoint(tmp_path / "megatron")
+    assert (opened.family.name, opened.config.layers[0].num_kv_heads) == ("phony", 4)
+
+
+def test_megatron_bridge_gets_no_provider_that_lacks_a_feature(other_package: Path) -> None:
+    """A plain provider would build a model without the norms after attention and MLP."""
+    config = LLAMA.parse({"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1})
+    other_package.write_text(
+        "from dataclasses import replace\n"
+        "from ckptkit.families.llama import LLAMA\n"
+        "PHONY = replace(LLAMA, name='phony', architectures=('PhonyForCausalLM',))\n"
+    )
+    phony = family_called("phony")
+    assert provider_of(phony, config, Parallelism(), 128, local=False, grouped=True).target == GPT_PROVIDER
+    for change, match in (
+        ({"post_norms": True}, "with norms after attention and MLP"),
+        ({"scaled_embedding": True}, "with embeddings multiplied by"),
+        ({"softmax_scale": 0.5}, "with attention scores multiplied by 0.5"),
+        ({"value_head": True}, "has no value heads"),
+    ):
+        with pytest.raises(UnsupportedError, match=match):
+            provider_of(phony, replace(config, **change), Parallelism(), 128, local=False, grouped=True)
 
 
 @pytest.mark.parametrize(

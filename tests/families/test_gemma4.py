@@ -17,7 +17,8 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_called, family_of
 from ckptkit.io.reading import read_tensor
-from ckptkit.megatron_args.args import from_args, model_from_args, to_args
+from ckptkit.megatron_args.reading import from_args, model_from_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
 from ckptkit.tables.divisibility import sharing_problem
@@ -226,15 +227,16 @@ def test_released_layers() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_args_alone_describe_the_model(kind: str) -> None:
     config = replace(parsed(kind), dtype="float32")
-    args = json.loads(json.dumps(to_args(config, Parallelism(), 256, 128)))
-    assert model_from_args(args, config.family, config.architecture, config.vocab_size) == config
-    assert from_args(args, config) == config
-    moved = from_args({**args, "global_kv_channels": 24}, config)
+    family = family_called(config.family)
+    args = json.loads(json.dumps(to_args(family, config, Parallelism(), 256, 128)))
+    assert model_from_args(family, args, config.vocab_size) == config
+    assert from_args(family, args, config) == config
+    moved = from_args(family, {**args, "global_kv_channels": 24}, config)
     assert {layer.head_dim for layer in moved.layers} == {8, 24}
-    assert from_args({**args, "final_logit_softcapping": 5.0}, config) == replace(config, logit_softcap=5.0)
+    assert from_args(family, {**args, "final_logit_softcapping": 5.0}, config) == replace(config, logit_softcap=5.0)
     del args["num_kv_shared_layers"], args["global_kv_channels"]
-    with pytest.raises(InputError, match=r"say nothing of num_kv_shared_layers, global_kv_channels.*--hf-reference"):
-        model_from_args(args, config.family, config.architecture, config.vocab_size)
+    with pytest.raises(InputError, match=r"lack num_kv_shared_layers, global_kv_channels, .*needs.*--hf-reference"):
+        model_from_args(family, args, config.vocab_size)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from ckptkit.checkpoints.recognition import recognise
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families import family_of
 from ckptkit.families.llama import DEFAULTS, LLAMA, THETA, parse, unparse
-from ckptkit.megatron_args.args import from_args, inexpressible, model_from_args, to_args
+from ckptkit.megatron_args.inexpressible import inexpressible
+from ckptkit.megatron_args.reading import from_args, model_from_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from tests.models import LLAMAS, llama_config
 
@@ -51,9 +53,9 @@ def test_table_against_transformers_names_and_shapes(kind: str) -> None:
 @pytest.mark.parametrize("kind", LLAMAS)
 def test_config_survives_args_and_back(kind: str) -> None:
     config = parse(raw_config(kind))
-    args = to_args(config, Parallelism(2, 2), 256, 128)
-    assert from_args(args, config) == config
-    rebuilt = model_from_args(args, "llama", "LlamaForCausalLM", config.vocab_size)
+    args = to_args(LLAMA, config, Parallelism(2, 2), 256, 128)
+    assert from_args(LLAMA, args, config) == config
+    rebuilt = model_from_args(LLAMA, args, config.vocab_size)
     assert parse(unparse(rebuilt, {})) == parse({**raw_config(kind), "dtype": rebuilt.dtype})
 
 
@@ -61,8 +63,8 @@ def test_args_override_only_what_they_contradict() -> None:
     raw = raw_config("llama3")
     raw["rope_parameters"] = {**raw["rope_parameters"], "low_freq_factor": 2.0}
     config = parse(raw)
-    args = {**to_args(config, Parallelism(), 256, 128), "rotary_base": 10000, "norm_epsilon": 1e-3}
-    changed = from_args(args, config)
+    args = {**to_args(LLAMA, config, Parallelism(), 256, 128), "rotary_base": 10000, "norm_epsilon": 1e-3}
+    changed = from_args(LLAMA, args, config)
     assert changed.norm_eps == 1e-3
     assert changed.layers[0].rope.theta == 10000
     assert changed.layers[0].rope.low_freq_factor == 2.0

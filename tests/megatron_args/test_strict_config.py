@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from ckptkit.families.llama import LLAMA
-from ckptkit.megatron_args.args import from_args, inexpressible, to_args
+from ckptkit.megatron_args.inexpressible import inexpressible
+from ckptkit.megatron_args.reading import from_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig, Rope
 from tests.models import MODELS, raw_config
@@ -91,9 +93,9 @@ ROPE: dict[str, Any] = {
 
 def told_or_listed(config: ModelConfig) -> bool:
     """Whether a reader of `args`, who knows the base model otherwise, sees all of a model, or is told of the rest."""
-    args = to_args(config, Parallelism(), 128, 128)
+    args = to_args(LLAMA, config, Parallelism(), 128, 128)
     base = replace(BASE, layers=BASE.layers[: config.num_layers])
-    return bool(inexpressible(config)) or from_args(args, base) == config
+    return bool(inexpressible(config)) or from_args(LLAMA, args, base) == config
 
 
 def layers(config: ModelConfig, change: dict[str, Any], some: bool) -> ModelConfig:

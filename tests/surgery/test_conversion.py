@@ -20,9 +20,11 @@ from ckptkit.conversion.architectures import supported_architectures
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_called
-from ckptkit.families.split_llama import CODE, parse, unparse
+from ckptkit.families.split_llama import CODE, SPLIT_LLAMA, parse, unparse
 from ckptkit.inspection.summary import inspect
-from ckptkit.megatron_args.args import from_args, inexpressible, to_args
+from ckptkit.megatron_args.inexpressible import inexpressible
+from ckptkit.megatron_args.reading import from_args
+from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import Adapter
 from ckptkit.verification import verify
@@ -216,9 +218,9 @@ def test_config_translation(splits: dict[str, Path]) -> None:
         assert parse(unparse(changed, raw)) == changed
         shorter = replace(config, layers=config.layers[1:], adapter=Adapter(kind, NUM_FIRST - 1, NARROW))
         assert parse(unparse(shorter, raw)) == shorter
-        args = to_args(config, Parallelism(2, 2), 256, 128)
-        assert from_args(args, config) == config
-        assert from_args({**args, "adapter_after": 1}, config) != config
+        args = to_args(SPLIT_LLAMA, config, Parallelism(2, 2), 256, 128)
+        assert from_args(SPLIT_LLAMA, args, config) == config
+        assert from_args(SPLIT_LLAMA, {**args, "adapter_after": 1}, config) != config
         assert any("widths 64 and 128" in text for text in inexpressible(config))
 
 

@@ -1,0 +1,115 @@
+"""Arguments that change the mathematics, and for which a `ModelConfig` has no field: what they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ckptkit.megatron_args.fields import fields_of, main_rope, written
+from ckptkit.tables.model_config import ModelConfig, Rope
+
+
+class Mismatch(NamedTuple):
+    """An argument whose value is not the one that would be written for a model."""
+
+    name: str
+    stored: Any
+    expected: Any
+
+
+WRITTEN = (
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_interleaved",
+    "normalization",
+    "swiglu",
+    "squared_relu",
+    "moe_router_score_function",
+)
+"""Arguments that change the mathematics, and that are written for every model although a `ModelConfig` lacks them."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (None,),
+    "attention_output_gate": (False,),
+    "softmax_type": ("vanilla",),
+    "qk_l2_norm": (False,),
+    "no_rope_freq": (None, 0),
+    "apply_residual_connection_post_layernorm": (False,),
+    "openai_gelu": (False,),
+    "quick_geglu": (False,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+    "use_mup": (False,),
+}
+"""Arguments that change the mathematics in a way that no convertible model has -> the values that change nothing.
+
+Not listed are arguments that matter only in training (dropout, clipping, the capacity of experts), that choose the
+precision of a step or scale and unscale (`apply_query_key_layer_scaling`), or that bring tensors of their own, which no
+table has.
+"""
+
+NEUTRAL_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_group_topk": (None, 0),
+    "moe_router_topk_limited_devices": (None, 0),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    "moe_router_force_load_balancing": (False,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None, 0),
+    "moe_mlp_glu_interleave_size": (None, 0),
+}
+"""The same for models with experts; in other models, these arguments have no effect."""
+
+
+def contradictions(args: Mapping[str, Any], config: ModelConfig) -> list[Mismatch]:
+    """Arguments with which Megatron-LM would compute another model, although `config` has no field for them.
+
+    Args:
+        args: Stored arguments; one that is absent contradicts nothing.
+        config: The model.
+    """
+    expected, rope = written(fields_of(config), "args", config, config.layers[0]), main_rope(config)
+    allowed = {**NEUTRAL, **(NEUTRAL_OF_EXPERTS if config.num_experts else {})}
+    allowed.update((name, (expected[name],)) for name in WRITTEN if name in expected)
+    if rope.kind == "yarn" and args.get("position_embedding_type") == "yarn":  # as Megatron-LM records it since 0.19
+        allowed.update(_yarn_args(rope))
+    return _mismatches(args, allowed)
+
+
+def _yarn_args(rope: Rope) -> dict[str, tuple[Any, ...]]:
+    """What Megatron-LM's arguments may be for a yarn rope.
+
+    Without an attention factor, transformers and Megatron-Core derive the same from the two mscales; where config.json
+    has none, the defaults of Megatron-LM's arguments, 1 and 0, give what transformers does then.
+    """
+    given = rope.mscale is not None and rope.mscale_all_dim is not None
+    return {
+        "position_embedding_type": ("yarn",),
+        "rotary_scaling_factor": (rope.factor,),
+        "yarn_original_max_position_embeddings": (rope.original_max_position,),
+        "yarn_beta_fast": (rope.beta_fast,),
+        "yarn_beta_slow": (rope.beta_slow,),
+        "yarn_correction_range_round_to_int": (rope.truncate,),
+        "mscale": (rope.mscale if given else 1.0,),
+        "mscale_all_dim": (rope.mscale_all_dim if given else 0.0,),
+    }
+
+
+def _mismatches(args: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> list[Mismatch]:
+    """Arguments with a value that is not allowed; one that is absent or None has no value.
+
+    Args:
+        args: Stored arguments.
+        allowed: Argument -> its allowed values; every item of a list must be one of them.
+    """
+    return [
+        Mismatch(name, args[name], values[0])
+        for name, values in allowed.items()
+        if args.get(name) is not None and not all(item in values for item in _items(args[name]))
+    ]
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if value and isinstance(value, list | tuple) else [value]

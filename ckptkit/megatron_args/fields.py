@@ -1,0 +1,312 @@
+"""What Megatron records about a model, one row per field: our name, and the name in each of Megatron's three places.
+
+The places are Megatron-LM's `args`, megatron-core's `TransformerConfig`, and Megatron-Bridge's model providers, which
+are classes derived from `TransformerConfig`. A row is written to each place in which it has a name. `of_model` and
+`of_layer` rows are also read back, so a field that has one meaning everywhere costs one line. What differs between the
+places is code: `writing.py`, `reading.py`, `bridge_provider.py` and `ckptkit/megatron/config.py`.
+
+The rows stand in the order in which `args` are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_ZERO, FLAG, FREQUENCY, NUMBER, POSITIVE, WINDOW, Kind
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+
+Place = Literal["args", "core", "provider"]
+Value = Callable[[ModelConfig, LayerConfig], Any]
+
+Name = str | None
+_SAME = ""
+"""Default of a name: that of the place before it, in the order ours, args, core, provider."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One thing that Megatron records about a model.
+
+    Attributes:
+        args: Name among Megatron-LM's arguments, or None.
+        core: Name in `TransformerConfig`, or None.
+        provider: Name in Megatron-Bridge's providers, or None.
+        kind: Type of the argument; None for a constant, whose type is not checked.
+        value: (model, the layer that stands for all of them) -> what is written.
+        ours: Field of `ModelConfig` or `LayerConfig` that it is read into, or None.
+        of: The class of `ours`.
+        opposite: Whether it is true where `ours` is false.
+    """
+
+    args: Name
+    core: Name
+    provider: Name
+    kind: Kind | None
+    value: Value
+    ours: str | None = None
+    of: type[ModelConfig] | type[LayerConfig] | None = None
+    opposite: bool = False
+
+    def read(self, value: Any) -> Any:
+        """An argument's value -> that of our field."""
+        assert self.kind is not None
+        read = self.kind.read(value)
+        return not read if self.opposite else read
+
+
+def of_model(kind: Kind, ours: str, args: Name = _SAME, core: Name = _SAME, provider: Name = _SAME) -> Field:
+    """A field of `ModelConfig`. A name that is left out is that of the place before; None leaves out the place."""
+    names = _names(ours, args, core, provider)
+    return Field(*names, kind, lambda config, layer: getattr(config, ours), ours, ModelConfig)
+
+
+def of_layer(kind: Kind, ours: str, args: Name = _SAME, core: Name = _SAME, provider: Name = _SAME) -> Field:
+    """A field of `LayerConfig`; names as in `of_model`."""
+    names = _names(ours, args, core, provider)
+    return Field(*names, kind, lambda config, layer: getattr(layer, ours), ours, LayerConfig)
+
+
+def opposite(ours: str, args: str, core: Name = _SAME, provider: Name = _SAME) -> Field:
+    """A flag that is set where a flag of `ModelConfig` is not; names as in `of_model`."""
+    names = _names(ours, args, core, provider)
+    return Field(*names, FLAG, lambda config, layer: not getattr(config, ours), ours, ModelConfig, opposite=True)
+
+
+def derived(kind: Kind, args: str, value: Value, core: Name = _SAME, provider: Name = _SAME) -> Field:
+    """What follows from several of our fields: written by a rule, and read by code. Names as in `of_model`."""
+    return Field(*_names(args, args, core, provider), kind, value)
+
+
+def constant(value: Any, args: str, core: Name = _SAME, provider: Name = _SAME) -> Field:
+    """What is the same for every model that is converted. Names as in `of_model`."""
+    return Field(*_names(args, args, core, provider), None, lambda config, layer: value)
+
+
+def _names(ours: str, args: Name, core: Name, provider: Name) -> tuple[Name, Name, Name]:
+    args = ours if args == _SAME else args
+    core = args if core == _SAME else core
+    return args, core, core if provider == _SAME else provider
+
+
+def main_rope(config: ModelConfig) -> Rope:
+    """The one rotary embedding that `args` describe: that of the layers without a window, if there are any."""
+    return next((layer.rope for layer in config.layers if layer.window is None), config.layers[0].rope)
+
+
+def _rotary_base(config: ModelConfig, layer: LayerConfig) -> float | int:
+    """Whole numbers are integers, as Megatron-LM's parser stores them."""
+    theta = main_rope(config).theta
+    return int(theta) if float(theta).is_integer() else theta
+
+
+def _interpolation(config: ModelConfig, layer: LayerConfig) -> float | None:
+    rope = main_rope(config)
+    return rope.factor if rope.kind == "linear" else None
+
+
+def _llama3_scaling(config: ModelConfig, layer: LayerConfig) -> bool:
+    return main_rope(config).kind == "llama3"
+
+
+def _llama3_factor(config: ModelConfig, layer: LayerConfig) -> float:
+    rope = main_rope(config)
+    return rope.factor if rope.kind == "llama3" else 8.0
+
+
+def _has_all_biases(config: ModelConfig, layer: LayerConfig) -> bool:
+    return config.qkv_bias and config.out_bias and config.mlp_bias
+
+
+def _window_size(config: ModelConfig, layer: LayerConfig) -> tuple[int, int] | None:
+    """Megatron counts the tokens to the left of the current one, a `LayerConfig` counts that one, too."""
+    window = next((layer.window for layer in config.layers if layer.window is not None), None)
+    return None if window is None else (window - 1, 0)
+
+
+def _layers_with_window(config: ModelConfig, layer: LayerConfig) -> list[int] | None:
+    """1 for each layer with a window, 0 for the others; None where all layers are alike."""
+    windows = [layer.window for layer in config.layers]
+    return None if len(set(windows)) == 1 else [int(window is not None) for window in windows]
+
+
+def _layers_with_experts(config: ModelConfig, layer: LayerConfig) -> int | list[int]:
+    """1 for each layer with experts, 0 for the others; 1 where all layers have them."""
+    moe = [int(layer.moe) for layer in config.layers]
+    return 1 if all(moe) else moe
+
+
+CORE_FIELDS = (
+    derived(COUNT, "num_layers", lambda config, layer: config.num_layers),
+    of_model(COUNT, "hidden_size"),
+    of_layer(COUNT, "ffn_hidden_size"),
+    derived(
+        COUNT, "seq_length", lambda config, layer: config.max_position_embeddings, core=None, provider="seq_length"
+    ),
+    of_model(COUNT, "max_position_embeddings", core=None),
+    of_layer(COUNT, "num_heads", "num_attention_heads"),
+    derived(FLAG, "group_query_attention", lambda config, layer: layer.num_kv_heads != layer.num_heads, core=None),
+    of_layer(COUNT, "num_kv_heads", "num_query_groups"),
+    of_layer(COUNT, "head_dim", "kv_channels"),
+    constant("rope", "position_embedding_type", core=None, provider="position_embedding_type"),
+    constant(True, "add_position_embedding", core=None),
+    constant(True, "use_rotary_position_embeddings", core=None),
+    derived(POSITIVE, "rotary_base", _rotary_base, core=None),
+    constant(1.0, "rotary_percent", core=None, provider="rotary_percent"),
+    constant(False, "rotary_interleaved", core=None),
+    derived(NUMBER, "rotary_seq_len_interpolation_factor", _interpolation, core=None),
+    derived(FLAG, "use_rope_scaling", _llama3_scaling, core=None),
+    derived(POSITIVE, "rope_scaling_factor", _llama3_factor, core=None),
+    derived(FLAG, "add_bias_linear", _has_all_biases, core=None, provider="add_bias_linear"),
+    of_model(FLAG, "qkv_bias", "add_qkv_bias"),
+    derived(FLAG, "swiglu", lambda config, layer: config.gated and config.activation == "silu", core=None),
+    of_model(FLAG, "gated", args=None, core="gated_linear_unit"),
+    constant(False, "squared_relu", core=None),
+    constant("RMSNorm", "normalization"),
+    of_model(NUMBER, "norm_eps", "norm_epsilon", "layernorm_epsilon"),
+    of_model(FLAG, "zero_centered_norms", "apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+    of_model(FLAG, "qk_norm", "qk_layernorm"),
+    opposite("tied", "untie_embeddings_and_output_weights", core=None),
+    of_model(FLAG, "tied", args=None, core=None, provider="share_embeddings_and_output_weights"),
+    constant(False, "apply_query_key_layer_scaling", core=None),
+    constant(0.0, "attention_dropout"),
+    constant(0.0, "hidden_dropout"),
+    of_model(NUMBER, "init_std", "init_method_std"),
+    derived(POSITIVE, "softmax_scale", lambda config, layer: config.softmax_scale, provider=None),
+    derived(WINDOW, "window_size", _window_size, core=None),
+    derived(FREQUENCY, "window_attn_skip_freq", _layers_with_window, core=None),
+    derived(COUNT_OR_ZERO, "num_experts", lambda config, layer: config.num_experts or None, "num_moe_experts"),
+)
+"""What every model has."""
+
+EXPERT_FIELDS = (
+    derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None),
+    of_model(COUNT_OR_ZERO, "moe_ffn_hidden_size"),
+    of_model(COUNT, "experts_per_token", "moe_router_topk"),
+    constant("softmax", "moe_router_score_function", provider=None),
+    opposite("norm_topk_prob", "moe_router_pre_softmax"),
+)
+"""What a model with experts has besides.
+
+A softmax over the chosen experts equals one over all of them, renormalised: what Megatron does unless
+`moe_router_pre_softmax` is set is `norm_topk_prob`.
+"""
+
+DENSE_BESIDE_EXPERTS = (
+    derived(
+        COUNT_OR_ZERO,
+        "moe_shared_expert_intermediate_size",
+        lambda config, layer: layer.ffn_hidden_size,
+        provider=None,
+    ),
+)
+"""What a model with a dense MLP beside its experts has besides."""
+
+PRECISION_FIELDS = (
+    derived(FLAG, "bf16", lambda config, layer: config.dtype == "bfloat16", core=None, provider="bf16"),
+    derived(FLAG, "fp16", lambda config, layer: config.dtype == "float16", core=None, provider="fp16"),
+)
+"""The element type that config.json states; a `TransformerConfig` takes that of the run."""
+
+FIELDS = (*CORE_FIELDS, *EXPERT_FIELDS, *DENSE_BESIDE_EXPERTS, *PRECISION_FIELDS)
+"""All rows."""
+
+
+def fields_of(config: ModelConfig) -> Iterator[Field]:
+    """The rows of a model, in the order in which they are written; those of its element type come last."""
+    yield from CORE_FIELDS
+    if config.num_experts:
+        yield from EXPERT_FIELDS
+        if config.parallel_dense:
+            yield from DENSE_BESIDE_EXPERTS
+
+
+def written(fields: Iterable[Field], place: Place, config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
+    """What a place records of a model.
+
+    Args:
+        fields: The rows.
+        place: Whose names to use; rows without one are left out.
+        config: The model.
+        layer: The layer whose sizes stand for those of all layers.
+    """
+    return {name: field.value(config, layer) for field in fields if (name := getattr(field, place)) is not None}
+
+
+def core_sizes(layer: LayerConfig) -> dict[str, Any]:
+    """What one layer has of its own, under the names of `TransformerConfig`."""
+    return {
+        field.core: getattr(layer, field.ours)
+        for field in CORE_FIELDS
+        if field.of is LayerConfig and field.core is not None and field.ours is not None
+    }
+
+
+def read(fields: Iterable[Field], args: Mapping[str, Any], of: type) -> dict[str, Any]:
+    """Our fields as `args` give them; those that `args` lack are left out.
+
+    Args:
+        fields: The rows.
+        args: Arguments.
+        of: Which class's fields to read, `ModelConfig` or `LayerConfig`.
+
+    Raises:
+        TypeError: A number is None.
+    """
+    return {
+        field.ours: field.read(args[field.args])
+        for field in fields
+        if field.of is of and field.ours is not None and field.args is not None and field.args in args
+    }
+
+
+@dataclass(frozen=True)
+class GridField:
+    """A size of a parallel grid.
+
+    Attributes:
+        ours: Field of `Parallelism`.
+        kind: Type of the argument.
+        args: Name among Megatron-LM's arguments.
+        core: Name in `TransformerConfig` and in Megatron-Bridge's providers.
+    """
+
+    ours: str
+    kind: Kind
+    args: str
+    core: str
+
+    def value(self, grid: Parallelism) -> Any:
+        """What is written."""
+        if self.ours == "vpp":
+            return grid.vpp if grid.vpp > 1 else None
+        return grid.expert_tp if self.ours == "etp" else getattr(grid, self.ours)
+
+
+def of_grid(kind: Kind, ours: str, args: str, core: str = _SAME) -> GridField:
+    """A field of `Parallelism`; `core` is `args` unless it is given."""
+    return GridField(ours, kind, args, core or args)
+
+
+GRID_FIELDS = (
+    of_grid(COUNT, "tp", "tensor_model_parallel_size"),
+    of_grid(COUNT, "pp", "pipeline_model_parallel_size"),
+    of_grid(COUNT, "vpp", "virtual_pipeline_model_parallel_size"),
+    of_grid(COUNT, "first_stage_layers", "decoder_first_pipeline_num_layers", "num_layers_in_first_pipeline_stage"),
+    of_grid(COUNT, "last_stage_layers", "decoder_last_pipeline_num_layers", "num_layers_in_last_pipeline_stage"),
+    of_grid(FLAG, "embedding_in_split", "account_for_embedding_in_pipeline_split"),
+    of_grid(FLAG, "loss_in_split", "account_for_loss_in_pipeline_split"),
+    of_grid(COUNT, "ep", "expert_model_parallel_size"),
+    of_grid(COUNT, "etp", "expert_tensor_parallel_size"),
+)
+"""The grid."""
+
+GRID_ARGS = {field.ours: field.args for field in GRID_FIELDS if field.kind is COUNT}
+"""Size of a grid -> the argument that records it."""
+
+
+def core_grid(grid: Parallelism) -> dict[str, Any]:
+    """A grid under the names of `TransformerConfig`."""
+    return {field.core: field.value(grid) for field in GRID_FIELDS}

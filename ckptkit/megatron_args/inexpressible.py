@@ -1,0 +1,77 @@
+"""What of a model stock Megatron has no argument for."""
+
+from __future__ import annotations
+
+from ckptkit.tables.model_config import ModelConfig, Rope
+
+
+def inexpressible(config: ModelConfig) -> list[str]:
+    """What Megatron-LM's arguments cannot express about a model, as sentences."""
+    notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := _rope_note(rope))]
+    if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
+        notes.append("biases on some linear layers only: Megatron-LM has --add-qkv-bias or all of them")
+    if config.activation != "silu" or not config.gated:
+        kind = "a gated MLP" if config.gated else "an MLP"
+        notes.append(f"{kind} with {config.activation} has no single argument in Megatron-LM")
+    return [*notes, *(f"{feature}: {reason}" for feature, reason in beyond_gpt(config).items())]
+
+
+EXPRESSIBLE_BIASES = ((False, False, False), (True, False, False), (True, True, True))
+"""Which of q, k and v, the attention output, and the MLP may have biases: none, the first, or all of them."""
+
+
+def beyond_gpt(config: ModelConfig) -> dict[str, str]:
+    """What of a model Megatron's GPTModel cannot be given by arguments: feature -> what Megatron has instead."""
+    found = {}
+    if len({layer.rope for layer in config.layers}) > 1:
+        found["layers with different rotary embeddings"] = "Megatron-LM has one for all"
+    if len({layer.window for layer in config.layers} - {None}) > 1:
+        found["windows of different sizes"] = "Megatron-LM has one size, on some layers or on all"
+    if config.adapter is not None:
+        widths = f"{config.adapter.hidden_size} and {config.hidden_size}"
+        found[f"layers of the widths {widths} with an adapter between them"] = "Megatron-LM has one width"
+    features = {
+        "norms after attention and MLP": config.post_norms,
+        f"embeddings multiplied by {config.embedding_scale:g}": config.scaled_embedding,
+        f"attention scores multiplied by {config.softmax_scale}": config.softmax_scale is not None,
+        f"attention scores capped at {config.attention_softcap}": config.attention_softcap is not None,
+        f"logits capped at {config.logit_softcap}": config.logit_softcap is not None,
+        **_features_of_layers(config),
+        "one value per token in place of logits": config.value_head,
+    }
+    return {**found, **{text: "no argument in Megatron-LM" for text, present in features.items() if present}}
+
+
+def _features_of_layers(config: ModelConfig) -> dict[str, bool]:
+    """Feature -> whether some layers have it; Megatron-LM builds all layers alike."""
+    heads = {(layer.num_heads, layer.head_dim, layer.num_kv_heads) for layer in config.layers}
+    widths = {layer.ffn_hidden_size for layer in config.layers}
+    streams = {layer.hidden_size or config.hidden_size for layer in config.layers} | {config.hidden_size}
+    epsilons = {layer.norm_eps or config.norm_eps for layer in config.layers} | {config.norm_eps}
+    return {
+        "layers of another width than the model's": config.adapter is None and len(streams) > 1,
+        "norms with different epsilons": len(epsilons) > 1,
+        "attention heads that differ between layers": config.adapter is None and len(heads) > 1,
+        "MLPs whose width differs between layers": config.adapter is None and len(widths) > 1,
+        "values without a projection of their own": any(layer.k_eq_v for layer in config.layers),
+        "layers that use the keys and values of another": any(layer.kv_donor is not None for layer in config.layers),
+        "normalised values": config.value_norm,
+        "experts beside a dense MLP with norms of its own": config.parallel_dense,
+        "learned scales in the router": config.router_scales,
+        "layers multiplied by a learned number": config.layer_scalars,
+        "embeddings for each layer": config.per_layer_input_size > 0,
+    }
+
+
+def _rope_note(rope: Rope) -> str | None:
+    if rope.kind == "llama3" and Rope(rope.theta, "llama3", rope.factor) != rope:
+        return (
+            f"llama3 rope with low/high/original {rope.low_freq_factor}/{rope.high_freq_factor}/"
+            f"{rope.original_max_position}: Megatron-Core always takes 1/4/8192"
+        )
+    if rope.kind not in ("default", "linear", "llama3"):
+        since = (
+            " that --use-checkpoint-args restores (0.19 has some on its command line)" if rope.kind == "yarn" else ""
+        )
+        return f"{rope.kind} rope has no argument in Megatron-LM{since}"
+    return None

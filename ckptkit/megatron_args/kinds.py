@@ -1,0 +1,49 @@
+"""The types that Megatron-LM's arguments have: in words, as a test, and as Python reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of arguments.
+
+    Attributes:
+        text: What a value must be, in words.
+        holds: Whether a value is of this type.
+        read: Value -> the same as a field of `ModelConfig`.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+    read: Callable[[Any], Any] = _as_it_is
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_whole(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, int) for item in value)
+
+
+COUNT = Kind("a positive integer", lambda value: _is_whole(value) and value > 0)
+COUNT_OR_ZERO = Kind("an integer of at least 0", lambda value: _is_whole(value) and value >= 0)
+NUMBER = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0, float)
+POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0, float)
+FLAG = Kind("true or false", lambda value: value in (0, 1), bool)
+NAME = Kind("a name", lambda value: isinstance(value, str))
+WINDOW = Kind("two integers", lambda value: _is_list(value) and len(value) == 2)
+FREQUENCY = Kind("a positive integer or a list of integers", lambda value: COUNT.holds(value) or _is_list(value))

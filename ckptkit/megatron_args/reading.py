@@ -1,0 +1,263 @@
+"""A `ModelConfig` and a grid from Megatron-LM's `args`.
+
+A config.json says more than `args`, so `args` are read as changes to a model that is known otherwise. Where nothing
+else is known, that model is what config.json would mean with the sizes in `args` and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.megatron_args.contradictions import Mismatch, contradictions
+from ckptkit.megatron_args.fields import CORE_FIELDS, EXPERT_FIELDS, GRID_ARGS, main_rope, read
+from ckptkit.megatron_args.known import GRID_FLAGS, NEEDED, check_types
+from ckptkit.megatron_args.writing import family_args, model_args
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig, Rope
+
+_Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
+
+
+def grid_of(args: Mapping[str, Any]) -> Parallelism:
+    """The grid that a checkpoint's `args` describe.
+
+    Raises:
+        InputError: A size is not a positive integer.
+        UnsupportedError: `Parallelism` does not know such a grid.
+    """
+    check_types(args, (*GRID_ARGS.values(), *GRID_FLAGS.values()))
+    sizes: dict[str, Any] = {size: args[name] for size, name in GRID_ARGS.items() if args.get(name) is not None}
+    flags = {flag: bool(args.get(name)) for flag, name in GRID_FLAGS.items()}
+    if sizes.get("etp") == sizes.get("tp", 1):
+        sizes.pop("etp", None)
+    try:
+        return Parallelism(**sizes, **flags)
+    except UsageError as error:
+        raise UnsupportedError(f"the checkpoint's args describe an unsupported grid ({error.what})") from None
+
+
+def from_args(family: Family, args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
+    """`base` with whatever `args` say differently.
+
+    A field changes only where `args` contradict what `base` itself would have written, so that what `args` cannot
+    express (low and high rope factors, an output bias alone) survives.
+
+    Args:
+        family: The model's family.
+        args: Stored arguments; one that is absent changes nothing.
+        base: The model as its config.json describes it.
+
+    Raises:
+        InputError: Megatron-LM would not accept the value of an argument.
+    """
+    expected = model_args(family, base)
+    of_experts = (field.args for field in EXPERT_FIELDS if field.args is not None)
+    stored = {**expected, **{name: args[name] for name in (*expected, *of_experts) if name in args}}
+    with _sense():
+        before, after = _config(expected, base), _config(stored, base)
+    layers = after.layers
+    if before.num_layers == after.num_layers:
+        layers = tuple(map(_changed, base.layers, before.layers, after.layers))
+    config = replace(_changed(base, before, after), layers=layers)
+    if all(stored[name] == value for name, value in family_args(family, base).items()):
+        return config
+    return _with_family_args(family, stored, config)
+
+
+@contextmanager
+def _sense() -> Iterator[None]:
+    """Turns errors of Python into one about `args` that contradict one another, as a list shorter than the model."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"the checkpoint's args make no sense ({error})", hint="give --hf-reference") from None
+
+
+def _with_family_args(family: Family, args: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """`config` with the arguments that only its family has.
+
+    Raises:
+        InputError: They make no sense.
+    """
+    assert family.from_args is not None
+    raw = family.unparse(config, {})
+    text = raw[family.sizes_in] if family.sizes_in else raw
+    text.update(family.from_args(args, [layer.window for layer in config.layers]))
+    return family.parse(raw)
+
+
+def model_from_args(family: Family, args: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+    """Builds the model from `args` alone. Anything they do not record gets the config class's default.
+
+    Args:
+        family: The model's family; the model is of its first architecture.
+        args: Stored arguments.
+        vocab_size: Rows of the embedding, without padding.
+
+    Raises:
+        InputError: An argument that every Megatron checkpoint records is absent, or makes no sense.
+        UnsupportedError: A config.json of the family cannot say what they say.
+    """
+    if missing := [name for name in NEEDED if not isinstance(args.get(name), int)]:
+        raise InputError(f"the checkpoint's args lack {', '.join(missing)}", hint="give --hf-reference")
+    base = family.parse(_raw_config(family, args, vocab_size))
+    architecture = family.architectures[0]
+    config = from_args(family, args, replace(base, architecture=architecture, dtype="float32"))
+    back = family.parse(family.unparse(config, {}))
+    if unlike := [*_lost(family, config, back), *contradictions(args, back)]:
+        texts = (f"{one.name} is {one.stored!r}, not {one.expected!r}" for one in unlike)
+        raise UnsupportedError(
+            f"the checkpoint's args describe no {architecture}: {'; '.join(texts)}",
+            hint="where they are wrong, give --hf-reference with the right config.json, which outranks them",
+        )
+    # No argument records the output bias alone; in config.json it comes with those of q, k and v, or never.
+    return replace(config, out_bias=back.out_bias)
+
+
+def _raw_config(family: Family, args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """A config.json with the sizes in `args`, which `from_args` then corrects."""
+    hidden, heads = args["hidden_size"], args["num_attention_heads"]
+    sizes = {
+        "num_hidden_layers": args["num_layers"],
+        "hidden_size": hidden,
+        "vocab_size": vocab_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": args.get("num_query_groups") if args.get("group_query_attention", True) else heads,
+        "head_dim": args.get("kv_channels") or hidden // heads,
+        "intermediate_size": args.get("ffn_hidden_size") or 4 * hidden,
+        "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
+    }
+    if family.from_args is not None:
+        without = {"window_size": None, "window_attn_skip_freq": None}
+        with _sense():
+            windows = [_window({**without, **args}, number) for number in range(args["num_layers"])]
+        sizes.update(family.from_args(args, windows))
+    return {family.sizes_in: sizes} if family.sizes_in else sizes
+
+
+def _lost(family: Family, config: ModelConfig, back: ModelConfig) -> list[Mismatch]:
+    """Arguments that a trip through config.json would change.
+
+    Args:
+        family: The models' family.
+        config: The model before the trip.
+        back: The model after it.
+    """
+    stored, expected = model_args(family, config), model_args(family, back)
+    return [
+        Mismatch(name, value, expected.get(name))
+        for name, value in stored.items()
+        if name not in ("bf16", "fp16") and not _same(value, expected.get(name))
+    ]
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are equal up to the rounding of numbers: some are stored as their square, or in fp32."""
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-6)
+    return bool(value == other)
+
+
+def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
+    """`args` as a model; fields that no argument carries come from `base`."""
+    biased = bool(args["add_bias_linear"])
+    changes = {
+        **read(CORE_FIELDS, args, ModelConfig),
+        **_experts(args),
+        "layers": tuple(_layer(args, base, number) for number in range(args["num_layers"])),
+        "max_position_embeddings": args["max_position_embeddings"] or base.max_position_embeddings,
+        "qkv_bias": biased or bool(args["add_qkv_bias"]),
+        "out_bias": biased,
+        "mlp_bias": biased,
+        "softmax_scale": _softmax_scale(args),
+        "activation": "silu" if args["swiglu"] else base.activation,
+        "gated": bool(args["swiglu"]) or base.gated,
+        "dtype": "bfloat16" if args["bf16"] else "float16" if args["fp16"] else "float32",
+        "adapter": _adapter(args),
+    }
+    return replace(base, **changes)
+
+
+def _experts(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of experts; those of a model without experts, where there are none."""
+    rows = [field for field in EXPERT_FIELDS if field.ours is not None]
+    if not args["num_experts"]:
+        defaults = {field.name: field.default for field in fields(ModelConfig)}
+        return {"num_experts": 0, **{row.ours: defaults[row.ours] for row in rows if row.ours is not None}}
+    stated = {name: value for name, value in read(rows, args, ModelConfig).items() if value is not None}
+    found = {"experts_per_token": 2, "norm_topk_prob": True, **stated, "num_experts": args["num_experts"]}
+    return {**found, "moe_ffn_hidden_size": found.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]}
+
+
+def _adapter(args: Mapping[str, Any]) -> Adapter | None:
+    if args.get("adapter_kind") is None:
+        return None
+    return Adapter(args["adapter_kind"], args["adapter_after"], args["adapter_hidden_size"])
+
+
+def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConfig:
+    """One layer; more layers than `base` has are like its last one."""
+    known = base.layers[min(number, base.num_layers - 1)]
+    heads = args["num_attention_heads"]
+    kv_heads = args["num_query_groups"] if args["group_query_attention"] else heads
+    changes = {
+        **read(CORE_FIELDS, args, LayerConfig),
+        "num_kv_heads": kv_heads or heads,
+        "head_dim": _head_dim(args),
+        "ffn_hidden_size": args["ffn_hidden_size"] or 4 * args["hidden_size"],
+        "rope": _rope(args) if known.rope == main_rope(base) else known.rope,
+        "window": _window(args, number),
+        "moe": bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number),
+    }
+    return replace(known, **changes)
+
+
+def _softmax_scale(args: Mapping[str, Any]) -> float | None:
+    """The factor on attention scores; None for the usual one, which some writers spell out."""
+    scale, usual = args["softmax_scale"], _head_dim(args) ** -0.5
+    return None if scale is None or _same(float(scale), usual) else float(scale)
+
+
+def _head_dim(args: Mapping[str, Any]) -> int:
+    return int(args["kv_channels"] or args["hidden_size"] // args["num_attention_heads"])
+
+
+def _window(args: Mapping[str, Any], number: int) -> int | None:
+    """Source: `is_layer_window_attention` of Megatron-Core."""
+    size, skip = args["window_size"], args["window_attn_skip_freq"]
+    if not size or size[0] < 0:
+        return None
+    if skip is None:
+        return int(size[0]) + 1
+    slides = (number + 1) % skip if isinstance(skip, int) else skip[number]
+    return int(size[0]) + 1 if slides else None
+
+
+def _has_experts(frequency: Any, number: int) -> bool:
+    """Source: `get_gpt_decoder_block_spec` of Megatron-Core."""
+    return number % frequency == 0 if isinstance(frequency, int) else bool(frequency[number])
+
+
+def _rope(args: Mapping[str, Any]) -> Rope:
+    theta = float(args["rotary_base"])
+    if args["use_rope_scaling"]:
+        return Rope(theta, "llama3", float(args["rope_scaling_factor"]))
+    if args["rotary_seq_len_interpolation_factor"]:
+        return Rope(theta, "linear", float(args["rotary_seq_len_interpolation_factor"]))
+    return Rope(theta)
+
+
+def _changed(base: _Config, before: _Config, after: _Config) -> _Config:
+    """`base` with the fields in which `after` differs from `before`."""
+    changes: dict[str, Any] = {}
+    for name in (field.name for field in fields(base) if field.name != "layers"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            changes[name] = _changed(getattr(base, name), old, new) if isinstance(new, Rope) else new
+    return replace(base, **changes)

@@ -1,0 +1,66 @@
+"""How Megatron-Bridge builds a family's models: the class of its model providers, and what is special about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptkit.tables.model_config import ModelConfig
+
+VERSION = "0.6.2"
+"""Release of Megatron-Bridge whose providers are described."""
+
+GPT_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+LOCAL_SPEC = "megatron.bridge.models.gpt_provider.local_layer_spec"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A value that is a Python object: its dotted name."""
+
+    name: str
+
+
+ACTIVATIONS = {
+    "silu": Named("torch.nn.functional.silu"),
+    "gelu_pytorch_tanh": Named("megatron.core.activations.fast_gelu"),
+}
+"""Hugging Face's name of an activation -> the function that a provider names."""
+
+
+@dataclass(frozen=True)
+class OwnAttention:
+    """What a provider has in place of `GPTModelProvider`'s fields for ropes and windows.
+
+    Attributes:
+        mark: A field that only this provider and classes derived from it have.
+        problem: (model, whether its layers are those of the local spec) -> what of the model the class lacks, or None.
+        values: Model -> the fields.
+        args: All fields of a stored provider -> Megatron-LM's arguments with the meaning of these. May raise
+            UnsupportedError, and TypeError, ValueError or KeyError where the fields make no sense.
+    """
+
+    mark: str
+    problem: Callable[[ModelConfig, bool], str | None]
+    values: Callable[[ModelConfig], dict[str, Any]]
+    args: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BridgeProvider:
+    """The class that Megatron-Bridge makes of a family's config.json.
+
+    Attributes:
+        target: Dotted name of the class.
+        activation: Hugging Face's name of the MLP's activation that the family's bridge sets, a key of `ACTIVATIONS`.
+        ropes: Kinds of rotary embeddings that the family's bridge sets.
+        with_windows: Fields that it sets besides where layers have windows.
+        attention: Ropes and windows of a class that is not like `GPTModelProvider` there, or None.
+    """
+
+    target: str = GPT_PROVIDER
+    activation: str = "silu"
+    ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    with_windows: Mapping[str, Any] = field(default_factory=dict)
+    attention: OwnAttention | None = None
