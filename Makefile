@@ -62,9 +62,10 @@ test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin against transformers, on CPU, 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, import contracts and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: setup ## Rewrite the sources as ruff wants them
