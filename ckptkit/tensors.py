@@ -22,6 +22,8 @@ from typing import Generic, Protocol, Self, TypeVar
 from ckptkit.dtypes import DType
 
 Origin = TypeVar("Origin")
+MAX_AXES = 64
+"""The most axes of a tensor, as in torch."""
 
 
 @dataclass(frozen=True, slots=True)

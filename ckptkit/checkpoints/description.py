@@ -13,7 +13,8 @@ from ckptkit.checkpoints.recognition import recognise
 from ckptkit.checkpoints.vocabulary import Vocabulary
 from ckptkit.errors import CkptkitError, InputError, UsageError
 from ckptkit.families import family_of
-from ckptkit.formats.hf import HfFiles, read_json
+from ckptkit.formats.hf import HfFiles
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.sidecar import Sidecar, read_sidecar
 from ckptkit.megatron_args.contradictions import contradictions
 from ckptkit.megatron_args.known import read_args

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.description import complete
-from ckptkit.checkpoints.problems import Problems
+from ckptkit.checkpoints.problems import Problems, check_element_types
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.io.plan import Comparison
+from ckptkit.tables.bounds import check_counts
 
 
 def open_hf_files(files: HfFiles) -> Checkpoint:
@@ -26,6 +27,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     files, notes = complete(files)
     family = family_of(files.config, files.path / "config.json")
     config = family.parse(files.config)
+    check_counts(config, files.tensors.values(), files.path)
     items = {item.key: item for item in family.items(config)}
     stored, _ = family.unfuse(files.tensors, config)
     left = dict(stored)
@@ -39,6 +41,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         if all(part is not None for part in parts):
             tensors[key] = item.pack([part for part in parts if part is not None], unused, dtype)
     used = len(files.tensors) - len(left)
+    taken = {name: tensor for name, tensor in files.tensors.items() if name not in left}
     comparisons = []
     for replica in family.replicas:
         if replica.hf in left and replica.when(config) and replica.of in stored:
@@ -48,6 +51,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     _refuse_quantised(files.path, left)
     problems.unknown(left)
     problems.check()
+    check_element_types(taken, files.path)
     return Checkpoint(
         path=files.path,
         format="hf",

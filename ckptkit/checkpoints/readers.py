@@ -12,6 +12,7 @@ from ckptkit.checkpoints.huggingface import open_hf_files
 from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
+from ckptkit.checkpoints.problems import check_element_types
 from ckptkit.checkpoints.recognition import refuse_foreign
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
@@ -35,6 +36,7 @@ from ckptkit.formats.trainer_states.module_state import ModuleState
 from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.tables.bounds import check_counts
 from ckptkit.tensors import Tensor
 
 Reader = Callable[[Place, Given], Checkpoint]
@@ -152,7 +154,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
     if adapters := sorted(key for key in state.tensors if ".lora_" in key):
         hint = "merge them into the weights with peft (merge_and_unload) before they are saved"
         raise UnsupportedError(f"LoRA adapters beside the weights ({adapters[0]})", where=state.path, hint=hint)
-    tensors = state.named(lambda names: max(_known(names, reference), sum(is_packed((name,)) for name in names)))
+    tensors = state.named(lambda names: max(_known(names, reference, state), sum(is_packed((name,)) for name in names)))
     if is_packed(tensors):
         place = Place(state.path, state.path)  # a sidecar would be beside the weights, wherever the reference is
         checkpoint = _whole(place, state.format, tensors, {}, given)
@@ -168,10 +170,11 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
     return _without_optimizer(checkpoint, state.optimizer)
 
 
-def _known(names: set[str], reference: HfFiles) -> int:
+def _known(names: set[str], reference: HfFiles, state: ModuleState) -> int:
     """How many of these names a model has, however its experts are stored."""
     family = family_of(reference.config, reference.path / "config.json")
     config = family.parse(reference.config)
+    check_counts(config, state.tensors.values(), state.path)
     canonical = [name for item in family.items(config) for name in item.parts]
     return max(len(names & spelling.names(canonical, config)) for spelling in family.hf_spellings)
 
@@ -226,6 +229,8 @@ def _join(
     vocabulary = stored_vocabulary(ranks, args)
     about = describe(place.root, args, names, given, vocabulary)
     family, config = about.family, about.config
+    stored = [tensor for chunks in ranks.values() for chunk in chunks.values() for tensor in chunk.values()]
+    check_counts(config, stored, path)
     if family.attention_of is not None:
         groups = [family.attention_of(layer) for layer in config.layers]
         ranks = {
@@ -237,6 +242,7 @@ def _join(
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
     joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows))
+    check_element_types(joined.tensors, path)
     notes = [*about.notes, *joined.notes]
     if vocabulary.rows > most:
         notes.append(f"{vocabulary.rows - size} rows beyond --vocab-size {size} are left out")

@@ -109,7 +109,7 @@ def carry_out(
     dropped = summarise(plan.dropped, measure=not execution.dry_run)
     hashes: dict[str, str] = {}
     try:
-        destination = _destination(plan, read, Path(target["path"]), execution)
+        destination = _destination(plan, read, target["path"], execution)
         free = destination.free
         if not execution.dry_run:
             hashes = destination.write(threads=execution.threads, hash=execution.hash, progress=execution.progress)
@@ -138,7 +138,7 @@ def carry_out(
     )
 
 
-def _destination(plan: Plan, read: Sequence[Checkpoint], out: Path, execution: Execution) -> Destination:
+def _destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, execution: Execution) -> Destination:
     from ckptkit.io.commit import Destination
 
     return Destination(
@@ -161,4 +161,4 @@ def check_destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, e
         StorageError: The destination cannot be written, or has no room.
     """
     if not (execution.dry_run or execution.resume):
-        _destination(plan, read, Path(out), execution)  # which looks at the place and the room
+        _destination(plan, read, out, execution)  # which looks at the place and the room

@@ -178,7 +178,7 @@ def _overridden(overrides: Mapping[str, Any], types: Sequence[str], base: _Heads
     """The head sizes of each type of layer, which may differ between types, but not within one."""
     found = [base] * len(types)
     for key in overrides:
-        number = int(key) if str(key).isascii() and str(key).isdigit() else -1
+        number = int(key) if str(key).isascii() and str(key).isdigit() and len(str(key)) < 9 else -1
         if not 0 <= number < len(types):
             raise InputError(f"config.json: per_layer_config names layer {key!r} of {len(types)}")
         own = object_in(overrides, key)

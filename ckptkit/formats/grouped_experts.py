@@ -18,6 +18,7 @@ from ckptkit.formats.torch_legacy import RankFile, RankKey
 from ckptkit.io.transposed import transposed
 from ckptkit.tensors import Tensor
 
+_MOST = 10_000  # experts of a rank
 _WEIGHT = re.compile(r"(.*\.mlp)\.experts\.weight([12])")
 
 
@@ -51,10 +52,10 @@ def _ungrouped(tensors: dict[str, Tensor], ep: int) -> dict[str, Tensor]:
 
 def _experts(name: str, tensor: Tensor, first: bool, router: tuple[int, ...], ep: int) -> list[Tensor]:
     """Each expert's weight, [2 * width, hidden] or [hidden, width]."""
-    total, hidden = router
+    total, hidden = router if len(router) == 2 else (0, 0)
     count, rest = divmod(total, ep)
     hidden_axis, width_axis = (0, 1) if first else (1, 0)
-    fits = len(tensor.shape) == 2 and tensor.shape[hidden_axis] == hidden and not rest and count
+    fits = len(tensor.shape) == 2 and tensor.shape[hidden_axis] == hidden and not rest and 0 < count <= _MOST
     if not fits or tensor.shape[width_axis] % count:
         raise InputError(
             f"{name} is {list(tensor.shape)}, which is not {total} experts of {hidden} hidden over {ep} ranks"

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
 from ckptkit.formats.format import Archive, Format
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.safetensors import Header
 from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
+from ckptkit.io.regular import walk
 from ckptkit.tensors import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -138,23 +140,6 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], Header | None]:
     return safetensors.tensors_of(path, header), header
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: There is no such file, or it is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError("no such file", where=path) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({error})", where=path) from None
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", where=path)
-    return value
-
-
 def lay_out_shards(tensors: Mapping[str, Tensor], shard_size: int) -> list[OutputFile]:
     """New shards of at most `shard_size` bytes (a larger tensor gets its own), and their index if there are several."""
     shards: list[dict[str, Tensor]] = [{}]
@@ -208,10 +193,10 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
             shards = index.get("weight_map")
             if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
                 raise InputError("the index has no weight_map", where=path / index_name)
-            names = sorted(set(shards.values()))
-            for name in names:
+            for name in sorted(set(shards.values())):
                 _check_shard_name(path / index_name, name)
-            return names, index
+            index["weight_map"] = {key: PurePosixPath(name).as_posix() for key, name in shards.items()}
+            return sorted(set(index["weight_map"].values())), index
     found = sorted(item.name for item in path.glob("*.safetensors")) if path.is_dir() else []
     what = f"{', '.join(found[:3])} without {INDEX}" if found else f"no {SINGLE} and no {INDEX}"
     raise InputError(what, where=path, hint="is the download complete?")
@@ -219,7 +204,7 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
 
 def _check_shard_name(index: Path, name: str) -> None:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\\" in name or "\0" in name:
         raise InputError(f"the index points outside the folder ({name})", where=index)
     check_link(index.parent / name, index.parent)
     if not (index.parent / name).is_file():
@@ -244,9 +229,11 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise InputError("not a dictionary of tensors", where=path)
     for name, value in content.items():
+        if not isinstance(name, str):
+            raise InputError(f"a tensor whose name is a {type(name).__name__}", where=path)
         if isinstance(value, UnreadableTensor):
             raise value.error(name, path)
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
             raise InputError(f"entry {name!r} is not a tensor", where=path)
     return dict(content)
 
@@ -254,7 +241,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 def _other_files(path: Path) -> tuple[dict[str, Path], list[str]]:
     small: dict[str, Path] = {}
     weights: list[str] = []
-    for file in _walk(path, path):
+    for file in _walk(path):
         name = file.relative_to(path).as_posix()
         if is_weights(name):
             weights.append(name)
@@ -282,16 +269,11 @@ def check_link(path: Path, folder: Path) -> None:
         )
 
 
-def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    for item in sorted(folder.iterdir()):
-        check_link(item, root)
-        if item.is_dir():
-            if item.name not in _SKIPPED_FOLDERS:
-                yield from _walk(item, root)
-        elif item.is_file():
-            yield item
-        else:
+def _walk(root: Path) -> Iterator[Path]:
+    for item in walk(root, _SKIPPED_FOLDERS, partial(check_link, folder=root)):
+        if not item.is_file():
             raise UnsupportedError("neither a file nor a folder (a broken link?)", where=item)
+        yield item
 
 
 def _checks(folder: Path) -> Iterator[Callable[[], object]]:

@@ -1,22 +1,36 @@
-"""Hub references, `org/model@revision`: only the files that a conversion needs, or for a plan only their headers."""
+"""Hub references, `org/model@revision`: only the files that a conversion needs, or for a plan only their headers.
+
+What a hub answers is input: of bounded size, checked before it is used, and never a reason to write outside the cache.
+"""
 
 from __future__ import annotations
 
-import json
 import re
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
-from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError
+from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError, UsageError
 from ckptkit.formats.hf import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, is_weights
+from ckptkit.formats.json_files import LARGEST, parse_object
 from ckptkit.formats.safetensors import MAX_HEADER
+from ckptkit.io.crew import Crew
 
 _REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TAG = re.compile(r'(W/)?"?[\w+=-][\w.+=-]{0,255}"?')  # of a file; the library makes a file name of it
 _FIRST_READ = 1 << 17
+_LARGEST_ANSWER = 32_000_000
+_LARGEST_FILE = 1 << 42
+_LONGEST_NAME = 1024
+_THREADS = 4
+_PATIENCE = 120.0  # seconds for what is read into memory
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,12 @@ def locate(text: str | Path, *, headers_only: bool = False) -> Iterator[Located]
             true sizes, all that a plan needs.
 
     Raises:
-        InputError: There is no such model or revision, or it is gated.
+        UsageError: `text` is empty.
+        InputError: There is no such model or revision, it is gated, or the hub's answer makes no sense.
         StorageError: The hub cannot be reached.
     """
+    if not str(text):
+        raise UsageError("no checkpoint is named", hint="name a directory (is a variable of the shell unset?)")
     if not is_reference(text):
         yield Located(Path(text), {})
         return
@@ -71,12 +88,19 @@ class _Hub:
     """One revision of one model repository."""
 
     def __init__(self, repository: str, revision: str | None) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import constants
 
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        at = f"/revision/{quote(revision, safe='')}" if revision else ""
+        url = f"{constants.ENDPOINT}/api/models/{repository}{at}?blobs=true"
+        info = _parsed(_get(url, _LARGEST_ANSWER, {}))
+        commit, files = info.get("sha"), info.get("siblings")
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise InputError("names no commit of 40 hexadecimal digits", where=_ANSWER)
+        if not isinstance(files, list):
+            raise InputError("lists no files", where=_ANSWER)
         self.repository = repository
-        self.commit = str(info.sha)
-        self.sizes = {item.rfilename: int(item.size or 0) for item in info.siblings or ()}
+        self.commit = commit
+        self.sizes = dict(map(_listed, files))
 
     @property
     def origin(self) -> dict[str, str]:
@@ -84,10 +108,34 @@ class _Hub:
 
     def download(self) -> Path:
         """The needed files, in the hub's cache."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download
 
-        files = self._needed(self._index())
-        return Path(snapshot_download(self.repository, revision=self.commit, allow_patterns=sorted(files)))
+        needed = sorted(self._needed(self._index()))
+
+        stopped = threading.Event()
+
+        def fetch(name: str) -> Path | None:
+            if stopped.is_set():
+                return None
+            with watch.expecting(self.sizes[name]):
+                return Path(hf_hub_download(self.repository, name, revision=self.commit))
+
+        with _Watch(self.commit) as watch:
+            crew = Crew(min(_THREADS, len(needed)), "ckptkit-fetch")
+            try:
+                found = list(crew.map(fetch, needed))
+            finally:
+                stopped.set()
+                crew.close()
+        paths = {name: path for name, path in zip(needed, found, strict=True) if path is not None}
+        for name, path in paths.items():
+            if (size := path.stat().st_size) != self.sizes[name]:
+                raise StorageError(
+                    f"{name} came with {size:,} bytes, the hub lists {self.sizes[name]:,}",
+                    where=self.repository,
+                    hint=f"remove {path} and fetch it again",
+                )
+        return _folder(paths)
 
     def mirror(self, folder: Path) -> None:
         """Sparse files of the true sizes that hold real headers, and the real config and index."""
@@ -99,9 +147,6 @@ class _Hub:
                 hint="without --dry-run it is fetched first",
             )
         for name in sorted(self._needed(index)):
-            parts = PurePosixPath(name)
-            if parts.is_absolute() or ".." in parts.parts:
-                raise InputError(f"the repository holds a file outside its folder ({name})", where=self.repository)
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
@@ -113,13 +158,27 @@ class _Hub:
         if name is None:
             raise InputError(f"no {SINGLE} and no {INDEX}", where=f"{self.repository}@{self.commit}")
         if name in (SINGLE, BIN_SINGLE):
-            return {"weight_map": {"": name}}
-        index = json.loads(self._read(name, 0, self.sizes[name]))
-        return index if isinstance(index, dict) else {}
+            return {"": name}
+        index = parse_object(self._read(name, 0, self.sizes[name]), f"{self.repository}/{name}")
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise InputError("the index has no weight_map", where=f"{self.repository}/{name}")
+        return shards
 
-    def _needed(self, index: Mapping[str, Any]) -> set[str]:
-        shards = set((index.get("weight_map") or {}).values())
-        return {name for name in self.sizes if name in shards or not is_weights(name)}
+    def _needed(self, shards: Mapping[str, str]) -> set[str]:
+        """Names of the files to fetch.
+
+        Raises:
+            InputError: One would lie outside of its folder, or cannot be the name of a file.
+        """
+        weights = {PurePosixPath(name).as_posix() for name in shards.values()}
+        names = {name for name in self.sizes if name in weights or not is_weights(name)}
+        for name in sorted(names):
+            path = PurePosixPath(name)
+            odd = path.is_absolute() or ".." in path.parts or path.as_posix() != name or len(name) > _LONGEST_NAME
+            if odd or "\\" in name or not name.isprintable():
+                raise InputError(f"the repository holds a file outside its folder ({name[:80]})", where=self.repository)
+        return names
 
     def _head(self, name: str) -> bytes:
         """The bytes of a file that a plan reads: the header of weights, all of config and index."""
@@ -136,38 +195,171 @@ class _Hub:
 
     def _read(self, name: str, start: int, stop: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         if start >= stop:
             return b""
+        if stop - start > LARGEST:
+            raise InputError(
+                f"{name} has {stop - start:,} bytes to read, at most {LARGEST:,} are", where=self.repository
+            )
         url = hf_hub_url(self.repository, name, revision=self.commit)
-        headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
-        response = get_session().get(url, headers=headers, follow_redirects=True)
-        hf_raise_for_status(response)
-        content: bytes = response.content
-        return content[start:stop] if response.status_code == 200 else content[: stop - start]
+        content = _get(url, stop - start, {"range": f"bytes={start}-{stop - 1}"}, start)
+        if len(content) < stop - start:
+            raise StorageError(f"{name} is cut short on its way", where=self.repository, hint="try again")
+        return content
+
+
+_ANSWER = "the hub's answer"
+
+
+def _parsed(answer: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(answer, _ANSWER)
+    except InputError as error:
+        page = answer.lstrip()[:1] == b"<"
+        raise InputError("is a web page" if page else f"is {error.what}", where=_ANSWER) from None
+
+
+def _listed(entry: object) -> tuple[str, int]:
+    """Name and size of a file in the hub's list."""
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    name, size = fields.get("rfilename"), fields.get("size")
+    size = 0 if size is None else size
+    if not isinstance(name, str) or not name or type(size) is not int or not 0 <= size <= _LARGEST_FILE:
+        raise InputError("lists a file without a name or a size that it can have", where=_ANSWER)
+    return name, size
+
+
+def _folder(paths: Mapping[str, Path]) -> Path:
+    """The folder in which fetched files have their names."""
+    name, path = next(iter(paths.items()))
+    return path.parents[len(PurePosixPath(name).parts) - 1]
+
+
+def _get(url: str, size: int, headers: Mapping[str, str], skip: int = 0) -> bytes:
+    """At most `size` bytes of an answer, from byte `skip` on where all of a file comes in place of the range asked for.
+
+    Raises:
+        InputError: An answer that is no range has more.
+        StorageError: It takes too long.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+
+    asked = {**build_hf_headers(), **headers, "accept-encoding": "identity"}
+    patience = time.monotonic() + _PATIENCE
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=asked, follow_redirects=True, timeout=timeout) as response:
+        wanted = size if response.status_code == 206 else skip + size
+        content = bytearray()
+        for part in response.iter_raw(1 << 16):
+            content += part
+            if len(content) > wanted:
+                break
+            if time.monotonic() > patience:
+                raise StorageError("the hub answers too slowly", where=url, hint="try again, or give a local path")
+        told = httpx.Response(
+            response.status_code,
+            headers={key: value for key, value in response.headers.items() if key.lower().startswith("x-")},
+            content=bytes(content[: 1 << 16]),
+            request=response.request,
+        )
+    hf_raise_for_status(told)
+    if not headers and len(content) > size:
+        raise InputError(f"has more than {size:,} bytes", where=_ANSWER)
+    return bytes(content[wanted - size : wanted])
+
+
+class _Watch:
+    """Looks at every answer that the library gets: it makes file names of tags and commits, and writes what comes."""
+
+    def __init__(self, commit: str) -> None:
+        self._commit = commit
+        self._expected = threading.local()
+        self._hooks: list[Any] = []
+
+    @contextmanager
+    def expecting(self, size: int) -> Iterator[None]:
+        """In here, answers to this thread have at most `size` bytes."""
+        self._expected.size = size
+        try:
+            yield
+        finally:
+            del self._expected.size
+
+    def __enter__(self) -> _Watch:
+        from huggingface_hub.utils import get_session
+
+        self._hooks = get_session().event_hooks["response"]
+        self._hooks.append(self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.remove(self._look)
+
+    def _look(self, response: Any) -> None:
+        commit = response.headers.get("x-repo-commit", self._commit)
+        if commit != self._commit:
+            raise InputError("is about another commit than the one asked for", where=_ANSWER)
+        for name in ("etag", "x-linked-etag"):
+            if response.request.method == "HEAD" and not _TAG.fullmatch(response.headers.get(name, "-")):
+                raise InputError(f"has a tag that cannot name a file ({name})", where=_ANSWER)
+        size = getattr(self._expected, "size", None)
+        if size is not None and response.request.method == "GET":
+            response.stream = _bounded(response.stream, size)
+
+
+def _bounded(stream: Any, size: int) -> Any:
+    """A stream of an answer that ends with an error where it has too many bytes."""
+    from huggingface_hub.utils import httpx
+
+    class Bounded(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            left = size + _FIRST_READ  # what is compressed may be a little larger
+            for part in stream:
+                left -= len(part)
+                if left < 0:
+                    raise InputError(f"has more bytes than the {size:,} of the file", where=_ANSWER)
+                yield part
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
 
 
 @contextmanager
 def _one_line_errors(where: str) -> Iterator[None]:
-    """Turns the hub library's errors into ours."""
+    """Turns the hub library's errors, and those about a hub's answers, into one line about what was asked for."""
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
+    local, hint = "no such local path, and", "give a local path"
     try:
         yield
+    except InputError as error:
+        if error.where != _ANSWER:
+            raise
+        raise InputError(f"{local} {_ANSWER} is no good: it {error.what}", where=where, hint=hint) from None
     except CkptkitError:
         raise
     except errors.GatedRepoError:
         raise InputError("the model is gated", where=where, hint="accept its terms on the hub and log in") from None
     except errors.RevisionNotFoundError:
         raise InputError("no such revision", where=where) from None
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise InputError(
             "no such local path and no such model on the hub", where=where, hint="or it is private"
         ) from None
     except errors.OfflineModeIsEnabled:
-        raise StorageError("the hub is switched off (HF_HUB_OFFLINE)", where=where, hint="give a local path") from None
+        raise StorageError(f"{local} the hub is switched off (HF_HUB_OFFLINE)", where=where, hint=hint) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(f"the hub did not answer ({reason})", where=where, hint="give a local path") from None
+        reason = _first_line(error)
+        raise StorageError(f"{local} the hub did not answer ({reason})", where=where, hint=hint) from None
+    except (httpx.InvalidURL, ValueError, RuntimeError) as error:
+        reason = _first_line(error)
+        raise InputError(f"{local} {_ANSWER} makes no sense ({reason})", where=where, hint=hint) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

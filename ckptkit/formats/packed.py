@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptkit.formats.hf import Shards, lay_out_shards, read_json, read_shards
+from ckptkit.formats.hf import Shards, lay_out_shards, read_shards
+from ckptkit.formats.json_files import read_json
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 

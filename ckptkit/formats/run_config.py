@@ -9,15 +9,23 @@ Source: `load_model_config` and `read_run_config` of Megatron-Bridge 0.6.2, `ins
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError
+from ckptkit.formats.torch_file.trees import check_tree
 from ckptkit.io.plan import OutputFile
+from ckptkit.io.regular import read_bounded
+
+if TYPE_CHECKING:
+    from yaml import MappingNode, SafeLoader, ScalarNode
 
 RUN_CONFIG = "run_config.yaml"
-_LARGEST = 16 << 20
+_LARGEST = 512 << 10
+_LONGEST_NUMBER = 64
 
 # What a run that goes on from the checkpoint asks for: there is no optimizer, and no state of random numbers.
 _CHECKPOINT = {
@@ -51,6 +59,27 @@ def lay_out_run_config(model: Mapping[str, Any], folder: str) -> OutputFile:
     return OutputFile.small(f"{folder}/{RUN_CONFIG}", text.encode())
 
 
+@cache
+def _loader() -> type[SafeLoader]:
+    """PyYAML's safe loader without what can take endless time: merged mappings double, long numbers are squared."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def flatten_mapping(self, node: MappingNode) -> None:
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    raise yaml.constructor.ConstructorError(None, None, "a merged mapping", key.start_mark)
+
+        def construct_yaml_int(self, node: ScalarNode) -> int:
+            if len(node.value) > _LONGEST_NUMBER:
+                raise yaml.constructor.ConstructorError(None, None, "a number too long to be one", node.start_mark)
+            found: int = super().construct_yaml_int(node)
+            return found
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    return Loader
+
+
 def read_run_config(folder: Path) -> dict[str, Any]:
     """The `model` section beside a checkpoint's `.metadata`; empty if there is no such file.
 
@@ -58,17 +87,17 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         InputError: It is damaged, or has no such section.
     """
     path = folder / RUN_CONFIG
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     import yaml
 
-    if path.stat().st_size > _LARGEST:
-        raise InputError(f"larger than {_LARGEST >> 20} MiB", where=path)
+    data = read_bounded(path, _LARGEST)
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        content = yaml.load(data, Loader=_loader())
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         problem = " ".join(str(error).split())[:120]
         raise InputError(f"not valid YAML ({problem})", where=path) from None
+    check_tree(content, len(data), "it", path)
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise InputError("no section `model`", where=path)

@@ -8,19 +8,26 @@ data starts on a page (4096 bytes), which the format allows.
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ckptkit.dtypes import DTYPES, DType
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats.garbage import collection_paused
+from ckptkit.formats.json_files import DuplicateKeyError, JsonError, decode
 from ckptkit.io.plan import OutputFile, Segment, literal
-from ckptkit.tensors import Tensor
+from ckptkit.io.regular import open_regular
+from ckptkit.io.system import storage_error
+from ckptkit.tensors import MAX_AXES, Tensor
 
 MAX_HEADER = 100_000_000
+MAX_NAMES = 1_000_000
+_OUT_OF_RANGE = 1 << 63
 ALIGNMENT = 4096
 _RARE_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
@@ -68,14 +75,15 @@ def read_header(path: Path) -> Header:
         InputError: The file is damaged, with the reason.
         UnsupportedError: A tensor has a type that ckptkit does not know.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if len(start) < 8 or length > MAX_HEADER or length + 8 > size or length < 2:
             _explain_start(path, start + file.read(512), size, length)
         raw = start + file.read(length)
-    header = parse_header(raw, path)
+    with collection_paused():
+        header = parse_header(raw, path)
     expected = len(raw) + header.data_size
     if size < expected:
         raise InputError(
@@ -96,10 +104,10 @@ def parse_header(raw: bytes, where: object) -> Header:
         UnsupportedError: A tensor has a type that ckptkit does not know.
     """
     try:
-        fields = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
-    except _DuplicateError as error:
-        raise InputError(f"tensor {error} appears twice in the header", where=where) from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        fields = decode(raw[8:])
+    except DuplicateKeyError as error:
+        raise InputError(f"tensor {error.key} appears twice in the header", where=where) from None
+    except JsonError as error:
         reason = "it starts with zeros: preallocated but never written" if not raw[8:].strip(b"\0") else str(error)
         raise InputError(f"the header is not valid JSON ({reason})", where=where) from None
     if not isinstance(fields, dict):
@@ -107,6 +115,8 @@ def parse_header(raw: bytes, where: object) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("__metadata__ must map strings to strings", where=where)
+    if len(fields) > MAX_NAMES:
+        raise InputError(f"the header names {len(fields):,} tensors, at most {MAX_NAMES:,} are read", where=where)
     entries = {name: _entry(name, value, where) for name, value in fields.items()}
     _check_cover(entries, where)
     return Header(raw, entries, metadata)
@@ -114,10 +124,12 @@ def parse_header(raw: bytes, where: object) -> Header:
 
 def tensors_of(path: Path, header: Header) -> dict[str, Tensor]:
     """The tensors of a file as recipes."""
-    return {
-        name: Tensor.from_file(str(path), len(header.raw) + entry.start, entry.dtype, entry.shape)
-        for name, entry in header.entries.items()
-    }
+    file, start = str(path), len(header.raw)
+    with collection_paused():
+        return {
+            name: Tensor.from_file(file, start + entry.start, entry.dtype, entry.shape)
+            for name, entry in header.entries.items()
+        }
 
 
 def build_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Header:
@@ -153,17 +165,13 @@ def lay_out(path: str, tensors: Mapping[str, Tensor], header: Header | None = No
     return OutputFile(path, base + header.data_size, (Segment(0, literal(header.raw)), *segments), tensors=len(tensors))
 
 
-class _DuplicateError(Exception):
-    pass
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _DuplicateError(key)
-        result[key] = value
-    return result
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(open_regular(path), "rb")
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 def _entry(name: str, value: object, where: object) -> Entry:
@@ -187,7 +195,10 @@ def _entry(name: str, value: object, where: object) -> Entry:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether something is a list of sizes. There are millions of these: a generator would take twice the time."""
+    if type(value) is not list or len(value) > MAX_AXES or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < _OUT_OF_RANGE)
 
 
 def _check_cover(entries: Mapping[str, Entry], where: object) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
-from ckptkit.formats.hf import HfFiles, read_json
+from ckptkit.formats.hf import HfFiles
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
@@ -110,4 +111,11 @@ def read_sidecar(path: Path) -> Sidecar | None:
     extras_file = folder / "extras.safetensors"
     extras = safetensors.tensors_of(extras_file, safetensors.read_header(extras_file)) if extras_file.is_file() else {}
     config = read_json(folder / "hf" / "config.json")
-    return Sidecar(config, small, headers, extras, dict(manifest.get("origin") or {}))
+    return Sidecar(config, small, headers, extras, _origin(manifest, folder / "manifest.json"))
+
+
+def _origin(manifest: Mapping[str, Any], where: Path) -> dict[str, str]:
+    origin = manifest.get("origin") or {}
+    if not isinstance(origin, dict) or not all(isinstance(value, str) for value in origin.values()):
+        raise InputError("its origin is no repository and revision", where=where, hint="pass --hf-reference instead")
+    return origin

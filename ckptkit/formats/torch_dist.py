@@ -26,7 +26,7 @@ from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.dcp.reading import DcpFiles, archives_of_dcp, checks_of_dcp, is_dcp, open_dcp
 from ckptkit.formats.dcp.writing import NewChunk, NewObject, lay_out_dcp
 from ckptkit.formats.format import Format
-from ckptkit.formats.hf import read_json
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import TRACKER, OptimizerState, plain_values
 from ckptkit.io.plan import OutputFile

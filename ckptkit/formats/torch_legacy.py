@@ -24,11 +24,13 @@ from ckptkit.formats.torch_file.pickles import (
     read_torch_file,
 )
 from ckptkit.io.plan import OutputFile
+from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE, DISTRIBUTED_OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
 _VERL_FILE = "model.pt"
+_LONGEST_TRACKER = 1 << 16
 _ITERATION = re.compile(r"release|(?:iter|global_step)_(\d+)")
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 
@@ -99,8 +101,8 @@ def iteration_folder(path: Path, iteration: int | None = None) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         return _only_iteration(path)
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdigit()):
+    text = read_bounded(tracker, _LONGEST_TRACKER).decode("utf-8", "replace").strip()
+    if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
         raise InputError(f"expected an iteration or `release`, found {text[:40]!r}", where=tracker)
     found = _folder_of(path, text)
     if found is None:
@@ -278,11 +280,15 @@ def plain_values(fields: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _chunks(content: Mapping[str, Any], folder: Path) -> RankFile:
-    keys = ["model"] if "model" in content else sorted(k for k in content if re.fullmatch(r"model\d+", str(k)))
+    keys = ["model"] if "model" in content else [key for key in content if _is_chunk(key)]
     if not keys:
         raise InputError("holds no `model`", where=folder / FILE)
     keys.sort(key=lambda key: int(key[5:] or 0))
     return {key: _tensors(content[key], folder / FILE) for key in keys}
+
+
+def _is_chunk(key: object) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"model[0-9]{1,9}", key) is not None
 
 
 def _tensors(chunk: Any, file: Path) -> dict[str, Tensor]:
@@ -290,13 +296,15 @@ def _tensors(chunk: Any, file: Path) -> dict[str, Tensor]:
         raise InputError("`model` is not a dictionary of tensors", where=file)
     tensors = {}
     for name, value in chunk.items():
-        if str(name).endswith("_extra_state"):
+        if not isinstance(name, str):
+            raise InputError(f"a tensor whose name is a {type(name).__name__}", where=file)
+        if name.endswith("_extra_state"):
             continue
         if isinstance(value, UnreadableTensor):
-            raise value.error(str(name), file)
+            raise value.error(name, file)
         if not isinstance(value, Tensor):
             raise InputError(f"{name} is not a tensor", where=file)
-        tensors[str(name).removeprefix("module.")] = value
+        tensors[name.removeprefix("module.")] = value
     return tensors
 
 

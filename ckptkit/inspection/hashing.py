@@ -22,6 +22,7 @@ from ckptkit.formats.hf import CACHES
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
 from ckptkit.io.reading import hash_file
+from ckptkit.io.regular import walk
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Region, Tensor
 
@@ -139,12 +140,7 @@ def files_in(place: Place) -> dict[str, Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for item in folder.iterdir() if folder.is_dir() else ():
-        if item.is_dir():
-            if item.name not in CACHES:
-                yield from _walk(item)
-        elif item.is_file():
-            yield item
+    return (item for item in walk(folder, CACHES) if item.is_file()) if folder.is_dir() else iter(())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ damaged are named; what comes later needs them, and is not asked then.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -22,12 +21,14 @@ from ckptkit.errors import InputError
 from ckptkit.formats.format import Format
 from ckptkit.formats.hf import BIN_INDEX, HF, INDEX, is_weights, read_shard, weight_files
 from ckptkit.formats.hub import locate
+from ckptkit.formats.json_files import LARGEST, JsonError, decode
 from ckptkit.formats.registry import format_of
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_file.zipfiles import Member, open_archive
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
 from ckptkit.io.reading import compare
+from ckptkit.io.regular import open_regular, read_bounded
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 
@@ -194,14 +195,14 @@ def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[],
 
 def _check_small(name: str, file: Path) -> None:
     """A small file must be what its name says, as far as that can be told."""
-    with file.open("rb") as stream:
+    with open(open_regular(file), "rb") as stream:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise InputError("a Git-LFS pointer instead of the file", where=file, hint="run `git lfs pull`")
     if name.endswith(".json"):
         try:
-            json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
+            decode(read_bounded(file, LARGEST))
+        except JsonError as error:
             raise InputError(f"not valid JSON ({error})", where=file) from None
 
 

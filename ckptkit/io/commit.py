@@ -31,11 +31,15 @@ from ckptkit.io.engine import hash_file, run
 from ckptkit.io.journal import FileJournal
 from ckptkit.io.plan import Plan
 from ckptkit.io.present import holds, resembles
+from ckptkit.io.regular import read_bounded
+from ckptkit.io.room import Room, entries_of
 from ckptkit.io.source import Fingerprint, Seen, fingerprints
-from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file
+from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file, write_all
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
+_LARGEST_SEAL = 4096
+_OWN_ENTRIES = 4  # lock, partial directory, journal and seal
 
 
 class Destination:
@@ -56,7 +60,7 @@ class Destination:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         plan: Plan,
         *,
         sources: Iterable[Path] = (),
@@ -81,6 +85,8 @@ class Destination:
             StorageError: The place cannot be written, or has no room.
         """
         plan.check()
+        if not str(path):
+            raise UsageError("the destination is empty", hint="name a directory (is a variable of the shell unset?)")
         self.path = Path(os.path.realpath(path))
         self._plan = plan
         self._seen = tuple(seen)
@@ -226,16 +232,20 @@ class Destination:
         """Notes which directory is about to become the destination: renaming keeps its number."""
         seal = {"plan": self._plan.digest(self._fingerprints), "output": self.directory.stat().st_ino}
         path = self._partial / _SEAL
-        path.write_text(json.dumps(seal), encoding="utf-8")
-        sync_file(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(fd, json.dumps(seal).encode(), path)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _is_sealed(self) -> bool:
         """Whether the destination is what an earlier run of this very plan put there, whole."""
         try:
-            seal = json.loads((self._partial / _SEAL).read_bytes())
+            seal = json.loads(read_bounded(self._partial / _SEAL, _LARGEST_SEAL, follow=False))
             number = self.path.stat().st_ino
             sizes = [(self.path / file.path).stat().st_size for file in self._plan.files]
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, InputError):
             return False
         digest = self._plan.digest(fingerprints(self._plan.sources()))
         return seal == {"plan": digest, "output": number} and sizes == [file.size for file in self._plan.files]
@@ -319,14 +329,21 @@ class Destination:
     def _free(self) -> int:
         """What is free, with what an earlier run left: that is used again or removed."""
         with _storage(self.path.parent):
-            status = os.statvfs(self.path.parent)
-        self._sized = status.f_blocks > 0  # some network file systems do not say
-        return status.f_bavail * status.f_frsize + _allocated(self._partial)
+            self._room = Room.of(self.path.parent, self._partial)
+        return self._room.nbytes
 
     def _check_room(self) -> None:
-        if self._sized and self._plan.nbytes > self.free:
+        entries = entries_of(self._plan.files) + _OWN_ENTRIES
+        if self._room.counts_entries and entries > self._room.entries:
             raise StorageError(
-                f"not enough space: the output needs {_readable(self._plan.nbytes)}, {_readable(self.free)} are free",
+                f"not enough inodes: the output has {entries:,} files and folders, {self._room.entries:,} are free",
+                where=self.path.parent,
+                hint="remove some files or choose another disk",
+            )
+        size = self._room.blocks_of(self._plan.files)
+        if self._room.counts_bytes and size > self.free:
+            raise StorageError(
+                f"not enough space: the output needs {_readable(size)}, {_readable(self.free)} are free",
                 where=self.path.parent,
                 hint="free some space or choose another disk",
             )
@@ -380,10 +397,19 @@ class Destination:
         self._fingerprints = fingerprints(sources)
         digest = self._plan.digest(self._fingerprints)
         resumable = self._resume and self._unfinished()
+        self._refuse_links(resumable)
         if not resumable and self._partial.is_dir():
             shutil.rmtree(self._partial)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._journal = FileJournal(self._partial / _JOURNAL, digest, resume=resumable)
+
+    def _refuse_links(self, resumable: bool) -> None:
+        """What is written through a link would land in a place that nobody named."""
+        inside = os.walk(self._partial) if resumable else ()
+        names = (Path(folder, name) for folder, folders, files in inside for name in (*folders, *files))
+        for place in (self._partial, *names):
+            if place.is_symlink():
+                raise InputError("a symbolic link in place of what an earlier run left", where=place, hint="remove it")
 
     def _check_complete(self) -> None:
         finished = self.journal.finished()
@@ -419,16 +445,6 @@ def _sync_tree(top: Path) -> None:
         for name in files:
             sync_file(Path(directory, name))
         sync_directory(Path(directory))
-
-
-def _allocated(top: Path) -> int:
-    """Bytes that a directory takes on its disk."""
-    total = 0
-    for directory, _, files in os.walk(top):
-        for name in files:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
-    return total
 
 
 def _readable(size: int) -> str:

@@ -14,8 +14,8 @@ import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
@@ -27,12 +27,13 @@ from ckptkit.io import faults
 from ckptkit.io.castable import check_cast
 from ckptkit.io.casts import convert
 from ckptkit.io.crc import crc32_combine
+from ckptkit.io.crew import Crew, start_threads
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.plan import Comparison, OutputFile, Plan
 from ckptkit.io.reading import compare, first_difference, hash_file, hash_tensor, read_tensor
 from ckptkit.io.schedule import Limits, Schedule, Unit
 from ckptkit.io.source import Sources
-from ckptkit.io.system import allocate, start_writeback, storage_error
+from ckptkit.io.system import allocate, nothing_written, start_writeback, storage_error
 from ckptkit.tensors import Region
 
 __all__ = [
@@ -230,6 +231,8 @@ class _Output:
                 count = self._pwrite(fd, view, offset)
             except OSError as error:
                 raise storage_error(error, self.path) from error
+            if not count:
+                raise nothing_written(self.path)
             start_writeback(fd, offset, count)
             view, offset = view[count:], offset + count
 
@@ -266,18 +269,17 @@ class _Job:
         live = self._unfinished(progress)
         schedule = Schedule([output.spec for output in self._outputs], live, self._limits)
         # Syncing waits for the disk: it goes on in the background while the next files are written.
-        finisher = ThreadPoolExecutor(count, thread_name_prefix="ckptkit-sync")
-        workers = [
-            threading.Thread(target=self._work, args=(index, schedule, finisher), name=f"ckptkit-{index}")
-            for index in range(count)
-        ]
+        finisher = Crew(count, "ckptkit-sync")
+        workers: list[threading.Thread] = []
         try:
             for index in live:
                 if not self._outputs[index].spec.size:
-                    finisher.submit(self._finish, self._outputs[index])
-            for worker in workers:
-                worker.start()
-            running = count
+                    finisher.submit(partial(self._finish, self._outputs[index]))
+            works = [partial(self._work, index, schedule, finisher) for index in range(count)]
+            workers = start_threads(works, "ckptkit")
+            if not workers:
+                works[0]()  # the system has no thread to give: this one does the work
+            running = len(workers) or 1
             while running:
                 message = self._mailbox.get()
                 if message is None:
@@ -289,9 +291,8 @@ class _Job:
             raise
         finally:
             for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            finisher.shutdown(cancel_futures=self._stop.is_set())
+                worker.join()
+            finisher.close()
             for output in self._outputs:
                 output.close()
         if self._error is not None:
@@ -323,7 +324,7 @@ class _Job:
         self.hashes[output.spec.path] = found
         return True
 
-    def _work(self, index: int, schedule: Schedule, finisher: ThreadPoolExecutor) -> None:
+    def _work(self, index: int, schedule: Schedule, finisher: Crew) -> None:
         try:
             while not self._stop.is_set() and (comparison := self._next_comparison()) is not None:
                 compare(comparison, limits=self._limits)
@@ -343,11 +344,11 @@ class _Job:
         except IndexError:
             return None
 
-    def _settle(self, unit: Unit, finisher: ThreadPoolExecutor) -> None:
+    def _settle(self, unit: Unit, finisher: Crew) -> None:
         for target in unit.targets:
             output, size = self._outputs[target.file], unit.written(target)
             if output.settle(size):
-                finisher.submit(self._finish, output)
+                finisher.submit(partial(self._finish, output))
             self._mailbox.put(size)
 
     def _finish(self, output: _Output) -> None:

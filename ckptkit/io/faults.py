@@ -1,8 +1,9 @@
 """Faults on purpose, so that tests can prove what happens when a disk or a process dies.
 
 A fault is written `kind:where`. Counted in bytes: `enospc:K`, `eio:K` and `kill:K` strike once K
-bytes have been written, `short:K` cuts a write at every K bytes, `read-eio:K` and `read-end:K` strike
-once K bytes have been read. By name: `kill:NAME` and `eio:NAME` strike at that step of the commit.
+bytes have been written, `short:K` cuts a write at every K bytes, from `zero:K` on writes take nothing,
+`read-eio:K` and `read-end:K` strike once K bytes have been read. By name: `kill:NAME` and `eio:NAME`
+strike at that step of the commit.
 
 Active only inside `inject` or when the environment holds `CKPTKIT_FAULT`; otherwise the plain
 functions of `os` are handed out, and nothing is paid.
@@ -20,7 +21,7 @@ from functools import cache
 from ckptkit.errors import UsageError
 
 VARIABLE = "CKPTKIT_FAULT"
-_WRITE = {"enospc", "eio", "kill", "short"}
+_WRITE = {"enospc", "eio", "kill", "short", "zero"}
 _READ = {"read-eio", "read-end"}
 _NAMED = {"eio", "kill"}
 
@@ -84,7 +85,7 @@ class Fault:
                 os._exit(137)
             case "enospc":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            case "read-end":
+            case "read-end" | "zero":
                 return 0
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

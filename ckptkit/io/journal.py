@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckptkit.errors import InputError
-from ckptkit.io.system import storage_error, sync_directory
+from ckptkit.io.regular import read_bounded
+from ckptkit.io.system import storage_error, sync_directory, write_all
 
 _VERSION = 1
+_LARGEST, _LONGEST_LINE = 200_000_000, 1 << 16
 
 
 class FileJournal:
@@ -38,7 +40,7 @@ class FileJournal:
         self._finished: dict[str, str | None] = {}
         kept = self._load(digest) if resume else 0
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._fd, kept)
             os.lseek(self._fd, kept, os.SEEK_SET)
         except OSError as error:
@@ -69,15 +71,9 @@ class FileJournal:
 
     def _load(self, digest: str) -> int:
         """Reads whole lines and returns where they end."""
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise storage_error(error, self.path) from error
         kept = 0
-        for line in lines:
-            entry = _parse(line)
+        for line in self._lines():
+            entry = _parse(line, first=not kept)
             if entry is None:
                 break
             if not kept and entry != {"ckptkit_journal": _VERSION, "plan": digest}:
@@ -87,24 +83,38 @@ class FileJournal:
                     hint="run without --resume to start over",
                 )
             if kept:
-                self._finished[entry["path"]] = entry["sha256"]
+                self._finished[str(entry["path"])] = entry["sha256"]
             kept += len(line)
         return kept
+
+    def _lines(self) -> list[bytes]:
+        try:
+            return read_bounded(self.path, _LARGEST, follow=False).splitlines(keepends=True)
+        except InputError as error:
+            if not os.path.lexists(self.path):
+                return []
+            hint = "run without --resume to start over"
+            raise InputError(f"not a journal ({error.what})", where=self.path, hint=hint) from None
 
     def _append(self, entry: Mapping[str, object]) -> None:
         data = json.dumps(entry).encode() + b"\n"
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
+            write_all(self._fd, data, self.path)
             os.fdatasync(self._fd)
         except OSError as error:
             raise storage_error(error, self.path) from error
 
 
-def _parse(line: bytes) -> dict[str, str] | None:
-    """A line, or None if it was cut short or damaged."""
-    try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+def _parse(line: bytes, *, first: bool) -> dict[str, str | None] | None:
+    """A line, or None if it was cut short or damaged: what it and those after it speak of is written again."""
+    if not line.endswith(b"\n") or len(line) > _LONGEST_LINE:
         return None
-    return entry if isinstance(entry, dict) and ({"path", "sha256"} <= entry.keys() or "plan" in entry) else None
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or first:
+        return entry if isinstance(entry, dict) and "plan" in entry else None
+    path, sha256 = entry.get("path"), entry.get("sha256")
+    sound = isinstance(path, str) and (sha256 is None or isinstance(sha256, str)) and "sha256" in entry
+    return {"path": path, "sha256": sha256} if sound else None

@@ -16,6 +16,7 @@ from ckptkit.errors import InputError
 from ckptkit.io.casts import convert
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.plan import Comparison
+from ckptkit.io.regular import open_regular
 from ckptkit.io.schedule import Limits, tensor_units
 from ckptkit.io.source import Sources
 from ckptkit.io.system import storage_error
@@ -115,10 +116,11 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file.
 
     Raises:
+        InputError: It is no regular file.
         StorageError: It cannot be read.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(open_regular(path), "rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise storage_error(error, path) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckptkit.errors import CkptkitError, InputError
 from ckptkit.io import faults
+from ckptkit.io.regular import open_regular
 from ckptkit.io.system import storage_error
 
 _OPEN_FILES = 32
@@ -134,7 +135,7 @@ class Sources:
         if len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         try:
-            fd = self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._open[path] = open_regular(path)
         except OSError as error:
             raise _unreadable(error, path) from error
         return fd

@@ -39,6 +39,26 @@ def storage_error(error: OSError, where: object) -> StorageError:
     return StorageError(what, where=where, hint=hint)
 
 
+def nothing_written(where: object) -> StorageError:
+    """A write that took no byte and gave no reason: asking again could take for ever."""
+    return StorageError("the file takes no more bytes, for no reason given", where=where, hint="check the file system")
+
+
+def write_all(fd: int, data: bytes, where: object) -> None:
+    """Writes bytes at the position of a file.
+
+    Raises:
+        StorageError: It takes no more.
+        OSError: The disk answers with an error.
+    """
+    view = memoryview(data)
+    while view:
+        count = os.write(fd, view)
+        if not count:
+            raise nothing_written(where)
+        view = view[count:]
+
+
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
@@ -118,6 +138,10 @@ def write_text(path: str, text: str) -> None:
         StorageError: It cannot be written.
     """
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(fd, text.encode(), path)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=path) from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from threading import Event, local
 from typing import TypeVar
 
+from ckptkit.io.crew import Crew
 from ckptkit.io.reading import TensorReader
 
 Task = TypeVar("Task")
@@ -57,9 +57,9 @@ def read_all(
         return None if stopped.is_set() else work(readers, task)
 
     answers: list[Answer] = []
-    pool = ThreadPoolExecutor(count, thread_name_prefix="ckptkit-read")
+    crew = Crew(min(count, len(tasks)), "ckptkit-read")
     try:
-        for task, answer in zip(tasks, pool.map(run, tasks), strict=True):
+        for task, answer in zip(tasks, crew.map(run, tasks), strict=True):
             assert answer is not None
             answers.append(answer)
             done += size(task)
@@ -67,7 +67,7 @@ def read_all(
                 progress(done, total)
     finally:
         stopped.set()
-        pool.shutdown()
+        crew.close()
         for reader in opened:
             reader.close()
     return answers

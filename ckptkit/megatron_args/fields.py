@@ -14,7 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_ZERO, FLAG, FREQUENCY, NUMBER, POSITIVE, WINDOW, Kind
+from ckptkit.megatron_args.kinds import (
+    COUNT,
+    COUNT_OR_ZERO,
+    EXPERTS,
+    FLAG,
+    FREQUENCY,
+    LAYERS,
+    NUMBER,
+    POSITIVE,
+    WINDOW,
+    Kind,
+)
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 
@@ -139,7 +150,7 @@ def _layers_with_experts(config: ModelConfig, layer: LayerConfig) -> int | list[
 
 
 CORE_FIELDS = (
-    derived(COUNT, "num_layers", lambda config, layer: config.num_layers),
+    derived(LAYERS, "num_layers", lambda config, layer: config.num_layers),
     of_model(COUNT, "hidden_size"),
     of_layer(COUNT, "ffn_hidden_size"),
     derived(
@@ -177,7 +188,7 @@ CORE_FIELDS = (
     derived(POSITIVE, "softmax_scale", lambda config, layer: config.softmax_scale, provider=None),
     derived(WINDOW, "window_size", _window_size, core=None),
     derived(FREQUENCY, "window_attn_skip_freq", _layers_with_window, core=None),
-    derived(COUNT_OR_ZERO, "num_experts", lambda config, layer: config.num_experts or None, "num_moe_experts"),
+    derived(EXPERTS, "num_experts", lambda config, layer: config.num_experts or None, "num_moe_experts"),
 )
 """What every model has."""
 

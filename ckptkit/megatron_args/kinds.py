@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.tables.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
+
 
 def _as_it_is(value: Any) -> Any:
     return value
@@ -28,7 +30,7 @@ class Kind:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_SIZE
 
 
 def _is_number(value: Any) -> bool:
@@ -41,6 +43,10 @@ def _is_list(value: Any) -> bool:
 
 COUNT = Kind("a positive integer", lambda value: _is_whole(value) and value > 0)
 COUNT_OR_ZERO = Kind("an integer of at least 0", lambda value: _is_whole(value) and value >= 0)
+LAYERS = Kind(f"a positive integer of at most {MAX_LAYERS:,}", lambda value: COUNT.holds(value) and value <= MAX_LAYERS)
+EXPERTS = Kind(
+    f"an integer from 0 to {MAX_EXPERTS:,}", lambda value: COUNT_OR_ZERO.holds(value) and value <= MAX_EXPERTS
+)
 NUMBER = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0, float)
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0, float)
 FLAG = Kind("true or false", lambda value: value in (0, 1), bool)

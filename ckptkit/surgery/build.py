@@ -17,7 +17,7 @@ from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.split_llama import ARCHITECTURE, KINDS, LINEAR, RELU, SPLIT_LLAMA, compose
-from ckptkit.formats.hf import read_json
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.surgery.initialisation import FITTED, Request, initialise
 from ckptkit.surgery.matching import differences

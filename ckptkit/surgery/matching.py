@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families.split_llama import incompatible
-from ckptkit.formats.hf import read_json
+from ckptkit.formats.json_files import read_json
 from ckptkit.tables.config_fields import rope_fields
 
 T = TypeVar("T")

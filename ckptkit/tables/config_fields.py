@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ckptkit.errors import InputError
+from ckptkit.tables.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from ckptkit.tables.model_config import Rope
 from ckptkit.tables.rows import Raw
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_MOST = {
+    "num_hidden_layers": MAX_LAYERS,
+    **dict.fromkeys(("num_experts", "num_local_experts"), MAX_EXPERTS),
+}
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -41,14 +47,16 @@ class Fields:
         return self.defaults[key]
 
     def integer(self, key: str) -> int:
-        """A positive integer.
+        """A positive integer, of a size that a model may have.
 
         Raises:
-            InputError: It is absent without a default, or not a positive integer.
+            InputError: It is absent without a default, not a positive integer, or too large.
         """
         value = self.get(key)
         if type(value) is not int or value < 1:
             raise InputError(f"config.json: {key} must be a positive integer, not {value!r}")
+        if value > (most := _MOST.get(key, MAX_SIZE)):
+            raise InputError(f"config.json: {key} is {value:,}, and at most {most:,} are read")
         return value
 
     def integer_or_none(self, key: str) -> int | None:
@@ -248,4 +256,10 @@ def set_dtype(raw: dict[str, Any], dtype: str | None) -> None:
 def _number(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"config.json: {key} must be a number, not {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"config.json: {key} must be a finite number")
+    return number

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, UsageError, VerificationError
 from ckptkit.families import family_of
-from ckptkit.formats.hf import read_json
+from ckptkit.formats.json_files import read_json
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig

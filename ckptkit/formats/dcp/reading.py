@@ -24,12 +24,15 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.dcp.chunks import Box, ChunkError, check_inside, split_chunks
 from ckptkit.formats.format import Archive
 from ckptkit.formats.torch_file.pickles import Record, TorchDType, UnreadableTensor, loads, read_torch_file
-from ckptkit.formats.torch_file.zipfiles import is_archive, read_start
-from ckptkit.tensors import Region, Tensor
+from ckptkit.formats.torch_file.zipfiles import MAX_SMALL, is_archive, read_start
+from ckptkit.io.regular import read_bounded
+from ckptkit.tensors import MAX_AXES, Region, Tensor
 
 METADATA = ".metadata"
+MAX_STACKED = 500_000
+"""The most layers and experts that one tensor may hold."""
+
 _AGAIN = "fetch or copy it again"
-_MAX_METADATA = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,13 @@ class DcpFiles:
         dtype = stored.dtype.dtype
         if dtype is None:
             raise UnsupportedError(f"tensor {key} has elements of type {stored.dtype}", where=where)
-        if len(stored.shape) < axes:
+        stack = stored.shape[:axes]
+        if len(stack) < axes or 0 in stack:
             raise InputError(f"{key} is {list(stored.shape)}, not a stack of layers or experts", where=where)
+        if prod(stack) > MAX_STACKED:
+            raise InputError(f"{key} stacks {prod(stack):,} tensors, at most {MAX_STACKED:,} are read", where=where)
+        if stack and not stored.chunks:
+            raise InputError(f"tensor {key}: an empty stack", where=where)
         try:
             for chunk in stored.chunks:
                 check_inside(stored.shape, chunk.offsets, chunk.sizes)
@@ -260,7 +268,9 @@ def open_dcp(path: Path) -> DcpFiles:
         InputError: It is missing, damaged, or names something that no checkpoint needs.
     """
     file = path / METADATA
-    data = read_start(file, 0, None, _MAX_METADATA)
+    if not read_start(file, 0, None, 1):
+        raise InputError("the file is empty", where=file, hint=_AGAIN)
+    data = _read_pickle(file)
     state = _state(loads(data, file), file)
     described, stored = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(described, dict) or not isinstance(stored, dict):
@@ -269,7 +279,7 @@ def open_dcp(path: Path) -> DcpFiles:
     files = DcpFiles(path, {}, {})
     for key, value in described.items():
         if not isinstance(key, str) or not isinstance(value, Record):
-            raise _odd(file, f"an entry {str(key)[:80]!r}")
+            raise _odd(file, f"an entry {key[:80]!r}" if isinstance(key, str) else "a key that is no name")
         if value.name == "TensorStorageMetadata":
             files.tensors[key] = _stored_tensor(key, value, spans, file)
         elif value.name == "BytesStorageMetadata":
@@ -277,6 +287,14 @@ def open_dcp(path: Path) -> DcpFiles:
         else:
             raise _odd(file, f"{key} as a {value.name}")
     return files
+
+
+def _read_pickle(file: Path) -> bytes:
+    """The bytes of a pickle, as far as they start like one: a file may be large and hold nothing."""
+    start = read_start(file, 0, None, 2)
+    if start[:1] != b"\x80":
+        raise InputError("not a pickle", where=file, hint=_AGAIN)
+    return read_bounded(file, MAX_SMALL)
 
 
 def _odd(file: Path, what: str) -> InputError:
@@ -290,9 +308,13 @@ def _state(value: object, file: Path) -> dict[Any, Any]:
 
 
 def _integers(value: object, file: Path) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or not all(type(item) is int and 0 <= item < 1 << 63 for item in value):
-        raise _odd(file, f"sizes {str(value)[:80]}")
+    if not isinstance(value, tuple | list) or len(value) > MAX_AXES or not all(map(_is_size, value)):
+        raise _odd(file, f"sizes that are none (a {type(value).__name__})")
     return tuple(value)
+
+
+def _is_size(item: object) -> bool:
+    return type(item) is int and 0 <= item < 1 << 63
 
 
 def _stored_tensor(key: str, record: Record, spans: _Spans, file: Path) -> StoredTensor:
@@ -339,7 +361,8 @@ class _Spans:
             raise _odd(self._file, f"{key} at no place of a file")
         if not isinstance(encodings, list | tuple):
             raise _odd(self._file, f"{key} in an unknown encoding")
-        return Span(path, offset, length, tuple(str(item)[:40] for item in encodings))
+        names = (item[:40] if isinstance(item, str) else type(item).__name__ for item in encodings)
+        return Span(path, offset, length, tuple(names))
 
     def find(self, key: str, offsets: tuple[int, ...] | None) -> Span:
         span = self._spans.get((key, offsets))

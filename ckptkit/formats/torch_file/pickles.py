@@ -13,9 +13,11 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.torch_file.pickle_names import (
     LISTED_DTYPES,
     LISTED_NAMES,
@@ -32,10 +34,11 @@ from ckptkit.formats.torch_file.torch_types import (
     TorchDType,
     UnreadableTensor,
 )
+from ckptkit.formats.torch_file.trees import check_tree
 from ckptkit.formats.torch_file.unpickling import Damage, check_key, run_pickle
 from ckptkit.formats.torch_file.zipfiles import ALIGNMENT, Archive, lay_out_archive, open_archive, read_start
 from ckptkit.io.plan import OutputFile
-from ckptkit.tensors import Tensor
+from ckptkit.tensors import MAX_AXES, Tensor
 
 __all__ = [
     "ClassName",
@@ -52,7 +55,6 @@ __all__ = [
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _SAVE_AGAIN = "load it with torch and save it again with torch.save"
-_MAX_DEPTH = 200
 
 
 def read_torch_file(path: str | Path, start: int = 0, length: int | None = None) -> object:
@@ -200,36 +202,9 @@ def _record_of(archive: Archive, name: str) -> _Place:
 
 def _evaluate(data: bytes, where: object, find: Callable[[str], _Place] | None) -> object:
     value = run_pickle(data, _Meaning(where, find), where)
-    _check_nesting(value, where)
+    with collection_paused():
+        check_tree(value, len(data), "its pickle", where)
     return value
-
-
-def _check_nesting(root: object, where: object) -> None:
-    """Refuses containers that contain themselves or are nested without reason: callers walk them recursively."""
-    heights: dict[int, int] = {}
-    open_nodes: set[int] = set()
-    pending = [(root, False)]
-    while pending:
-        node, expanded = pending.pop()
-        if expanded:
-            open_nodes.discard(id(node))
-            heights[id(node)] = 1 + max((heights[id(child)] for child in _children(node)), default=0)
-            if heights[id(node)] > _MAX_DEPTH:
-                raise InputError(f"its pickle nests more than {_MAX_DEPTH} containers", where=where)
-        elif id(node) in open_nodes:
-            raise InputError("its pickle has a container that contains itself", where=where)
-        elif id(node) not in heights:
-            open_nodes.add(id(node))
-            pending.append((node, True))
-            pending.extend((child, False) for child in _children(node))
-
-
-def _children(node: object) -> list[object]:
-    """The containers directly inside a value."""
-    if isinstance(node, Namespace):
-        node = node.fields
-    values = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
-    return [value for value in values if isinstance(value, dict | list | tuple | Namespace)]
 
 
 class _Meaning:
@@ -331,11 +306,13 @@ def _attributes(state: object) -> dict[str, object]:
     return state
 
 
-def _sizes(value: object) -> tuple[int, ...]:
+def _sizes(value: Any) -> tuple[int, ...]:
     """Sizes or strides: a tuple of counts."""
-    if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
+    sound = isinstance(value, tuple) and len(value) <= MAX_AXES
+    if not sound or not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
         raise Damage("a tensor without proper sizes")
-    return value
+    sizes: tuple[int, ...] = value
+    return sizes
 
 
 def _make_tensor_v2(args: tuple[object, ...]) -> object:

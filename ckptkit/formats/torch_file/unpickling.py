@@ -5,6 +5,9 @@ a name stands for and what a call, a new object or a persistent id becomes; it i
 file names. The standard library's unpickler is no base for that: it allocates as much as a file asks for (one PUT with
 a large index takes gigabytes), and hashing a deeply nested key ends the process.
 
+Memory is bounded by the size of the pickle: every container and every memo takes some bytes of it, and what calls copy
+is counted, for a few bytes can name a large list again and again.
+
 Source: the opcode descriptions of CPython's `pickletools`.
 """
 
@@ -15,10 +18,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ckptkit.errors import CkptkitError, InputError
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.torch_file.torch_types import ClassName, Record, TorchDType
 
 _MAX_INT_BYTES = 255
 _MAX_KEY_PARTS = 64
+_ALLOWANCE = 1_000_000
 _PLAIN_KEYS = (str, int, float, bool, bytes, complex, type(None), TorchDType, ClassName, Record)
 
 
@@ -50,7 +55,8 @@ def run_pickle(data: bytes, meaning: Meaning, where: object) -> object:
     """
     machine = _Machine(data, meaning)
     try:
-        return machine.run()
+        with collection_paused():
+            return machine.run()
     except CkptkitError:
         raise
     except Damage as error:
@@ -59,6 +65,8 @@ def run_pickle(data: bytes, meaning: Meaning, where: object) -> object:
         reason = "it is cut off or takes more values than it made"
     except UnicodeError:
         reason = "a string is not valid text"
+    except OverflowError:
+        reason = "a number is out of range"
     raise InputError(
         f"its pickle is damaged at byte {machine.at:,} of {len(data):,}: {reason}",
         where=where,
@@ -76,6 +84,13 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.room = _ALLOWANCE + len(data)
+
+    def spend(self, count: int) -> None:
+        """Notes memory for `count` values that the file need not hold. Sound files spend half of what there is."""
+        self.room -= count
+        if self.room < 0:
+            raise Damage("it asks for more memory than a file of its size has use for")
 
     def run(self) -> object:
         data, opcodes = self.data, _OPCODES
@@ -121,6 +136,7 @@ class _Machine:
         return values
 
     def put(self, index: int) -> None:
+        self.spend(2)
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
@@ -174,6 +190,7 @@ def _tuple(size: int) -> Callable[[_Machine], None]:
         stack = machine.stack
         if len(stack) < size:
             raise Damage("it takes more values than it made")
+        machine.spend(2)
         stack[-size:] = [tuple(stack[-size:])]
 
     return operation
@@ -250,6 +267,28 @@ def check_key(key: object) -> Any:
     return key
 
 
+def _extent(value: object) -> int:
+    """How much there is to copy of a value."""
+    return len(value) if isinstance(value, list | tuple | dict | set | frozenset | str | bytes) else 1
+
+
+def _new(kind: type) -> Callable[[_Machine], None]:
+    """An empty container."""
+    cost = 8 if kind is set else 2  # in the memory of some tens of bytes
+
+    def operation(machine: _Machine) -> None:
+        machine.spend(cost)
+        machine.push(kind())
+
+    return operation
+
+
+def _frozen_set(machine: _Machine) -> None:
+    values = machine.pop_marked()
+    machine.spend(8)
+    machine.push(frozenset(map(check_key, values)))
+
+
 def _pop(machine: _Machine) -> None:
     if machine.stack:
         machine.stack.pop()
@@ -281,6 +320,7 @@ def _reduce(machine: _Machine) -> None:
     args, target = machine.stack.pop(), machine.stack.pop()
     if type(args) is not tuple:
         raise Damage("a call without arguments")
+    machine.spend(sum(map(_extent, args)))
     machine.push(machine.meaning.call(target, args))
 
 
@@ -293,6 +333,7 @@ def _new_object_ex(machine: _Machine) -> None:
 
 def _build(machine: _Machine) -> None:
     state = machine.stack.pop()
+    machine.spend(_extent(state))
     machine.meaning.build(machine.stack[-1], state)
 
 
@@ -333,10 +374,10 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
         b"\x86": _tuple(2),
         b"\x87": _tuple(3),
         b"t": lambda machine: machine.push(tuple(machine.pop_marked())),
-        b"]": lambda machine: machine.push([]),
-        b"}": lambda machine: machine.push({}),
-        b"\x8f": lambda machine: machine.push(set()),
-        b"\x91": lambda machine: machine.push(frozenset(map(check_key, machine.pop_marked()))),
+        b"]": _new(list),
+        b"}": _new(dict),
+        b"\x8f": _new(set),
+        b"\x91": _frozen_set,
         b"a": _append,
         b"e": _appends,
         b"s": _set_item,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ckptkit.errors import InputError, StorageError, UnsupportedError
 from ckptkit.io.plan import Checksum, Segment, literal
+from ckptkit.io.regular import open_regular
 from ckptkit.tensors import Tensor
 
 ALIGNMENT = 64
@@ -29,7 +30,8 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 8, 0x800
 _CODED = 1 | 0x20 | 0x40  # flags of bytes that are not the content: encrypted, a patch, strongly encrypted
 _MASKED = 0x2000  # the directory itself is encrypted
-_MAX_SMALL = 1 << 30
+MAX_SMALL = 400_000_000
+"""The most bytes of what is read as a whole: a directory, or a record that is no tensor."""
 _AGAIN = "fetch or copy it again"
 
 
@@ -84,7 +86,7 @@ class Archive:
         member = self.find(name)
         if member is None:
             return None
-        if member.size > _MAX_SMALL:
+        if member.size > MAX_SMALL:
             raise UnsupportedError(f"record {member.name} alone has {member.size:,} bytes", where=self.path)
         with _Window(self.path, 0, None) as window:
             data = window.read(member.offset, member.size, f"record {member.name}")
@@ -137,8 +139,8 @@ class _Window:
     def __init__(self, path: Path, start: int, length: int | None) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY)
-        except (FileNotFoundError, IsADirectoryError):
+            self._fd = open_regular(path)
+        except FileNotFoundError:
             raise InputError("no such file", where=path) from None
         except OSError as error:
             raise StorageError(f"cannot be opened ({error.strerror})", where=path) from None
@@ -219,7 +221,7 @@ def _read_end(window: _Window) -> tuple[_End, int]:
             ):
                 raise window.damage("its two end records disagree")
             end = end64
-    if end.size > _MAX_SMALL or end.start + end.size > limit:
+    if end.size > MAX_SMALL or end.start + end.size > limit:
         raise window.damage("its directory does not end before its end record")
     return end, limit
 
@@ -260,6 +262,8 @@ def _read_central(window: _Window, end: _End, limit: int) -> list[_Entry]:
             raise window.damage(f"record {entry.name} appears twice")
         seen.add(entry.name)
         entries.append(entry)
+    if not entries:
+        raise window.damage("it has no records")
     if len(entries) != end.entries:
         raise window.damage(f"its directory lists {len(entries)} records instead of {end.entries}")
     return entries

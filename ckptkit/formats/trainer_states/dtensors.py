@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.formats.dcp.chunks import Box, ChunkError, join_chunks
 from ckptkit.formats.torch_file.pickles import Record, UnreadableTensor
-from ckptkit.tensors import Tensor
+from ckptkit.tensors import MAX_AXES, Tensor
 
 _REPLICATE, _SHARD, _STRIDED = "Replicate", "Shard", "_StridedShard"
 
@@ -132,8 +131,9 @@ def _attributes(value: object) -> Mapping[str, Any]:
     return found
 
 
-def _integers(value: object, what: str) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or not all(type(item) is int and 0 <= item < 1 << 63 for item in value):
+def _integers(value: Any, what: str) -> tuple[int, ...]:
+    listed = isinstance(value, tuple | list) and len(value) <= MAX_AXES
+    if not listed or not all(type(item) is int and 0 <= item < 1 << 63 for item in value):
         raise NoTensor(f"has no {what}")
     return tuple(value)
 
@@ -196,7 +196,7 @@ def _join_mesh(parts: Sequence[Part]) -> tuple[Tensor, list[Copy]]:
     split = [axis for axis, placement in enumerate(first.placements) if placement.kind != _REPLICATE]
     for part in parts:
         at[tuple(part.coordinate[axis] for axis in split)].append(part)
-    for place in product(*(range(sizes[axis]) for axis in split)):
+    for place in _places([sizes[axis] for axis in split]):
         if place not in at:
             raise ChunkError(f"no rank holds its part {_shown(place)} of {_shown([sizes[axis] for axis in split])}")
     copies = [Copy(same[0], other) for same in at.values() for other in same[1:]]
@@ -207,6 +207,16 @@ def _join_mesh(parts: Sequence[Part]) -> tuple[Tensor, list[Copy]]:
     if tensor.shape != first.shape:
         raise ChunkError(f"its parts make up {list(tensor.shape)} and not {list(first.shape)}")
     return tensor, copies
+
+
+def _places(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every place on a mesh, one by one: what a file says of its size need not be true."""
+    for number in range(prod(sizes)):
+        place = []
+        for size in reversed(sizes):
+            number, index = divmod(number, size)
+            place.append(index)
+        yield tuple(reversed(place))
 
 
 def _shown(place: Sequence[int]) -> str:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.dcp.chunks import ChunkError
 from ckptkit.formats.format import Archive, Format
-from ckptkit.formats.hf import read_json
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.torch_file.pickles import read_torch_file
 from ckptkit.formats.torch_legacy import OptimizerState
 from ckptkit.formats.trainer_states.dtensors import Copy, NoTensor, held, join
@@ -74,10 +75,11 @@ def _rank_files(path: Path) -> dict[int, Path]:
     stated = read_json(path / CONFIG).get("world_size", size) if (path / CONFIG).is_file() else size
     if stated != size:
         raise InputError(f"says world size {stated}, the shards are of {size} ranks", where=path / CONFIG)
-    missing = [rank for rank in range(size) if rank not in files]
-    if missing:
-        name = f"model_world_size_{size}_rank_{missing[0]}.pt"
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    there = sum(rank < size for rank in files)
+    if there < size:
+        first = next(rank for rank in count() if rank not in files)
+        name = f"model_world_size_{size}_rank_{first}.pt"
+        more = f" and {size - there - 1:,} more" if size - there > 1 else ""
         raise InputError(f"{name}{more} missing", where=path, hint="fetch the shards of all ranks")
     if extra := sorted(rank for rank in files if rank >= size):
         raise InputError(f"{files[extra[0]].name} is of a rank that {size} ranks do not have", where=path)

@@ -1,0 +1,113 @@
+"""The one way to open a file for reading: regular files only, and never more of them than asked for.
+
+A path may lead to a pipe that nobody writes to, or to a device without an end. Opening the first blocks, reading the
+second never stops; so nothing is read before the kind of the open file is known.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from ckptkit.errors import InputError
+from ckptkit.io.system import storage_error
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+_NO_FILE = {errno.ENXIO, errno.ENODEV}  # what opening a socket, or a device that is not there, gives
+_COPY_AGAIN = "put the file itself there"
+
+
+def open_regular(path: str | Path, *, follow: bool = True) -> int:
+    """A descriptor to read a regular file with.
+
+    Args:
+        path: The file.
+        follow: Whether a symbolic link may stand in its place.
+
+    Raises:
+        InputError: It is a pipe, a device, a socket or a folder, or (without `follow`) a link.
+        OSError: It cannot be opened; FileNotFoundError if it is not there.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            what = "a symbolic link" if not follow else "a symbolic link that leads nowhere"
+            raise InputError(f"{what}, not a file", where=path, hint=_COPY_AGAIN) from None
+        if error.errno in _NO_FILE:
+            raise _irregular("a socket or a device", path) from None
+        raise
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise _irregular(_KINDS.get(stat.S_IFMT(mode), "something else"), path)
+    return fd
+
+
+def read_bounded(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
+    """All bytes of a regular file.
+
+    Args:
+        path: The file.
+        limit: The most bytes that it may have.
+        follow: Whether a symbolic link may stand in its place.
+
+    Raises:
+        InputError: It is not there, no regular file, or larger.
+        StorageError: It cannot be read.
+    """
+    try:
+        with open(open_regular(path, follow=follow), "rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if len(data) > limit:
+        raise InputError(f"larger than {limit:,} bytes, the most that such a file may have", where=path)
+    return data
+
+
+def walk(
+    folder: Path, skipped: Collection[str] = (), check: Callable[[Path], None] = lambda item: None
+) -> Iterator[Path]:
+    """Everything below a folder that is no folder, by name.
+
+    Args:
+        folder: Where to look.
+        skipped: Names of folders to leave out.
+        check: Called with every entry before it is looked at.
+
+    Raises:
+        InputError: A folder is met twice: links lead in a circle, or would multiply what is there.
+        OSError: A folder cannot be read.
+    """
+    seen: dict[tuple[int, int], Path] = {}
+    pending = [folder]
+    while pending:
+        item = pending.pop()
+        if not item.is_dir():
+            yield item
+            continue
+        status = item.stat()
+        known = seen.setdefault((status.st_dev, status.st_ino), item)
+        if known is not item:
+            raise InputError(f"the same folder as {known}", where=item, hint="remove the link")
+        for inner in sorted(item.iterdir(), reverse=True):
+            check(inner)
+            if not (inner.name in skipped and inner.is_dir()):
+                pending.append(inner)
+
+
+def _irregular(kind: str, path: str | Path) -> InputError:
+    return InputError(f"{kind}, not a regular file", where=path, hint=_COPY_AGAIN)
