@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.families.blocks import QK_NORMS
 from ckptkit.families.gemma3_bridge import GEMMA3_BRIDGE
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.wrapper import Wrapper
-from ckptkit.sharding.rules import REPLICATED
 from ckptkit.tables.config_fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
-from ckptkit.tables.config_json import QK_NORMS, ConfigJson, layer_types_of, window_of, windowed, windows_by_type
+from ckptkit.tables.config_json import ConfigJson, layer_types_of, window_of, windowed, windows_by_type
+from ckptkit.tables.dims import D
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
-from ckptkit.tables.rows import D, Raw, Replica, Row, copy, renamed, without
+from ckptkit.tables.rows import Raw, Replica, layer, renamed, without
 from ckptkit.tables.spelling import HUB, LOCAL, TE, HfSpelling, Spelling
 
 DEFAULTS = {
@@ -118,9 +119,7 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
     """The raw config.json of a text model: `base` with the fields that differ, or all fields where there is no base."""
     raw = CONFIG.unparse(config, base, parse_text, _values)
     told = _ropes(base)
-    ropes = dict(told)
-    for layer in config.layers:
-        ropes[FULL if layer.window is None else SLIDING] = layer.rope
+    ropes = {**told, **{FULL if one.window is None else SLIDING: one.rope for one in config.layers}}
     if base and ropes == told:
         return raw
     for key in (*_OLD_THETAS.values(), "rope_scaling"):
@@ -132,18 +131,8 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
 WRAPPER = Wrapper("gemma3", "Gemma3ForConditionalGeneration", CONFIG, parse_text, unparse_text)
 
 _POST_NORMS = (
-    Row(
-        "decoder.layers.{i}.self_attention.linear_proj.post_layernorm.weight",
-        {"model.layers.{i}.post_attention_layernorm.weight": (D,)},
-        copy,
-        REPLICATED,
-    ),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc2.post_layernorm.weight",
-        {"model.layers.{i}.post_feedforward_layernorm.weight": (D,)},
-        copy,
-        REPLICATED,
-    ),
+    layer("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", (D,)),
+    layer("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", (D,)),
 )
 
 MBRIDGE = Spelling(

@@ -14,9 +14,10 @@ from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.sharding.rules import REPLICATED
+from ckptkit.tables.dims import ONE, D
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
-from ckptkit.tables.rows import ONE, D, Raw, Row, copy
+from ckptkit.tables.rows import Raw, once
 
 OF_TOKENS, OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
 STEMS: Mapping[str, tuple[str, ...]] = {
@@ -40,8 +41,8 @@ def _has_bias(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 ROWS = (
-    Row(_WEIGHT, {"score.weight": (ONE, D)}, copy, REPLICATED),
-    Row(_BIAS, {"score.bias": (ONE,)}, copy, REPLICATED, when=_has_bias),
+    once(_WEIGHT, "score.weight", (ONE, D), REPLICATED),
+    once(_BIAS, "score.bias", (ONE,), when=_has_bias),
 )
 """The head of a value model."""
 

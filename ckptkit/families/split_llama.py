@@ -17,11 +17,12 @@ from typing import Any
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families import llama
 from ckptkit.families.llama import ATTENTION, MLP
-from ckptkit.sharding.rules import COLUMN, REPLICATED, ROW, VOCAB
+from ckptkit.sharding.rules import COLUMN, ROW, VOCAB
 from ckptkit.tables.config_fields import Fields, object_in, set_dtype
+from ckptkit.tables.dims import Dim, V
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig
-from ckptkit.tables.rows import Dim, Raw, Row, V, copy, only, renamed
+from ckptkit.tables.rows import Raw, once, only, renamed
 
 ARCHITECTURE = "CustomSplitLLamaForCausalLM"
 MODEL_TYPE = "split_llama"
@@ -365,37 +366,17 @@ def _is_double(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 ENDS = (
-    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (V, NARROW)}, copy, VOCAB, first=True),
-    Row("decoder.final_layernorm.weight", {"model.norm.weight": (WIDE,)}, copy, REPLICATED),
-    Row("output_layer.weight", {"lm_head.weight": (V, WIDE)}, copy, VOCAB),
+    once("embedding.word_embeddings.weight", "model.embed_tokens.weight", (V, NARROW), VOCAB, first=True),
+    once("decoder.final_layernorm.weight", "model.norm.weight", (WIDE,)),
+    once("output_layer.weight", "lm_head.weight", (V, WIDE), VOCAB),
 )
 """Embedding, last norm and head, which have different widths."""
 
+_ONE, _FIRST, _SECOND = "model.adapter.weight", "model.adapter_linear_1.weight", "model.adapter_linear_2.weight"
 ADAPTER = (
-    Row(
-        "decoder.adapter.linear_1.weight",
-        {"model.adapter.weight": (WIDE, NARROW)},
-        copy,
-        COLUMN,
-        when=_is_linear,
-        at_cut=True,
-    ),
-    Row(
-        "decoder.adapter.linear_1.weight",
-        {"model.adapter_linear_1.weight": (WIDE, NARROW)},
-        copy,
-        COLUMN,
-        when=_is_double,
-        at_cut=True,
-    ),
-    Row(
-        "decoder.adapter.linear_2.weight",
-        {"model.adapter_linear_2.weight": (WIDE, WIDE)},
-        copy,
-        ROW,
-        when=_is_double,
-        at_cut=True,
-    ),
+    once("decoder.adapter.linear_1.weight", _ONE, (WIDE, NARROW), COLUMN, when=_is_linear, at_cut=True),
+    once("decoder.adapter.linear_1.weight", _FIRST, (WIDE, NARROW), COLUMN, when=_is_double, at_cut=True),
+    once("decoder.adapter.linear_2.weight", _SECOND, (WIDE, WIDE), ROW, when=_is_double, at_cut=True),
 )
 """A single matrix is column-parallel and its output gathered; of two, the second is row-parallel."""
 

@@ -228,7 +228,7 @@ class GlobalTensor:
         name: Canonical name with global layer and expert numbers.
         tensor: The whole of it, vocabulary padding included.
         axis: The axis that tensor parallel ranks divide (negative: from the last), or None if all hold all of it.
-        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up.
+        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up; 0: unequal ones.
         pp_rank: The pipeline rank that holds it.
     """
 
@@ -425,6 +425,8 @@ def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[Ne
             _file(item, place, grid, 0),
         )
         return
+    if not item.blocks:
+        raise UnsupportedError(f"{item.name}: its parts are of unequal sizes, and have no torch_dist form here")
     size = grid.expert_tp if place.expert else grid.tp
     axis = item.axis % len(tensor.shape)
     share, rest = divmod(tensor.shape[axis], item.blocks * size)

@@ -22,7 +22,7 @@ from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
 from ckptkit.tables.divisibility import sharing_problem
-from ckptkit.tables.family import Item
+from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 from ckptkit.tensors import Tensor
 from tests.models import MODELS, model_classes, model_config, raw_config

@@ -42,7 +42,7 @@ def _tensors(target: Target) -> list[GlobalTensor]:
             stage, _ = homes[item.layer]
         else:
             stage = next(stage for stage in stages if is_on(item, stage, grid))
-        whole, split = source.padded(key, grid.tp, target.divisible_by), item.row.split
+        whole, split = source.padded(key, grid.tp, target.divisible_by), item.split(names)
         tensors.append(GlobalTensor(names.written(key), whole, split.axis, split.blocks, stage.pp_rank))
     return tensors
 
