@@ -226,8 +226,7 @@ def _join(
     vocabulary = stored_vocabulary(ranks, args)
     about = describe(place.root, args, names, given, vocabulary)
     family, config = about.family, about.config
-    if family.attention_of is not None:
-        groups = [family.attention_of(layer) for layer in config.layers]
+    if groups := family.attention_groups(config):
         ranks = {
             rank: {chunk: ungrouped(tensors, groups, stacked, path) for chunk, tensors in chunks.items()}
             for rank, chunks in ranks.items()

@@ -55,6 +55,7 @@ _BODY = without((*EMBEDDINGS, *ATTENTION, *QK_NORMS, *MLP), "linear_fc1.weight",
 APERTUS = Family(
     name="apertus",
     architectures=("ApertusForCausalLM",),
+    value_architectures=("ApertusForTokenClassification",),
     parse=parse,
     unparse=unparse,
     rows=(

@@ -149,6 +149,7 @@ MBRIDGE = Spelling(
 GEMMA3_TEXT = Family(
     name="gemma3_text",
     architectures=("Gemma3ForCausalLM",),
+    value_architectures=("Gemma3TextForSequenceClassification",),
     parse=parse_text,
     unparse=unparse_text,
     rows=(

@@ -17,7 +17,7 @@ from ckptkit.families.gemma4_config import WRAPPER, from_args, parse_text, to_ar
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.sharding.rules import COLUMN, REPLICATED
 from ckptkit.tables.dims import HD, KV, LP, ONE, VP, D, E, P, Q, Shape
-from ckptkit.tables.family import Family
+from ckptkit.tables.family import Family, MegatronQuirks
 from ckptkit.tables.layouts import qkv
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import Row, Slot, choose, dense, layer, once, only, qkv_bias, renamed, sparse
@@ -172,12 +172,15 @@ GEMMA4_TEXT = Family(
     spellings=(TE, LOCAL, SLIME, SLIME_DENSE, SLIME_FUSED),
     hf_spellings=(stacked("hub", "", *_EXPERT), HfSpelling("per_expert")),
     marks=("decoder.layers.layer_scalar",),
-    foreign=FOREIGN,
-    attention_of=_attention_of,
-    args=to_args,
-    from_args=from_args,
-    local_only=lambda config: not config.num_experts,
-    plain=("pre_shared_expert_layernorm", "post_shared_expert_layernorm", "post_moe_layernorm", "post_ffn_layernorm"),
+    quirks=MegatronQuirks(
+        to_args,
+        from_args,
+        attention_of=_attention_of,
+        local_only=lambda config: not config.num_experts,
+        plain=("_shared_expert_layernorm", "post_moe_layernorm", "post_ffn_layernorm"),
+        parallel=("per_layer_model_proj",),
+        foreign=FOREIGN,
+    ),
 )
 
 _TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")

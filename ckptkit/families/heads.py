@@ -19,20 +19,7 @@ from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import Raw, once
 
-OF_TOKENS, OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
-STEMS: Mapping[str, tuple[str, ...]] = {
-    "llama": ("Llama" + OF_TOKENS, "Llama" + OF_SEQUENCES),
-    "qwen2": ("Qwen2" + OF_TOKENS, "Qwen2" + OF_SEQUENCES),
-    "qwen3": ("Qwen3" + OF_TOKENS, "Qwen3" + OF_SEQUENCES),
-    "qwen3_moe": ("Qwen3Moe" + OF_TOKENS, "Qwen3Moe" + OF_SEQUENCES),
-    "mistral": ("Mistral" + OF_TOKENS, "Mistral" + OF_SEQUENCES),
-    "ministral": ("Ministral" + OF_TOKENS, "Ministral" + OF_SEQUENCES),
-    "mixtral": ("Mixtral" + OF_TOKENS, "Mixtral" + OF_SEQUENCES),
-    "apertus": ("Apertus" + OF_TOKENS,),
-    "gemma3_text": ("Gemma3Text" + OF_SEQUENCES,),
-}
-"""Family -> the classes of transformers that are its value models; the first is what a language model becomes."""
-
+OF_TOKENS = "ForTokenClassification"
 _WEIGHT, _BIAS = "output_layer.weight", "output_layer.bias"
 
 
@@ -48,21 +35,39 @@ ROWS = (
 
 
 def value_families(families: Iterable[Family]) -> list[Family]:
-    """The value models of those families that transformers has classes for."""
-    return [value_family(family, STEMS[family.name]) for family in families if family.name in STEMS]
+    """The value models of the families that have Hugging Face classes for them.
 
+    A family derived from another one (`dataclasses.replace`) may still name the other's classes: these stay with the
+    family that comes first.
 
-def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
-    """A family with its head replaced.
-
-    Args:
-        family: A family of language models.
-        architectures: Hugging Face's classes with the other head.
+    Raises:
+        UnsupportedError: Two families name the same class, and each has others as well.
     """
-    name = f"{family.name}_value"
+    owners: dict[str, str] = {}
+    found = []
+    for family in families:
+        taken = {name: owners[name] for name in family.value_architectures if name in owners}
+        if len(taken) < len(family.value_architectures):
+            if taken:
+                name, owner = next(iter(taken.items()))
+                raise UnsupportedError(f"the families {owner} and {family.name} both have the value model {name}")
+            found.append(_value_family(family))
+        for name in family.value_architectures:
+            owners.setdefault(name, family.name)
+    return found
+
+
+def name_of_value_family(family: Family) -> str:
+    """The name of the family of a family's value models."""
+    return f"{family.name}_value"
+
+
+def _value_family(family: Family) -> Family:
+    """A family of language models with the head replaced."""
+    name = name_of_value_family(family)
 
     def parse(raw: Raw) -> ModelConfig:
-        architecture = (raw.get("architectures") or architectures)[0]
+        architecture = (raw.get("architectures") or family.value_architectures)[0]
         if "architectures" in raw:
             _check_labels(raw, architecture)
         bias = architecture.endswith(OF_TOKENS) and bool(raw.get("token_classification_bias", True))
@@ -70,7 +75,7 @@ def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
             family.parse(raw),
             family=name,
             architecture=architecture,
-            tied=False,  # whatever config.json says of the head that is not there
+            tied=False,  # config.json may speak of a language model head, which is not there
             value_head=True,
             value_bias=bias,
         )
@@ -90,7 +95,8 @@ def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
     return replace(
         family,
         name=name,
-        architectures=architectures,
+        architectures=family.value_architectures,
+        value_architectures=(),
         rows=(*(row for row in family.rows if row.megatron != _WEIGHT), *ROWS),
         parse=parse,
         unparse=unparse,

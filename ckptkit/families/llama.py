@@ -8,8 +8,8 @@ from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.dims import KV, D, F, Q, V
 from ckptkit.tables.family import Family
 from ckptkit.tables.layouts import gate_up, qkv
-from ckptkit.tables.model_config import ModelConfig, Rope
-from ckptkit.tables.rows import Raw, Replica, layer, mlp_bias, once, out_bias, qkv_bias, untied
+from ckptkit.tables.model_config import Rope
+from ckptkit.tables.rows import Replica, layer, mlp_bias, once, out_bias, qkv_bias, untied
 from ckptkit.tables.spelling import LOCAL, TE, VERL
 
 DEFAULTS = {
@@ -33,16 +33,9 @@ THETA = 10000.0
 CONFIG = ConfigJson("llama", "LlamaForCausalLM", "llama", DEFAULTS, Rope(THETA))
 
 
-def parse(raw: Raw) -> ModelConfig:
-    """Translates a Llama config.json.
-
-    Raises:
-        InputError: A field is missing, of the wrong type, or contradicts another.
-    """
-    return CONFIG.decoder(raw)
-
-
+parse = CONFIG.decoder
 unparse = translation(CONFIG, parse, CONFIG.values)
+"""Llama's config.json -> `ModelConfig`, and back."""
 
 EMBEDDINGS = (
     once("embedding.word_embeddings.weight", "model.embed_tokens.weight", (V, D), VOCAB, first=True),
@@ -75,6 +68,7 @@ TIED_HEAD = Replica("lm_head.weight", of="model.embed_tokens.weight", when=lambd
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
+    value_architectures=("LlamaForTokenClassification", "LlamaForSequenceClassification"),
     parse=parse,
     unparse=unparse,
     rows=(*EMBEDDINGS, *ATTENTION, *MLP),

@@ -20,10 +20,12 @@ from ckptkit.families.llama import ATTENTION, MLP
 from ckptkit.sharding.rules import COLUMN, ROW, VOCAB
 from ckptkit.tables.config_fields import Fields, object_in, set_dtype
 from ckptkit.tables.dims import Dim, V
-from ckptkit.tables.family import Family
+from ckptkit.tables.family import Family, HfDirectory
 from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig
 from ckptkit.tables.rows import Raw, once, only, renamed
 
+HALF = llama.LLAMA
+"""The family of both halves."""
 ARCHITECTURE = "CustomSplitLLamaForCausalLM"
 MODEL_TYPE = "split_llama"
 FIRST, LAST = "first_config", "last_config"
@@ -396,7 +398,5 @@ SPLIT_LLAMA = Family(
         "model.layers_last.{i}.self_attn.rotary_emb.inv_freq",
     ),
     marks=("decoder.adapter.linear_1.weight",),
-    complete=complete,
-    legacy_config=legacy_config,
-    code=CODE,
+    directory=HfDirectory(complete, legacy_config, CODE),
 )

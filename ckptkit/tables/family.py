@@ -1,4 +1,4 @@
-"""A family: its table, resolved for one model, and the recognition of its names."""
+"""A family: everything that ckptkit knows of the models of one kind, as data."""
 
 from __future__ import annotations
 
@@ -21,6 +21,46 @@ Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | N
 
 
 @dataclass(frozen=True)
+class MegatronQuirks:
+    """How Megatron writes a family differently from all others.
+
+    Attributes:
+        to_args: A model -> entries of Megatron's `args` that only this family has.
+        from_args: (`args`, window of each layer) -> the keys of config.json that `to_args` covers.
+        attention_of: A layer -> the suffix that torch_dist keys add to `self_attention`, where layers whose attention
+            differs are stacked apart.
+        local_only: Whether a model is always built from the local layer spec, whatever the names of its norms.
+        plain: Endings of modules that no layer spec builds from Transformer Engine.
+        parallel: Endings of parallel linear layers beyond those that all families have.
+        foreign: Pieces of Megatron names -> the layout that they belong to, which no table reads.
+    """
+
+    to_args: Callable[[ModelConfig], dict[str, Any]] | None = None
+    from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    attention_of: Callable[[LayerConfig], str] | None = None
+    local_only: Callable[[ModelConfig], bool] = lambda config: False
+    plain: tuple[str, ...] = ()
+    parallel: tuple[str, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HfDirectory:
+    """How a Hugging Face directory of a family differs from all others.
+
+    Attributes:
+        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
+            directory that it names) -> a config.json that describes the model by itself, and notes for the user.
+        legacy_config: Raw config.json -> that of an older layout of the same tensors.
+        code: Files with the model's Python code, which belong into every directory.
+    """
+
+    complete: Complete | None = None
+    legacy_config: Callable[[Raw], dict[str, Any]] | None = None
+    code: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -32,29 +72,22 @@ class Family:
         unparse: (`ModelConfig` read from Megatron's `args`, base config.json) -> raw config.json with these values.
         replicas: Redundant copies that some Hugging Face files hold.
         extras: Hugging Face tensors without a Megatron slot; they travel in the sidecar. Names with `{i}` for every
-            layer, or with a `*` at the end for everything that starts so.
-        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it: what
-            their names begin with -> what the extras' names begin with.
-        buffers: Extras that can be made anew where nothing brought them along.
-        spellings: Megatron names of different writers; the first is canonical.
-        hf_spellings: Hugging Face names of different writers; the first is what a new model is written in.
-        prefix: What stands before all Megatron names of this family's models, unless only the text part is wanted.
+            layer, or with a `*` at the end for all names that begin so.
+        buffers: Extras that can be made anew where the source lacks them.
         marks: Canonical Megatron names (without numbers) that a checkpoint of this family is recognised by.
+        spellings: Megatron names of different writers; the first is canonical.
+        hf_spellings: Hugging Face names of different writers; the first is that of a new model.
+        value_architectures: Hugging Face class names of the same body with a value head; a language model becomes the
+            first.
+        prefix: Beginning of all Megatron names of this family's models, unless only the text part is wanted.
+        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it:
+            beginning of their Megatron names -> beginning of the extras' names.
         text_only: Multimodal families: raw config.json -> raw config.json of the text model alone. The canonical names
             of both are the same.
-        sizes_in: Key of config.json under which the sizes of the text model are, or None for the top level.
-        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
-            directory that it names) -> one that describes the model by itself, and what a user should know.
-        legacy_config: Raw config.json -> that of an older layout of the same tensors.
-        code: Files with the model's Python code, which belong into every Hugging Face directory of the family.
-        foreign: Pieces of Megatron names -> the layout that they betray, which no table reads.
-        attention_of: What torch_dist keys add to `self_attention` in a layer, where layers whose attention differs are
-            stacked apart.
-        args: What Megatron's `args` say of this family's models beyond what they say of all.
-        from_args: (`args`, window of each layer) -> config.json of what only this family has.
+        sizes_in: Key of config.json that holds the sizes of the text model, or None for the top level.
+        quirks: How Megatron writes the family differently from all others.
+        directory: How its Hugging Face directories differ from all others.
         bridge: How Megatron-Bridge builds this family's models, or None if it does not.
-        local_only: Whether a model is only ever built from the local layer spec, whatever the names of its norms.
-        plain: Endings of modules that are not Transformer Engine's in any layer spec.
     """
 
     name: str
@@ -64,24 +97,18 @@ class Family:
     unparse: Callable[[ModelConfig, Raw], dict[str, Any]]
     replicas: tuple[Replica, ...] = ()
     extras: tuple[str, ...] = ()
-    towers: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[Buffer, ...] = ()
+    marks: tuple[str, ...] = ()
     spellings: tuple[Spelling, ...] = (TE, LOCAL)
     hf_spellings: tuple[HfSpelling, ...] = (HUB,)
+    value_architectures: tuple[str, ...] = ()
     prefix: str = ""
-    marks: tuple[str, ...] = ()
+    towers: Mapping[str, str] = field(default_factory=dict)
     text_only: Callable[[Raw], dict[str, Any]] | None = None
     sizes_in: str | None = None
-    complete: Complete | None = None
-    legacy_config: Callable[[Raw], dict[str, Any]] | None = None
-    code: tuple[Path, ...] = ()
-    foreign: Mapping[str, str] = field(default_factory=dict)
-    attention_of: Callable[[LayerConfig], str] | None = None
-    args: Callable[[ModelConfig], dict[str, Any]] | None = None
-    from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    quirks: MegatronQuirks = MegatronQuirks()
+    directory: HfDirectory = HfDirectory()
     bridge: BridgeProvider | None = None
-    local_only: Callable[[ModelConfig], bool] = lambda config: False
-    plain: tuple[str, ...] = ()
 
     def items(self, config: ModelConfig) -> Iterator[Item]:
         """Every tensor that a model of this config has, in table order, layer by layer, expert by expert."""
@@ -94,8 +121,13 @@ class Family:
                     for expert in range(config.num_experts) if "{e}" in row.megatron else (None,):
                         yield resolve(row, config, index, expert)
 
+    def attention_groups(self, config: ModelConfig) -> list[str]:
+        """What torch_dist keys add to `self_attention` in each layer; empty where all layers are stacked together."""
+        suffix = self.quirks.attention_of
+        return [] if suffix is None else [suffix(layer) for layer in config.layers]
+
     def is_extra(self, name: str, config: ModelConfig) -> bool:
-        """Whether a Hugging Face tensor has no Megatron slot but belongs to the model all the same."""
+        """Whether a Hugging Face tensor belongs to the model, although Megatron has no slot for it."""
         patterns = [*self.extras, *(buffer.hf for buffer in self.buffers if buffer.when(config))]
         return any(_matches(pattern, name, config.num_layers) for pattern in patterns)
 
@@ -155,7 +187,7 @@ class Family:
 
         Args:
             name: `te`, `local`, or another that the family has.
-            experts: `grouped` or `sequential`; None for what goes with the spelling.
+            experts: `grouped` or `sequential`; None for the spelling's own.
             text: Without the prefix of a multimodal family, as a text model alone is named.
 
         Raises:
@@ -173,8 +205,7 @@ class Family:
 
         Args:
             names: The names.
-            config: The model, if it is known; then those of its own tensors that a spelling has beyond `names` count
-                against it, too.
+            config: If given, tensors of this model that are missing from `names` also count against a spelling.
         """
         written = {template(name) for name in names}
         if config is None:

@@ -15,15 +15,15 @@ _SPECS = ("te", "local")
 
 
 def _lay_out(target: Target) -> list[OutputFile]:
-    source, family, layers = target.source, target.source.family, target.source.config.layers
+    source, family = target.source, target.source.family
     files = lay_out_torch_dist(
         _tensors(target),
         target.args,
         dtype=source.main_dtype,
         grid=target.grid,
-        spec="local" if family.local_only(source.config) else target.spelling.name,
-        groups=[family.attention_of(layer) for layer in layers] if family.attention_of is not None else [],
-        plain=family.plain,
+        spec="local" if family.quirks.local_only(source.config) else target.spelling.name,
+        groups=family.attention_groups(source.config),
+        plain=family.quirks.plain,
         stacked=False if target.spelling.hybrid else None,
     )
     run_config = [] if isinstance(target.run_config, NoRunConfig) else [target.run_config]

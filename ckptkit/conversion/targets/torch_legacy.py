@@ -21,12 +21,12 @@ def _lay_out(target: Target) -> list[OutputFile]:
             f"{grid}: the torch format names files by TP, PP and EP rank, which would collide",
             hint="--etp at most --tp",
         )
-    stateful = spelling.extra_states and not source.family.local_only(source.config)
+    stateful = spelling.extra_states and not source.family.quirks.local_only(source.config)
     for stage in target.stages:
         key = "model" if grid.vpp == 1 else f"model{stage.vp_stage}"
         for rank in (rank for rank in grid.ranks() if rank.pp == stage.pp_rank):
             chunk = source.chunk(stage, rank, grid, spelling, target.divisible_by)
-            held = _with_extra_states(chunk, source.family.plain) if stateful else chunk
+            held = _with_extra_states(chunk, source.family.quirks.plain) if stateful else chunk
             ranks[rank.pp, rank.tp, rank.ep][key] = held
     return [*lay_out_torch_legacy(ranks, target.args, source.main_dtype), *target.sidecar]
 
