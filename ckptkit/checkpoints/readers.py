@@ -35,6 +35,7 @@ from ckptkit.formats.trainer_states.module_state import ModuleState
 from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.tables.megatron_names import norms_from_local_spec
 from ckptkit.tensors import Tensor
 
 Reader = Callable[[Place, Given], Checkpoint]
@@ -112,7 +113,9 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     files = open_torch_dist(place.folder, place.root)
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)
-    checkpoint = _whole(place, "torch_dist", files.tensors, args, given, stacked=files.stacked).noting(*notes)
+    norms = norms_from_local_spec(files.tensors)
+    tensors = {norms.get(name, name): tensor for name, tensor in files.tensors.items()}
+    checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked).noting(*notes)
     try:
         checkpoint = replace(checkpoint, grid=grid_of(args))
     except UnsupportedError as error:
