@@ -15,16 +15,20 @@ QK_NORMS = (
 """The norms of queries and keys, head by head."""
 
 
+NORM_BEFORE_EXPERTS = layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (D,), when=sparse)
+"""The norm before experts, where Hugging Face calls it as it calls the one before a dense MLP."""
+
+
 def router(name: str) -> Row:
     """The row of the router of a layer with experts, by its Hugging Face name inside the layer."""
     return layer("mlp.router.weight", f"{name}.weight", (E, D), REPLICATED, when=sparse)
 
 
-def experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def experts(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Row, ...]:
     """The rows of a layer's experts.
 
     Args:
-        block: What stands in Hugging Face's names before `experts`, inside a layer.
+        block: The Hugging Face module that holds the list of experts, inside a layer, with a dot; empty for none.
         gate: Hugging Face's name of an expert's gate projection.
         up: Its name of an expert's up projection.
         down: Its name of an expert's down projection.
@@ -37,11 +41,15 @@ def experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
-NORM_BEFORE_EXPERTS = layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (D,), when=sparse)
-
-
 def stacked(
-    name: str, block: str, gate: str, up: str, down: str, *, layers: str = HF_LAYER, fused: str | None = None
+    name: str,
+    block: str,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    *,
+    layers: str = HF_LAYER,
+    fused: str | None = None,
 ) -> HfSpelling:
     """The spelling of files with one tensor for the gate and up projections of all experts, and one for the down ones.
 

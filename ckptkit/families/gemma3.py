@@ -1,7 +1,7 @@
 """Gemma 3: norms before and after attention and MLP, all zero-centred; two rotary embeddings; local and global layers.
 
-The text model and the wrapper that can see share one table. The wrapper's vision tower and projector have no Megatron
-slot: they travel as extras.
+The text model and the multimodal one share one table. The vision tower and the projector have no Megatron slot: they
+travel as extras.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULTS = {
     "use_bidirectional_attention": False,
 }
 PATTERN = 6
-"""Every sixth layer sees everything, unless config.json says otherwise."""
+"""Every sixth layer has no window, unless config.json has another pattern."""
 THETAS = {FULL: 1000000.0, SLIDING: 10000.0}
 _OLD_THETAS = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 
@@ -144,7 +144,7 @@ MBRIDGE = Spelling(
     prefix="language_model.",
     tied_head=True,
 )
-"""As mbridge writes Gemma 3; `te` is as Megatron-Bridge does."""
+"""The names that mbridge writes; `te` has those of Megatron-Bridge."""
 
 GEMMA3_TEXT = Family(
     name="gemma3_text",

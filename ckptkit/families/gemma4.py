@@ -1,11 +1,11 @@
 """Gemma 4, in the two layouts of Megatron-Bridge 0.6.2.
 
-A dense model is named as the local layer spec names it, one with experts as that of Transformer Engine does.
+A dense model has the names of the local layer spec, a model with experts those of Transformer Engine's.
 
-Megatron's tensors hold things that the model does not use: the value slot of layers whose values are their raw keys (a
-copy of the key), and the slots of layers that attend to the keys and values of an earlier layer (zeros, and ones for
-the norm of the key). Some files on the hub hold tensors for the latter although nothing uses them; they travel in the
-slots, as they do with Megatron-Bridge.
+Some of Megatron's tensors have parts that the model does not use. A layer whose values are its raw keys has a slot for
+values, which holds a copy of the keys. A layer that attends to the keys and values of an earlier layer has slots for
+keys and values, which hold zeros, and for the norm of the keys, which holds ones. Some files on the hub have tensors
+for the slots of such a layer; they travel in the slots, as they do with Megatron-Bridge.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _per_layer_inputs(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 def _qkv(kind: str, rest: Shape) -> tuple[Row, ...]:
-    """The fused weights or biases of the three kinds of layers; `rest` is the shape of a row."""
+    """The fused weights or biases of the three kinds of layers; `rest` is the shape of one row."""
     megatron, hf = f"self_attention.linear_qkv.{kind}", f"self_attn.*_proj.{kind}"
     query, keys = {"q": (Q, *rest)}, {"k": (KV, *rest)}
     copies = Slot("values of layers whose values are their keys", (KV, *rest), repeats=1)
@@ -83,7 +83,6 @@ _DENSE = only(
     dense,
 )
 
-_EXPERT = ("gate_proj", "up_proj", "down_proj")
 _SPARSE = only(
     (
         layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", (D,)),
@@ -97,7 +96,7 @@ _SPARSE = only(
         router("router.proj"),
         layer("mlp.router.scale", "router.scale", (D,)),
         layer("mlp.router.per_expert_scale", "router.per_expert_scale", (E,)),
-        *experts("", *_EXPERT),
+        *experts(""),
     ),
     sparse,
 )
@@ -118,7 +117,7 @@ _PER_LAYER_INPUTS = only(
 LOCAL = Spelling(
     "local", ((".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),), experts=SEQUENTIAL
 )
-"""The local layer spec knows no linear layer with a norm in front; the dense layout has none anyway."""
+"""The local layer spec has no linear layer with a norm in front; the dense layout needs none."""
 
 SLIME = Spelling(
     "slime",
@@ -146,7 +145,7 @@ SLIME_FUSED = Spelling(
     (*_SLIME_DENSE, (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")),
     tied_head=True,
 )
-"""As slime's layers hold models with experts, and dense ones; its plugin for mbridge knows a third form, of these."""
+"""The names of slime's layers: for models with experts, for dense ones, and for dense ones in its mbridge plugin."""
 
 FUSED_SCALES = "Gemma 4 as Megatron-Bridge wrote it before July 2026, with scales multiplied into other weights"
 FOREIGN = {
@@ -155,7 +154,7 @@ FOREIGN = {
     ".experts.gate_up_proj": "Gemma 4 with its experts fused, as slime had them at first",
     ".mlp._inner_mlp.": "Gemma 4 with its experts in `_inner_mlp` modules",
 }
-"""Pieces of names by which layouts are recognised that no table reads."""
+"""Pieces of names -> the layout that has them, which no table reads."""
 
 
 def _attention_of(layer: LayerConfig) -> str:
@@ -170,7 +169,7 @@ GEMMA4_TEXT = Family(
     rows=(*EMBEDDINGS, *_ATTENTION, *_DENSE, *_SPARSE, *_PER_LAYER_INPUTS),
     replicas=(TIED_HEAD,),
     spellings=(TE, LOCAL, SLIME, SLIME_DENSE, SLIME_FUSED),
-    hf_spellings=(stacked("hub", "", *_EXPERT), HfSpelling("per_expert")),
+    hf_spellings=(stacked("hub", ""), HfSpelling("per_expert")),
     marks=("decoder.layers.layer_scalar",),
     quirks=MegatronQuirks(
         to_args,
@@ -184,7 +183,7 @@ GEMMA4_TEXT = Family(
 )
 
 _TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
-"""Megatron-Bridge's models with towers hold those of transformers, beside `language_model.`."""
+"""Beginnings of the towers' names: Megatron-Bridge keeps the towers of transformers beside `language_model.`."""
 
 GEMMA4 = replace(
     GEMMA4_TEXT,
@@ -196,7 +195,7 @@ GEMMA4 = replace(
     replicas=(replace(TIED_HEAD, of="model.language_model.embed_tokens.weight"),),
     extras=tuple(f"model.{tower}*" for tower in _TOWERS),
     towers={tower: f"model.{tower}" for tower in _TOWERS},
-    hf_spellings=(stacked("hub", "", *_EXPERT, layers="model.language_model.layers.{i}."), HfSpelling("per_expert")),
+    hf_spellings=(stacked("hub", "", layers="model.language_model.layers.{i}."), HfSpelling("per_expert")),
     prefix="language_model.",
     text_only=WRAPPER.text_only,
     sizes_in="text_config",

@@ -1,9 +1,11 @@
-"""Value models: any family's body with one output per token in place of the language model head.
+"""Value models: the body of a language model, and a head with one output per token.
 
-Hugging Face has them as classifiers of tokens or of sequences with a single label. Both hold `score.weight` [1, D];
-that of tokens also has a bias, unless config.json says `token_classification_bias: false`. Trainers on Megatron put a
-plain linear layer where the output layer was, whole on every tensor parallel rank: `output_layer.weight` [1, D]
-(source: `LinearForLastLayer` of verl and mbridge). A classifier of sequences is the same model, read at the last token.
+Hugging Face stores them as classifiers with a single label, of tokens or of sequences. Both have `score.weight` [1, D].
+A classifier of tokens also has a bias, unless config.json sets `token_classification_bias` to false. A classifier of
+sequences is the same model, read at the last token.
+
+Trainers on Megatron replace the output layer by a plain linear layer, whole on every tensor parallel rank:
+`output_layer.weight` [1, D]. Source: `LinearForLastLayer` of verl and mbridge.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def _value_family(family: Family) -> Family:
             family.parse(raw),
             family=name,
             architecture=architecture,
-            tied=False,  # config.json may speak of a language model head, which is not there
+            tied=False,  # config.json may describe the language model head, which is not there
             value_head=True,
             value_bias=bias,
         )
@@ -106,7 +108,7 @@ def _value_family(family: Family) -> Family:
 
 
 def as_value_config(raw: Raw, architecture: str, bias: bool) -> dict[str, Any]:
-    """A config.json that says of its model that it is a value model.
+    """The config.json of a value model.
 
     Args:
         raw: The config.json of a model with the same body.
@@ -122,7 +124,7 @@ def as_value_config(raw: Raw, architecture: str, bias: bool) -> dict[str, Any]:
 
 
 def _labels(raw: Raw) -> int:
-    """How many labels a classifier tells apart; transformers assumes two where config.json does not say."""
+    """How many labels a classifier has; transformers assumes two where config.json names none."""
     names = raw.get("id2label")
     count = len(names) if isinstance(names, Mapping) else raw.get("num_labels", 2)
     return count if type(count) is int else 2

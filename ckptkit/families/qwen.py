@@ -190,8 +190,6 @@ QWEN3 = Family(
     bridge=BridgeProvider(),
 )
 
-_EXPERT = ("gate_proj", "up_proj", "down_proj")
-
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
@@ -202,10 +200,10 @@ QWEN3_MOE = Family(
         *without((*EMBEDDINGS, *ATTENTION, *QK_NORMS, *only(MLP, dense)), "linear_fc1.bias", "linear_fc2.bias"),
         NORM_BEFORE_EXPERTS,
         router("mlp.gate"),
-        *experts("mlp.", *_EXPERT),
+        *experts("mlp."),
     ),
     replicas=(TIED_HEAD,),
-    hf_spellings=(HUB, stacked("fused", "mlp.", *_EXPERT)),
+    hf_spellings=(HUB, stacked("fused", "mlp.")),
     marks=("decoder.layers.self_attention.q_layernorm.weight", "decoder.layers.mlp.router.weight"),
     bridge=BridgeProvider(),
 )

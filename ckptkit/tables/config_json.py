@@ -1,7 +1,7 @@
 """The translation of config.json, as far as most families share it.
 
-A family states its class defaults; a key that the class does not have is absent from them, and is then neither read nor
-written. What is its own, the family replaces in the `ModelConfig` that `decoder` gives.
+A family lists its class defaults. A key that they lack does not exist in the class: it is neither read nor written. The
+family replaces its own fields in the `ModelConfig` that `decoder` returns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ConfigJson:
         return Fields(raw, self.defaults, dict(self.aliases))
 
     def decoder(self, raw: Raw) -> ModelConfig:
-        """The model as far as all families say it alike: sizes, biases, one rotary embedding, no windows, no experts.
+        """Translates the keys that all families share: sizes, biases, one rotary embedding; no windows, no experts.
 
         Raises:
             InputError: A field is missing, of the wrong type, or contradicts another.
@@ -89,7 +89,7 @@ class ConfigJson:
         return "hidden_activation" if "hidden_activation" in self.defaults else "hidden_act"
 
     def values(self, config: ModelConfig) -> dict[str, Any]:
-        """What config.json says of `config` in the keys that `decoder` reads, all defaults spelled out."""
+        """The values of `config` for the keys that `decoder` reads, defaults included."""
         layer = config.layers[0]
         values = {
             "vocab_size": config.vocab_size,
@@ -121,10 +121,10 @@ class ConfigJson:
         The rotary embedding is left to `with_rope`, for families with more than one.
 
         Args:
-            config: What it shall say.
+            config: The model to describe.
             base: The config.json to change, or an empty one.
             parse: The family's translation from config.json.
-            values: What config.json of the family says of a model, all defaults spelled out.
+            values: The family's translation of a model to keys of config.json, defaults included.
         """
         raw = deepcopy(dict(base)) or {"architectures": [self.architecture], "model_type": self.model_type}
         told, new = values(parse(base)) if base else {}, values(config)

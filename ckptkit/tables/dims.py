@@ -1,4 +1,4 @@
-"""Symbolic sizes: what the shapes in a table are made of."""
+"""Symbolic sizes, of which tables build shapes."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Family:
                         yield resolve(row, config, index, expert)
 
     def attention_groups(self, config: ModelConfig) -> list[str]:
-        """What torch_dist keys add to `self_attention` in each layer; empty where all layers are stacked together."""
+        """The suffix of `self_attention` in each layer's torch_dist keys; empty where all layers stack together."""
         suffix = self.quirks.attention_of
         return [] if suffix is None else [suffix(layer) for layer in config.layers]
 
@@ -154,7 +154,7 @@ class Family:
         """Hugging Face tensors as some writer names them -> canonical names, and the name of the writer's spelling.
 
         Raises:
-            InputError: Stacked experts are missing or have another shape than the config says.
+            InputError: Stacked experts are missing, or their shape contradicts the config.
         """
         spelling = self.hf_spelling(tensors, config)
         if spelling.canonical_as_is:

@@ -2,7 +2,7 @@
 
 A Megatron tensor is made of *parts*. `stack` puts one part behind another; `interleave` cuts every part into as many
 blocks as there are groups, and lets the blocks take turns. Most Hugging Face tensors are one part; one that is several
-itself says so with `by_head` (its parts take turns, head by head) or `flat` (they follow one another):
+itself is declared with `by_head` (its parts take turns, head by head) or `flat` (they follow one another):
 
     qkv = interleave("qkv", GROUPS, heads=(HEADS, GROUPS, GROUPS), split=COLUMN)
     linear_attention = stack("in_proj", by_head(NK, KEYS, KEYS, VALUES, VALUES), by_head(NK, NV, NV), split=BY_PART)
@@ -61,7 +61,7 @@ class Layout:
     Attributes:
         name: For reports.
         by: Into how many groups the rows fall; each holds a block of every part.
-        inside: What the first Hugging Face tensors hold: None for a single part, as those that are not named do.
+        inside: The parts inside of the first Hugging Face tensors: None for a single part. The others have one each.
         heads: How many heads each part has, where rows of one head belong together. No rank divides a head.
         split: How such a tensor splits over tensor parallel ranks, unless its row says otherwise.
     """
@@ -76,8 +76,8 @@ class Layout:
         """Hugging Face tensors in this layout.
 
         Args:
-            pattern: Their names, with a `*` for what they differ in.
-            shapes: What stands for the `*` -> the shape of that tensor, in the order of the layout.
+            pattern: Their names, with a `*` where they differ.
+            shapes: The word in place of the `*` -> the shape of that tensor, in the order of the layout.
         """
         return Parts(self, {pattern.replace("*", word): shape for word, shape in shapes.items()})
 
@@ -117,7 +117,7 @@ class SizedLayout:
     Attributes:
         groups: Into how many groups the rows of the Megatron tensor fall.
         tensors: For each Hugging Face tensor into how many groups its own rows fall, and the rows of its parts.
-        heads: For each part how many heads it has, and what they are called; empty: a row is a head.
+        heads: For each part the number of its heads and their name; empty: every row is a head.
     """
 
     groups: int

@@ -1,4 +1,4 @@
-"""What Megatron's modules keep beside their tensors, and how its layer specs name the norm before experts.
+"""The states of Megatron's modules, and the names that its layer specs give the norm before experts.
 
 A module may have an `_extra_state`: an object beside its tensors, empty unless it computes in FP8, which strict loading
 asks for. In the files of ranks only modules of Transformer Engine have one. In a distributed checkpoint every

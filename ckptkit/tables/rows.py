@@ -2,8 +2,8 @@
 
 A family is a table. Each `Row` names one Megatron tensor, the Hugging Face tensors it is made of with their shapes, how
 they are laid out inside it, and how it splits over tensor parallel ranks. Everything that converts, checks
-or counts reads these rows, in both directions. Rows use canonical names on both sides; what differs between writers of
-the same model is in `spelling.py`.
+or counts reads these rows, in both directions. Rows use canonical names on both sides; the
+names of other writers of the same model are in `spelling.py`.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Slot:
     """A part of a Megatron tensor that the model does not use: filled on the way in, dropped on the way out.
 
     Attributes:
-        name: What it holds, for reports.
+        name: Its content, for reports.
         shape: Its shape.
-        value: What every element of it is, unless it repeats a part.
+        value: The value of every element, unless it repeats a part.
         repeats: Index of the row's Hugging Face tensor that it repeats, or None.
         hf: Name of the tensor that some Hugging Face files hold for it although nothing uses it; then that fills it.
     """
@@ -125,7 +125,7 @@ def once(
         megatron: Canonical Megatron name.
         hf: The Hugging Face name of a tensor that is copied; or several tensors in a layout; None for slots alone.
         shape: The shape of the one tensor.
-        split: How it splits over tensor parallel ranks; by default as its layout says, and a vector not at all.
+        split: How it splits over tensor parallel ranks; by default by the rule of its layout; a vector does not split.
         when: Whether a model has it.
         slots: Parts without a Hugging Face tensor.
         first: Whether the first pipeline stage holds it.
@@ -231,7 +231,7 @@ class Buffer:
 
     Attributes:
         hf: Name, with `{i}`.
-        value: What the class sets it to; stored without a dimension, in the dtype of the weights.
+        value: The value that the class gives it; stored without a dimension, in the dtype of the weights.
         when: Whether a model has it.
     """
 

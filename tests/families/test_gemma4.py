@@ -281,7 +281,7 @@ def test_models_that_config_json_cannot_describe_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="last layer has a window"):
         family.unparse(replace(config, layers=config.layers[::-1]), {})
     first = replace(config.layers[1], kv_donor=0)
-    with pytest.raises(UnsupportedError, match="no words for these layers"):
+    with pytest.raises(UnsupportedError, match="cannot describe these layers"):
         family.unparse(replace(config, layers=(config.layers[0], first, *config.layers[2:])), {})
 
 
