@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +61,22 @@ TORCH_DTYPE_NAMES: dict[DType, str] = {
 
 DTYPES_BY_TORCH_NAME: dict[str, DType] = {name: dtype for dtype, name in TORCH_DTYPE_NAMES.items()}
 """`torch.<name>` -> element type."""
+
+
+@overload
+def rounded_to_bf16(bits: int) -> int: ...
+@overload
+def rounded_to_bf16(bits: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
+def rounded_to_bf16(bits: Any) -> Any:
+    """The upper half of F32 numbers, rounded to nearest, ties to even; NaN is not looked at.
+
+    Args:
+        bits: The bits of one number, or of an array of them, which is left as it is.
+    """
+    # Adds just below half of the last kept bit, and that bit: a carry rounds up, ties go to even.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded

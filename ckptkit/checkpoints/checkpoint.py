@@ -23,7 +23,8 @@ from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.rules import expert_home, pad_rows, padded_vocab_size
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
 from ckptkit.tables.divisibility import check_divides
-from ckptkit.tables.family import Family, Item
+from ckptkit.tables.family import Family
+from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import Spelling
 from ckptkit.tensors import Tensor

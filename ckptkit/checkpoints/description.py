@@ -40,7 +40,7 @@ def complete(files: HfFiles) -> tuple[HfFiles, list[str]]:
         InputError: Something about the model cannot be known.
     """
     family = family_of(files.config, files.path / "config.json")
-    if family.complete is None:
+    if family.directory.complete is None:
         return files, []
 
     def read(path: str) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def complete(files: HfFiles) -> tuple[HfFiles, list[str]]:
 
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
     with located(files.path):
-        config, notes = family.complete(files.config, shapes, read)
+        config, notes = family.directory.complete(files.config, shapes, read)
     return replace(files, config=config), notes
 
 

@@ -15,7 +15,8 @@ from ckptkit.io.plan import Comparison
 from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.rules import expert_home
 from ckptkit.sharding.stages import Stage, split_layers, stage_of_layer
-from ckptkit.tables.family import Family, Item
+from ckptkit.tables.family import Family
+from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import Spelling
 from ckptkit.tensors import Tensor, vstack

@@ -37,6 +37,7 @@ from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.bounds import check_counts
+from ckptkit.tables.megatron_names import norms_from_local_spec
 from ckptkit.tensors import Tensor
 
 Reader = Callable[[Place, Given], Checkpoint]
@@ -114,7 +115,9 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     files = open_torch_dist(place.folder, place.root)
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)
-    checkpoint = _whole(place, "torch_dist", files.tensors, args, given, stacked=files.stacked).noting(*notes)
+    norms = norms_from_local_spec(files.tensors)
+    tensors = {norms.get(name, name): tensor for name, tensor in files.tensors.items()}
+    checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked).noting(*notes)
     try:
         checkpoint = replace(checkpoint, grid=grid_of(args))
     except UnsupportedError as error:
@@ -231,8 +234,7 @@ def _join(
     family, config = about.family, about.config
     stored = [tensor for chunks in ranks.values() for chunk in chunks.values() for tensor in chunk.values()]
     check_counts(config, stored, path)
-    if family.attention_of is not None:
-        groups = [family.attention_of(layer) for layer in config.layers]
+    if groups := family.attention_groups(config):
         ranks = {
             rank: {chunk: ungrouped(tensors, groups, stacked, path) for chunk, tensors in chunks.items()}
             for rank, chunks in ranks.items()

@@ -47,7 +47,7 @@ def refuse_foreign(names: Iterable[str], where: object) -> None:
     Raises:
         UnsupportedError: It has such a layout.
     """
-    marks = {piece: layout for family in families() for piece, layout in family.foreign.items()}
+    marks = {piece: layout for family in families() for piece, layout in family.quirks.foreign.items()}
     for name in sorted(names):
         for piece, layout in marks.items():
             if piece in name:

@@ -37,7 +37,7 @@ def run_config(
     if text and family.text_only is not None:
         family = family_of(family.text_only(source.sidecar.config), source.path)
     config = replace(source.config, architecture=family.architectures[0], dtype=source.main_dtype)
-    local = spelling.name == "local" or source.family.local_only(source.config)
+    local = spelling.name == "local" or source.family.quirks.local_only(source.config)
     provider = provider_of(family, config, grid, divisible_by, local=local, grouped=spelling.experts == GROUPED)
     values = {
         key: reference(value.name) if isinstance(value, Named) else value for key, value in provider.values.items()

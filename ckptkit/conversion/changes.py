@@ -71,13 +71,13 @@ def with_towers(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
 
 def legacy_layout(source: Checkpoint, format: WritableFormat) -> tuple[Checkpoint, list[str]]:
     """A model under its family's older layout, and what that loses."""
-    if format.megatron or source.family.legacy_config is None:
+    if format.megatron or source.family.directory.legacy_config is None:
         which = f"--to {format.name}" if format.megatron else source.config.architecture
         raise UsageError(f"--layout legacy: {which} has none", where=source.path, hint="drop --layout legacy")
-    names = {path.name for path in source.family.code}
+    names = {path.name for path in source.family.directory.code}
     sidecar = replace(
         source.sidecar,
-        config=source.family.legacy_config(source.sidecar.config),
+        config=source.family.directory.legacy_config(source.sidecar.config),
         small={name: path for name, path in source.sidecar.small.items() if name not in names},
     )
     what = "the legacy layout does not describe the model by itself, and transformers takes it for another one"

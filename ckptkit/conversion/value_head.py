@@ -8,8 +8,8 @@ from pathlib import Path
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES, DTYPES_BY_TORCH_NAME, DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import families
-from ckptkit.families.heads import STEMS, as_value_config
+from ckptkit.families import value_family_of
+from ckptkit.families.heads import as_value_config
 from ckptkit.formats import safetensors
 from ckptkit.io.castable import check_cast
 from ckptkit.tensors import Tensor
@@ -40,9 +40,9 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
     """
     if source.config.value_head:
         raise UsageError("--head value: it is a value model already", where=source.path)
-    if source.family.name not in STEMS:
+    family = value_family_of(source.family)
+    if family is None:
         raise UnsupportedError(f"no value model is known here for {source.config.architecture}", where=source.path)
-    family = next(found for found in families() if found.architectures == STEMS[source.family.name])
     raw = as_value_config(source.sidecar.config, family.architectures[0], bias=True)
     config = replace(family.parse(raw), dtype=source.config.dtype)
     items = {item.key: item for item in family.items(config)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.families.heads import name_of_value_family, value_families
 from ckptkit.tables.family import Family
 from ckptkit.tables.rows import Raw
 
@@ -15,7 +18,7 @@ ENTRY_POINTS = "ckptkit.families"
 
 @cache
 def families() -> tuple[Family, ...]:
-    """All families: our own, then those of other installed packages.
+    """All families: our own, those of other installed packages, and the value models of both.
 
     Raises:
         UnsupportedError: An entry point does not lead to a `Family`, or to one that is there already.
@@ -23,7 +26,6 @@ def families() -> tuple[Family, ...]:
     from ckptkit.families.apertus import APERTUS
     from ckptkit.families.gemma3 import GEMMA3, GEMMA3_TEXT
     from ckptkit.families.gemma4 import GEMMA4, GEMMA4_TEXT
-    from ckptkit.families.heads import value_families
     from ckptkit.families.llama import LLAMA
     from ckptkit.families.mistral import MINISTRAL, MISTRAL, MIXTRAL
     from ckptkit.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -32,15 +34,22 @@ def families() -> tuple[Family, ...]:
     found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS]
     found += [GEMMA3_TEXT, GEMMA3, GEMMA4_TEXT, GEMMA4]
     found.append(SPLIT_LLAMA)
-    found += value_families(found)
     for point in sorted(entry_points(group=ENTRY_POINTS)):
         family = _load(point)
-        if taken := {family.name, *family.architectures} & {n for f in found for n in (f.name, *f.architectures)}:
+        if taken := set(_names([family])) & set(_names([*found, *value_families(found)])):
             raise UnsupportedError(
                 f"the family of entry point {point.name} is there already: {', '.join(sorted(taken))}"
             )
         found.append(family)
+    found += value_families(found)
+    if twice := [name for name, count in Counter(_names(found)).items() if count > 1]:
+        raise UnsupportedError(f"two families, or their value models, are called {', '.join(sorted(twice))}")
     return tuple(found)
+
+
+def _names(families: Iterable[Family]) -> list[str]:
+    """The names and architectures of families, which must differ."""
+    return [name for family in families for name in (family.name, *family.architectures)]
 
 
 def _load(point: EntryPoint) -> Family:
@@ -89,3 +98,10 @@ def family_called(name: str) -> Family:
         if family.name == name:
             return family
     raise UnsupportedError(f"no family is called {name}", hint="`ckptkit families` lists what is supported")
+
+
+def value_family_of(family: Family) -> Family | None:
+    """The family of a family's value models, or None where Hugging Face has no class for them."""
+    name = name_of_value_family(family)
+    same = (found for found in families() if found.name == name and found.architectures == family.value_architectures)
+    return next(same, None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ckptkit.families.blocks import QK_NORMS
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.sharding.rules import COLUMN, REPLICATED
-from ckptkit.tables.config_json import QK_NORMS, ConfigJson, translation
+from ckptkit.sharding.rules import COLUMN
+from ckptkit.tables.config_json import ConfigJson, translation
+from ckptkit.tables.dims import ONE, D, F
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
-from ckptkit.tables.rows import ONE, Buffer, D, F, Raw, Row, copy, renamed, without
+from ckptkit.tables.rows import Buffer, Raw, layer, renamed, without
 
 DEFAULTS = {
     "vocab_size": 131072,
@@ -48,34 +50,23 @@ def _xielu(config: ModelConfig, layer: LayerConfig | None = None) -> bool:
     return config.activation == "xielu"
 
 
+_BODY = without((*EMBEDDINGS, *ATTENTION, *QK_NORMS, *MLP), "linear_fc1.weight", "linear_fc1.bias", "linear_fc2.bias")
+
 APERTUS = Family(
     name="apertus",
     architectures=("ApertusForCausalLM",),
+    value_architectures=("ApertusForTokenClassification",),
     parse=parse,
     unparse=unparse,
     rows=(
         *renamed(
-            without(
-                (*EMBEDDINGS, *ATTENTION, *QK_NORMS, *MLP), "linear_fc1.weight", "linear_fc1.bias", "linear_fc2.bias"
-            ),
+            _BODY,
             (".input_layernorm.", ".attention_layernorm."),
             (".post_attention_layernorm.", ".feedforward_layernorm."),
         ),
-        Row("decoder.layers.{i}.mlp.linear_fc1.weight", {"model.layers.{i}.mlp.up_proj.weight": (F, D)}, copy, COLUMN),
-        Row(
-            "decoder.layers.{i}.mlp.activation_func.alpha_p",
-            {"model.layers.{i}.mlp.act_fn.alpha_p": (ONE,)},
-            copy,
-            REPLICATED,
-            when=_xielu,
-        ),
-        Row(
-            "decoder.layers.{i}.mlp.activation_func.alpha_n",
-            {"model.layers.{i}.mlp.act_fn.alpha_n": (ONE,)},
-            copy,
-            REPLICATED,
-            when=_xielu,
-        ),
+        layer("mlp.linear_fc1.weight", "mlp.up_proj.weight", (F, D), COLUMN),
+        layer("mlp.activation_func.alpha_p", "mlp.act_fn.alpha_p", (ONE,), when=_xielu),
+        layer("mlp.activation_func.alpha_n", "mlp.act_fn.alpha_n", (ONE,), when=_xielu),
     ),
     replicas=(TIED_HEAD,),
     buffers=(

@@ -1,7 +1,7 @@
 """Gemma 3: norms before and after attention and MLP, all zero-centred; two rotary embeddings; local and global layers.
 
-The text model and the wrapper that can see share one table. The wrapper's vision tower and projector have no Megatron
-slot: they travel as extras.
+The text model and the multimodal one share one table. The vision tower and the projector have no Megatron slot: they
+travel as extras.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.families.blocks import QK_NORMS
 from ckptkit.families.gemma3_bridge import GEMMA3_BRIDGE
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.wrapper import Wrapper
-from ckptkit.sharding.rules import REPLICATED
 from ckptkit.tables.config_fields import FULL, SLIDING, Fields, object_in, parse_rope, rope_fields
-from ckptkit.tables.config_json import QK_NORMS, ConfigJson, layer_types_of, window_of, windowed, windows_by_type
+from ckptkit.tables.config_json import ConfigJson, layer_types_of, window_of, windowed, windows_by_type
+from ckptkit.tables.dims import D
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
-from ckptkit.tables.rows import D, Raw, Replica, Row, copy, renamed, without
+from ckptkit.tables.rows import Raw, Replica, layer, renamed, without
 from ckptkit.tables.spelling import HUB, LOCAL, TE, HfSpelling, Spelling
 
 DEFAULTS = {
@@ -41,7 +42,7 @@ DEFAULTS = {
     "use_bidirectional_attention": False,
 }
 PATTERN = 6
-"""Every sixth layer sees everything, unless config.json says otherwise."""
+"""Every sixth layer has no window, unless config.json has another pattern."""
 THETAS = {FULL: 1000000.0, SLIDING: 10000.0}
 _OLD_THETAS = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 
@@ -118,9 +119,7 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
     """The raw config.json of a text model: `base` with the fields that differ, or all fields where there is no base."""
     raw = CONFIG.unparse(config, base, parse_text, _values)
     told = _ropes(base)
-    ropes = dict(told)
-    for layer in config.layers:
-        ropes[FULL if layer.window is None else SLIDING] = layer.rope
+    ropes = {**told, **{FULL if one.window is None else SLIDING: one.rope for one in config.layers}}
     if base and ropes == told:
         return raw
     for key in (*_OLD_THETAS.values(), "rope_scaling"):
@@ -132,18 +131,8 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
 WRAPPER = Wrapper("gemma3", "Gemma3ForConditionalGeneration", CONFIG, parse_text, unparse_text)
 
 _POST_NORMS = (
-    Row(
-        "decoder.layers.{i}.self_attention.linear_proj.post_layernorm.weight",
-        {"model.layers.{i}.post_attention_layernorm.weight": (D,)},
-        copy,
-        REPLICATED,
-    ),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc2.post_layernorm.weight",
-        {"model.layers.{i}.post_feedforward_layernorm.weight": (D,)},
-        copy,
-        REPLICATED,
-    ),
+    layer("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", (D,)),
+    layer("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", (D,)),
 )
 
 MBRIDGE = Spelling(
@@ -155,11 +144,12 @@ MBRIDGE = Spelling(
     prefix="language_model.",
     tied_head=True,
 )
-"""As mbridge writes Gemma 3; `te` is as Megatron-Bridge does."""
+"""The names that mbridge writes; `te` has those of Megatron-Bridge."""
 
 GEMMA3_TEXT = Family(
     name="gemma3_text",
     architectures=("Gemma3ForCausalLM",),
+    value_architectures=("Gemma3TextForSequenceClassification",),
     parse=parse_text,
     unparse=unparse_text,
     rows=(

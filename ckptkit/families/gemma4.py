@@ -1,29 +1,27 @@
 """Gemma 4, in the two layouts of Megatron-Bridge 0.6.2.
 
-A dense model is named as the local layer spec names it, one with experts as that of Transformer Engine does.
+A dense model has the names of the local layer spec, a model with experts those of Transformer Engine's.
 
-Megatron's tensors hold things that the model does not use: the value slot of layers whose values are their raw keys (a
-copy of the key), and the slots of layers that attend to the keys and values of an earlier layer (zeros, and ones for
-the norm of the key). Some files on the hub hold tensors for the latter although nothing uses them; they travel in the
-slots, as they do with Megatron-Bridge.
+Some of Megatron's tensors have parts that the model does not use. A layer whose values are its raw keys has a slot for
+values, which holds a copy of the keys. A layer that attends to the keys and values of an earlier layer has slots for
+keys and values, which hold zeros, and for the norm of the keys, which holds ones. Some files on the hub have tensors
+for the slots of such a layer; they travel in the slots, as they do with Megatron-Bridge.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from ckptkit.families.blocks import experts, router, stacked
 from ckptkit.families.gemma4_config import WRAPPER, from_args, parse_text, to_args, unparse_text
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
-from ckptkit.sharding.rules import COLUMN, EXPERT_GATED_COLUMN, EXPERT_ROW, REPLICATED
-from ckptkit.tables.config_json import dense, sparse
-from ckptkit.tables.family import Family
+from ckptkit.sharding.rules import COLUMN, REPLICATED
+from ckptkit.tables.dims import HD, KV, LP, ONE, VP, D, E, P, Q, Shape
+from ckptkit.tables.family import Family, MegatronQuirks
+from ckptkit.tables.layouts import qkv
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
-from ckptkit.tables.rows import HD, KV, LP, ONE, VP, D, E, I, P, Q, Row, Slot, When, copy, gate_up, only, qkv, renamed
-from ckptkit.tables.spelling import SEQUENTIAL, TE, HfSpelling, Spelling, Stack
-
-_IN = "decoder.layers.{i}."
-_HF = "model.layers.{i}."
-_Q, _K, _V = (f"{_HF}self_attn.{part}_proj.weight" for part in "qkv")
+from ckptkit.tables.rows import Row, Slot, choose, dense, layer, once, only, qkv_bias, renamed, sparse
+from ckptkit.tables.spelling import SEQUENTIAL, TE, HfSpelling, Spelling
 
 
 def _own_values(config: ModelConfig, layer: LayerConfig) -> bool:
@@ -38,154 +36,80 @@ def _shared(config: ModelConfig, layer: LayerConfig) -> bool:
     return layer.kv_donor is not None
 
 
-def _own(config: ModelConfig, layer: LayerConfig) -> bool:
+def _own_keys(config: ModelConfig, layer: LayerConfig) -> bool:
     return layer.kv_donor is None
-
-
-def _biased(when: When) -> When:
-    return lambda config, layer: config.qkv_bias and when(config, layer)
 
 
 def _per_layer_inputs(config: ModelConfig, layer: LayerConfig) -> bool:
     return config.per_layer_input_size > 0
 
 
-def _norm(megatron: str, hf: str, when: When) -> Row:
-    return Row(f"{_IN}{megatron}", {f"{_HF}{hf}.weight": (D,)}, copy, REPLICATED, when=when)
-
-
-def _qkv_bias(row: Row) -> Row:
-    """The row of the biases beside one of weights."""
-    when, ending = row.when, (".weight", ".bias")
-
-    def bias(name: str) -> str:
-        return name.replace(*ending)
-
-    return replace(
-        row,
-        megatron=bias(row.megatron),
-        hf={bias(name): shape[:1] for name, shape in row.hf.items()},
-        when=_biased(when),
-        slots=tuple(replace(slot, shape=slot.shape[:1], hf=slot.hf and bias(slot.hf)) for slot in row.slots),
+def _qkv(kind: str, rest: Shape) -> tuple[Row, ...]:
+    """The fused weights or biases of the three kinds of layers; `rest` is the shape of one row."""
+    megatron, hf = f"self_attention.linear_qkv.{kind}", f"self_attn.*_proj.{kind}"
+    query, keys = {"q": (Q, *rest)}, {"k": (KV, *rest)}
+    copies = Slot("values of layers whose values are their keys", (KV, *rest), repeats=1)
+    unused = "keys and values of layers that use those of another"
+    dead = tuple(Slot(unused, (KV, *rest), hf=hf.replace("*", part)) for part in "kv")
+    return (
+        layer(megatron, qkv(hf, **query, **keys, v=(KV, *rest)), when=_own_values),
+        layer(megatron, qkv(hf, **query, **keys), when=_keys_as_values, slots=(copies,)),
+        layer(megatron, qkv(hf, **query), when=_shared, slots=dead),
     )
 
 
-_QKV_NAME = f"{_IN}self_attention.linear_qkv.weight"
-_UNUSED = "keys and values of layers that use those of another"
-_QKV = (
-    Row(_QKV_NAME, {_Q: (Q, D), _K: (KV, D), _V: (KV, D)}, qkv, COLUMN, when=_own_values),
-    Row(
-        _QKV_NAME,
-        {_Q: (Q, D), _K: (KV, D)},
-        qkv,
-        COLUMN,
-        when=_keys_as_values,
-        slots=(Slot("values of layers whose values are their keys", (KV, D), repeats=1),),
-    ),
-    Row(
-        _QKV_NAME,
-        {_Q: (Q, D)},
-        qkv,
-        COLUMN,
-        when=_shared,
-        slots=(Slot(_UNUSED, (KV, D), hf=_K), Slot(_UNUSED, (KV, D), hf=_V)),
-    ),
-)
-
+_K_NORM = ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight")
+_DEAD_NORM = Slot("norms of the keys of layers that use those of another", (HD,), 1.0, hf=_K_NORM[1])
 _ATTENTION = (
-    *_QKV,
-    *(_qkv_bias(row) for row in _QKV),
-    *(row for row in ATTENTION if ".linear_proj." in row.megatron),
-    Row(f"{_IN}self_attention.q_layernorm.weight", {f"{_HF}self_attn.q_norm.weight": (HD,)}, copy, REPLICATED),
-    Row(
-        f"{_IN}self_attention.k_layernorm.weight",
-        {f"{_HF}self_attn.k_norm.weight": (HD,)},
-        copy,
-        REPLICATED,
-        when=_own,
-    ),
-    Row(
-        f"{_IN}self_attention.k_layernorm.weight",
-        {},
-        copy,
-        REPLICATED,
-        when=_shared,
-        slots=(
-            Slot(
-                "norms of the keys of layers that use those of another", (HD,), 1.0, hf=f"{_HF}self_attn.k_norm.weight"
-            ),
-        ),
-    ),
-    Row(f"{_IN}layer_scalar", {f"{_HF}layer_scalar": (ONE,)}, copy, REPLICATED),
+    *_qkv("weight", (D,)),
+    *only(_qkv("bias", ()), qkv_bias),
+    *choose(ATTENTION, "linear_proj.weight", "linear_proj.bias"),
+    layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", (HD,)),
+    layer(*_K_NORM, (HD,), when=_own_keys),
+    layer(_K_NORM[0], None, when=_shared, slots=(_DEAD_NORM,)),
+    layer("layer_scalar", "layer_scalar", (ONE,)),
 )
-"""What layers of both layouts have."""
+"""The rows of layers of both layouts."""
 
-_DENSE = (
-    _norm("input_layernorm.weight", "input_layernorm", dense),
-    _norm("post_self_attn_layernorm.weight", "post_attention_layernorm", dense),
-    _norm("pre_mlp_layernorm.weight", "pre_feedforward_layernorm", dense),
-    _norm("post_mlp_layernorm.weight", "post_feedforward_layernorm", dense),
-    *only((row for row in MLP if row.megatron.endswith(("linear_fc1.weight", "linear_fc2.weight"))), dense),
+_MLP = choose(MLP, "linear_fc1.weight", "linear_fc2.weight")
+_DENSE = only(
+    (
+        layer("input_layernorm.weight", "input_layernorm.weight", (D,)),
+        layer("post_self_attn_layernorm.weight", "post_attention_layernorm.weight", (D,)),
+        layer("pre_mlp_layernorm.weight", "pre_feedforward_layernorm.weight", (D,)),
+        layer("post_mlp_layernorm.weight", "post_feedforward_layernorm.weight", (D,)),
+        *_MLP,
+    ),
+    dense,
 )
 
-_SPARSE = (
-    _norm("self_attention.linear_qkv.layer_norm_weight", "input_layernorm", sparse),
-    _norm("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm", sparse),
-    _norm("pre_shared_expert_layernorm.weight", "pre_feedforward_layernorm", sparse),
-    _norm("mlp.post_shared_expert_layernorm.weight", "post_feedforward_layernorm_1", sparse),
-    _norm("pre_mlp_layernorm.weight", "pre_feedforward_layernorm_2", sparse),
-    _norm("mlp.post_moe_layernorm.weight", "post_feedforward_layernorm_2", sparse),
-    _norm("post_ffn_layernorm.weight", "post_feedforward_layernorm", sparse),
-    *(
-        replace(row, megatron=row.megatron.replace(".mlp.", ".mlp.shared_experts."), when=sparse)
-        for row in MLP
-        if row.megatron.endswith(("linear_fc1.weight", "linear_fc2.weight"))
+_SPARSE = only(
+    (
+        layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", (D,)),
+        layer("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", (D,)),
+        layer("pre_shared_expert_layernorm.weight", "pre_feedforward_layernorm.weight", (D,)),
+        layer("mlp.post_shared_expert_layernorm.weight", "post_feedforward_layernorm_1.weight", (D,)),
+        layer("pre_mlp_layernorm.weight", "pre_feedforward_layernorm_2.weight", (D,)),
+        layer("mlp.post_moe_layernorm.weight", "post_feedforward_layernorm_2.weight", (D,)),
+        layer("post_ffn_layernorm.weight", "post_feedforward_layernorm.weight", (D,)),
+        *(replace(row, megatron=row.megatron.replace(".mlp.", ".mlp.shared_experts.")) for row in _MLP),
+        router("router.proj"),
+        layer("mlp.router.scale", "router.scale", (D,)),
+        layer("mlp.router.per_expert_scale", "router.per_expert_scale", (E,)),
+        *experts(""),
     ),
-    Row(f"{_IN}mlp.router.weight", {f"{_HF}router.proj.weight": (E, D)}, copy, REPLICATED, when=sparse),
-    Row(f"{_IN}mlp.router.scale", {f"{_HF}router.scale": (D,)}, copy, REPLICATED, when=sparse),
-    Row(f"{_IN}mlp.router.per_expert_scale", {f"{_HF}router.per_expert_scale": (E,)}, copy, REPLICATED, when=sparse),
-    Row(
-        _IN + "mlp.experts.linear_fc1.weight{e}",
-        {_HF + "experts.{e}.gate_proj.weight": (I, D), _HF + "experts.{e}.up_proj.weight": (I, D)},
-        gate_up,
-        EXPERT_GATED_COLUMN,
-        when=sparse,
-    ),
-    Row(
-        _IN + "mlp.experts.linear_fc2.weight{e}",
-        {_HF + "experts.{e}.down_proj.weight": (D, I)},
-        copy,
-        EXPERT_ROW,
-        when=sparse,
-    ),
+    sparse,
 )
 
 _PER_LAYER_INPUTS = only(
     (
         # Not padded, unlike the embedding itself: Megatron-Bridge gives it the rows of config.json.
-        Row("per_layer_embedding.weight", {"model.embed_tokens_per_layer.weight": (VP, LP)}, copy, COLUMN, first=True),
-        Row(
-            "per_layer_model_proj.weight",
-            {"model.per_layer_model_projection.weight": (LP, D)},
-            copy,
-            COLUMN,
-            first=True,
-        ),
-        Row(
-            "per_layer_proj_norm.weight",
-            {"model.per_layer_projection_norm.weight": (P,)},
-            copy,
-            REPLICATED,
-            first=True,
-        ),
-        Row(f"{_IN}per_layer_input_gate.weight", {f"{_HF}per_layer_input_gate.weight": (P, D)}, copy, REPLICATED),
-        Row(f"{_IN}per_layer_projection.weight", {f"{_HF}per_layer_projection.weight": (D, P)}, copy, REPLICATED),
-        Row(
-            f"{_IN}post_per_layer_input_norm.weight",
-            {f"{_HF}post_per_layer_input_norm.weight": (D,)},
-            copy,
-            REPLICATED,
-        ),
+        once("per_layer_embedding.weight", "model.embed_tokens_per_layer.weight", (VP, LP), COLUMN, first=True),
+        once("per_layer_model_proj.weight", "model.per_layer_model_projection.weight", (LP, D), COLUMN, first=True),
+        once("per_layer_proj_norm.weight", "model.per_layer_projection_norm.weight", (P,), first=True),
+        layer("per_layer_input_gate.weight", "per_layer_input_gate.weight", (P, D), REPLICATED),
+        layer("per_layer_projection.weight", "per_layer_projection.weight", (D, P), REPLICATED),
+        layer("post_per_layer_input_norm.weight", "post_per_layer_input_norm.weight", (D,)),
     ),
     _per_layer_inputs,
 )
@@ -193,7 +117,7 @@ _PER_LAYER_INPUTS = only(
 LOCAL = Spelling(
     "local", ((".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),), experts=SEQUENTIAL
 )
-"""The local layer spec knows no linear layer with a norm in front; the dense layout has none anyway."""
+"""The local layer spec has no linear layer with a norm in front; the dense layout needs none."""
 
 SLIME = Spelling(
     "slime",
@@ -221,12 +145,8 @@ SLIME_FUSED = Spelling(
     (*_SLIME_DENSE, (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")),
     tied_head=True,
 )
-"""As slime's layers hold models with experts, and dense ones; its plugin for mbridge knows a third form, of these."""
+"""The names of slime's layers: for models with experts, for dense ones, and for dense ones in its mbridge plugin."""
 
-_STACKS = (
-    Stack(f"{_HF}experts.gate_up_proj", (_HF + "experts.{e}.gate_proj.weight", _HF + "experts.{e}.up_proj.weight")),
-    Stack(f"{_HF}experts.down_proj", (_HF + "experts.{e}.down_proj.weight",)),
-)
 FUSED_SCALES = "Gemma 4 as Megatron-Bridge wrote it before July 2026, with scales multiplied into other weights"
 FOREIGN = {
     ".pffl_weight": FUSED_SCALES,
@@ -234,7 +154,7 @@ FOREIGN = {
     ".experts.gate_up_proj": "Gemma 4 with its experts fused, as slime had them at first",
     ".mlp._inner_mlp.": "Gemma 4 with its experts in `_inner_mlp` modules",
 }
-"""Pieces of names by which layouts are recognised that no table reads."""
+"""Pieces of names -> the layout that has them, which no table reads."""
 
 
 def _attention_of(layer: LayerConfig) -> str:
@@ -249,19 +169,21 @@ GEMMA4_TEXT = Family(
     rows=(*EMBEDDINGS, *_ATTENTION, *_DENSE, *_SPARSE, *_PER_LAYER_INPUTS),
     replicas=(TIED_HEAD,),
     spellings=(TE, LOCAL, SLIME, SLIME_DENSE, SLIME_FUSED),
-    hf_spellings=(HfSpelling("hub", stacks=_STACKS), HfSpelling("per_expert")),
+    hf_spellings=(stacked("hub", ""), HfSpelling("per_expert")),
     marks=("decoder.layers.layer_scalar",),
-    foreign=FOREIGN,
-    attention_of=_attention_of,
-    args=to_args,
-    from_args=from_args,
-    local_only=lambda config: not config.num_experts,
-    plain=("pre_shared_expert_layernorm", "post_shared_expert_layernorm", "post_moe_layernorm", "post_ffn_layernorm"),
+    quirks=MegatronQuirks(
+        to_args,
+        from_args,
+        attention_of=_attention_of,
+        local_only=lambda config: not config.num_experts,
+        plain=("_shared_expert_layernorm", "post_moe_layernorm", "post_ffn_layernorm"),
+        parallel=("per_layer_model_proj",),
+        foreign=FOREIGN,
+    ),
 )
 
-_WRAPPED = ("model.", "model.language_model.")
 _TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
-"""Megatron-Bridge's models with towers hold those of transformers, beside `language_model.`."""
+"""Beginnings of the towers' names: Megatron-Bridge keeps the towers of transformers beside `language_model.`."""
 
 GEMMA4 = replace(
     GEMMA4_TEXT,
@@ -269,20 +191,11 @@ GEMMA4 = replace(
     architectures=("Gemma4ForConditionalGeneration",),
     parse=WRAPPER.parse,
     unparse=WRAPPER.unparse,
-    rows=renamed(GEMMA4_TEXT.rows, _WRAPPED),
+    rows=renamed(GEMMA4_TEXT.rows, ("model.", "model.language_model.")),
     replicas=(replace(TIED_HEAD, of="model.language_model.embed_tokens.weight"),),
     extras=tuple(f"model.{tower}*" for tower in _TOWERS),
     towers={tower: f"model.{tower}" for tower in _TOWERS},
-    hf_spellings=tuple(
-        replace(
-            spelling,
-            stacks=tuple(
-                Stack(stack.fused.replace(*_WRAPPED), tuple(part.replace(*_WRAPPED) for part in stack.parts))
-                for stack in spelling.stacks
-            ),
-        )
-        for spelling in GEMMA4_TEXT.hf_spellings
-    ),
+    hf_spellings=(stacked("hub", "", layers="model.language_model.layers.{i}."), HfSpelling("per_expert")),
     prefix="language_model.",
     text_only=WRAPPER.text_only,
     sizes_in="text_config",

@@ -1,7 +1,8 @@
 """The config.json of Gemma 4, in both dialects and both ways.
 
-transformers up to 5.14 writes the sizes of full attention layers as `global_head_dim` and `num_global_key_value_heads`;
-from 5.15 on it writes what single layers override as `per_layer_config`, and that alone counts where a file has it.
+transformers up to 5.14 writes the sizes of full attention layers as `global_head_dim` and `num_global_key_value_heads`.
+From 5.15 on it writes the values that single layers override as `per_layer_config`; a file that has this key is read by
+it alone.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ DEFAULTS = {
 OLD_DEFAULTS = {"global_head_dim": 512, "num_global_key_value_heads": None}
 """Class defaults of the keys that only the older dialect has."""
 PATTERN = 6
-"""Every sixth layer sees everything, unless config.json says otherwise."""
+"""Every sixth layer has no window, unless config.json has other layer types."""
 ROPES = {FULL: Rope(1000000.0, "proportional", partial=0.25), SLIDING: Rope(10000.0)}
 
 CONFIG = ConfigJson("gemma4_text", "Gemma4ForCausalLM", "gemma4_text", DEFAULTS, ROPES[FULL])
@@ -66,7 +67,7 @@ def parse_text(raw: Raw) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
-        UnsupportedError: The model is bidirectional, or a layer overrides what no release overrides.
+        UnsupportedError: The model is bidirectional, or a layer overrides a value that no release overrides.
     """
     fields = CONFIG.fields(raw)
     if fields.get("use_bidirectional_attention") not in (None, "vision"):
@@ -92,7 +93,7 @@ def parse_text(raw: Raw) -> ModelConfig:
 
 
 def _layer_types(fields: Fields, num_layers: int) -> list[str]:
-    """The types of all layers; transformers makes the last one see everything, whatever the file says."""
+    """The types of all layers; transformers gives the last one full attention, even against the file."""
     default = [SLIDING if (number + 1) % PATTERN else FULL for number in range(num_layers)]
     return [*fields.layer_types(default)[:-1], FULL]
 
@@ -150,7 +151,7 @@ def _layers(fields: Fields, config: ModelConfig, types: Sequence[str]) -> tuple[
 
 
 def _donors(fields: Fields, types: Sequence[str]) -> list[int | None]:
-    """For each layer the one whose keys and values it attends to: the last of its type before the shared layers."""
+    """For each layer the one that lends it keys and values: the last of its type before the shared layers."""
     shared = fields.get("num_kv_shared_layers")
     if type(shared) is not int or not 0 <= shared < len(types):
         raise InputError(f"config.json: num_kv_shared_layers must be below the {len(types)} layers, not {shared!r}")
@@ -266,7 +267,7 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
     """The raw config.json of a text model: `base` with the fields that differ, or all fields where there is no base.
 
     Raises:
-        UnsupportedError: The model is none that config.json of Gemma 4 can describe.
+        UnsupportedError: config.json of Gemma 4 cannot describe the model.
     """
     if config.layers[-1].window is not None:
         raise UnsupportedError("Gemma 4 whose last layer has a window", hint="transformers gives it none")
@@ -276,7 +277,7 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
     if not base or any(_told_heads(raw).get(kind) != heads for kind, heads in wanted.items()):
         _set_heads(raw, config)
     if parse_text(raw).layers != config.layers:
-        raise UnsupportedError("config.json of Gemma 4 has no words for these layers")
+        raise UnsupportedError("config.json of Gemma 4 cannot describe these layers")
     return raw
 
 

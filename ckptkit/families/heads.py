@@ -1,9 +1,11 @@
-"""Value models: any family's body with one output per token in place of the language model head.
+"""Value models: the body of a language model, and a head with one output per token.
 
-Hugging Face has them as classifiers of tokens or of sequences with a single label. Both hold `score.weight` [1, D];
-that of tokens also has a bias, unless config.json says `token_classification_bias: false`. Trainers on Megatron put a
-plain linear layer where the output layer was, whole on every tensor parallel rank: `output_layer.weight` [1, D]
-(source: `LinearForLastLayer` of verl and mbridge). A classifier of sequences is the same model, read at the last token.
+Hugging Face stores them as classifiers with a single label, of tokens or of sequences. Both have `score.weight` [1, D].
+A classifier of tokens also has a bias, unless config.json sets `token_classification_bias` to false. A classifier of
+sequences is the same model, read at the last token.
+
+Trainers on Megatron replace the output layer by a plain linear layer, whole on every tensor parallel rank:
+`output_layer.weight` [1, D]. Source: `LinearForLastLayer` of verl and mbridge.
 """
 
 from __future__ import annotations
@@ -14,24 +16,12 @@ from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.sharding.rules import REPLICATED
+from ckptkit.tables.dims import ONE, D
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
-from ckptkit.tables.rows import ONE, D, Raw, Row, copy
+from ckptkit.tables.rows import Raw, once
 
-OF_TOKENS, OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
-STEMS: Mapping[str, tuple[str, ...]] = {
-    "llama": ("Llama" + OF_TOKENS, "Llama" + OF_SEQUENCES),
-    "qwen2": ("Qwen2" + OF_TOKENS, "Qwen2" + OF_SEQUENCES),
-    "qwen3": ("Qwen3" + OF_TOKENS, "Qwen3" + OF_SEQUENCES),
-    "qwen3_moe": ("Qwen3Moe" + OF_TOKENS, "Qwen3Moe" + OF_SEQUENCES),
-    "mistral": ("Mistral" + OF_TOKENS, "Mistral" + OF_SEQUENCES),
-    "ministral": ("Ministral" + OF_TOKENS, "Ministral" + OF_SEQUENCES),
-    "mixtral": ("Mixtral" + OF_TOKENS, "Mixtral" + OF_SEQUENCES),
-    "apertus": ("Apertus" + OF_TOKENS,),
-    "gemma3_text": ("Gemma3Text" + OF_SEQUENCES,),
-}
-"""Family -> the classes of transformers that are its value models; the first is what a language model becomes."""
-
+OF_TOKENS = "ForTokenClassification"
 _WEIGHT, _BIAS = "output_layer.weight", "output_layer.bias"
 
 
@@ -40,28 +30,46 @@ def _has_bias(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 ROWS = (
-    Row(_WEIGHT, {"score.weight": (ONE, D)}, copy, REPLICATED),
-    Row(_BIAS, {"score.bias": (ONE,)}, copy, REPLICATED, when=_has_bias),
+    once(_WEIGHT, "score.weight", (ONE, D), REPLICATED),
+    once(_BIAS, "score.bias", (ONE,), when=_has_bias),
 )
 """The head of a value model."""
 
 
 def value_families(families: Iterable[Family]) -> list[Family]:
-    """The value models of those families that transformers has classes for."""
-    return [value_family(family, STEMS[family.name]) for family in families if family.name in STEMS]
+    """The value models of the families that have Hugging Face classes for them.
 
+    A family derived from another one (`dataclasses.replace`) may still name the other's classes: these stay with the
+    family that comes first.
 
-def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
-    """A family with its head replaced.
-
-    Args:
-        family: A family of language models.
-        architectures: Hugging Face's classes with the other head.
+    Raises:
+        UnsupportedError: Two families name the same class, and each has others as well.
     """
-    name = f"{family.name}_value"
+    owners: dict[str, str] = {}
+    found = []
+    for family in families:
+        taken = {name: owners[name] for name in family.value_architectures if name in owners}
+        if len(taken) < len(family.value_architectures):
+            if taken:
+                name, owner = next(iter(taken.items()))
+                raise UnsupportedError(f"the families {owner} and {family.name} both have the value model {name}")
+            found.append(_value_family(family))
+        for name in family.value_architectures:
+            owners.setdefault(name, family.name)
+    return found
+
+
+def name_of_value_family(family: Family) -> str:
+    """The name of the family of a family's value models."""
+    return f"{family.name}_value"
+
+
+def _value_family(family: Family) -> Family:
+    """A family of language models with the head replaced."""
+    name = name_of_value_family(family)
 
     def parse(raw: Raw) -> ModelConfig:
-        architecture = (raw.get("architectures") or architectures)[0]
+        architecture = (raw.get("architectures") or family.value_architectures)[0]
         if "architectures" in raw:
             _check_labels(raw, architecture)
         bias = architecture.endswith(OF_TOKENS) and bool(raw.get("token_classification_bias", True))
@@ -69,7 +77,7 @@ def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
             family.parse(raw),
             family=name,
             architecture=architecture,
-            tied=False,  # whatever config.json says of the head that is not there
+            tied=False,  # config.json may describe the language model head, which is not there
             value_head=True,
             value_bias=bias,
         )
@@ -89,7 +97,8 @@ def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
     return replace(
         family,
         name=name,
-        architectures=architectures,
+        architectures=family.value_architectures,
+        value_architectures=(),
         rows=(*(row for row in family.rows if row.megatron != _WEIGHT), *ROWS),
         parse=parse,
         unparse=unparse,
@@ -99,7 +108,7 @@ def value_family(family: Family, architectures: tuple[str, ...]) -> Family:
 
 
 def as_value_config(raw: Raw, architecture: str, bias: bool) -> dict[str, Any]:
-    """A config.json that says of its model that it is a value model.
+    """The config.json of a value model.
 
     Args:
         raw: The config.json of a model with the same body.
@@ -115,7 +124,7 @@ def as_value_config(raw: Raw, architecture: str, bias: bool) -> dict[str, Any]:
 
 
 def _labels(raw: Raw) -> int:
-    """How many labels a classifier tells apart; transformers assumes two where config.json does not say."""
+    """How many labels a classifier has; transformers assumes two where config.json names none."""
     names = raw.get("id2label")
     count = len(names) if isinstance(names, Mapping) else raw.get("num_labels", 2)
     return count if type(count) is int else 2

@@ -5,22 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import FULL, SLIDING
-from ckptkit.tables.config_json import (
-    ConfigJson,
-    experts,
-    layer_types_of,
-    translation,
-    window_of,
-    windowed,
-    windows_by_type,
-)
+from ckptkit.tables.config_json import ConfigJson, layer_types_of, translation, window_of, windowed, windows_by_type
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig, Rope
 from ckptkit.tables.rows import Raw, without
-from ckptkit.tables.spelling import HUB, HfSpelling, Stack
+from ckptkit.tables.spelling import HUB
 
 MISTRAL_DEFAULTS = {
     "vocab_size": 32000,
@@ -121,9 +114,13 @@ _ROWS = without(
     (*EMBEDDINGS, *ATTENTION, *MLP), "linear_qkv.bias", "linear_proj.bias", "linear_fc1.bias", "linear_fc2.bias"
 )
 
+_EXPERT = ("w1", "w3", "w2")
+"""Gate, up and down projection."""
+
 MISTRAL = Family(
     name="mistral",
     architectures=("MistralForCausalLM",),
+    value_architectures=("MistralForTokenClassification", "MistralForSequenceClassification"),
     parse=parse_mistral,
     unparse=translation(MISTRAL_CONFIG, parse_mistral, _values_mistral),
     rows=_ROWS,
@@ -139,6 +136,7 @@ MISTRAL = Family(
 MINISTRAL = Family(
     name="ministral",
     architectures=("MinistralForCausalLM",),
+    value_architectures=("MinistralForTokenClassification", "MinistralForSequenceClassification"),
     parse=parse_ministral,
     unparse=translation(MINISTRAL_CONFIG, parse_ministral, _values_ministral),
     rows=_ROWS,
@@ -148,32 +146,16 @@ MINISTRAL = Family(
 MIXTRAL = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
+    value_architectures=("MixtralForTokenClassification", "MixtralForSequenceClassification"),
     parse=parse_mixtral,
     unparse=translation(MIXTRAL_CONFIG, parse_mixtral, _values_mixtral),
     rows=(
         *without(_ROWS, ".mlp.linear_fc1.layer_norm_weight", ".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"),
-        *experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
+        NORM_BEFORE_EXPERTS,
+        router("block_sparse_moe.gate"),
+        *experts("block_sparse_moe.", *_EXPERT),
     ),
     replicas=(TIED_HEAD,),
-    hf_spellings=(
-        HUB,
-        HfSpelling(
-            "fused",
-            renames=((".block_sparse_moe.", ".mlp."),),
-            stacks=(
-                Stack(
-                    "model.layers.{i}.mlp.experts.gate_up_proj",
-                    (
-                        "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
-                        "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
-                    ),
-                ),
-                Stack(
-                    "model.layers.{i}.mlp.experts.down_proj",
-                    ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",),
-                ),
-            ),
-        ),
-    ),
+    hf_spellings=(HUB, stacked("fused", "block_sparse_moe.", *_EXPERT, fused="mlp.")),
     marks=("decoder.layers.mlp.router.weight",),
 )

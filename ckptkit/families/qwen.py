@@ -6,24 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError
+from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, QK_NORMS, experts, router, stacked
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import FULL, SLIDING, Fields
-from ckptkit.tables.config_json import (
-    QK_NORMS,
-    ConfigJson,
-    dense,
-    experts,
-    layer_types_of,
-    translation,
-    window_of,
-    windowed,
-    windows_by_type,
-)
+from ckptkit.tables.config_json import ConfigJson, layer_types_of, translation, window_of, windowed, windows_by_type
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig, Rope
-from ckptkit.tables.rows import Raw, only, without
-from ckptkit.tables.spelling import HUB, LOCAL, TE, VERL, HfSpelling, Stack
+from ckptkit.tables.rows import Raw, dense, only, without
+from ckptkit.tables.spelling import HUB, LOCAL, TE, VERL
 
 QWEN2_DEFAULTS = {
     "vocab_size": 151936,
@@ -177,6 +168,7 @@ def unparse_qwen3_moe(config: ModelConfig, base: Raw) -> dict[str, Any]:
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
+    value_architectures=("Qwen2ForTokenClassification", "Qwen2ForSequenceClassification"),
     parse=parse_qwen2,
     unparse=translation(QWEN2_CONFIG, parse_qwen2, _values_qwen2),
     rows=without((*EMBEDDINGS, *ATTENTION, *MLP), "linear_proj.bias", "linear_fc1.bias", "linear_fc2.bias"),
@@ -189,6 +181,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
+    value_architectures=("Qwen3ForTokenClassification", "Qwen3ForSequenceClassification"),
     parse=parse_qwen3,
     unparse=translation(QWEN3_CONFIG, parse_qwen3, _values_qwen3),
     rows=without((*EMBEDDINGS, *ATTENTION, *QK_NORMS, *MLP), "linear_fc1.bias", "linear_fc2.bias"),
@@ -200,29 +193,17 @@ QWEN3 = Family(
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
+    value_architectures=("Qwen3MoeForTokenClassification", "Qwen3MoeForSequenceClassification"),
     parse=parse_qwen3_moe,
     unparse=unparse_qwen3_moe,
     rows=(
         *without((*EMBEDDINGS, *ATTENTION, *QK_NORMS, *only(MLP, dense)), "linear_fc1.bias", "linear_fc2.bias"),
-        *experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+        NORM_BEFORE_EXPERTS,
+        router("mlp.gate"),
+        *experts("mlp."),
     ),
     replicas=(TIED_HEAD,),
-    hf_spellings=(
-        HUB,
-        HfSpelling(
-            "fused",
-            stacks=(
-                Stack(
-                    "model.layers.{i}.mlp.experts.gate_up_proj",
-                    (
-                        "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
-                        "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-                    ),
-                ),
-                Stack("model.layers.{i}.mlp.experts.down_proj", ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",)),
-            ),
-        ),
-    ),
+    hf_spellings=(HUB, stacked("fused", "mlp.")),
     marks=("decoder.layers.self_attention.q_layernorm.weight", "decoder.layers.mlp.router.weight"),
     bridge=BridgeProvider(),
 )

@@ -1,8 +1,9 @@
 """Split Llama: the first layers of a narrow Llama, an adapter, and the last layers, norm and head of a wide one.
 
-On disk the layers of both groups count from 0, as the published files of this architecture have it; in Megatron's names
-they count through. config.json holds the configurations of both halves. Published files have another config.json, under
-the model type `llama`, which names two directories instead: `complete` reads it, `legacy_config` writes it.
+On disk the layers of each half are numbered from 0, as in the published files of this architecture. In Megatron's names
+one count runs through both halves. config.json holds the configurations of the halves. Published files have an older
+config.json, of the model type `llama`, which names two directories instead: `complete` reads it, `legacy_config` writes
+it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families import llama
 from ckptkit.families.llama import ATTENTION, MLP
-from ckptkit.sharding.rules import COLUMN, REPLICATED, ROW, VOCAB
+from ckptkit.sharding.rules import COLUMN, ROW, VOCAB
 from ckptkit.tables.config_fields import Fields, object_in, set_dtype
-from ckptkit.tables.family import Family
+from ckptkit.tables.dims import Dim, V
+from ckptkit.tables.family import Family, HfDirectory
 from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig
-from ckptkit.tables.rows import Dim, Raw, Row, V, copy, only, renamed
+from ckptkit.tables.rows import Raw, once, only, renamed
 
+HALF = llama.LLAMA
+"""The family of both halves."""
 ARCHITECTURE = "CustomSplitLLamaForCausalLM"
 MODEL_TYPE = "split_llama"
 FIRST, LAST = "first_config", "last_config"
@@ -31,7 +35,7 @@ LINEAR, TWO_LINEAR, RELU = KINDS = ("linear", "two-linear", "mlp")
 
 MODULES = ("configuration_custom_split_llama", "modeling_custom_split_llama")
 CODE = tuple(Path(__file__).parents[1] / "surgery" / "remote" / f"{module}.py" for module in MODULES)
-"""What makes a checkpoint loadable with `trust_remote_code`."""
+"""The Python files with which `trust_remote_code` loads a checkpoint."""
 AUTO_MAP = {
     "AutoConfig": f"{MODULES[0]}.CustomSplitLLamaConfig",
     "AutoModel": f"{MODULES[1]}.CustomSplitLLamaModel",
@@ -49,7 +53,7 @@ def parse(raw: Raw) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
-        UnsupportedError: The halves differ in what a layer of the table cannot say.
+        UnsupportedError: The halves differ in a setting that all layers share.
     """
     if not (raw.get(FIRST) and raw.get(LAST)):
         raise InputError(
@@ -70,14 +74,14 @@ def half(raw: Raw, key: str) -> ModelConfig:
 
 
 def incompatible(first: ModelConfig, last: ModelConfig) -> list[str]:
-    """In what two Llamas differ that one split Llama has to have in common, as `name 1 and 2`."""
+    """Settings that a split Llama has once and that two Llamas do not agree on, as `name 1 and 2`."""
     common = ("vocab_size", "activation", "qkv_bias", "out_bias", "mlp_bias")
     pairs = [(name, getattr(first, name), getattr(last, name)) for name in common]
     return [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
 
 
 def joined(first: ModelConfig, last: ModelConfig, kind: str) -> ModelConfig:
-    """The split Llama of two Llamas that consist of nothing but the layers it takes."""
+    """The split Llama of two Llamas, each cut down to the layers that it gives."""
     eps = None if first.norm_eps == last.norm_eps else first.norm_eps
     narrow = (replace(layer, hidden_size=first.hidden_size, norm_eps=eps) for layer in first.layers)
     return replace(
@@ -92,7 +96,7 @@ def joined(first: ModelConfig, last: ModelConfig, kind: str) -> ModelConfig:
 
 
 def _halves(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The Llamas that `joined` was made of, but for their context lengths and element types."""
+    """The two Llamas that `joined` takes, except for their context lengths and element types."""
     adapter = config.adapter
     if adapter is None:
         raise InputError("a split Llama without an adapter", hint="give --hf-reference")
@@ -119,7 +123,7 @@ def _kind(raw: Raw) -> str:
 
 
 def _check_counts(raw: Raw, config: ModelConfig) -> None:
-    """The numbers of layers are said several times; a contradiction would drop layers without a word."""
+    """config.json states the numbers of layers several times; a contradiction would drop layers in silence."""
     assert config.adapter is not None
     counts = (config.adapter.after, config.num_layers - config.adapter.after, config.num_layers)
     for key, count in zip(("num_layers_8", "num_layers_70", "num_hidden_layers"), counts, strict=True):
@@ -140,8 +144,8 @@ def compose(first: Raw, last: Raw, num_first: int, num_last: int, kind: str) -> 
         kind: Kind of the adapter.
 
     Raises:
-        InputError: One of the two is no sound config.json.
-        UnsupportedError: The two differ in what a split Llama has to have in common.
+        InputError: One of the two is not a valid config.json.
+        UnsupportedError: The two differ in a setting that a split Llama has once.
     """
     halves = {
         FIRST: {**deepcopy(dict(first)), "num_hidden_layers": num_first},
@@ -164,7 +168,7 @@ def compose(first: Raw, last: Raw, num_first: int, num_last: int, kind: str) -> 
 
 
 def _top_level(config: ModelConfig) -> dict[str, Any]:
-    """What generic tools look for at the top level: sizes of the wide half, and of the model as a whole."""
+    """The keys that generic tools read at the top level: sizes of the wide half, and of the whole model."""
     assert config.adapter is not None
     wide = config.layers[-1]
     return {
@@ -186,7 +190,7 @@ def _top_level(config: ModelConfig) -> dict[str, Any]:
 
 
 def unparse(config: ModelConfig, base: Raw) -> dict[str, Any]:
-    """The raw config.json of a split Llama: `base` with what differs, or all of it where there is no base."""
+    """The raw config.json of a split Llama: `base` with the fields that differ, or all fields without a base."""
     if base and parse(base) == config:
         return deepcopy(dict(base))
     halves = _halves(config)
@@ -195,14 +199,14 @@ def unparse(config: ModelConfig, base: Raw) -> dict[str, Any]:
     counts = [model.num_layers for model in halves.values()]
     raw = compose(raws[FIRST], raws[LAST], counts[0], counts[1], config.adapter.kind)
     if base:
-        raw.pop("dtype", None)  # said in the spelling that the base has
+        raw.pop("dtype", None)  # `base` has it, perhaps under its older name
     raw = {**deepcopy(dict(base)), **raw}
     set_dtype(raw, config.dtype)
     return raw
 
 
 def _unparse_half(model: ModelConfig, config: ModelConfig, base: Raw, key: str) -> dict[str, Any]:
-    """A half's own config.json; what the whole does not tell of it stays as in the base."""
+    """The config.json of a half; fields that the whole model does not determine stay as in `base`."""
     if not base:
         return llama.unparse(model, {})
     told, whole = half(base, key), parse(base)
@@ -214,22 +218,22 @@ def _unparse_half(model: ModelConfig, config: ModelConfig, base: Raw, key: str) 
 def complete(
     raw: Raw, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Raw | None]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A legacy config.json made self-contained; one that is, stays as it is.
+    """Makes a legacy config.json self-contained, and returns a self-contained one as it is.
 
-    The halves are described by the config.json files in the directories that `path8b` and `path70b` name. Without
-    these, sizes follow from the tensors, and what does not is taken from the top level, which is that of the narrow
-    model and has to say it. The tensors decide about the kind of the adapter.
+    The directories that `path8b` and `path70b` name hold the config.json of each half. Where one is absent, the sizes
+    of its half follow from the tensors; all other fields come from the top level, which is that of the narrow model and
+    must have them. The tensors decide the kind of the adapter.
 
     Args:
-        raw: config.json as it is.
+        raw: The config.json.
         shapes: Names and shapes of the tensors beside it.
         read: Gives the config.json in a directory that config.json names, or None.
 
     Returns:
-        The complete config.json, and what a user should know.
+        The complete config.json, and notes for the user.
 
     Raises:
-        InputError: Something cannot be known, or config.json contradicts the tensors.
+        InputError: A field cannot be derived, or config.json contradicts the tensors.
     """
     if FIRST in raw or LAST in raw:
         return dict(raw), []
@@ -260,7 +264,7 @@ def _count(raw: Raw, shapes: Mapping[str, tuple[int, ...]], key: str) -> int:
         raise InputError(f"no tensors of {_group(key)}*", hint="a split Llama has layers on both sides")
     count = 1 + max(stored)
     if raw.get(_COUNTS[key], count) != count:
-        raise InputError(f"config.json: {_COUNTS[key]} is {raw[_COUNTS[key]]!r}, the tensors are of {count} layers")
+        raise InputError(f"config.json: {_COUNTS[key]} is {raw[_COUNTS[key]]!r}, the tensors hold {count} layers")
     return count
 
 
@@ -279,7 +283,7 @@ def _stored_kind(raw: Raw, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _derived(raw: Raw, shapes: Mapping[str, tuple[int, ...]], key: str) -> dict[str, Any]:
-    """The config.json of a half as tensors and top level tell it."""
+    """The config.json of a half, derived from the tensors and the top level."""
     widths = {FIRST: "model.embed_tokens.weight", LAST: "model.norm.weight"}
     layer = _group(key) + "0."
     names = {
@@ -323,10 +327,10 @@ def _head_dim(raw: Raw) -> int | None:
 
 
 def legacy_config(raw: Raw) -> dict[str, Any]:
-    """The legacy config.json of a split Llama: that of the narrow model and a few keys.
+    """The legacy config.json of a split Llama: that of the narrow model with a few keys more.
 
     Raises:
-        UnsupportedError: The published code has no such adapter.
+        UnsupportedError: The published code cannot build the adapter.
     """
     config = parse(raw)
     assert config.adapter is not None
@@ -365,37 +369,17 @@ def _is_double(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 ENDS = (
-    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": (V, NARROW)}, copy, VOCAB, first=True),
-    Row("decoder.final_layernorm.weight", {"model.norm.weight": (WIDE,)}, copy, REPLICATED),
-    Row("output_layer.weight", {"lm_head.weight": (V, WIDE)}, copy, VOCAB),
+    once("embedding.word_embeddings.weight", "model.embed_tokens.weight", (V, NARROW), VOCAB, first=True),
+    once("decoder.final_layernorm.weight", "model.norm.weight", (WIDE,)),
+    once("output_layer.weight", "lm_head.weight", (V, WIDE), VOCAB),
 )
 """Embedding, last norm and head, which have different widths."""
 
+_ONE, _FIRST, _SECOND = "model.adapter.weight", "model.adapter_linear_1.weight", "model.adapter_linear_2.weight"
 ADAPTER = (
-    Row(
-        "decoder.adapter.linear_1.weight",
-        {"model.adapter.weight": (WIDE, NARROW)},
-        copy,
-        COLUMN,
-        when=_is_linear,
-        at_cut=True,
-    ),
-    Row(
-        "decoder.adapter.linear_1.weight",
-        {"model.adapter_linear_1.weight": (WIDE, NARROW)},
-        copy,
-        COLUMN,
-        when=_is_double,
-        at_cut=True,
-    ),
-    Row(
-        "decoder.adapter.linear_2.weight",
-        {"model.adapter_linear_2.weight": (WIDE, WIDE)},
-        copy,
-        ROW,
-        when=_is_double,
-        at_cut=True,
-    ),
+    once("decoder.adapter.linear_1.weight", _ONE, (WIDE, NARROW), COLUMN, when=_is_linear, at_cut=True),
+    once("decoder.adapter.linear_1.weight", _FIRST, (WIDE, NARROW), COLUMN, when=_is_double, at_cut=True),
+    once("decoder.adapter.linear_2.weight", _SECOND, (WIDE, WIDE), ROW, when=_is_double, at_cut=True),
 )
 """A single matrix is column-parallel and its output gathered; of two, the second is row-parallel."""
 
@@ -415,7 +399,5 @@ SPLIT_LLAMA = Family(
         "model.layers_last.{i}.self_attn.rotary_emb.inv_freq",
     ),
     marks=("decoder.adapter.linear_1.weight",),
-    complete=complete,
-    legacy_config=legacy_config,
-    code=CODE,
+    directory=HfDirectory(complete, legacy_config, CODE),
 )

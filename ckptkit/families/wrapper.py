@@ -1,4 +1,4 @@
-"""Multimodal wrappers around a text model: their config.json, and that of the text model alone."""
+"""Multimodal models around a text model: their config.json, and the config.json of the text model alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.rows import Raw
 
 WRAPPER_DEFAULTS = {"tie_word_embeddings": True}
-"""What a wrapper itself says of the model, with the class defaults of Gemma 3 and 4."""
+"""Class default of the one key that counts at the top level, of Gemma 3 and 4."""
 _SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 
 
 @dataclass(frozen=True, eq=False)
 class Wrapper:
-    """How a multimodal family writes its config.json: the text model's under `text_config`.
+    """How a multimodal family writes its config.json: that of the text model stands under `text_config`.
 
     Attributes:
         family: Name of the family, and Hugging Face's name of the config class.
         architecture: Hugging Face class name.
-        text: How the text model's family writes its own.
+        text: The config.json of the text model's family.
         parse_text: The text family's translation from config.json.
         unparse_text: The text family's translation to config.json.
     """
@@ -36,7 +36,7 @@ class Wrapper:
     unparse_text: Callable[[ModelConfig, Raw], dict[str, Any]]
 
     def parse(self, raw: Raw) -> ModelConfig:
-        """The text model of a wrapper.
+        """Translates a config.json to the text model that it holds.
 
         Raises:
             InputError: A field is missing, of the wrong type, or contradicts another.
@@ -52,9 +52,9 @@ class Wrapper:
         )
 
     def unparse(self, config: ModelConfig, base: Raw) -> dict[str, Any]:
-        """The raw config.json of a wrapper: `base` with the fields that differ.
+        """The raw config.json: `base` with the fields that differ.
 
-        Without a base the towers are unknown: transformers then takes those of its class defaults.
+        Without a base the towers are unknown, and transformers builds those of its class defaults.
         """
         raw = deepcopy(dict(base)) or {"architectures": [config.architecture], "model_type": self.family}
         text = raw.get("text_config") or {}

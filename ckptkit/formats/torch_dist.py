@@ -1,10 +1,8 @@
 """Megatron-Core's distributed checkpoint, `--ckpt-format torch_dist`: whole tensors in chunks, whatever the grid.
 
 Keys carry no ranks. Layers that are all alike are stacked on a new first axis (`decoder.layers.mlp.linear_fc2.weight`,
-[layers, ...]), others keep their number; experts are stacked behind the layers. Both come out, and go in, under
-canonical names: `decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}`. Names of the two layer specs differ in
-one place only: Transformer Engine keeps `pre_mlp_layernorm.weight` where a layer has experts, the local spec writes
-`mlp.linear_fc1.layer_norm_weight` there, too.
+[layers, ...]), others keep their number; experts are stacked behind the layers. Both come out, and go in, under names
+with numbers: `decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}`.
 
 Source: `sharded_state_dict` and `apply_swiglu_sharded_factory` of megatron-core 0.16.1 and 0.19.2; `common_state` and
 the two forms of metadata.json were measured on files of both.
@@ -39,15 +37,12 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(?!.*\blayers\.\d+\.)(.*?\blayers)\.(.+)")
-_STORED_EXPERT = re.compile(r"(.*\.experts)\.experts\.(?:(\d+)\.)?(linear_fc[12])\.(weight|bias)(_[wv])?")
-_EXPERT = re.compile(r"(.*\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d+)")
-_HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias)\d*)_([wv])")
+_STORED_EXPERT = re.compile(r"(.*\.experts)\.experts\.(?:(\d+)\.)?([a-z]\w*)\.(weight|bias)(_[wv])?")
+_EXPERT = re.compile(r"(.*\.experts)\.([a-z]\w*\.(?:weight|bias|_extra_state))(\d+)")
+_HALF = re.compile(r"(.*\.(?:weight|bias)\d*)_([wv])")
 _NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler")
 _ATTENTION, _STACKED_BLOCK = "self_attention.", "decoder.layers"  # layers of multi-token prediction are not stacked
-_LINEAR = ("linear_", "per_layer_model_proj")
 _GROUPED = re.compile(r"((?:.*\.)?self_attention)(_[a-z]+)\.")
-_HYBRID_NORM = "decoder.final_norm"
-_MOE_NORM, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,7 @@ class TorchDistFiles:
         path: The folder with metadata.json.
         root: The folder with the tracker file, or `path` itself.
         args: `args` as plain values.
-        tensors: Canonical name with global layer and expert numbers -> whole tensor, vocabulary padding included.
-        spec: `local` if the local layer spec wrote it and that shows (only with experts), else `te`.
+        tensors: Name with global layer and expert numbers -> whole tensor, vocabulary padding included.
         stacked: Whether its layers were stacked.
         ignored: Keys that are not of the model (optimizer and random states).
         optimizer: How much that is.
@@ -69,7 +63,6 @@ class TorchDistFiles:
     root: Path
     args: dict[str, Any]
     tensors: dict[str, Tensor]
-    spec: str
     stacked: bool
     ignored: tuple[str, ...]
     optimizer: OptimizerState
@@ -104,14 +97,11 @@ def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
             if name in found:
                 raise InputError(f"{name} is stored twice (once as {key})", where=path)
             found[name] = tensor
-    tensors = _join_halves(found, path)
-    moved = _moe_norms(tensors)
     return TorchDistFiles(
         path,
         root,
         _read_args(files),
-        {moved.get(name, name): tensor for name, tensor in tensors.items()},
-        "local" if moved else "te",
+        _join_halves(found, path),
         any(_STACKED.fullmatch(key) for key in keys),
         tuple(sorted(files.tensors.keys() - set(keys))),
         optimizer_state(files, files.tensors.keys() - set(keys)),
@@ -193,18 +183,6 @@ def _join_halves(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return whole
 
 
-def _moe_norms(names: Iterable[str]) -> dict[str, str]:
-    """Norms that the local spec names as if they were fused into an fc1, though their layer has only experts' fc1."""
-    names = set(names)
-    return {
-        fused: fused.removesuffix(_FUSED_NORM) + _MOE_NORM
-        for fused in names
-        if fused.endswith(f".{_FUSED_NORM}")
-        and fused.replace("layer_norm_weight", "weight") not in names
-        and fused.removesuffix(_FUSED_NORM) + "mlp.router.weight" in names
-    }
-
-
 def _read_args(files: DcpFiles) -> dict[str, Any]:
     """`args` of the common state: in common.pt up to 0.18, one of the objects since."""
     if (files.path / COMMON).is_file():
@@ -225,11 +203,12 @@ class GlobalTensor:
     """A tensor of a model to write.
 
     Attributes:
-        name: Canonical name with global layer and expert numbers.
+        name: Its name with global layer and expert numbers.
         tensor: The whole of it, vocabulary padding included.
         axis: The axis that tensor parallel ranks divide (negative: from the last), or None if all hold all of it.
-        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up.
+        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up; 0: unequal ones.
         pp_rank: The pipeline rank that holds it.
+        states: Names of the empty objects beside it that strict loading asks for, with the same numbers.
     """
 
     name: str
@@ -237,6 +216,7 @@ class GlobalTensor:
     axis: int | None = None
     blocks: int = 1
     pp_rank: int = 0
+    states: tuple[str, ...] = ()
 
 
 def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any], groups: Sequence[str] = ()) -> bool:
@@ -275,10 +255,8 @@ def lay_out_torch_dist(
     *,
     dtype: str,
     grid: Parallelism = Parallelism(),  # noqa: B008  frozen
-    spec: str = "te",
     stacked: bool | None = None,
     groups: Sequence[str] = (),
-    plain: tuple[str, ...] = (),
 ) -> list[OutputFile]:
     """The files of a checkpoint that Megatron-LM's `--load` finds as `release`; equal input gives equal bytes.
 
@@ -290,12 +268,8 @@ def lay_out_torch_dist(
         args: Arguments as plain values.
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
         grid: The grid whose ranks write; the stages are those of the tensors.
-        spec: `te`, `local` or another spec without Transformer Engine, whose strictest loading shall find exactly its
-            own keys. Strictness `assume_ok_unexpected`, Megatron-LM's default, loads `te` into all whose layers have
-            the same names.
         stacked: Whether layers are stacked; by default as `stacks` says.
         groups: What each layer's keys add to `self_attention`, where layers whose attention differs are stacked apart.
-        plain: Endings of modules that have no `_extra_state` in any layer spec.
 
     Raises:
         UsageError: A tensor does not divide over the ranks, or layers that differ are to be stacked.
@@ -305,7 +279,7 @@ def lay_out_torch_dist(
         stacked = stacks(shapes, args, groups)
     elif stacked and not stacks(shapes, {}, groups):
         raise UsageError("layers that differ cannot be stacked")
-    keys = _Keys(shapes, stacked, spec, groups, plain)
+    keys = _Keys(shapes, stacked, groups)
     chunks: list[NewChunk] = []
     objects: list[NewObject] = []
     whole: dict[str, tuple[int, ...]] = {}
@@ -315,7 +289,7 @@ def lay_out_torch_dist(
         if whole.setdefault(place.key, shape) != shape:
             raise UsageError(f"{item.name} has another shape than its siblings")
         chunks += _chunks(item, place, grid)
-        objects += [NewObject(key, _EMPTY_STATE, _file(item, place, grid, 0)) for key in keys.extra_states(item.name)]
+        objects += [NewObject(keys.of_state(name), _EMPTY_STATE, _file(item, place, grid, 0)) for name in item.states]
     common = {
         "args": Namespace({**args, "ckpt_format": "torch_dist", "params_dtype": TorchDType(dtype)}),
         "checkpoint_version": 3.0,
@@ -355,15 +329,11 @@ class _Place:
 
 
 class _Keys:
-    """Canonical names -> stored keys."""
+    """Names with layer and expert numbers -> stored keys."""
 
-    def __init__(
-        self, names: Iterable[str], stacked: bool, spec: str, groups: Sequence[str], plain: tuple[str, ...]
-    ) -> None:
+    def __init__(self, names: Iterable[str], stacked: bool, groups: Sequence[str]) -> None:
         self._stacked = stacked
-        self._spec = spec
         self._groups = groups
-        self._plain = plain
         self._layers: dict[str, int] = defaultdict(int)
         self._experts: dict[str, int] = defaultdict(int)
         for name in names:
@@ -371,14 +341,10 @@ class _Keys:
                 self._layers[match[1]] = max(self._layers[match[1]], int(match[2]) + 1)
             if match := _EXPERT.fullmatch(name):
                 self._experts[match[1]] = max(self._experts[match[1]], int(match[3]) + 1)
-        self._moe = {block.removesuffix("experts") for block in self._experts}
 
     def place(self, name: str) -> _Place:
         """The stored tensor that one belongs to, and where."""
         expert = _EXPERT.fullmatch(name)
-        block = name.removesuffix(_MOE_NORM)
-        if self._spec == "local" and block != name and f"{block}mlp." in self._moe:
-            name = block + _FUSED_NORM
         key = f"{expert[1]}.experts.{expert[2]}" if expert else name
         at = (int(expert[3]),) if expert else ()
         counts = (self._experts[expert[1]],) if expert else ()
@@ -394,24 +360,11 @@ class _Keys:
                 key, at, counts = f"{stack}.{rest}", (number, *at), (count, *counts)
         return _Place(key, at, counts, bool(expert))
 
-    def extra_states(self, name: str) -> list[str]:
-        """The keys of the empty `_extra_state` objects that strict loading expects beside a weight."""
+    def of_state(self, name: str) -> str:
+        """The key of an object beside a tensor."""
         place = self.place(name)
-        module, _, kind = place.key.rpartition(".")
-        if kind != "weight":
-            return []
-        last = module.rpartition(".")[2]
-        if last.endswith(self._plain) and self._plain:
-            return []
-        modules = [module] if last.startswith(_LINEAR) else []
-        if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
-            modules.append(module.removesuffix(_HYBRID_NORM) + "output_layer")
-        if self._spec == "te":
-            modules += [module] if last.endswith(("layernorm", "final_norm")) else []
-            modules += [module.removesuffix("linear_qkv") + "core_attention"] if last == "linear_qkv" else []
         at, counts = place.at or (0,), place.counts or (1,)
-        shard = f"shard_{'.'.join(map(str, at))}_{'.'.join(map(str, counts))}"
-        return [f"{module}._extra_state/{shard}" for module in modules]
+        return f"{place.key}/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, counts))}"
 
 
 def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[NewChunk]:
@@ -425,6 +378,8 @@ def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[Ne
             _file(item, place, grid, 0),
         )
         return
+    if not item.blocks:
+        raise UnsupportedError(f"{item.name}: its parts are of unequal sizes, and have no torch_dist form here")
     size = grid.expert_tp if place.expert else grid.tp
     axis = item.axis % len(tensor.shape)
     share, rest = divmod(tensor.shape[axis], item.blocks * size)

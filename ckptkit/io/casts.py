@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptkit.dtypes import DType
+from ckptkit.dtypes import DType, rounded_to_bf16
 from ckptkit.io.castable import check_cast
 
 Bytes = NDArray[np.uint8]
@@ -79,14 +79,7 @@ def _quiet(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Adds just below half of the last kept bit, and that bit: a carry rounds up, ties go to even."""
-    bits = values.view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    result = rounded.astype(np.uint16)
+    result = rounded_to_bf16(values.view(np.uint32)).astype(np.uint16)
     nan = np.isnan(values)
     if nan.any():
         result[nan] = _BF16_NAN

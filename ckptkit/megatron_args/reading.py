@@ -85,10 +85,10 @@ def _with_family_args(family: Family, args: Mapping[str, Any], config: ModelConf
     Raises:
         InputError: They make no sense.
     """
-    assert family.from_args is not None
+    assert family.quirks.from_args is not None
     raw = family.unparse(config, {})
     text = raw[family.sizes_in] if family.sizes_in else raw
-    text.update(family.from_args(args, [layer.window for layer in config.layers]))
+    text.update(family.quirks.from_args(args, [layer.window for layer in config.layers]))
     return family.parse(raw)
 
 
@@ -133,11 +133,11 @@ def _raw_config(family: Family, args: Mapping[str, Any], vocab_size: int) -> dic
         "intermediate_size": args.get("ffn_hidden_size") or 4 * hidden,
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
     }
-    if family.from_args is not None:
+    if family.quirks.from_args is not None:
         without = {"window_size": None, "window_attn_skip_freq": None}
         with _sense():
             windows = [_window({**without, **args}, number) for number in range(args["num_layers"])]
-        sizes.update(family.from_args(args, windows))
+        sizes.update(family.quirks.from_args(args, windows))
     return {family.sizes_in: sizes} if family.sizes_in else sizes
 
 

@@ -57,7 +57,8 @@ def model_args(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 def family_args(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The arguments that only this family has. Megatron-LM has none for them: the names are the family's own."""
-    return family.args(config) if family.args is not None else {}
+    to_args = family.quirks.to_args
+    return {} if to_args is None else to_args(config)
 
 
 def _adapter_args(config: ModelConfig) -> dict[str, Any]:

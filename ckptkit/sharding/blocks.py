@@ -1,72 +1,92 @@
-"""Queries, keys and values in blocks: each rank's queries, then its keys, then its values.
+"""Tensors whose parts are cut each for itself: a rank's share of the first part, then its share of the next.
 
-Megatron-Core lays one query group after the other, so that any cut between rows is a cut between groups; here what lies
-inside a shard depends on how many shards there are. Where ranks outnumber key/value heads, the ranks that share a head
-each hold a copy of it.
+What lies inside a shard then depends on how many shards there are. Where ranks outnumber the heads of a part, the ranks
+that share a head may each hold a copy of it.
 
-Source: `load_state_dict_to_megatron_llama` and `merge_megatron_ckpt_llama` of verl.
+Source: `load_state_dict_to_megatron_llama` and `merge_megatron_ckpt_llama` of verl, for queries, keys and values; the
+`in_proj` of Megatron-Core's linear attention, for parts that no two ranks share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ckptkit.errors import UsageError
 from ckptkit.sharding.rules import Split
 from ckptkit.tensors import Tensor, vstack
 
-Pack = Callable[[Sequence[Tensor]], Tensor]
-Unpack = Callable[[Tensor], Sequence[Tensor]]
 
+@dataclass(frozen=True)
+class Block:
+    """A part of a fused tensor.
 
-def query_key_value_blocks(heads: int, kv_heads: int, head_dim: int, pack: Pack, unpack: Unpack) -> Split:
-    """The rule for a fused tensor of queries, keys and values.
-
-    Args:
-        heads: Attention heads.
-        kv_heads: Key/value heads.
-        head_dim: Rows of a head.
-        pack: Queries, keys and values -> the fused tensor as the tables know it.
-        unpack: The inverse.
+    Attributes:
+        heads: Pieces of it that no rank divides.
+        rows: Rows of each.
+        name: What the pieces are, for messages.
     """
 
-    def blocks(size: int) -> tuple[int, int]:
-        """Rows of a rank's queries, and of its keys (or values)."""
-        if heads % size or (kv_heads % size and size % kv_heads):
-            raise UsageError(f"{heads} attention and {kv_heads} key/value heads do not divide over {size} ranks")
-        return heads // size * head_dim, max(kv_heads // size, 1) * head_dim
+    heads: int
+    rows: int
+    name: str = "heads"
+
+
+def in_blocks(
+    blocks: Sequence[Block],
+    pack: Callable[[Sequence[Tensor]], Tensor],
+    unpack: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    shared: bool,
+) -> Split:
+    """The rule for a fused tensor whose parts are cut each for itself.
+
+    Args:
+        blocks: Its parts.
+        pack: The whole parts -> the fused tensor as the tables know it.
+        unpack: The inverse.
+        shared: Whether ranks may outnumber the heads of a part (not those of the part that has most).
+    """
+    most = max(block.heads for block in blocks)
+
+    def heights(size: int) -> list[int]:
+        """Rows that a rank has of each part."""
+        for block in blocks:
+            may_share = shared and block.heads < most and size % block.heads == 0
+            if block.heads % size and not may_share:
+                counts = dict.fromkeys(f"{other.heads} {other.name}" for other in blocks)
+                raise UsageError(f"{' and '.join(counts)} do not divide over {size} ranks")
+        return [max(block.heads // size, 1) * block.rows for block in blocks]
 
     def cut(tensor: Tensor, rank: int, size: int) -> Tensor:
-        query, key, value = unpack(tensor)
-        wide, narrow = blocks(size)
-        start = rank * kv_heads // size * head_dim
-        return vstack(
-            [query.rows(rank * wide, (rank + 1) * wide), *(part.rows(start, start + narrow) for part in (key, value))]
-        )
+        starts = [rank * block.heads // size * block.rows for block in blocks]
+        pieces = zip(unpack(tensor), starts, heights(size), strict=True)
+        return vstack([part.rows(start, start + height) for part, start, height in pieces])
 
-    def parts(shard: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        wide, narrow = blocks(size)
-        if not shard.shape or shard.shape[0] != wide + 2 * narrow:
-            raise ValueError(f"a shard is {list(shard.shape)}, not {wide + 2 * narrow} rows")
-        return shard.rows(0, wide), shard.rows(wide, wide + narrow), shard.rows(wide + narrow, wide + 2 * narrow)
+    def parts(shard: Tensor, size: int) -> list[Tensor]:
+        wanted = heights(size)
+        if not shard.shape or shard.shape[0] != sum(wanted):
+            raise ValueError(f"a shard is {list(shard.shape)}, not {sum(wanted)} rows")
+        ends = [sum(wanted[: number + 1]) for number in range(len(wanted))]
+        return [shard.rows(end - height, end) for end, height in zip(ends, wanted, strict=True)]
 
-    def sharing(size: int) -> int:
-        """Ranks that hold the same key/value heads."""
-        return max(size // kv_heads, 1)
+    def sharing(block: Block, size: int) -> int:
+        """Ranks that hold the same head."""
+        return max(size // block.heads, 1)
 
     def join(shards: Sequence[Tensor]) -> Tensor:
-        queries, keys, values = zip(*(parts(shard, len(shards)) for shard in shards), strict=True)
-        step = sharing(len(shards))
-        return pack([vstack(queries), vstack(keys[::step]), vstack(values[::step])])
+        by_part = zip(*(parts(shard, len(shards)) for shard in shards), strict=True)
+        return pack([vstack(part[:: sharing(block, len(shards))]) for block, part in zip(blocks, by_part, strict=True)])
 
     def copies(shards: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        _, keys, values = zip(*(parts(shard, len(shards)) for shard in shards), strict=True)
-        step = sharing(len(shards))
+        by_part = list(zip(*(parts(shard, len(shards)) for shard in shards), strict=True))
+        steps = [sharing(block, len(shards)) for block in blocks]
         return [
             (part[rank - rank % step], part[rank])
             for rank in range(len(shards))
+            for part, step in zip(by_part, steps, strict=True)
             if rank % step
-            for part in (keys, values)
         ]
 
-    return Split("query, key and value blocks", cut, join, copies=copies)
+    equal = len({block.heads * block.rows for block in blocks}) == 1
+    return Split("by part", cut, join, blocks=len(blocks) if equal else 0, copies=copies)

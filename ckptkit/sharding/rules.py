@@ -27,8 +27,9 @@ class Split:
         padded: Whether the first axis is the vocabulary, padded before it is cut.
         expert: Whether the ranks are the expert tensor parallel ones, on one expert parallel rank.
         axis: The axis that the ranks divide (-1: the last), or None if they do not.
-        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up.
+        blocks: Equal parts along that axis which are divided each for itself: 2 for gate and up, 0 for unequal parts.
         copies: The shards of all ranks -> pairs of pieces of them that hold the same elements.
+        by_part: Whether the layout has the rule, because it knows the parts which are divided each for itself.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Split:
     axis: int | None = 0
     blocks: int = 1
     copies: Callable[[Sequence[Tensor]], Sequence[tuple[Tensor, Tensor]]] = lambda shards: ()
+    by_part: bool = False
 
 
 def _share(length: int, size: int, axis: str) -> int:
@@ -76,12 +78,18 @@ def _join_gated(shards: Sequence[Tensor]) -> Tensor:
     return vstack([*gates, *ups])
 
 
+def _unresolved(*given: object) -> Tensor:
+    raise AssertionError("the rule of a row that is cut by part comes from its layout")
+
+
 COLUMN = Split("column", _cut_rows, vstack)
 ROW = Split("row", _cut_columns, hstack, axis=-1)
 GATED_COLUMN = Split("gated column", _cut_gated, _join_gated, blocks=2)
 REPLICATED = Split(
     "replicated", lambda tensor, rank, size: tensor, lambda shards: shards[0], replicated=True, axis=None
 )
+BY_PART = Split("by part", _unresolved, _unresolved, blocks=0, by_part=True)
+"""Every part is cut for itself; which parts there are the layout of the row knows (`Item.split`)."""
 VOCAB = Split("vocabulary", _cut_rows, vstack, padded=True)
 EXPERT_GATED_COLUMN = replace(GATED_COLUMN, name="expert gated column", expert=True)
 EXPERT_ROW = replace(ROW, name="expert row", expert=True)

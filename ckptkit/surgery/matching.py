@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UnsupportedError
-from ckptkit.families.split_llama import incompatible
+from ckptkit.families.split_llama import HALF, incompatible
 from ckptkit.formats.json_files import read_json
 from ckptkit.tables.config_fields import rope_fields
 
@@ -42,7 +42,7 @@ def differences(first: Checkpoint, last: Checkpoint) -> Differences:
         InputError: A tokenizer is damaged.
     """
     for model in (first, last):
-        if model.family.name != "llama":
+        if model.family is not HALF:
             raise UnsupportedError(f"{model.config.architecture} is no LlamaForCausalLM", where=model.path)
     fatal, risky, notes = [*incompatible(first.config, last.config)], list(_sizes(first, last)), []
     tokenizers = [model.sidecar.small.get(TOKENIZER) for model in (first, last)]

@@ -16,7 +16,7 @@ from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import UnsupportedError, UsageError
-from ckptkit.families.split_llama import ARCHITECTURE, FIRST, LAST, SPLIT_LLAMA, half
+from ckptkit.families.split_llama import ARCHITECTURE, FIRST, HALF, LAST, SPLIT_LLAMA, half
 from ckptkit.surgery.build import ADAPTER, RECIPE
 from ckptkit.surgery.initialisation import FITTED, Request, initialise
 
@@ -84,7 +84,7 @@ def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> 
     Raises:
         UnsupportedError: It cannot.
     """
-    if model.family.name != "llama":
+    if model.family is not HALF:
         raise UnsupportedError(f"{option}: {model.config.architecture} is no LlamaForCausalLM", where=model.path)
     own, whole = half(split.sidecar.config, key), model.config
     pairs = {

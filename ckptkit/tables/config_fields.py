@@ -101,7 +101,7 @@ class Fields:
         """Kind of attention of each layer, `full_attention` or `sliding_attention`.
 
         Args:
-            default: What transformers fills in where the file has no `layer_types`.
+            default: The types that transformers assumes where the file has no `layer_types`.
 
         Raises:
             InputError: There is not one of these two for each layer.
@@ -221,11 +221,11 @@ def rope_fields(rope: Rope) -> dict[str, Any]:
 
 
 def set_rope(raw: dict[str, Any], rope: Rope, default: Rope, defaults: Mapping[str, Any]) -> None:
-    """Writes `rope` into `raw` in the spelling that `raw` already uses; an equal one stays as it is.
+    """Writes `rope` into `raw` in the spelling that `raw` already uses; an equal one is left alone.
 
     Args:
         raw: The config.json to change.
-        rope: What it shall say.
+        rope: The rotary embedding.
         default: The family's class default.
         defaults: Class defaults of the other keys.
     """

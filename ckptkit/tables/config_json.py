@@ -1,7 +1,7 @@
-"""What most families share: the translation of config.json, and rows that Llama lacks.
+"""The translation of config.json, as far as most families share it.
 
-A family states its class defaults; a key that the class does not have is absent from them, and is then neither read nor
-written. What is its own, the family replaces in the `ModelConfig` that `decoder` gives.
+A family lists its class defaults. A key that they lack does not exist in the class: it is neither read nor written. The
+family replaces its own fields in the `ModelConfig` that `decoder` returns.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.errors import InputError
-from ckptkit.sharding.rules import EXPERT_GATED_COLUMN, EXPERT_ROW, REPLICATED
 from ckptkit.tables.config_fields import FULL, SLIDING, Fields, set_dtype, set_rope
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
-from ckptkit.tables.rows import HD, D, E, I, Raw, Row, copy, gate_up
+from ckptkit.tables.rows import Raw
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class ConfigJson:
         return Fields(raw, self.defaults, dict(self.aliases))
 
     def decoder(self, raw: Raw) -> ModelConfig:
-        """The model as far as all families say it alike: sizes, biases, one rotary embedding, no windows, no experts.
+        """Translates the keys that all families share: sizes, biases, one rotary embedding; no windows, no experts.
 
         Raises:
             InputError: A field is missing, of the wrong type, or contradicts another.
@@ -90,7 +89,7 @@ class ConfigJson:
         return "hidden_activation" if "hidden_activation" in self.defaults else "hidden_act"
 
     def values(self, config: ModelConfig) -> dict[str, Any]:
-        """What config.json says of `config` in the keys that `decoder` reads, all defaults spelled out."""
+        """The values of `config` for the keys that `decoder` reads, defaults included."""
         layer = config.layers[0]
         values = {
             "vocab_size": config.vocab_size,
@@ -122,10 +121,10 @@ class ConfigJson:
         The rotary embedding is left to `with_rope`, for families with more than one.
 
         Args:
-            config: What it shall say.
+            config: The model to describe.
             base: The config.json to change, or an empty one.
             parse: The family's translation from config.json.
-            values: What config.json of the family says of a model, all defaults spelled out.
+            values: The family's translation of a model to keys of config.json, defaults included.
         """
         raw = deepcopy(dict(base)) or {"architectures": [self.architecture], "model_type": self.model_type}
         told, new = values(parse(base)) if base else {}, values(config)
@@ -182,68 +181,3 @@ def window_of(config: ModelConfig) -> int | None:
 def layer_types_of(config: ModelConfig) -> list[str]:
     """Hugging Face's `layer_types`."""
     return [FULL if layer.window is None else SLIDING for layer in config.layers]
-
-
-def dense(config: ModelConfig, layer: LayerConfig) -> bool:
-    """Whether a layer has a dense MLP."""
-    return not layer.moe
-
-
-def sparse(config: ModelConfig, layer: LayerConfig) -> bool:
-    """Whether a layer has experts."""
-    return layer.moe
-
-
-QK_NORMS = (
-    Row(
-        "decoder.layers.{i}.self_attention.q_layernorm.weight",
-        {"model.layers.{i}.self_attn.q_norm.weight": (HD,)},
-        copy,
-        REPLICATED,
-    ),
-    Row(
-        "decoder.layers.{i}.self_attention.k_layernorm.weight",
-        {"model.layers.{i}.self_attn.k_norm.weight": (HD,)},
-        copy,
-        REPLICATED,
-    ),
-)
-
-
-def experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """The rows of a layer's router and experts.
-
-    Args:
-        block: Hugging Face's name of the module that holds both, inside a layer.
-        gate: Its name of an expert's gate projection.
-        up: Its name of an expert's up projection.
-        down: Its name of an expert's down projection.
-    """
-    inside = "model.layers.{i}." + block
-    return (
-        Row(
-            "decoder.layers.{i}.pre_mlp_layernorm.weight",
-            {"model.layers.{i}.post_attention_layernorm.weight": (D,)},
-            copy,
-            REPLICATED,
-            when=sparse,
-        ),
-        Row("decoder.layers.{i}.mlp.router.weight", {f"{inside}.gate.weight": (E, D)}, copy, REPLICATED, when=sparse),
-        Row(
-            "decoder.layers.{i}.mlp.experts.linear_fc1.weight{e}",
-            {
-                inside + ".experts.{e}." + gate + ".weight": (I, D),
-                inside + ".experts.{e}." + up + ".weight": (I, D),
-            },
-            gate_up,
-            EXPERT_GATED_COLUMN,
-            when=sparse,
-        ),
-        Row(
-            "decoder.layers.{i}.mlp.experts.linear_fc2.weight{e}",
-            {inside + ".experts.{e}." + down + ".weight": (D, I)},
-            copy,
-            EXPERT_ROW,
-            when=sparse,
-        ),
-    )

@@ -1,176 +1,63 @@
-"""A family: its table, resolved for one model, and the recognition of its names."""
+"""A family: everything that ckptkit knows of the models of one kind, as data."""
 
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ckptkit.dtypes import DType
-from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.sharding.blocks import query_key_value_blocks
-from ckptkit.sharding.rules import Split
+from ckptkit.errors import UsageError
 from ckptkit.tables.bridge import BridgeProvider
+from ckptkit.tables.items import Item, number, resolve
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
-from ckptkit.tables.rows import _BF16, Buffer, Raw, Replica, Row, Slot, qkv
+from ckptkit.tables.rows import Buffer, Raw, Replica, Row
 from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
-from ckptkit.tensors import Literal, Tensor
-
-
-def _number(value: float, dtype: DType) -> Tensor:
-    """A 0-dim tensor, rounded to nearest even as torch rounds a Python number."""
-    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
-    if dtype.name not in formats:
-        raise UnsupportedError(f"no {dtype} form of a number", hint="choose bfloat16, float16 or float32 with --dtype")
-    data = struct.pack(formats[dtype.name], value)
-    if dtype.name == "BF16":
-        bits = int.from_bytes(data, "little")
-        data = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to_bytes(2, "little")
-    return Tensor.from_bytes(data, dtype, ())
-
-
-@dataclass(frozen=True)
-class Unused:
-    """A slot of an item, with everything resolved.
-
-    Attributes:
-        slot: The slot.
-        shape: Its shape in elements.
-        hf: Name under which Hugging Face files may hold it, or None.
-    """
-
-    slot: Slot
-    shape: tuple[int, ...]
-    hf: str | None
-
-    def filled(self, parts: Sequence[Tensor], dtype: DType) -> Tensor:
-        """What a conversion fills it with.
-
-        Args:
-            parts: The tensors of the row that it belongs to.
-            dtype: Element type, where there are none.
-        """
-        if self.slot.repeats is not None:
-            return parts[self.slot.repeats]
-        like = parts[0] if parts else None
-        kind = like.dtype if like is not None else dtype
-        (piece,) = _number(self.slot.value, kind).bands[0].pieces
-        assert isinstance(piece, Literal) and isinstance(piece.data, bytes)
-        constant = Tensor.full(kind, self.shape, piece.data)
-        return constant if like is None or like.cast is None else constant.astype(like.cast)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A row for one model, layer and expert, with everything resolved.
-
-    Attributes:
-        row: The row it comes from.
-        key: Canonical Megatron name with the global layer and expert numbers.
-        layer: Global layer number, or None.
-        parts: Hugging Face names -> shapes in elements.
-        config: The layer's sizes.
-        expert: Global expert number, or None.
-        cut: Number of the layer that it stands before, or None unless it stands at the model's adapter.
-        slots: Its parts that the model does not use.
-    """
-
-    row: Row
-    key: str
-    layer: int | None
-    parts: dict[str, tuple[int, ...]]
-    config: LayerConfig
-    expert: int | None = None
-    cut: int | None = None
-    slots: tuple[Unused, ...] = ()
-
-    def name(self, layer: int | None, expert: int | None = None) -> str:
-        """The canonical Megatron name under a rank's own layer and expert numbers."""
-        return self.row.megatron.format(i=layer, e=expert)
-
-    def split(self, spelling: Spelling) -> Split:
-        """How it splits over tensor parallel ranks for a writer."""
-        if not spelling.blocks or self.row.layout is not qkv:
-            return self.row.split
-        layer = self.config
-        return query_key_value_blocks(
-            layer.num_heads,
-            layer.num_kv_heads,
-            layer.head_dim,
-            lambda parts: qkv.pack(parts, layer),
-            lambda fused: qkv.unpack(fused, layer),
-        )
-
-    def pack(
-        self, tensors: Sequence[Tensor], unused: Mapping[str, Tensor] = MappingProxyType({}), dtype: DType = _BF16
-    ) -> Tensor:
-        """Hugging Face tensors -> the Megatron tensor.
-
-        Args:
-            tensors: One for each of `parts`.
-            unused: What the files hold for slots, by Hugging Face name; other slots are filled.
-            dtype: Element type of a tensor that has no parts.
-
-        Raises:
-            InputError: The tensors differ in dtype.
-        """
-        slots = [
-            unused[slot.hf] if slot.hf is not None and slot.hf in unused else slot.filled(tensors, dtype)
-            for slot in self.slots
-        ]
-        try:
-            return self.row.layout.pack([*tensors, *slots], self.config)
-        except ValueError as error:
-            raise InputError(
-                f"{', '.join(self.parts)}: {error}", hint="cast them to one type first: Megatron has them in one tensor"
-            ) from None
-
-    def unpack(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The Megatron tensor -> its Hugging Face tensors."""
-        return dict(zip(self.parts, self._pieces(tensor), strict=False))
-
-    def dropped(self, tensor: Tensor) -> list[tuple[Unused, Tensor, Tensor]]:
-        """The slots of the Megatron tensor: (slot, what is in it, what a conversion fills it with)."""
-        pieces = self._pieces(tensor)
-        parts, slots = pieces[: len(self.parts)], pieces[len(self.parts) :]
-        return [(slot, found, slot.filled(parts, tensor.dtype)) for slot, found in zip(self.slots, slots, strict=True)]
-
-    def completed(self, tensor: Tensor) -> Tensor:
-        """The Megatron tensor of a writer that leaves out the slots, with them."""
-        return self.pack(self._pieces(tensor), dtype=tensor.dtype)
-
-    def _pieces(self, tensor: Tensor) -> list[Tensor]:
-        return self.row.layout.unpack(tensor, self.config)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the Megatron tensor, without vocabulary padding."""
-        return _stacked([*self.parts.values(), *(slot.shape for slot in self.slots)])
-
-    @cached_property
-    def bare_shape(self) -> tuple[int, ...] | None:
-        """Shape of the Megatron tensor without slots that repeat a part, or None where it has none of those."""
-        if not any(slot.slot.repeats is not None for slot in self.slots):
-            return None
-        return _stacked(list(self.parts.values()))
-
-    @cached_property
-    def parameters(self) -> int:
-        """Elements that the model has in it."""
-        return sum(prod(shape) for shape in self.parts.values())
-
-
-def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
-
+from ckptkit.tensors import Tensor
 
 Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
+
+
+@dataclass(frozen=True)
+class MegatronQuirks:
+    """How Megatron writes a family differently from all others.
+
+    Attributes:
+        to_args: A model -> entries of Megatron's `args` that only this family has.
+        from_args: (`args`, window of each layer) -> the keys of config.json that `to_args` covers.
+        attention_of: A layer -> the suffix that torch_dist keys add to `self_attention`, where layers whose attention
+            differs are stacked apart.
+        local_only: Whether a model is always built from the local layer spec, whatever the names of its norms.
+        plain: Endings of modules that no layer spec builds from Transformer Engine.
+        parallel: Endings of parallel linear layers beyond those that all families have.
+        foreign: Pieces of Megatron names -> the layout that they belong to, which no table reads.
+    """
+
+    to_args: Callable[[ModelConfig], dict[str, Any]] | None = None
+    from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    attention_of: Callable[[LayerConfig], str] | None = None
+    local_only: Callable[[ModelConfig], bool] = lambda config: False
+    plain: tuple[str, ...] = ()
+    parallel: tuple[str, ...] = ()
+    foreign: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HfDirectory:
+    """How a Hugging Face directory of a family differs from all others.
+
+    Attributes:
+        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
+            directory that it names) -> a config.json that describes the model by itself, and notes for the user.
+        legacy_config: Raw config.json -> that of an older layout of the same tensors.
+        code: Files with the model's Python code, which belong into every directory.
+    """
+
+    complete: Complete | None = None
+    legacy_config: Callable[[Raw], dict[str, Any]] | None = None
+    code: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,29 +72,22 @@ class Family:
         unparse: (`ModelConfig` read from Megatron's `args`, base config.json) -> raw config.json with these values.
         replicas: Redundant copies that some Hugging Face files hold.
         extras: Hugging Face tensors without a Megatron slot; they travel in the sidecar. Names with `{i}` for every
-            layer, or with a `*` at the end for everything that starts so.
-        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it: what
-            their names begin with -> what the extras' names begin with.
-        buffers: Extras that can be made anew where nothing brought them along.
-        spellings: Megatron names of different writers; the first is canonical.
-        hf_spellings: Hugging Face names of different writers; the first is what a new model is written in.
-        prefix: What stands before all Megatron names of this family's models, unless only the text part is wanted.
+            layer, or with a `*` at the end for all names that begin so.
+        buffers: Extras that can be made anew where the source lacks them.
         marks: Canonical Megatron names (without numbers) that a checkpoint of this family is recognised by.
+        spellings: Megatron names of different writers; the first is canonical.
+        hf_spellings: Hugging Face names of different writers; the first is that of a new model.
+        value_architectures: Hugging Face class names of the same body with a value head; a language model becomes the
+            first.
+        prefix: Beginning of all Megatron names of this family's models, unless only the text part is wanted.
+        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it:
+            beginning of their Megatron names -> beginning of the extras' names.
         text_only: Multimodal families: raw config.json -> raw config.json of the text model alone. The canonical names
             of both are the same.
-        sizes_in: Key of config.json under which the sizes of the text model are, or None for the top level.
-        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
-            directory that it names) -> one that describes the model by itself, and what a user should know.
-        legacy_config: Raw config.json -> that of an older layout of the same tensors.
-        code: Files with the model's Python code, which belong into every Hugging Face directory of the family.
-        foreign: Pieces of Megatron names -> the layout that they betray, which no table reads.
-        attention_of: What torch_dist keys add to `self_attention` in a layer, where layers whose attention differs are
-            stacked apart.
-        args: What Megatron's `args` say of this family's models beyond what they say of all.
-        from_args: (`args`, window of each layer) -> config.json of what only this family has.
+        sizes_in: Key of config.json that holds the sizes of the text model, or None for the top level.
+        quirks: How Megatron writes the family differently from all others.
+        directory: How its Hugging Face directories differ from all others.
         bridge: How Megatron-Bridge builds this family's models, or None if it does not.
-        local_only: Whether a model is only ever built from the local layer spec, whatever the names of its norms.
-        plain: Endings of modules that are not Transformer Engine's in any layer spec.
     """
 
     name: str
@@ -217,38 +97,37 @@ class Family:
     unparse: Callable[[ModelConfig, Raw], dict[str, Any]]
     replicas: tuple[Replica, ...] = ()
     extras: tuple[str, ...] = ()
-    towers: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[Buffer, ...] = ()
+    marks: tuple[str, ...] = ()
     spellings: tuple[Spelling, ...] = (TE, LOCAL)
     hf_spellings: tuple[HfSpelling, ...] = (HUB,)
+    value_architectures: tuple[str, ...] = ()
     prefix: str = ""
-    marks: tuple[str, ...] = ()
+    towers: Mapping[str, str] = field(default_factory=dict)
     text_only: Callable[[Raw], dict[str, Any]] | None = None
     sizes_in: str | None = None
-    complete: Complete | None = None
-    legacy_config: Callable[[Raw], dict[str, Any]] | None = None
-    code: tuple[Path, ...] = ()
-    foreign: Mapping[str, str] = field(default_factory=dict)
-    attention_of: Callable[[LayerConfig], str] | None = None
-    args: Callable[[ModelConfig], dict[str, Any]] | None = None
-    from_args: Callable[[Mapping[str, Any], Sequence[int | None]], dict[str, Any]] | None = None
+    quirks: MegatronQuirks = MegatronQuirks()
+    directory: HfDirectory = HfDirectory()
     bridge: BridgeProvider | None = None
-    local_only: Callable[[ModelConfig], bool] = lambda config: False
-    plain: tuple[str, ...] = ()
 
     def items(self, config: ModelConfig) -> Iterator[Item]:
         """Every tensor that a model of this config has, in table order, layer by layer, expert by expert."""
         for row in self.rows:
             if "{i}" not in row.megatron and row.when(config, config.layers[0]):
-                yield _resolve(row, config, None, None)
+                yield resolve(row, config, None, None)
         for index, layer in enumerate(config.layers):
             for row in self.rows:
                 if "{i}" in row.megatron and row.when(config, layer):
                     for expert in range(config.num_experts) if "{e}" in row.megatron else (None,):
-                        yield _resolve(row, config, index, expert)
+                        yield resolve(row, config, index, expert)
+
+    def attention_groups(self, config: ModelConfig) -> list[str]:
+        """The suffix of `self_attention` in each layer's torch_dist keys; empty where all layers stack together."""
+        suffix = self.quirks.attention_of
+        return [] if suffix is None else [suffix(layer) for layer in config.layers]
 
     def is_extra(self, name: str, config: ModelConfig) -> bool:
-        """Whether a Hugging Face tensor has no Megatron slot but belongs to the model all the same."""
+        """Whether a Hugging Face tensor belongs to the model, although Megatron has no slot for it."""
         patterns = [*self.extras, *(buffer.hf for buffer in self.buffers if buffer.when(config))]
         return any(_matches(pattern, name, config.num_layers) for pattern in patterns)
 
@@ -269,13 +148,13 @@ class Family:
             if buffer.when(config)
             for index in range(config.num_layers)
         }
-        return {name: _number(value, dtype) for name, value in names.items() if name not in present}
+        return {name: number(value, dtype) for name, value in names.items() if name not in present}
 
     def unfuse(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], str]:
         """Hugging Face tensors as some writer names them -> canonical names, and the name of the writer's spelling.
 
         Raises:
-            InputError: Stacked experts are missing or have another shape than the config says.
+            InputError: Stacked experts are missing, or their shape contradicts the config.
         """
         spelling = self.hf_spelling(tensors, config)
         if spelling.canonical_as_is:
@@ -308,7 +187,7 @@ class Family:
 
         Args:
             name: `te`, `local`, or another that the family has.
-            experts: `grouped` or `sequential`; None for what goes with the spelling.
+            experts: `grouped` or `sequential`; None for the spelling's own.
             text: Without the prefix of a multimodal family, as a text model alone is named.
 
         Raises:
@@ -326,8 +205,7 @@ class Family:
 
         Args:
             names: The names.
-            config: The model, if it is known; then those of its own tensors that a spelling has beyond `names` count
-                against it, too.
+            config: If given, tensors of this model that are missing from `names` also count against a spelling.
         """
         written = {template(name) for name in names}
         if config is None:
@@ -366,16 +244,3 @@ def _matches(pattern: str, name: str, num_layers: int) -> bool:
     head, _, tail = pattern.partition("{i}")
     match = re.fullmatch(f"{re.escape(head)}(0|[1-9][0-9]*){re.escape(tail)}", name)
     return match is not None and int(match[1]) < num_layers
-
-
-def _resolve(row: Row, config: ModelConfig, index: int | None, expert: int | None) -> Item:
-    layer = config.layers[index or 0]
-    shapes = {name: tuple(dim.of(config, layer) for dim in shape) for name, shape in row.hf.items()}
-    number = None if index is None else config.number_in_group(index)
-    parts = {name.format(i=index, j=number, e=expert): shape for name, shape in shapes.items()}
-    cut = config.adapter.after if row.at_cut and config.adapter is not None else None
-    slots = tuple(
-        Unused(slot, tuple(dim.of(config, layer) for dim in slot.shape), slot.hf and slot.hf.format(i=index, j=number))
-        for slot in row.slots
-    )
-    return Item(row, row.megatron.format(i=index, e=expert), index, parts, layer, expert, cut, slots)

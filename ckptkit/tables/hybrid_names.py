@@ -118,8 +118,8 @@ def gpt_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
         pattern: The pattern that its tensors make, without stages.
 
     Raises:
-        InputError: The arguments tell of another pattern.
-        UnsupportedError: They tell of multi-token prediction.
+        InputError: The arguments give another pattern.
+        UnsupportedError: Their pattern has multi-token prediction.
     """
     if not args:
         return {}
@@ -129,7 +129,7 @@ def gpt_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
         if any(prediction):
             raise UnsupportedError(f"hybrid layer pattern {told[:60]!r} with multi-token prediction")
         if main.replace("|", "") != pattern:
-            raise InputError(f"args tell of the hybrid layer pattern {told[:60]!r}, the tensors are {pattern[:60]!r}")
+            raise InputError(f"args give the layer pattern {told[:60]!r}, but the tensors form {pattern[:60]!r}")
     moe = [int(symbol == MOE) for symbol in pattern[1::2]]
     return {
         **args,
@@ -140,14 +140,14 @@ def gpt_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
 
 def _skip(skip: Any, layers: int) -> Any:
-    """Which layers of GPTModel have a window, from what Megatron says of those of HybridModel."""
+    """Which layers of GPTModel have a window, from the same argument for the layers of HybridModel."""
     if isinstance(skip, int):
         return [int((2 * layer + 1) % skip != 0) for layer in range(layers)]
     return skip[::2] if isinstance(skip, list) else skip
 
 
 def inexpressible_as_hybrid(rope_kinds: Iterable[str]) -> list[str]:
-    """What HybridModel has no argument for, though GPTModel has, as sentences."""
+    """Settings that GPTModel has an argument for and HybridModel has none, as sentences."""
     if "llama3" in rope_kinds:
         return ["llama3 rope: HybridModel does not scale it (GPTModel does)"]
     return []

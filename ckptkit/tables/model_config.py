@@ -1,4 +1,4 @@
-"""What a model is, independent of who wrote it down: the one description that tables, plans and the runtime read.
+"""The description of a model, independent of its writer, which tables, plans and the runtime read.
 
 A family translates its raw config.json (and Megatron's `args`) to a `ModelConfig`. Everything that may differ
 between layers is in `LayerConfig`, so a uniform model is simply one whose layers are all equal.
@@ -79,7 +79,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What stands between the first layers of a narrow model and the last ones of a wide one, without biases.
+    """The linear map between the first layers of a narrow model and the last ones of a wide one, without biases.
 
     Attributes:
         kind: `linear` is one matrix [wide, narrow]; `two-linear` is two, [wide, narrow] and [wide, wide]; `mlp` is the
@@ -118,7 +118,7 @@ class ModelConfig:
         experts_per_token: Experts that a token is routed to.
         moe_ffn_hidden_size: Width of one expert.
         norm_topk_prob: Whether the weights of the chosen experts are scaled to sum up to 1. Then a softmax over all
-            experts before the choice equals one over the chosen after it, which is what Megatron-Core does unless
+            experts before the choice equals one over the chosen after it, as in Megatron-Core unless
             `moe_router_pre_softmax` is set.
         zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.

@@ -1,9 +1,9 @@
-"""The language of the family tables: rows, layouts and symbolic shapes.
+"""The rows of the family tables.
 
 A family is a table. Each `Row` names one Megatron tensor, the Hugging Face tensors it is made of with their shapes, how
 they are laid out inside it, and how it splits over tensor parallel ranks. Everything that converts, checks
-or counts reads these rows, in both directions. Rows use canonical names on both sides; what differs between writers of
-the same model is in `spelling.py`.
+or counts reads these rows, in both directions. Rows use canonical names on both sides; the
+names of other writers of the same model are in `spelling.py`.
 """
 
 from __future__ import annotations
@@ -12,91 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptkit.dtypes import DTYPES
-from ckptkit.sharding.rules import Split, halves
+from ckptkit.sharding.rules import REPLICATED, Split
+from ckptkit.tables.dims import Shape
+from ckptkit.tables.layouts import Layout, Parts, copy
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
-from ckptkit.tensors import Tensor, vstack
-
-_BF16 = DTYPES["BF16"]
 
 Raw = Mapping[str, Any]
 """A config.json (or the text part of one) as parsed, never passed through transformers."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dim:
-    """A size that a config decides, with a name for messages."""
-
-    name: str
-    of: Callable[[ModelConfig, LayerConfig], int]
-
-    def __mul__(self, factor: int) -> Dim:
-        return Dim(f"{factor}*{self.name}", lambda config, layer: factor * self.of(config, layer))
-
-    __rmul__ = __mul__
-
-
-Shape = tuple[Dim, ...]
-
-V = Dim("vocab_size", lambda config, layer: config.vocab_size)
-D = Dim("hidden_size", lambda config, layer: layer.hidden_size or config.hidden_size)
-Q = Dim("num_attention_heads*head_dim", lambda config, layer: layer.num_heads * layer.head_dim)
-KV = Dim("num_key_value_heads*head_dim", lambda config, layer: layer.num_kv_heads * layer.head_dim)
-HD = Dim("head_dim", lambda config, layer: layer.head_dim)
-F = Dim("intermediate_size", lambda config, layer: layer.ffn_hidden_size)
-E = Dim("num_experts", lambda config, layer: config.num_experts)
-I = Dim("moe_intermediate_size", lambda config, layer: config.moe_ffn_hidden_size)  # noqa: E741  the field's letter
-ONE = Dim("1", lambda config, layer: 1)
-P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
-LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size)
-VP = Dim("vocab_size_per_layer_input", lambda config, layer: config.per_layer_vocab_size)
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How the parts of a fused tensor lie inside it.
-
-    Attributes:
-        name: For reports.
-        pack: Parts -> the fused tensor.
-        unpack: The fused tensor and the shapes of the parts -> the parts.
-    """
-
-    name: str
-    pack: Callable[[Sequence[Tensor], LayerConfig], Tensor]
-    unpack: Callable[[Tensor, LayerConfig], list[Tensor]]
-
-
-def _pack_qkv(parts: Sequence[Tensor], layer: LayerConfig) -> Tensor:
-    """Per key/value head: the query heads that share it, then its key, then its value."""
-    query, key, value = parts
-    group, width = layer.num_heads // layer.num_kv_heads * layer.head_dim, layer.head_dim
-    return vstack(
-        [
-            part.rows(g * size, (g + 1) * size)
-            for g in range(layer.num_kv_heads)
-            for part, size in ((query, group), (key, width), (value, width))
-        ]
-    )
-
-
-def _unpack_qkv(fused: Tensor, layer: LayerConfig) -> list[Tensor]:
-    """Query, key and value; without the value where the rows of each group leave no room for one."""
-    sizes = [layer.num_heads // layer.num_kv_heads * layer.head_dim, layer.head_dim, layer.head_dim]
-    if fused.shape[0] == layer.num_kv_heads * sum(sizes[:2]):
-        sizes.pop()
-    parts: list[list[Tensor]] = [[] for _ in sizes]
-    at = 0
-    for _ in range(layer.num_kv_heads):
-        for part, size in zip(parts, sizes, strict=True):
-            part.append(fused.rows(at, at + size))
-            at += size
-    return [vstack(part) for part in parts]
-
-
-copy = Layout("copy", lambda parts, layer: parts[0], lambda fused, layer: [fused])
-qkv = Layout("qkv", _pack_qkv, _unpack_qkv)
-gate_up = Layout("gate/up", lambda parts, layer: vstack(parts), lambda fused, layer: list(halves(fused)))
 
 
 When = Callable[[ModelConfig, LayerConfig], bool]
@@ -108,14 +30,44 @@ def always(config: ModelConfig, layer: LayerConfig) -> bool:
     return True
 
 
+def untied(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether a model has a head of its own."""
+    return not config.tied
+
+
+def qkv_bias(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether queries, keys and values have biases."""
+    return config.qkv_bias
+
+
+def out_bias(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether the output projection of the attention has a bias."""
+    return config.out_bias
+
+
+def mlp_bias(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether the MLP has biases."""
+    return config.mlp_bias
+
+
+def dense(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether a layer has a dense MLP, and nothing else."""
+    return not layer.moe
+
+
+def sparse(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether a layer has experts."""
+    return layer.moe
+
+
 @dataclass(frozen=True)
 class Slot:
     """A part of a Megatron tensor that the model does not use: filled on the way in, dropped on the way out.
 
     Attributes:
-        name: What it holds, for reports.
+        name: Its content, for reports.
         shape: Its shape.
-        value: What every element of it is, unless it repeats a part.
+        value: The value of every element, unless it repeats a part.
         repeats: Index of the row's Hugging Face tensor that it repeats, or None.
         hf: Name of the tensor that some Hugging Face files hold for it although nothing uses it; then that fills it.
     """
@@ -153,6 +105,82 @@ class Row:
     first: bool = False
 
 
+MEGATRON_LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
+
+
+def once(
+    megatron: str,
+    hf: str | Parts | None,
+    shape: Shape | None = None,
+    split: Split | None = None,
+    *,
+    when: When = always,
+    slots: tuple[Slot, ...] = (),
+    first: bool = False,
+    at_cut: bool = False,
+) -> Row:
+    """A row of a tensor that a model has once, outside of its layers.
+
+    Args:
+        megatron: Canonical Megatron name.
+        hf: The Hugging Face name of a tensor that is copied; or several tensors in a layout; None for slots alone.
+        shape: The shape of the one tensor.
+        split: How it splits over tensor parallel ranks; by default by the rule of its layout; a vector does not split.
+        when: Whether a model has it.
+        slots: Parts without a Hugging Face tensor.
+        first: Whether the first pipeline stage holds it.
+        at_cut: Whether it stands where the model's adapter does.
+
+    Raises:
+        ValueError: The one tensor has no shape, or is a matrix without a rule to split it.
+    """
+    parts = _parts(hf, shape)
+    split = split or parts.layout.split
+    if split is None:
+        if any(len(shape) > 1 for shape in parts.shapes.values()):
+            raise ValueError(f"{megatron}: say how it splits over ranks")
+        split = REPLICATED
+    return Row(megatron, parts.shapes, parts.layout, split, when, at_cut, slots, first)
+
+
+def layer(
+    megatron: str,
+    hf: str | Parts | None,
+    shape: Shape | None = None,
+    split: Split | None = None,
+    *,
+    when: When = always,
+    slots: tuple[Slot, ...] = (),
+) -> Row:
+    """A row of a tensor that every layer has; `{e}` in its names stands for the number of an expert.
+
+    Args:
+        megatron: Canonical Megatron name inside a layer.
+        hf: Hugging Face name inside a layer, or several tensors in a layout, or None for slots alone.
+        shape: As for `once`.
+        split: As for `once`.
+        when: Whether a layer has it.
+        slots: Parts without a Hugging Face tensor, with names inside a layer.
+
+    Raises:
+        ValueError: As for `once`.
+    """
+    parts = _parts(hf, shape)
+    inside = Parts(parts.layout, {HF_LAYER + name: shape for name, shape in parts.shapes.items()})
+    slots = tuple(replace(slot, hf=slot.hf and HF_LAYER + slot.hf) for slot in slots)
+    return once(MEGATRON_LAYER + megatron, inside, None, split, when=when, slots=slots)
+
+
+def _parts(hf: str | Parts | None, shape: Shape | None) -> Parts:
+    if isinstance(hf, Parts):
+        return hf
+    if hf is None:
+        return Parts(copy, {})
+    if shape is None:
+        raise ValueError(f"{hf}: say which shape it has")
+    return Parts(copy, {hf: shape})
+
+
 def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
     """Rows for a model whose Hugging Face names differ: (old, new) pieces of names, the first that fits counts."""
     return tuple(
@@ -172,6 +200,11 @@ def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
 def without(rows: Iterable[Row], *endings: str) -> tuple[Row, ...]:
     """Rows except those whose Megatron name ends so."""
     return tuple(row for row in rows if not row.megatron.endswith(endings))
+
+
+def choose(rows: Iterable[Row], *endings: str) -> tuple[Row, ...]:
+    """Rows whose Megatron name ends so."""
+    return tuple(row for row in rows if row.megatron.endswith(endings))
 
 
 def only(rows: Iterable[Row], condition: When) -> tuple[Row, ...]:
@@ -198,7 +231,7 @@ class Buffer:
 
     Attributes:
         hf: Name, with `{i}`.
-        value: What the class sets it to; stored without a dimension, in the dtype of the weights.
+        value: The value that the class gives it; stored without a dimension, in the dtype of the weights.
         when: Whether a model has it.
     """
 

@@ -1,4 +1,4 @@
-"""Other names for the same tensors: what differs between the writers of one model, as data.
+"""Other names for the same tensors, by different writers of one model, as data.
 
 The tables use one canonical name for each tensor on either side. A `Spelling` turns canonical Megatron names into those
 of another writer, an `HfSpelling` does the same for Hugging Face names, where experts may also be stacked.
@@ -31,11 +31,11 @@ class Spelling:
     """Another way to write the canonical Megatron names.
 
     Attributes:
-        name: `te` (canonical: what the Transformer Engine layer spec writes), `local`, or a writer's name.
+        name: `te` (canonical: the names of the Transformer Engine layer spec), `local`, or a writer's name.
         endings: (canonical ending, written ending) pairs.
         experts: `grouped` (canonical: `experts.linear_fc1.weight3`, as `TEGroupedMLP` writes) or `sequential`
             (`experts.local_experts.3.linear_fc1.weight`, as `SequentialMLP` does).
-        prefix: What stands before every name, e.g. `language_model.` inside a multimodal model.
+        prefix: Beginning of every name, e.g. `language_model.` inside a multimodal model.
         tied_head: Whether a tied head is stored even where the embedding is.
         hybrid: Whether names are written as HybridModel has them; they are read through `checkpoints/hybrid_model.py`.
         starts: (canonical start, written start) pairs.
@@ -63,9 +63,9 @@ class Spelling:
         return self.prefix + (hybrid_name(name) if self.hybrid else name)
 
     def canonical(self, name: str) -> str:
-        """The canonical name of what this writer wrote.
+        """The canonical name of a name of this writer.
 
-        One written name has two canonical ones: `local` calls the norm before a dense MLP what every writer calls the
+        One written name has two canonical ones: `local` names the norm before a dense MLP as every writer names the
         one before experts. Such a name is taken to belong to a dense layer; reading by the table needs no guess.
         """
         name = name.removeprefix(self.prefix)
@@ -134,7 +134,7 @@ class Stack:
 
     Attributes:
         fused: Its name, with `{i}`.
-        parts: Canonical names, with `{i}` and `{e}`, of what lies on top of each other in an expert's rows.
+        parts: Canonical names, with `{i}` and `{e}`, of the tensors that follow one another in an expert's rows.
     """
 
     fused: str
@@ -148,7 +148,7 @@ class HfSpelling:
     Attributes:
         name: For the `spelling` of `Family.fuse`.
         renames: (canonical, written) pieces of names; with a leading dot anywhere in a name, else at its start.
-        stacks: What is stored as one tensor for all experts.
+        stacks: The tensors that hold all experts of a layer.
     """
 
     name: str
@@ -169,7 +169,7 @@ class HfSpelling:
         return _replace(name, tuple((written, canonical) for canonical, written in self.renames))
 
     def names(self, canonical: Sequence[str], config: ModelConfig) -> set[str]:
-        """What a model with these canonical names has in this spelling."""
+        """The names in this spelling of a model with these canonical names."""
         stacked = self._stacked(config)
         gone = {part for parts in stacked.values() for expert in parts for part in expert}
         return stacked.keys() | {self.written(name) for name in canonical if name not in gone}
@@ -185,7 +185,7 @@ class HfSpelling:
             config: The model.
 
         Raises:
-            InputError: A stack is missing, or has another shape than the config says.
+            InputError: A stack is missing, or its shape contradicts the config.
         """
         stacked = self._stacked(config)
         if missing := sorted(stacked.keys() - tensors.keys()):

@@ -12,7 +12,7 @@ import pytest
 from ckptkit import convert, open_checkpoint, verify
 from ckptkit.errors import InputError, UnsupportedError, UsageError, VerificationError
 from ckptkit.families import families, family_called
-from ckptkit.families.heads import OF_TOKENS, STEMS, as_value_config
+from ckptkit.families.heads import OF_TOKENS, as_value_config
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
@@ -27,6 +27,7 @@ FAST = [
     ("mistral", "MistralForTokenClassification"),
     ("gemma3_text", "Gemma3TextForSequenceClassification"),
 ]
+STEMS = {family.name: family.value_architectures for family in families() if family.value_architectures}
 SLOW = [case for kind in STEMS for name in STEMS[kind] if kind != "llama" and (case := (kind, name)) not in FAST]
 
 

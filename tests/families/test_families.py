@@ -22,7 +22,17 @@ from ckptkit.checkpoints.recognition import recognise
 from ckptkit.conversion.convert import convert
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import apertus, families, family_called, family_of, gemma3, gemma4_config, mistral, qwen
+from ckptkit.families import (
+    apertus,
+    families,
+    family_called,
+    family_of,
+    gemma3,
+    gemma4_config,
+    mistral,
+    qwen,
+    value_family_of,
+)
 from ckptkit.families.llama import LLAMA
 from ckptkit.families.wrapper import WRAPPER_DEFAULTS
 from ckptkit.io.engine import read_tensor
@@ -663,6 +673,60 @@ def test_a_family_of_another_package(other_package: Path) -> None:
     )
     assert family_of({"architectures": ["PhonyForCausalLM"]}, "").name == "phony"
     assert family_of({"architectures": ["LlamaForCausalLM"]}, "").name == "llama"
+    # It is derived from Llama, whose value models stay Llama's.
+    assert value_family_of(family_called("phony")) is None
+    assert family_of({"architectures": ["LlamaForTokenClassification"]}, "").name == "llama_value"
+
+
+PHONY = (
+    "from dataclasses import replace\n"
+    "from ckptkit.families.llama import CONFIG, LLAMA\n"
+    "from ckptkit.tables.config_json import translation\n"
+    "config_json = replace(CONFIG, family='phony', architecture='PhonyForCausalLM')\n"
+    "PHONY = replace(\n"
+    "    LLAMA, name='phony', architectures=('PhonyForCausalLM',), parse=config_json.decoder,\n"
+    "    unparse=translation(config_json, config_json.decoder, config_json.values),\n"
+    "    value_architectures=('PhonyForTokenClassification', 'PhonyForSequenceClassification'),\n"
+    ")\n"
+)
+
+
+def phony_model(path: Path) -> Path:
+    """A model of the family of the other package: Llama's tensors under another class."""
+    save_llama(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": ["PhonyForCausalLM"]}))
+    return path
+
+
+def test_a_family_of_another_package_has_value_models(other_package: Path, tmp_path: Path) -> None:
+    other_package.write_text(PHONY)
+    source = phony_model(tmp_path / "hf")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2), head="value", head_init="zeros")
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    for path, family in (("meg", "phony_value"), ("back", "phony_value"), ("hf", "phony")):
+        assert open_checkpoint(tmp_path / path).family.name == family
+    raw = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert raw["architectures"] == ["PhonyForTokenClassification"]
+    back = open_checkpoint(tmp_path / "back")
+    assert back.tensors["output_layer.weight"].shape == (1, back.config.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("classes", "match"),
+    [
+        (
+            "'LlamaForTokenClassification', 'PhonyForSequenceClassification'",
+            "both have the value model",
+        ),
+        ("'QwenForCausalLM', 'Qwen2ForCausalLM'", "are called Qwen2ForCausalLM"),
+    ],
+)
+def test_value_models_of_two_families_are_an_error(other_package: Path, classes: str, match: str) -> None:
+    source = PHONY.replace("'PhonyForTokenClassification', 'PhonyForSequenceClassification'", classes)
+    other_package.write_text(source)
+    with pytest.raises(UnsupportedError, match=match):
+        families()
 
 
 @pytest.mark.parametrize(

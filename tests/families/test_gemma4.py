@@ -22,7 +22,7 @@ from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
 from ckptkit.tables.divisibility import sharing_problem
-from ckptkit.tables.family import Item
+from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 from ckptkit.tensors import Tensor
 from tests.models import MODELS, model_classes, model_config, raw_config
@@ -281,7 +281,7 @@ def test_models_that_config_json_cannot_describe_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="last layer has a window"):
         family.unparse(replace(config, layers=config.layers[::-1]), {})
     first = replace(config.layers[1], kv_donor=0)
-    with pytest.raises(UnsupportedError, match="no words for these layers"):
+    with pytest.raises(UnsupportedError, match="cannot describe these layers"):
         family.unparse(replace(config, layers=(config.layers[0], first, *config.layers[2:])), {})
 
 

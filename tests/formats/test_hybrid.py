@@ -57,7 +57,7 @@ def test_arguments_go_there_and_back(moe: list[bool], data: st.DataObject) -> No
     pattern = hybrid["hybrid_layer_pattern"].replace("|", "")
     told = gpt_args(hybrid, pattern)
     assert {key: told[key] for key in args} == args
-    with pytest.raises(InputError, match="args tell of the hybrid layer pattern"):
+    with pytest.raises(InputError, match="args give the layer pattern"):
         gpt_args(hybrid, pattern + "*-")
 
 

@@ -24,6 +24,8 @@ from ckptkit.formats.torch_dist import (
 from ckptkit.formats.torch_file.pickles import Namespace, TorchDType, lay_out_torch_file, read_torch_file
 from ckptkit.formats.torch_legacy import iteration_folder
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.family import MegatronQuirks
+from ckptkit.tables.megatron_names import distributed_states, norms_from_local_spec, norms_of_local_spec
 from ckptkit.tensors import Tensor
 from tests.formats.megatron_ranks import EXPERTS, LAYERS, Job, arguments, run, weights
 from tests.formats.rank_pool import RankProcesses
@@ -45,22 +47,24 @@ def axis_of(name: str) -> tuple[int | None, int]:
     return (-1, 1) if re.search(r"(linear_proj\.weight|linear_fc2\.weight\d*)$", name) else (None, 1)
 
 
-def items(model: str, pp: int = 1, dtype: str = "float32") -> list[GlobalTensor]:
-    """The tensors of a model, spread over `pp` stages."""
+def items(model: str, pp: int = 1, dtype: str = "float32", spec: str = "te") -> list[GlobalTensor]:
+    """The tensors of a model, spread over `pp` stages, with the names and states that the tables give for a spec."""
     kind = DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]]
     found = []
+    norms = norms_of_local_spec(weights(model, dtype)) if spec == "local" else {}
     for name, values in weights(model, dtype).items():
         tensor = Tensor.from_bytes(torch_bytes(values), kind, tuple(values.shape))
         layer = re.search(r"layers\.(\d+)\.", name)
         stage = int(layer[1]) * pp // LAYERS if layer else 0 if name.startswith("embedding") else pp - 1
-        found.append(GlobalTensor(name, tensor, *axis_of(name), stage))
+        states = tuple(distributed_states(name, spec, MegatronQuirks()))
+        found.append(GlobalTensor(norms.get(name, name), tensor, *axis_of(name), stage, states))
     return found
 
 
-def write(folder: Path, model: str, pp: int = 1, dtype: str = "float32", **options: Any) -> Path:
+def write(folder: Path, model: str, pp: int = 1, dtype: str = "float32", spec: str = "te", **options: Any) -> Path:
     """Writes a checkpoint as ckptkit lays it out; returns the folder with the chunks."""
     args = {**arguments(), **(MIXED if model == "mixed" else {})}
-    for file in lay_out_torch_dist(items(model, pp, dtype), args, dtype=dtype, **options):
+    for file in lay_out_torch_dist(items(model, pp, dtype, spec), args, dtype=dtype, **options):
         write_out(file, folder)
     found = iteration_folder(folder)
     assert found is not None
@@ -69,7 +73,9 @@ def write(folder: Path, model: str, pp: int = 1, dtype: str = "float32", **optio
 
 def same(folder: Path, model: str, dtype: str = "float32") -> None:
     """Whether a checkpoint holds exactly the golden values of a model."""
-    found, expected = open_torch_dist(folder, folder).tensors, weights(model, dtype)
+    stored, expected = open_torch_dist(folder, folder).tensors, weights(model, dtype)
+    moved = norms_from_local_spec(stored)
+    found = {moved.get(name, name): tensor for name, tensor in stored.items()}
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(as_torch(found[name]), expected[name])] == []
 
@@ -274,7 +280,7 @@ def test_what_we_write_comes_back(folder: Path, name: str) -> None:
     expected = {**arguments(), **(MIXED if options["model"] == "mixed" else {}), "ckpt_format": "torch_dist"}
     assert opened.args == expected
     assert opened.stacked == (name not in ("our_mixed", "our_layers"))
-    assert opened.spec == ("local" if options["model"] in ("moe", "mixed") else "te")
+    assert bool(norms_from_local_spec(opened.tensors)) == (options["model"] in ("moe", "mixed"))
     assert opened.ignored == ()
 
 
@@ -301,7 +307,8 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 
 def test_te_writes_the_states_of_its_own_modules() -> None:
     def keys(spec: str, model: str) -> set[str]:
-        files = {file.path: file for file in lay_out_torch_dist(items(model), arguments(), dtype="float32", spec=spec)}
+        laid_out = lay_out_torch_dist(items(model, spec=spec), arguments(), dtype="float32")
+        files = {file.path: file for file in laid_out}
         data = contents(files[f"release/{METADATA}"].segments[0].tensor)
         return {key.decode() for key in re.findall(rb"[\w.]+\._extra_state/shard_[\d.]+_[\d.]+", data)}
 

@@ -10,36 +10,33 @@ from numpy.typing import NDArray
 
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UsageError
-from ckptkit.sharding.blocks import query_key_value_blocks
 from ckptkit.sharding.rules import Split
-from ckptkit.tables.model_config import LayerConfig, Rope
-from ckptkit.tables.rows import qkv
+from ckptkit.tables.layouts import SizedLayout, qkv
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 from ckptkit.tensors import Tensor
 from tests.test_tensors import materialise
 
 DIM, WIDTH = 2, 3
 
 
-def sizes(heads: int, kv_heads: int) -> LayerConfig:
-    return LayerConfig(heads, kv_heads, DIM, ffn_hidden_size=1, rope=Rope(10000.0))
+def layout(heads: int, kv_heads: int) -> SizedLayout:
+    layer = LayerConfig(heads, kv_heads, DIM, ffn_hidden_size=1, rope=Rope(10000.0))
+    config = ModelConfig("llama", "LlamaForCausalLM", WIDTH, 7, (layer,), False, 1e-5, 16)
+    return qkv.sized(config, layer, [heads * DIM, kv_heads * DIM, kv_heads * DIM])
 
 
-def rule(heads: int, kv_heads: int) -> Split:
-    layer = sizes(heads, kv_heads)
-    return query_key_value_blocks(
-        heads, kv_heads, DIM, lambda parts: qkv.pack(parts, layer), lambda fused: qkv.unpack(fused, layer)
-    )
+def rule(heads: int, kv_heads: int, *, shared: bool = True) -> Split:
+    return layout(heads, kv_heads).by_part(shared=shared)
 
 
 def fused(heads: int, kv_heads: int) -> tuple[Tensor, list[NDArray[np.uint16]]]:
     """The tensor as the tables know it, and query, key and value as arrays."""
-    layer = sizes(heads, kv_heads)
     arrays, at = [], 0
     for rows in (heads * DIM, kv_heads * DIM, kv_heads * DIM):
         arrays.append(np.arange(at, at + rows * WIDTH, dtype=np.uint16).reshape(rows, WIDTH))
         at += rows * WIDTH
     parts = [Tensor.from_bytes(array.tobytes(), DTYPES["U16"], array.shape) for array in arrays]
-    return qkv.pack(parts, layer), arrays
+    return layout(heads, kv_heads).pack(parts), arrays
 
 
 @st.composite
@@ -83,7 +80,15 @@ def test_a_shard_of_another_height(grid: tuple[int, int, int]) -> None:
         split.join(shards)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(12, 4, 5), (12, 4, 6), (6, 3, 2), (8, 8, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(12, 4, 5), (12, 4, 6), (6, 3, 2), (8, 8, 3), (2, 1, 4)])
 def test_heads_that_do_not_divide(heads: int, kv_heads: int, size: int) -> None:
-    with pytest.raises(UsageError, match=f"{heads} attention and {kv_heads} key/value heads do not divide over {size}"):
+    match = f"{heads} attention heads and {kv_heads} key/value heads do not divide over {size}"
+    with pytest.raises(UsageError, match=match):
         rule(heads, kv_heads).cut(fused(heads, kv_heads)[0], 0, size)
+
+
+def test_heads_are_shared_only_where_a_writer_does() -> None:
+    tensor = fused(4, 2)[0]
+    assert rule(4, 2).cut(tensor, 3, 4).shape == (3 * DIM, WIDTH)
+    with pytest.raises(UsageError, match="4 attention heads and 2 key/value heads do not divide over 4"):
+        rule(4, 2, shared=False).cut(tensor, 3, 4)

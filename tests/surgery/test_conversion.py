@@ -357,7 +357,7 @@ def test_legacy_tensors_decide_about_the_adapter(tmp_path: Path, splits: dict[st
 def test_legacy_directories_that_contradict_themselves(tmp_path: Path, splits: dict[str, Path]) -> None:
     written = legacy(splits["linear"], tmp_path / "legacy")
     rewrite(written, num_layers_70=4)
-    with pytest.raises(InputError, match="num_layers_70 is 4, the tensors are of 3 layers"):
+    with pytest.raises(InputError, match="num_layers_70 is 4, the tensors hold 3 layers"):
         open_checkpoint(written)
     rewrite(written, num_layers_70=3)
     both = {"model.adapter_linear_1.weight": torch.ones(WIDE, NARROW)}

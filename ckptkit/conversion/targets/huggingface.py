@@ -16,7 +16,7 @@ def _lay_out(target: Target) -> list[OutputFile]:
     stale = set() if files is not None else {INDEX, BIN_INDEX}
     files = files or lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
     taken = {file.path for file in files} | stale | {"config.json"}
-    code = {path.name: path for path in source.family.code if "auto_map" in source.sidecar.config}
+    code = {path.name: path for path in source.family.directory.code if "auto_map" in source.sidecar.config}
     small = [
         OutputFile.copy(name, str(path), path.stat().st_size)
         for name, path in sorted({**code, **source.sidecar.small}.items())

@@ -9,21 +9,20 @@ from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
 from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
 from ckptkit.sharding.stages import stage_of_layer
+from ckptkit.tables.megatron_names import distributed_states, norms_of_local_spec
 
 _SPECS = ("te", "local")
-"""Whose modules a checkpoint can be for: the keys are the same, and only the extra states differ."""
+"""Whose modules a checkpoint can be for: only extra states and the norm before experts differ."""
 
 
 def _lay_out(target: Target) -> list[OutputFile]:
-    source, family, layers = target.source, target.source.family, target.source.config.layers
+    source = target.source
     files = lay_out_torch_dist(
         _tensors(target),
         target.args,
         dtype=source.main_dtype,
         grid=target.grid,
-        spec="local" if family.local_only(source.config) else target.spelling.name,
-        groups=[family.attention_of(layer) for layer in layers] if family.attention_of is not None else [],
-        plain=family.plain,
+        groups=source.family.attention_groups(source.config),
         stacked=False if target.spelling.hybrid else None,
     )
     run_config = [] if isinstance(target.run_config, NoRunConfig) else [target.run_config]
@@ -31,10 +30,13 @@ def _lay_out(target: Target) -> list[OutputFile]:
 
 
 def _tensors(target: Target) -> list[GlobalTensor]:
-    """The whole model under canonical names, which no spec changes, each tensor on the stage that holds it."""
-    source, grid, stages = target.source, target.grid, target.stages
+    """The whole model under the names that all specs share, each tensor on the stage that holds it."""
+    source, grid, stages, quirks = target.source, target.grid, target.stages, target.source.family.quirks
+    spec = "local" if quirks.local_only(source.config) else target.spelling.name
     canonical, written = source.family.spellings[0], target.spelling
-    names = replace(canonical, prefix=written.prefix, hybrid=written.hybrid)
+    spelling = replace(canonical, prefix=written.prefix, hybrid=written.hybrid)
+    names = {key: spelling.written(key) for key in source.items}
+    norms = norms_of_local_spec(names.values()) if spec == "local" else {}
     homes = stage_of_layer(stages)
     tensors = []
     for key, item in source.items.items():
@@ -42,8 +44,9 @@ def _tensors(target: Target) -> list[GlobalTensor]:
             stage, _ = homes[item.layer]
         else:
             stage = next(stage for stage in stages if is_on(item, stage, grid))
-        whole, split = source.padded(key, grid.tp, target.divisible_by), item.row.split
-        tensors.append(GlobalTensor(names.written(key), whole, split.axis, split.blocks, stage.pp_rank))
+        whole, split = source.padded(key, grid.tp, target.divisible_by), item.split(spelling)
+        name, states = norms.get(names[key], names[key]), tuple(distributed_states(names[key], spec, quirks))
+        tensors.append(GlobalTensor(name, whole, split.axis, split.blocks, stage.pp_rank, states))
     return tensors
 
 

@@ -1,0 +1,73 @@
+"""Blocks of a layer that several families have beyond Llama's: norms of queries and keys, and experts."""
+
+from __future__ import annotations
+
+from ckptkit.sharding.rules import EXPERT_GATED_COLUMN, EXPERT_ROW, REPLICATED
+from ckptkit.tables.dims import HD, D, E, I
+from ckptkit.tables.layouts import gate_up
+from ckptkit.tables.rows import HF_LAYER, Row, layer, sparse
+from ckptkit.tables.spelling import HfSpelling, Stack
+
+QK_NORMS = (
+    layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", (HD,)),
+    layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", (HD,)),
+)
+"""The norms of queries and keys, head by head."""
+
+
+NORM_BEFORE_EXPERTS = layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (D,), when=sparse)
+"""The norm before experts, where Hugging Face calls it as it calls the one before a dense MLP."""
+
+
+def router(name: str) -> Row:
+    """The row of the router of a layer with experts, by its Hugging Face name inside the layer."""
+    return layer("mlp.router.weight", f"{name}.weight", (E, D), REPLICATED, when=sparse)
+
+
+def experts(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Row, ...]:
+    """The rows of a layer's experts.
+
+    Args:
+        block: The Hugging Face module that holds the list of experts, inside a layer, with a dot; empty for none.
+        gate: Hugging Face's name of an expert's gate projection.
+        up: Its name of an expert's up projection.
+        down: Its name of an expert's down projection.
+    """
+    expert = block + "experts.{e}."
+    fc1 = gate_up(expert + "*.weight", **{gate: (I, D), up: (I, D)})
+    return (
+        layer("mlp.experts.linear_fc1.weight{e}", fc1, split=EXPERT_GATED_COLUMN, when=sparse),
+        layer("mlp.experts.linear_fc2.weight{e}", f"{expert}{down}.weight", (D, I), EXPERT_ROW, when=sparse),
+    )
+
+
+def stacked(
+    name: str,
+    block: str,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    *,
+    layers: str = HF_LAYER,
+    fused: str | None = None,
+) -> HfSpelling:
+    """The spelling of files with one tensor for the gate and up projections of all experts, and one for the down ones.
+
+    Args:
+        name: The spelling's name.
+        block: As for `experts`.
+        gate: As for `experts`.
+        up: As for `experts`.
+        down: As for `experts`.
+        layers: Hugging Face's name of a layer.
+        fused: `block` as these files name it, if they name it differently.
+    """
+    expert, home = layers + block + "experts.{e}.", layers + (block if fused is None else fused) + "experts."
+    return HfSpelling(
+        name,
+        renames=() if fused is None else ((f".{block}", f".{fused}"),),
+        stacks=(
+            Stack(f"{home}gate_up_proj", (f"{expert}{gate}.weight", f"{expert}{up}.weight")),
+            Stack(f"{home}down_proj", (f"{expert}{down}.weight",)),
+        ),
+    )

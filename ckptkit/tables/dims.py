@@ -1,0 +1,39 @@
+"""Symbolic sizes, of which tables build shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Dim:
+    """A size that a config decides, with a name for messages."""
+
+    name: str
+    of: Callable[[ModelConfig, LayerConfig], int]
+
+    def __mul__(self, factor: int) -> Dim:
+        return Dim(f"{factor}*{self.name}", lambda config, layer: factor * self.of(config, layer))
+
+    __rmul__ = __mul__
+
+
+Shape = tuple[Dim, ...]
+
+V = Dim("vocab_size", lambda config, layer: config.vocab_size)
+D = Dim("hidden_size", lambda config, layer: layer.hidden_size or config.hidden_size)
+HEADS = Dim("attention heads", lambda config, layer: layer.num_heads)
+GROUPS = Dim("key/value heads", lambda config, layer: layer.num_kv_heads)
+HD = Dim("head_dim", lambda config, layer: layer.head_dim)
+Q = Dim("num_attention_heads*head_dim", lambda config, layer: layer.num_heads * layer.head_dim)
+KV = Dim("num_key_value_heads*head_dim", lambda config, layer: layer.num_kv_heads * layer.head_dim)
+F = Dim("intermediate_size", lambda config, layer: layer.ffn_hidden_size)
+E = Dim("num_experts", lambda config, layer: config.num_experts)
+I = Dim("moe_intermediate_size", lambda config, layer: config.moe_ffn_hidden_size)  # noqa: E741  the field's letter
+ONE = Dim("1", lambda config, layer: 1)
+P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
+LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size)
+VP = Dim("vocab_size_per_layer_input", lambda config, layer: config.per_layer_vocab_size)

@@ -1,0 +1,195 @@
+"""A row resolved for one model, layer and expert: names, shapes, and the way to and from Megatron's tensor."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from types import MappingProxyType
+
+from ckptkit.dtypes import DTYPES, DType, rounded_to_bf16
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.sharding.rules import Split
+from ckptkit.tables.layouts import SizedLayout
+from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.rows import Row, Slot
+from ckptkit.tables.spelling import Spelling
+from ckptkit.tensors import Literal, Tensor
+
+_BF16 = DTYPES["BF16"]
+
+
+def number(value: float, dtype: DType) -> Tensor:
+    """A 0-dim tensor, rounded to nearest even as torch rounds a Python number.
+
+    Raises:
+        UnsupportedError: `dtype` is no floating-point type that torch rounds numbers to.
+    """
+    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
+    if dtype.name not in formats:
+        raise UnsupportedError(f"no {dtype} form of a number", hint="choose bfloat16, float16 or float32 with --dtype")
+    data = struct.pack(formats[dtype.name], value)
+    if dtype.name == "BF16":
+        data = rounded_to_bf16(int.from_bytes(data, "little")).to_bytes(2, "little")
+    return Tensor.from_bytes(data, dtype, ())
+
+
+@dataclass(frozen=True)
+class ResolvedSlot:
+    """A slot of a row for one model and layer.
+
+    Attributes:
+        slot: The slot.
+        shape: Its shape in elements.
+        hf: Name under which Hugging Face files may hold it, or None.
+    """
+
+    slot: Slot
+    shape: tuple[int, ...]
+    hf: str | None
+
+    def filled(self, parts: Sequence[Tensor], dtype: DType) -> Tensor:
+        """The tensor that a conversion puts into the slot.
+
+        Args:
+            parts: The Hugging Face tensors of the row.
+            dtype: Element type, where the row has no Hugging Face tensors.
+        """
+        if self.slot.repeats is not None:
+            return parts[self.slot.repeats]
+        like = parts[0] if parts else None
+        kind = like.dtype if like is not None else dtype
+        (piece,) = number(self.slot.value, kind).bands[0].pieces
+        assert isinstance(piece, Literal) and isinstance(piece.data, bytes)
+        constant = Tensor.full(kind, self.shape, piece.data)
+        return constant if like is None or like.cast is None else constant.astype(like.cast)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row for one model, layer and expert.
+
+    Attributes:
+        row: The row it comes from.
+        key: Canonical Megatron name with the global layer and expert numbers.
+        layer: Global layer number, or None.
+        parts: Hugging Face names -> shapes in elements.
+        config: The layer's sizes.
+        model: The model.
+        expert: Global expert number, or None.
+        cut: Number of the layer that it stands before, or None unless it stands at the model's adapter.
+        slots: Its parts that the model does not use.
+    """
+
+    row: Row
+    key: str
+    layer: int | None
+    parts: dict[str, tuple[int, ...]]
+    config: LayerConfig
+    model: ModelConfig
+    expert: int | None = None
+    cut: int | None = None
+    slots: tuple[ResolvedSlot, ...] = ()
+
+    def name(self, layer: int | None, expert: int | None = None) -> str:
+        """The canonical Megatron name under a rank's own layer and expert numbers."""
+        return self.row.megatron.format(i=layer, e=expert)
+
+    def split(self, spelling: Spelling) -> Split:
+        """The rule by which it splits over tensor parallel ranks for a writer."""
+        split = self.row.split
+        if split.by_part or (spelling.blocks and self.row.layout.heads):
+            return replace(self._layout.by_part(shared=spelling.blocks), expert=split.expert)
+        return split
+
+    def pack(
+        self, tensors: Sequence[Tensor], unused: Mapping[str, Tensor] = MappingProxyType({}), dtype: DType = _BF16
+    ) -> Tensor:
+        """Hugging Face tensors -> the Megatron tensor.
+
+        Args:
+            tensors: One for each of `parts`.
+            unused: Tensors for slots, by Hugging Face name; other slots are filled.
+            dtype: Element type of a tensor that has no parts.
+
+        Raises:
+            InputError: The tensors differ in dtype.
+        """
+        slots = [
+            unused[slot.hf] if slot.hf is not None and slot.hf in unused else slot.filled(tensors, dtype)
+            for slot in self.slots
+        ]
+        try:
+            return self._layout.pack([*tensors, *slots])
+        except ValueError as error:
+            raise InputError(
+                f"{', '.join(self.parts)}: {error}", hint="cast them to one type first: Megatron has them in one tensor"
+            ) from None
+
+    def unpack(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The Megatron tensor -> its Hugging Face tensors."""
+        return dict(zip(self.parts, self._layout.unpack(tensor), strict=False))
+
+    def dropped(self, tensor: Tensor) -> list[tuple[ResolvedSlot, Tensor, Tensor]]:
+        """The slots of the Megatron tensor: (slot, its content, the content that a conversion puts there)."""
+        pieces = self._layout.unpack(tensor)
+        parts, slots = pieces[: len(self.parts)], pieces[len(self.parts) :]
+        return [(slot, found, slot.filled(parts, tensor.dtype)) for slot, found in zip(self.slots, slots, strict=True)]
+
+    def completed(self, tensor: Tensor) -> Tensor:
+        """The Megatron tensor of a writer that leaves out the slots, with them."""
+        return self.pack(self._sized(list(self.parts.values())).unpack(tensor), dtype=tensor.dtype)
+
+    @cached_property
+    def _layout(self) -> SizedLayout:
+        return self._sized([*self.parts.values(), *(slot.shape for slot in self.slots)])
+
+    def _sized(self, shapes: Sequence[tuple[int, ...]]) -> SizedLayout:
+        return self.row.layout.sized(self.model, self.config, [shape[0] if shape else 1 for shape in shapes])
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the Megatron tensor, without vocabulary padding."""
+        return _stacked([*self.parts.values(), *(slot.shape for slot in self.slots)])
+
+    @cached_property
+    def bare_shape(self) -> tuple[int, ...] | None:
+        """Shape of the Megatron tensor without slots that repeat a part, or None where it has none of those."""
+        if not any(slot.slot.repeats is not None for slot in self.slots):
+            return None
+        return _stacked(list(self.parts.values()))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements that the model has in it."""
+        return sum(prod(shape) for shape in self.parts.values())
+
+
+def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+
+def resolve(row: Row, config: ModelConfig, index: int | None, expert: int | None) -> Item:
+    """A row for one model.
+
+    Args:
+        row: The row.
+        config: The model.
+        index: Global number of the layer, or None for a row outside of layers.
+        expert: Global number of the expert, or None.
+    """
+    layer = config.layers[index or 0]
+    shapes = {name: tuple(dim.of(config, layer) for dim in shape) for name, shape in row.hf.items()}
+    in_group = None if index is None else config.number_in_group(index)
+    parts = {name.format(i=index, j=in_group, e=expert): shape for name, shape in shapes.items()}
+    cut = config.adapter.after if row.at_cut and config.adapter is not None else None
+    slots = tuple(
+        ResolvedSlot(
+            slot, tuple(dim.of(config, layer) for dim in slot.shape), slot.hf and slot.hf.format(i=index, j=in_group)
+        )
+        for slot in row.slots
+    )
+    key = row.megatron.format(i=index, e=expert)
+    return Item(row, key, index, parts, layer, config, expert, cut, slots)

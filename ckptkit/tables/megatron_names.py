@@ -1,0 +1,89 @@
+"""The states of Megatron's modules, and the names that its layer specs give the norm before experts.
+
+A module may have an `_extra_state`: an object beside its tensors, empty unless it computes in FP8, which strict loading
+asks for. In the files of ranks only modules of Transformer Engine have one. In a distributed checkpoint every
+parallel linear layer has one, from whatever layer spec.
+
+Source: `get_extra_state` of Transformer Engine's modules, and `sharded_state_dict` of Megatron-Core's
+`ColumnParallelLinear`, `RowParallelLinear` and `TransformerLayer`, 0.16.1 and 0.19.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ckptkit.tables.family import MegatronQuirks
+
+_STATE = "_extra_state"
+_WEIGHT = re.compile(r"(.+)\.weight(\d*)")
+_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2")
+_LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm")
+_QKV, _CORE = "linear_qkv", "core_attention"
+_HYBRID_NORM, _HEAD = "decoder.final_norm", "output_layer"
+_NORM_BEFORE_EXPERTS, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+_EXPERTS = re.compile(r"(.+\.mlp)\.experts\..+")
+
+
+def rank_states(name: str, quirks: MegatronQuirks) -> list[str]:
+    """The states beside a tensor in the file of a rank, for a model of Transformer Engine's modules.
+
+    Args:
+        name: The tensor, as the file names it.
+        quirks: Those of its family.
+    """
+    module = name.rpartition(".")[0]
+    modules = [module] if module.endswith((*_TE_LINEAR, *_NORMS)) and not module.endswith(quirks.plain) else []
+    modules += [_core(module)] if module.endswith(f".self_attention.{_QKV}") else []
+    return [f"{module}.{_STATE}" for module in modules]
+
+
+def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str]:
+    """The states beside a tensor of a distributed checkpoint, as names with the same layer and expert numbers.
+
+    Args:
+        name: Canonical name of the tensor; in a HybridModel its name there.
+        spec: `te`, or another layer spec, whose norms and attention have no state.
+        quirks: Those of its family.
+    """
+    match = _WEIGHT.fullmatch(name)
+    if match is None or match[1].endswith(quirks.plain):
+        return []
+    module, expert = match.groups()
+    last = module.rpartition(".")[2]
+    modules = [module] if last.startswith(_LINEAR) or last in quirks.parallel else []
+    if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
+        modules.append(module.removesuffix(_HYBRID_NORM) + _HEAD)
+    if spec == "te":
+        modules += [module] if module.endswith(_NORMS) else []
+        modules += [_core(module)] if last == _QKV else []
+    return [f"{module}.{_STATE}{expert}" for module in modules]
+
+
+def _core(module: str) -> str:
+    return module.removesuffix(_QKV) + _CORE
+
+
+def norms_of_local_spec(names: Iterable[str]) -> dict[str, str]:
+    """Canonical names of the norms before experts -> their names in a distributed checkpoint of the local layer spec.
+
+    Transformer Engine keeps `pre_mlp_layernorm.weight` in a layer with experts. The local spec writes it as if it were
+    fused into a dense MLP.
+    """
+    names = set(names)
+    blocks = {match[1].removesuffix("mlp") for name in names if (match := _EXPERTS.fullmatch(name))}
+    return {
+        block + _NORM_BEFORE_EXPERTS: block + _FUSED_NORM for block in blocks if block + _NORM_BEFORE_EXPERTS in names
+    }
+
+
+def norms_from_local_spec(names: Iterable[str]) -> dict[str, str]:
+    """The inverse of `norms_of_local_spec`, for names of any layer spec: stored name -> canonical name."""
+    names = set(names)
+    return {
+        fused: fused.removesuffix(_FUSED_NORM) + _NORM_BEFORE_EXPERTS
+        for fused in names
+        if fused.endswith(f".{_FUSED_NORM}")
+        and fused.replace("layer_norm_weight", "weight") not in names
+        and fused.removesuffix(_FUSED_NORM) + "mlp.router.weight" in names
+    }
