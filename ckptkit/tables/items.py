@@ -136,7 +136,12 @@ class Item:
         """The slots of the Megatron tensor: (slot, its content, the content that a conversion puts there)."""
         pieces = self._layout.unpack(tensor)
         parts, slots = pieces[: len(self.parts)], pieces[len(self.parts) :]
-        return [(slot, found, slot.filled(parts, tensor.dtype)) for slot, found in zip(self.slots, slots, strict=True)]
+        filled = [slot.filled(parts, tensor.dtype) for slot in self.slots]
+        return [
+            # A slot of a row without parts is filled in the stored type; the tensor may be cast on its way out.
+            (slot, found, expected if tensor.cast is None else expected.astype(tensor.cast))
+            for slot, found, expected in zip(self.slots, slots, filled, strict=True)
+        ]
 
     def completed(self, tensor: Tensor) -> Tensor:
         """The Megatron tensor of a writer that leaves out the slots, with them."""

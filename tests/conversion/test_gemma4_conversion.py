@@ -412,3 +412,14 @@ def test_the_older_dialect_of_config_json(tmp_path: Path, kind: str, to: str) ->
     convert(source, tmp_path / "meg", to=to, grid=Parallelism(2, 2, ep=2 if "moe" in kind else 1))
     convert(tmp_path / "meg", tmp_path / "back", to="hf")
     assert files_of(tmp_path / "back") == files_of(source)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_dropped_is_measured_in_the_type_that_is_written(tmp_path: Path, dtype: str) -> None:
+    """Zeros and ones of layers without keys of their own are cast like everything else, and have not moved."""
+    source = save_model(tmp_path / "hf", "gemma4_text-e4b", dtype="bfloat16")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2))
+    result = convert(tmp_path / "meg", tmp_path / "back", to="hf", dtype=dtype, hf_reference=source)
+    assert all(record["max_abs_difference"] == 0.0 for record in result.dropped)
+    convert(source, tmp_path / "direct", to="hf", dtype=dtype)
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "direct")
