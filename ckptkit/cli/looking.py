@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from functools import partial
 from typing import Annotated
 
 import typer
 
-from ckptkit.cli.arguments import (
-    HfReference,
-    Iteration,
-    Json,
-    SrcEp,
-    SrcEtp,
-    SrcFirst,
-    SrcLast,
-    SrcPp,
-    SrcTp,
-    SrcVpp,
-    Threads,
-    VocabSize,
-    stated_grid,
-)
+from ckptkit.cli.choices import HASHED
 from ckptkit.cli.exits import EXIT_DIFFERS
+from ckptkit.cli.options import Json, Source, Threads, choice
 from ckptkit.cli.output import Output
 from ckptkit.errors import InputError
 
@@ -35,13 +20,6 @@ CheckpointPath = Annotated[
 ]
 
 
-class Part(StrEnum):
-    """What of a checkpoint is hashed."""
-
-    TENSORS = "tensors"
-    FILES = "files"
-
-
 INSPECT_EXAMPLES = """\b
 Examples:
   ckptkit inspect Llama-3.1-8B
@@ -51,16 +29,7 @@ Examples:
 
 def inspect(
     path: CheckpointPath,
-    hf_reference: HfReference = None,
-    iteration: Iteration = None,
-    vocab_size: VocabSize = None,
-    src_tp: SrcTp = None,
-    src_pp: SrcPp = None,
-    src_vpp: SrcVpp = None,
-    src_ep: SrcEp = None,
-    src_etp: SrcEtp = None,
-    src_first_stage_layers: SrcFirst = None,
-    src_last_stage_layers: SrcLast = None,
+    source: Source,
     json: Json = False,
 ) -> None:
     """Show the format, grid, sizes and dtypes of a checkpoint.
@@ -70,11 +39,8 @@ def inspect(
     from ckptkit.cli import rendering
     from ckptkit.inspection import summary
 
-    grid = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
-    result = summary.inspect(
-        path, hf_reference=hf_reference, iteration=iteration, stored_grid=grid, vocab_size=vocab_size
-    ).to_dict()
-    Output("-" if json else None).result(result, partial(rendering.inspection, result))
+    result = summary.inspect(path, **source.keywords())
+    Output("-" if json else None).result(result, rendering.inspection)
 
 
 DIFF_EXAMPLES = """\b
@@ -91,7 +57,14 @@ def diff(
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Compare config, names, shapes and dtypes; read no weights.")
     ] = False,
-    hf_reference: HfReference = None,
+    hf_reference: Annotated[
+        str | None,
+        typer.Option(
+            "--hf-reference",
+            metavar="DIR",
+            help="Hugging Face directory that describes the Megatron sides.",
+        ),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -108,8 +81,7 @@ def diff(
         found = differences.diff(
             a, b, values=not structure_only, hf_reference=hf_reference, threads=threads, progress=progress
         )
-    result = found.to_dict()
-    output.result(result, partial(rendering.differences, result))
+    output.result(found, rendering.differences)
     if not found.same:
         raise typer.Exit(EXIT_DIFFERS)
 
@@ -123,6 +95,7 @@ Examples:
 
 def validate(
     path: CheckpointPath,
+    source: Source,
     values: Annotated[
         bool,
         typer.Option(
@@ -132,16 +105,6 @@ def validate(
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Do not read data, not even for torch's checksums.")
     ] = False,
-    hf_reference: HfReference = None,
-    iteration: Iteration = None,
-    vocab_size: VocabSize = None,
-    src_tp: SrcTp = None,
-    src_pp: SrcPp = None,
-    src_vpp: SrcVpp = None,
-    src_ep: SrcEp = None,
-    src_etp: SrcEtp = None,
-    src_first_stage_layers: SrcFirst = None,
-    src_last_stage_layers: SrcLast = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -156,7 +119,6 @@ def validate(
 
     if values and headers_only:
         raise UsageError("--values and --headers-only exclude each other", hint="pass one of them")
-    grid = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
     output = Output("-" if json else None)
     with output.progress("reading") as progress:
         found = validation.validate(
@@ -165,13 +127,9 @@ def validate(
             values=values,
             threads=threads,
             progress=progress,
-            hf_reference=hf_reference,
-            iteration=iteration,
-            stored_grid=grid,
-            vocab_size=vocab_size,
+            **source.keywords(),
         )
-    result = found.to_dict()
-    output.result(result, partial(rendering.validation, result))
+    output.result(found, rendering.validation)
     if not found.passed:
         raise typer.Exit(InputError.exit_code)
 
@@ -185,17 +143,10 @@ Examples:
 
 def hash_(
     path: CheckpointPath,
-    only: Annotated[Part | None, typer.Option(help="Hash only tensors, or only files. The default is both.")] = None,
-    hf_reference: HfReference = None,
-    iteration: Iteration = None,
-    vocab_size: VocabSize = None,
-    src_tp: SrcTp = None,
-    src_pp: SrcPp = None,
-    src_vpp: SrcVpp = None,
-    src_ep: SrcEp = None,
-    src_etp: SrcEtp = None,
-    src_first_stage_layers: SrcFirst = None,
-    src_last_stage_layers: SrcLast = None,
+    source: Source,
+    only: Annotated[
+        str | None, choice("--only", HASHED, "Hash only tensors, or only files. The default is both.")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -207,17 +158,13 @@ def hash_(
     from ckptkit.cli import rendering
     from ckptkit.inspection import hashing
 
-    grid = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
     output = Output("-" if json else None)
     with output.progress("hashing") as progress:
         result = hashing.hash_checkpoint(
             path,
-            only=None if only is None else only.value,
+            only=only,
             threads=threads,
             progress=progress,
-            hf_reference=hf_reference,
-            iteration=iteration,
-            stored_grid=grid,
-            vocab_size=vocab_size,
-        ).to_dict()
-    output.result(result, partial(rendering.hashes, result))
+            **source.keywords(),
+        )
+    output.result(result, rendering.hashes)

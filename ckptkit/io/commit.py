@@ -35,6 +35,7 @@ from ckptkit.io.regular import read_bounded
 from ckptkit.io.room import Room, entries_of
 from ckptkit.io.source import Fingerprint, Seen, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file, write_all
+from ckptkit.sizes import human_size
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
@@ -343,7 +344,7 @@ class Destination:
         size = self._room.blocks_of(self._plan.files)
         if self._room.counts_bytes and size > self.free:
             raise StorageError(
-                f"not enough space: the output needs {_readable(size)}, {_readable(self.free)} are free",
+                f"not enough space: the output needs {human_size(size)}, {human_size(self.free)} are free",
                 where=self.path.parent,
                 hint="free some space or choose another disk",
             )
@@ -445,10 +446,3 @@ def _sync_tree(top: Path) -> None:
         for name in files:
             sync_file(Path(directory, name))
         sync_directory(Path(directory))
-
-
-def _readable(size: int) -> str:
-    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"

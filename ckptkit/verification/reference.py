@@ -43,16 +43,16 @@ def run_reference(job: LogitsJob) -> Run:
     import torch
 
     start = time.monotonic()
-    model = load_model(job.checkpoint, getattr(torch, job.dtype), job.device)
+    model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
     loaded = time.monotonic()
     try:
-        run = _Runner(model, job).run()
+        run = _ReferenceRun(model, job).run()
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:
         del model
         gc.collect()
-        if job.device != "cpu":
+        if job.options.device != "cpu":
             torch.cuda.empty_cache()
     seconds = {"load": loaded - start, "run": time.monotonic() - loaded}
     return Run(**{**run, "versions": installed_versions(), "seconds": seconds})
@@ -134,7 +134,7 @@ def architecture_of(path: Path) -> str:
     return str(names[0])
 
 
-class _Runner:
+class _ReferenceRun:
     """A loaded model and what to keep of a run."""
 
     def __init__(self, model: Any, job: LogitsJob) -> None:

@@ -17,7 +17,7 @@ def html_page(report: VerificationReport) -> str:
     details: dict[str, Any] = next((level["details"] for level in data["levels"] if level["name"] == "logits"), {})
     sections = [
         _levels(data),
-        *_curve(details),
+        *_error_growth(details),
         *_positions(details),
         *_routers(details),
         *_maps(data),
@@ -78,7 +78,7 @@ def _title(name: str) -> str:
     return escape(name.capitalize())
 
 
-def _curve(details: Mapping[str, Any]) -> Iterator[str]:
+def _error_growth(details: Mapping[str, Any]) -> Iterator[str]:
     states = details.get("hidden_states") or []
     if not states:
         return
@@ -101,7 +101,7 @@ def _what_ran(details: Mapping[str, Any]) -> str:
 
 
 def _mark(details: Mapping[str, Any], places: Sequence[str]) -> tuple[int, str] | None:
-    """Where the models part, among the places of the curve: a part of a layer counts as the layer."""
+    """Where the models part, among the places of that chart: a part of a layer counts as the layer."""
     location = details.get("location")
     if not location:
         return None

@@ -42,7 +42,7 @@ def _suite(level: LevelResult, report: VerificationReport) -> ElementTree.Elemen
     failures = sum(not check.passed for check in level.checks)
     suite = _new_suite(level.name, len(level.checks), failures=failures, seconds=level.seconds)
     suite.append(_properties({"reference": report.reference, "candidate": report.candidate}))
-    lines = [level.summary, *level.details.get("messages", [])]
+    lines = [level.summary, *level.messages]
     # A level is timed as a whole; its time is that of its first check, so that sums are right.
     for check, seconds in zip(level.checks, [level.seconds, *[0.0] * len(level.checks)], strict=False):
         name = f"ckptkit.verify.{level.name}"

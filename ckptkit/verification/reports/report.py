@@ -1,4 +1,4 @@
-"""What a verification found: typed, JSON-able, and as a table."""
+"""What a verification found: typed, and as JSON types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.verification.reports.placement import SideReport
 from ckptkit.verification.reports.results import (
@@ -20,9 +20,6 @@ from ckptkit.verification.reports.results import (
     StateError,
 )
 from ckptkit.version import __version__
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DISTRIBUTION = "ckptkit-megatron"
 PACKAGES = ("torch", "transformers", "megatron-core")
@@ -50,6 +47,11 @@ class LevelResult:
     details: dict[str, Any] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def messages(self) -> list[str]:
+        """What else to know, one line each."""
+        return list(self.details.get("messages", []))
 
 
 @dataclass(frozen=True)
@@ -147,25 +149,6 @@ class VerificationReport:
         """As JSON types; a number that is not finite becomes null."""
         result: dict[str, Any] = _jsonable({**asdict(self), "verdict": self.verdict})
         return result
-
-
-def render(report: VerificationReport) -> Table:
-    """The levels as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    def answer(passed: bool) -> Text:
-        return Text("same", style="green") if passed else Text("differs", style="red")
-
-    caption = Text("\n").join([answer(report.passed), *map(Text, report.messages)])
-    table = Table(title=Text(f"{report.candidate} against {report.reference}"), caption=caption)
-    table.add_column("level", no_wrap=True)
-    table.add_column("answer", no_wrap=True)
-    table.add_column("because", overflow="fold")
-    for level in report.levels:
-        lines = [level.summary, *level.details.get("messages", [])]
-        table.add_row(level.name, answer(level.passed), Text("\n".join(lines)))
-    return table
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`verify`: are two checkpoints the same model? Cheapest question first, and the first no ends it."""
+"""The levels of `verify`, cheapest question first; the first no ends it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.errors import UsageError
 from ckptkit.formats.hub import locate
-from ckptkit.megatron import DDP
-from ckptkit.verification.logits import TOLERANCE, Side, check_device, check_how, verify_logits
-from ckptkit.verification.ranks.jobs import TIMEOUT
+from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
 from ckptkit.verification.reports.results import Check
+from ckptkit.verification.run_options import LEVELS, RunKeywords, RunOptions
+from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate
 from ckptkit.verification.weights import check_structure, check_weights
-
-LEVELS = ("structure", "weights", "logits")
 
 
 def verify(
@@ -30,20 +28,11 @@ def verify(
     candidate: str | Path,
     *,
     level: str = "logits",
-    device: str = "cpu",
-    dtype: str = "float32",
     prompts: Sequence[str] | None = None,
     tokens: Sequence[Sequence[int]] | None = None,
-    tolerance: float | None = None,
-    replay: bool = True,
-    packed: bool = False,
-    sequence_parallel: bool = False,
-    dp: int = 1,
-    dp_kind: str = DDP,
-    save_logits: str | Path | None = None,
-    timeout: float = TIMEOUT,
     progress: Callable[[int, int], None] | None = None,
     pool: Ranks | None = None,
+    **run: Unpack[RunKeywords],
 ) -> VerificationReport:
     """Verifies a checkpoint against another one; any formats, any grids.
 
@@ -54,21 +43,12 @@ def verify(
         reference: The checkpoint that is trusted.
         candidate: The checkpoint in question.
         level: The last question to ask: `structure`, `weights` or `logits`.
-        device: `cpu` or `cuda`.
-        dtype: What the candidate runs in: `float32` (judged absolutely) or `bfloat16` (judged by the noise floor).
         prompts: Texts to compare on; a side must have a tokenizer.
         tokens: Token ids to compare on; pseudo-random ones where neither is given.
-        tolerance: Largest fp32 error that passes, relative to the largest |logit|.
-        replay: Whether the candidate's tokens go to the experts that the reference chose, and routers are judged by
-            themselves; without experts it changes nothing.
-        packed: Take the candidate's logits from rows packed together, without padding between them.
-        sequence_parallel: Split the candidate's sequence over its tensor parallel ranks outside of the linears.
-        dp: Replicas of the candidate's grid; all must compute the same.
-        dp_kind: What makes them replicas: `ddp`, megatron-core's DistributedDataParallel, or `fsdp2`.
-        save_logits: A safetensors file for `reference` and `candidate`, [batch, seq, vocab] float32.
-        timeout: Seconds that a run of a Megatron side may take, loading included.
         progress: Called with (bytes compared, bytes in all) at the weights level.
         pool: Ranks to use instead of starting some.
+        run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
+            packed, sequence_parallel, dp, dp_kind, save_logits, timeout.
 
     Raises:
         UsageError: The request makes no sense.
@@ -78,21 +58,17 @@ def verify(
     """
     if level not in LEVELS:
         raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
+    options = RunOptions.of(**run)
     with ExitStack() as stack:
         paths = [stack.enter_context(locate(side)).path for side in (reference, candidate)]
         sides = open_checkpoint(paths[0]), open_checkpoint(paths[1])
     if level == "logits":  # what cannot run is said before every byte is compared
-        check_device(device, dtype)
-        check_how(_side(sides[1]), sides[1].grid, packed, sequence_parallel, dp, dp_kind)
+        options.check()
+        check_candidate(_side(sides[1]), sides[1].grid, options)
     else:
-        _refuse_unused(level, packed, sequence_parallel, dp, save_logits, prompts, tokens)
+        _refuse_unused(level, options, prompts, tokens)
     asked = LEVELS[: LEVELS.index(level) + 1]
-    how = {
-        **{"packed": packed, "sequence_parallel": sequence_parallel, "dp": dp, "dp_kind": dp_kind},
-        **{"timeout": timeout, "save_logits": save_logits, "pool": pool},
-    }
     levels: list[LevelResult] = []
-    messages = _messages(*sides) if level == "logits" else []
 
     def ask(name: str, question: Callable[[], LevelResult]) -> None:
         if name in asked and all(answer.passed for answer in levels):
@@ -101,12 +77,12 @@ def verify(
 
     ask("structure", lambda: check_structure(*sides))
     ask("weights", lambda: _in_one_process(lambda: check_weights(*sides, progress)))
-    ask("logits", lambda: _logits(sides, device, dtype, prompts, tokens, tolerance, replay, how))
+    ask("logits", lambda: _logits(sides, prompts, tokens, pool, run))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
         levels=levels,
-        messages=messages,
+        messages=_messages(*sides) if level == "logits" else [],
         sides={name: describe(side) for name, side in zip(("reference", "candidate"), sides, strict=True)},
         not_run=list(asked[len(levels) :]),
     )
@@ -121,41 +97,31 @@ def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
 
 
 def _side(side: Checkpoint) -> Side:
-    return Side(side.path, "hf" if side.format == "hf" else "megatron")
+    return Side(side.path, HF if side.format == "hf" else MEGATRON)
 
 
-def _refuse_unused(level: str, packed: bool, sequence_parallel: bool, dp: int, *others: object) -> None:
+def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
     """Options of the logits level have no meaning below it."""
-    names = ("--packed", "--sequence-parallel", "--dp", "--save-logits", "--prompt", "--tokens")
-    given = (packed, sequence_parallel, dp != 1, *(other is not None for other in others))
-    if unused := [name for name, there in zip(names, given, strict=True) if there]:
+    unused = options.for_logits_only()
+    unused += [name for name, given in (("--prompt", prompts), ("--tokens", tokens)) if given is not None]
+    if unused:
+        need = "needs" if len(unused) == 1 else "need"
         raise UsageError(
-            f"{', '.join(unused)}: of the level logits, asked for was {level}", hint="drop one or the other"
+            f"{', '.join(unused)} {need} --level logits; this run stops at {level}", hint="drop one or the other"
         )
 
 
 def _logits(
     sides: tuple[Checkpoint, Checkpoint],
-    device: str,
-    dtype: str,
     prompts: Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
-    tolerance: float | None,
-    replay: bool,
-    how: dict[str, Any],
+    pool: Ranks | None,
+    run: RunKeywords,
 ) -> LevelResult:
     tokenizer = _tokenizer(sides) if prompts else None
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
-    report = verify_logits(
-        *map(_side, sides),
-        device=device,
-        dtype=dtype,
-        tokens=tokens,
-        tolerance=TOLERANCE if tolerance is None else tolerance,
-        replay=replay,
-        **how,
-    )
+    report = verify_logits(*map(_side, sides), tokens=tokens, pool=pool, **run)
     answer = report.level()
     if tokenizer is not None and report.greedy is not None:
         texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]
