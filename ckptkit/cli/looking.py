@@ -10,6 +10,7 @@ from ckptkit.cli.choices import HASHED
 from ckptkit.cli.exits import EXIT_DIFFERS
 from ckptkit.cli.options import Json, Source, Threads, choice
 from ckptkit.cli.output import Output
+from ckptkit.cli.records import Prefix
 from ckptkit.errors import InputError
 
 CheckpointPath = Annotated[
@@ -54,6 +55,8 @@ Examples:
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Checkpoint of any format.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one, of any format and grid.")],
+    a_source: Annotated[Source, Prefix("a", "Source of A")],
+    b_source: Annotated[Source, Prefix("b", "Source of B")],
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Compare config, names, shapes and dtypes; read no weights.")
     ] = False,
@@ -73,13 +76,21 @@ def diff(
     First config, names, shapes and dtypes, then values: how many elements differ and by how much at most, and how many
     are NaN or infinite. Both sides are streamed. The exit code is 0 if nothing differs, and 1 if anything does.
     """
+    from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
     from ckptkit.inspection import differences
 
     output = Output("-" if json else None)
     with output.progress("comparing") as progress:
         found = differences.diff(
-            a, b, values=not structure_only, hf_reference=hf_reference, threads=threads, progress=progress
+            a,
+            b,
+            values=not structure_only,
+            hf_reference=hf_reference,
+            threads=threads,
+            progress=progress,
+            a_source=SourceOptions(**a_source.keywords()),
+            b_source=SourceOptions(**b_source.keywords()),
         )
     output.result(found, rendering.differences)
     if not found.same:

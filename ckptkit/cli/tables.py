@@ -17,8 +17,8 @@ from ckptkit.printable import printable
 SHOWN = 40
 """Lines of one kind that are shown."""
 
-_SEPARATORS = (r"[^\s/.]*[\s/.]+|[^\s/.]+", r"[^_-]*[_-]+|[^_-]+")
-"""Where a text may break: after spaces, `/` and `.`; and where that is not enough, after `_` and `-`."""
+_BREAKS = tuple(re.compile(rf"[^{after}]*[{after}]+|[^{after}]+") for after in (r"\s", "/.", "_-"))
+"""Where a text may break: after spaces; in a word that is wider than a line after `/` and `.`, or `_` and `-`."""
 
 
 class Cell:
@@ -35,9 +35,10 @@ class Cell:
         self._style, self._right = style, right
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        pieces = (piece for line in self._lines for piece in re.findall(_SEPARATORS[0], line))
-        widest = max(map(cell_len, self._lines))
-        return Measurement(max((cell_len(piece.rstrip()) for piece in pieces), default=0), widest)
+        words = (word for text in self._lines for word in _BREAKS[0].findall(text))
+        pieces = (piece for word in words for piece in _BREAKS[1].findall(word))
+        narrowest = max((cell_len(piece.rstrip()) for piece in pieces), default=0)
+        return Measurement(narrowest, max(map(cell_len, self._lines)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(options.max_width, 1)
@@ -56,10 +57,14 @@ def broken(text: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _pieces(text: str, width: int) -> Iterator[str]:
+def _pieces(text: str, width: int, level: int = 0) -> Iterator[str]:
     """What stays together: words, their parts where they are wider than a line, and lines of parts that still are."""
-    for word in re.findall(_SEPARATORS[0], text):
-        for part in re.findall(_SEPARATORS[1], word) if cell_len(word.rstrip()) > width else [word]:
+    for part in _BREAKS[level].findall(text):
+        if cell_len(part.rstrip()) <= width:
+            yield part
+        elif level + 1 < len(_BREAKS):
+            yield from _pieces(part, width, level + 1)
+        else:
             yield from (part[at : at + width] for at in range(0, len(part), width))
 
 

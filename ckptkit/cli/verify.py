@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ckptkit.cli.exits import EXIT_DIFFERS
-from ckptkit.cli.options import OUTPUT, choice
+from ckptkit.cli.options import OUTPUT, Source, choice
 from ckptkit.cli.output import Output
+from ckptkit.cli.records import Prefix
 from ckptkit.errors import UsageError
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.verification.run_options import DEVICES, DTYPES, LEVELS, TIMEOUT, TOLERANCE
@@ -27,6 +28,17 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
 
 QUESTION, RUN = "Question", "How the models run"
+
+
+def _grid_size(option: str, what: str) -> Any:
+    """An option for a size of the grid that a candidate without one is run on."""
+    return typer.Option(
+        option,
+        min=1,
+        metavar="N",
+        help=f"{what} parallel size of a candidate that has no grid of its own (hf, packed): megatron-core runs it so.",
+        rich_help_panel=RUN,
+    )
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,9 @@ class Run:
             rich_help_panel=RUN,
         ),
     ] = True
+    tp: Annotated[int | None, _grid_size("--tp", "Tensor")] = None
+    pp: Annotated[int | None, _grid_size("--pp", "Pipeline")] = None
+    ep: Annotated[int | None, _grid_size("--ep", "Expert")] = None
     packed: Annotated[
         bool,
         typer.Option(
@@ -107,6 +122,8 @@ def verify(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Checkpoint to trust, of any format.")],
     candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Checkpoint to question, of any format.")],
     run: Run,
+    reference_source: Annotated[Source, Prefix("ref", "Source of REFERENCE")],
+    candidate_source: Annotated[Source, Prefix("cand", "Source of CANDIDATE")],
     level: Annotated[
         str,
         choice(
@@ -116,6 +133,14 @@ def verify(
             panel=QUESTION,
         ),
     ] = "logits",
+    keep_going: Annotated[
+        bool,
+        typer.Option(
+            "--keep-going",
+            help="Ask the further levels although one has shown a difference.",
+            rich_help_panel=QUESTION,
+        ),
+    ] = False,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -154,6 +179,7 @@ def verify(
     The candidate's shards are loaded strictly into megatron-core's own modules, one process for each rank of its
     grid (or in the ranks of the torchrun that started this), and compared with transformers at every position.
     """
+    from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
     from ckptkit.verification import levels
     from ckptkit.verification.reports.writing import check_places, errors_reported, write_reports
@@ -170,6 +196,9 @@ def verify(
             level=level,
             prompts=prompt or None,
             tokens=_read_tokens(tokens),
+            keep_going=keep_going,
+            reference_source=SourceOptions(**reference_source.keywords()),
+            candidate_source=SourceOptions(**candidate_source.keywords()),
             progress=progress,
             **vars(run),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -9,18 +10,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.opening import open_checkpoint
-from ckptkit.errors import UsageError
+from ckptkit.checkpoints.source_options import SourceOptions, options_called
+from ckptkit.errors import CkptkitError, UsageError
 from ckptkit.formats.hub import locate
+from ckptkit.sharding.stages import split_layers
 from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
 from ckptkit.verification.reports.results import Check
+from ckptkit.verification.rounding import rounding_of
 from ckptkit.verification.run_options import LEVELS, RunKeywords, RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate
 from ckptkit.verification.weights import check_structure, check_weights
+
+OWN_GRID = ("torch", "torch_dist")
+"""Formats that say which grid they are for."""
 
 
 def verify(
@@ -30,6 +37,9 @@ def verify(
     level: str = "logits",
     prompts: Sequence[str] | None = None,
     tokens: Sequence[Sequence[int]] | None = None,
+    keep_going: bool = False,
+    reference_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    candidate_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     progress: Callable[[int, int], None] | None = None,
     pool: Ranks | None = None,
     **run: Unpack[RunKeywords],
@@ -37,7 +47,7 @@ def verify(
     """Verifies a checkpoint against another one; any formats, any grids.
 
     A Hugging Face side is run by transformers, a Megatron side by megatron-core on its own grid, built from what that
-    checkpoint stores.
+    checkpoint stores. Where the candidate stores weights in a narrower type, the reference's are rounded to it.
 
     Args:
         reference: The checkpoint that is trusted.
@@ -45,10 +55,14 @@ def verify(
         level: The last question to ask: `structure`, `weights` or `logits`.
         prompts: Texts to compare on; a side must have a tokenizer.
         tokens: Token ids to compare on; pseudo-random ones where neither is given.
+        keep_going: Ask the further levels although one has shown a difference.
+        reference_source: What the reference does not record itself.
+        candidate_source: What the candidate does not record itself.
         progress: Called with (bytes compared, bytes in all) at the weights level.
         pool: Ranks to use instead of starting some.
         run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
-            packed, sequence_parallel, dp, dp_kind, save_logits, timeout.
+            packed, sequence_parallel, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
+            grid of its own, which megatron-core then runs.
 
     Raises:
         UsageError: The request makes no sense.
@@ -60,32 +74,116 @@ def verify(
         raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
     options = RunOptions.of(**run)
     with ExitStack() as stack:
-        paths = [stack.enter_context(locate(side)).path for side in (reference, candidate)]
-        sides = open_checkpoint(paths[0]), open_checkpoint(paths[1])
+        opened = (
+            _open(stack, reference, reference_source, "ref"),
+            _open(stack, candidate, candidate_source, "cand"),
+        )
+    checkpoints = opened[0][0], opened[1][0]
+    sides = _sides(checkpoints, (opened[0][1], opened[1][1]), options)
     if level == "logits":  # what cannot run is said before every byte is compared
         options.check()
-        check_candidate(_side(sides[1]), sides[1].grid, options)
+        grid = sides[1].grid or checkpoints[1].grid
+        check_candidate(sides[1], grid, options)
+        if sides[1].grid is not None:
+            check_grid(checkpoints[1].config, grid)
+            split_layers(checkpoints[1].config.num_layers, grid)
     else:
         _refuse_unused(level, options, prompts, tokens)
-    asked = LEVELS[: LEVELS.index(level) + 1]
-    levels: list[LevelResult] = []
-
-    def ask(name: str, question: Callable[[], LevelResult]) -> None:
-        if name in asked and all(answer.passed for answer in levels):
-            start = time.monotonic()
-            levels.append(replace(question(), seconds=time.monotonic() - start))
-
-    ask("structure", lambda: check_structure(*sides))
-    ask("weights", lambda: _in_one_process(lambda: check_weights(*sides, progress)))
-    ask("logits", lambda: _logits(sides, prompts, tokens, pool, run))
+    asked = _Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
+    asked.ask("structure", lambda: check_structure(*checkpoints))
+    diff = _diff_command(reference, candidate, reference_source, candidate_source)
+    asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff)))
+    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, run))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
-        levels=levels,
-        messages=_messages(*sides) if level == "logits" else [],
-        sides={name: describe(side) for name, side in zip(("reference", "candidate"), sides, strict=True)},
-        not_run=list(asked[len(levels) :]),
+        levels=asked.answers,
+        messages=[*(_messages(sides) if level == "logits" else []), *asked.messages],
+        sides={
+            "reference": describe(checkpoints[0]),
+            "candidate": describe(checkpoints[1], sides[1].grid),
+        },
+        not_run=asked.not_run,
     )
+
+
+class _Asked:
+    """Levels in order, until one shows a difference.
+
+    Attributes:
+        answers: The answers.
+        messages: Why a level has none although it was asked for.
+    """
+
+    def __init__(self, names: Sequence[str], keep_going: bool) -> None:
+        self._names, self._keep_going = names, keep_going
+        self.answers: list[LevelResult] = []
+        self.messages: list[str] = []
+
+    @property
+    def not_run(self) -> list[str]:
+        """Levels without an answer."""
+        return [name for name in self._names if name not in {answer.name for answer in self.answers}]
+
+    def ask(self, name: str, question: Callable[[], LevelResult]) -> None:
+        """Asks a level, if it is wanted.
+
+        Raises:
+            CkptkitError: It has no answer, and no earlier level has shown a difference that would be lost with it.
+        """
+        differs = not all(answer.passed for answer in self.answers)
+        if name not in self._names or (differs and not self._keep_going):
+            return
+        start = time.monotonic()
+        try:
+            answer = question()
+        except CkptkitError as error:
+            if not differs:
+                raise
+            self.messages.append(f"the level {name} has no answer: {error}")
+        else:
+            self.answers.append(replace(answer, seconds=time.monotonic() - start))
+
+
+def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str) -> tuple[Checkpoint, SourceOptions]:
+    """A side, and the options that open it where it lies now."""
+    found = stack.enter_context(locate(path)).path
+    if source.hf_reference is not None:
+        source = replace(source, hf_reference=str(stack.enter_context(locate(source.hf_reference)).path))
+    with options_called(prefix):
+        return open_checkpoint(found, **source.keywords()), source
+
+
+def _sides(
+    checkpoints: tuple[Checkpoint, Checkpoint], opening: tuple[SourceOptions, SourceOptions], options: RunOptions
+) -> tuple[Side, Side]:
+    """What runs the two.
+
+    Raises:
+        UsageError: A grid is given for a candidate that has one.
+    """
+    reference, candidate = checkpoints
+    grid = options.grid
+    if grid is not None and candidate.format in OWN_GRID:
+        raise UsageError(
+            f"--tp, --pp and --ep are for a candidate without a grid of its own; this one is on {candidate.grid}",
+            where=candidate.path,
+            hint="drop them, or convert it to another grid first",
+        )
+    kinds = [HF if checkpoint.format == HF else MEGATRON for checkpoint in checkpoints]
+    rounding = rounding_of(reference, candidate, hf_names=kinds[0] == HF)
+    return (
+        Side(reference.path, kinds[0], opening[0], rounding=rounding),
+        Side(candidate.path, MEGATRON if grid is not None else kinds[1], opening[1], grid),
+    )
+
+
+def _diff_command(
+    reference: str | Path, candidate: str | Path, reference_source: SourceOptions, candidate_source: SourceOptions
+) -> str:
+    """What to type to see every difference of the two."""
+    words = [*reference_source.words("a"), *candidate_source.words("b")]
+    return shlex.join(["ckptkit", "diff", str(reference), str(candidate), *words])
 
 
 def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
@@ -94,10 +192,6 @@ def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
         return question()
     answer = TorchrunRanks().once(lambda: asdict(question()))
     return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
-
-
-def _side(side: Checkpoint) -> Side:
-    return Side(side.path, HF if side.format == "hf" else MEGATRON)
 
 
 def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
@@ -112,16 +206,17 @@ def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: obj
 
 
 def _logits(
-    sides: tuple[Checkpoint, Checkpoint],
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    sides: tuple[Side, Side],
     prompts: Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
     pool: Ranks | None,
     run: RunKeywords,
 ) -> LevelResult:
-    tokenizer = _tokenizer(sides) if prompts else None
+    tokenizer = _tokenizer(checkpoints) if prompts else None
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
-    report = verify_logits(*map(_side, sides), tokens=tokens, pool=pool, **run)
+    report = verify_logits(*sides, tokens=tokens, pool=pool, **run)
     answer = report.level()
     if tokenizer is not None and report.greedy is not None:
         texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]
@@ -141,8 +236,9 @@ def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
     raise UsageError("--prompt needs a tokenizer, and neither side has one", hint="pass --tokens with token ids")
 
 
-def _messages(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
-    kinds = {side.format == "hf" for side in (reference, candidate)}
-    if kinds == {False}:
+def _messages(sides: tuple[Side, Side]) -> list[str]:
+    """What a verification of these two cannot show."""
+    kinds = {side.kind for side in sides}
+    if kinds == {MEGATRON}:
         return ["both sides ran in megatron-core: a mistake in the family's table would show in neither"]
     return [] if len(kinds) == 2 else ["both sides ran in transformers: nothing was loaded into megatron-core"]

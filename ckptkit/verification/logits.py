@@ -15,6 +15,7 @@ from ckptkit.verification.ranks.jobs import OPENER
 from ckptkit.verification.ranks.pool import RankPool, Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.report import LogitsReport
 from ckptkit.verification.reports.results import CandidateRan, Check, Location
+from ckptkit.verification.rounding import Rounding
 from ckptkit.verification.run_options import RunKeywords, RunOptions
 from ckptkit.verification.runs import Run, keep_logits
 from ckptkit.verification.sides import MEGATRON, Side, check_candidate, open_side
@@ -87,7 +88,7 @@ def verify_logits(
         if options.save_logits is not None:
             target, lengths = Path(options.save_logits), [len(row) for row in rows]
             ranks.once(lambda: keep_logits(target, runs.exact, runs.found, lengths))
-    return _report(runs, judgement, location, messages, options)
+    return _report(runs, judgement, location, messages, options, pair.reference.side.rounding)
 
 
 def _rows(tokens: Tokens, vocab_size: int) -> list[list[int]]:
@@ -124,6 +125,8 @@ def _notes(pair: Pair, runs: Runs, options: RunOptions) -> list[str]:
             f"no row is longer than the sliding window of {window} tokens, so nothing was hidden by it"
             " (--tokens FILE with longer rows)"
         )
+    if pair.reference.side.rounding.casts:
+        notes.append(str(pair.reference.side.rounding))
     ran = _ran(runs.found, options)
     return [*notes, str(ran)] if ran is not None and options.changes_candidate else notes
 
@@ -138,7 +141,12 @@ def _ran(found: Run, options: RunOptions) -> CandidateRan | None:
 
 
 def _report(
-    runs: Runs, judgement: Judgement, location: Location | None, messages: list[str], options: RunOptions
+    runs: Runs,
+    judgement: Judgement,
+    location: Location | None,
+    messages: list[str],
+    options: RunOptions,
+    rounding: Rounding,
 ) -> LogitsReport:
     modules = {**runs.exact.modules, **runs.found.modules}
     return LogitsReport(
@@ -165,4 +173,5 @@ def _report(
             for side, run in (("reference", runs.exact), ("candidate", runs.found))
             for phase, seconds in run.seconds.items()
         },
+        reference_rounded=list(rounding.casts),
     )

@@ -69,6 +69,8 @@ class Passes:
             routing=str(self.folder / f"{name}.routers") if options.replay else None,
             replay=str(routed_as.routing) if routed_as is not None and routed_as.routing is not None else None,
             opener=self.opener,
+            opening=opened.side.opening,
+            rounded=opened.side.rounding.dtypes if options.dtype == "float32" else {},
         )
         return self._run_hf(job) if hf else self._run_megatron(job)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.split_llama import ARCHITECTURE as SPLIT_LLAMA
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
+from ckptkit.verification.rounding import round_model
 from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ def run_reference(job: LogitsJob) -> Run:
 
     start = time.monotonic()
     model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
+    if job.rounded:
+        round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
         run = _ReferenceRun(model, job).run()
@@ -88,7 +92,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
                 **direct,
             )
             model.to(device)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # what config.json may hold makes transformers raise anything
             # torch tells a lack of memory from a tensor of the wrong shape only in the text.
             kind = VerificationError if isinstance(error, MemoryError) or "memory" in str(error) else InputError
             raise kind(f"transformers cannot load it ({_line(error)})", where=path) from error
@@ -100,8 +104,14 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
     return model.eval()
 
 
+_PYTHON = re.compile(r"\b[A-Z]\w*(?:Error|Exception): |\bValue error, |<class '(?P<name>\w+)'>")
+
+
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What a library says, in one line and without the names of Python's classes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = _PYTHON.sub(lambda match: match["name"] or "", " ".join(text.split()))
+    return text[:300] or type(error).__name__
 
 
 def _class(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TypedDict, Unpack
 
 from ckptkit.errors import UsageError, VerificationError
 from ckptkit.megatron import DDP, DP_KINDS
+from ckptkit.sharding.grid import Parallelism
 
 LEVELS = ("structure", "weights", "logits")
 DEVICES = ("cpu", "cuda")
@@ -36,6 +37,9 @@ class RunKeywords(TypedDict, total=False):
     dp_kind: str
     save_logits: str | Path | None
     timeout: float | None
+    tp: int | None
+    pp: int | None
+    ep: int | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class RunOptions:
         dp_kind: What makes them replicas: `ddp` (megatron-core's DistributedDataParallel) or `fsdp2`.
         save_logits: Safetensors file for `reference` and `candidate`, float32 [batch, seq, vocab], or None.
         timeout: Seconds that a run of a Megatron side may take, loading included, and that a collective may wait.
+        tp: Tensor parallel size of the grid that megatron-core runs a candidate on that has no grid of its own (a
+            Hugging Face directory, a packed one, a module's state); None, and all three None: it runs as it is.
+        pp: Pipeline parallel size of that grid.
+        ep: Expert parallel size of that grid.
     """
 
     device: str = "cpu"
@@ -68,6 +76,9 @@ class RunOptions:
     dp_kind: str = DDP
     save_logits: str | None = None
     timeout: float = TIMEOUT
+    tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
 
     @classmethod
     def of(cls, **given: Unpack[RunKeywords]) -> RunOptions:
@@ -81,6 +92,13 @@ class RunOptions:
     def changes_candidate(self) -> bool:
         """Whether the candidate runs in another way than the reference."""
         return self.packed or self.sequence_parallel or self.dp > 1
+
+    @property
+    def grid(self) -> Parallelism | None:
+        """The grid for a candidate without one, if any of its sizes is given."""
+        if self.tp is None and self.pp is None and self.ep is None:
+            return None
+        return Parallelism(self.tp or 1, self.pp or 1, ep=self.ep or 1)
 
     def plain(self, dtype: str = "float32") -> RunOptions:
         """How the reference runs beside such a candidate: one replica, rows one by one."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.verification.ranks.jobs import find
+from ckptkit.verification.rounding import Rounding
 from ckptkit.verification.run_options import RunOptions
 
 HF, MEGATRON = KINDS = ("hf", "megatron")
@@ -22,11 +24,17 @@ class Side(NamedTuple):
 
     Attributes:
         path: The checkpoint.
-        kind: `hf` (transformers runs it) or `megatron` (megatron-core does, on the checkpoint's own grid).
+        kind: `hf` (transformers runs it) or `megatron` (megatron-core does).
+        opening: Options that open it.
+        grid: The grid that megatron-core runs it on; None for the checkpoint's own.
+        rounding: How its weights are rounded before it runs in float32.
     """
 
     path: str | Path
     kind: str
+    opening: SourceOptions = SourceOptions()
+    grid: Parallelism | None = None
+    rounding: Rounding = Rounding()
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ def open_side(side: Side, opener: str) -> OpenedSide:
         CkptkitError: It cannot be opened.
     """
     if side.kind == MEGATRON:
-        checkpoint = find(opener)(str(side.path))
-        return _opened(side, checkpoint.config, checkpoint.grid)
+        checkpoint = find(opener)(str(side.path), **side.opening.keywords())
+        return _opened(side, checkpoint.config, side.grid or checkpoint.grid)
     if side.kind != HF:
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)
     from ckptkit.verification.reference import architecture_of
@@ -87,7 +95,7 @@ def check_candidate(candidate: Side, grid: Parallelism, options: RunOptions) -> 
         raise UsageError(
             "packed rows, sequence parallelism and replicas need a candidate that megatron-core runs",
             where=candidate.path,
-            hint="convert it with --to torch or --to packed first",
+            hint="give the grid to run it on (--tp, --pp, --ep; --tp 1 for one rank)",
         )
     if options.sequence_parallel and grid.tp == 1:
         raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.path)

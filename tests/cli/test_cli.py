@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ckptkit
+from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.cli import app as cli
 from ckptkit.conversion import convert as conversion
 from ckptkit.conversion.options import ConversionResult
@@ -31,6 +33,7 @@ from ckptkit.inspection.summary import Inspection
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.verification import levels
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
+from fixtures.make_damaged import SOUND
 
 RESULT = ConversionResult(
     source={
@@ -360,6 +363,12 @@ def test_verify_passes_and_differs(verify):
         "dp_kind": "ddp",
         "save_logits": None,
         "timeout": None,
+        "tp": None,
+        "pp": None,
+        "ep": None,
+        "keep_going": False,
+        "reference_source": SourceOptions(),
+        "candidate_source": SourceOptions(),
         "progress": None,
     }
     verify.result = DIFFERS
@@ -371,7 +380,8 @@ def test_verify_passes_and_differs(verify):
 def test_every_option_of_verify_arrives(verify, tmp_path):
     report = tmp_path / "report.json"
     line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
-    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60"
+    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
+    how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
     result = run(*line.split(), *how.split(), "--prompt", "one", "--prompt", "two")
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "same"
     assert verify.options == {
@@ -388,6 +398,12 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "dp_kind": "fsdp2",
         "save_logits": "l",
         "timeout": 60.0,
+        "tp": 4,
+        "pp": 2,
+        "ep": 8,
+        "keep_going": True,
+        "reference_source": SourceOptions("r", 3),
+        "candidate_source": SourceOptions(None, 4, StatedGrid(2), 9),
         "progress": None,
     }
     assert json.loads(report.read_text()) == SAME.to_dict()
@@ -519,3 +535,35 @@ def test_a_reader_that_goes_away_is_no_difference_and_no_bug():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=root, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("step", "stands", "told"),
+    [
+        ("sync", "old", "the destination is as it was; continue with: ckptkit convert"),
+        ("drop-journal", "old", "the destination is as it was; continue with: ckptkit convert"),
+        ("rename", "old", "the destination is as it was; continue with: ckptkit convert"),
+        ("between-renames", None, "nothing is at {} for now; run again with --resume, which moves the old model back"),
+        ("clean-up", "new", "the new model is complete at {}; run again with --resume, or remove"),
+    ],
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_which_model_stands_there(monkeypatch, tmp_path, step, stands, told, signum):
+    from ckptkit.io import commit
+
+    old, out = SOUND / "torch", tmp_path / "out"
+    shutil.copytree(old, out)
+    if step == "between-renames":  # a system that cannot exchange two directories
+        monkeypatch.setattr(commit, "exchange", lambda *_: False)
+    monkeypatch.setattr(commit.faults, "step", lambda name: os.kill(os.getpid(), signum) if name == step else None)
+    line = ["convert", str(SOUND / "hf"), str(out), "--to", "packed", "--overwrite"]
+    result = run(*line)
+    assert result.exit_code == 128 + signum
+    assert told.format(out) in result.stderr and result.stderr.count("\n") == 1
+    found = "new" if (out / "model.safetensors").is_file() else "old" if (out / "release").is_dir() else None
+    assert found == stands
+    monkeypatch.undo()
+    result = run(*line, "--resume")  # what the message says to do
+    assert result.exit_code == 0, result.stderr
+    assert (out / "model.safetensors").is_file() and not (out / "release").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,8 +9,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
-from ckptkit.sharding.grid import Parallelism
+from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.run_options import TIMEOUT, TOLERANCE, RunKeywords, RunOptions
 
@@ -25,6 +26,9 @@ OTHER: dict[str, Any] = {
     "dp_kind": "fsdp2",
     "save_logits": "logits.safetensors",
     "timeout": 60.0,
+    "tp": 2,
+    "pp": 3,
+    "ep": 4,
 }
 """A value for every option that is not its default."""
 
@@ -44,7 +48,8 @@ def test_every_option_reaches_the_rank() -> None:
     assert set(OTHER) == {field.name for field in fields(RunOptions)}
     options = RunOptions.of(**OTHER)
     assert vars(options) == OTHER
-    job = LogitsJob("a", Parallelism(2), options, [[1]], "out")
+    opening = SourceOptions("ref", 3, StatedGrid(2, last_stage_layers=1), 9)
+    job = LogitsJob("a", Parallelism(2), options, [[1]], "out", opening=opening, rounded={"*": "bfloat16"})
     assert LogitsJob.from_json(job.to_json()) == job
     assert all(getattr(options, name) != getattr(RunOptions(), name) for name in OTHER)
 
@@ -65,7 +70,15 @@ def test_the_reference_runs_plainly() -> None:
 
 def test_options_of_the_level_logits() -> None:
     assert RunOptions().for_logits_only() == []
-    assert RunOptions.of(**OTHER).for_logits_only() == ["--packed", "--sequence-parallel", "--dp", "--save-logits"]
+    assert RunOptions.of(**OTHER).for_logits_only() == [
+        "--packed",
+        "--sequence-parallel",
+        "--dp",
+        "--save-logits",
+        "--tp",
+        "--pp",
+        "--ep",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptkit import errors
+from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.run_options import RunOptions
 
@@ -34,6 +35,8 @@ class LogitsJob:
         routing: Directory for what routers see and choose, or None.
         replay: Directory of another run's routing, whose experts the tokens are sent to, or None.
         opener: What opens the checkpoint, as `module:function`.
+        opening: Options that open it.
+        rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
     """
 
     checkpoint: str
@@ -48,6 +51,8 @@ class LogitsJob:
     routing: str | None = None
     replay: str | None = None
     opener: str = OPENER
+    opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
+    rounded: dict[str, str] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -68,7 +73,12 @@ class LogitsJob:
     def from_json(text: str) -> LogitsJob:
         """The job that `to_json` wrote."""
         raw = json.loads(text)
-        return LogitsJob(**{**raw, "grid": Parallelism(**raw["grid"]), "options": RunOptions(**raw["options"])})
+        records = {
+            "grid": Parallelism(**raw["grid"]),
+            "options": RunOptions(**raw["options"]),
+            "opening": SourceOptions.from_json(raw["opening"]),
+        }
+        return LogitsJob(**{**raw, **records})
 
     def __str__(self) -> str:
         return f"{self.checkpoint} on {self.grid}, {self.options.device}"

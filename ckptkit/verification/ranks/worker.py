@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from ckptkit.verification.ranks.jobs import LogitsJob, decode_error, encode_error, find
 from ckptkit.verification.reports.report import installed_versions
 
@@ -185,7 +185,9 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     from ckptkit.megatron.pipeline import Pipeline
     from ckptkit.megatron.replicas import seat
 
-    checkpoint = find(job.opener)(job.checkpoint)
+    checkpoint = find(job.opener)(job.checkpoint, **job.opening.keywords())
+    if job.rounded:
+        checkpoint = _rounded(checkpoint, job.rounded)
     here = seat(job.grid, job.options.dp, rank).place
     shards = [
         checkpoint.shard(
@@ -216,6 +218,19 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         load_strict(chunk, shard, where=where)
         shard.clear()
     return Pipeline(chunks, job.grid, device, 1 if value_head else checkpoint.config.vocab_size)
+
+
+def _rounded(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with casts put before its weights are read; the model then widens what it gets."""
+    from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
+    from ckptkit.verification.rounding import EVERY
+
+    tensors = dict(checkpoint.tensors)
+    for key, tensor in tensors.items():
+        name = dtypes.get(key, dtypes.get(EVERY))
+        if name is not None and tensor.dtype.is_float:
+            tensors[key] = tensor.astype(DTYPES_BY_TORCH_NAME[name])
+    return replace(checkpoint, tensors=tensors)
 
 
 def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: int, names: list[str]) -> int:

@@ -78,6 +78,8 @@ class LogitsReport:
         versions: Package -> version.
         candidate_ran: How the candidate ran on its ranks; None if transformers ran it.
         seconds: `<side>.<phase>` -> wall-clock seconds.
+        reference_rounded: Casts, as `F32 -> BF16`, that the reference's weights went through before it ran, as the
+            candidate stores them so; empty if both store the same numbers.
     """
 
     passed: bool
@@ -99,6 +101,7 @@ class LogitsReport:
     versions: dict[str, str] = field(default_factory=dict)
     candidate_ran: CandidateRan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    reference_rounded: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite becomes null."""
