@@ -146,12 +146,12 @@ class _Asked:
 
 
 def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str) -> tuple[Checkpoint, SourceOptions]:
-    """A side, and the options that open it where it lies now."""
+    """A side, and the options that open it at its own path: that of the iteration, with a reference on this disk."""
     found = stack.enter_context(locate(path)).path
     if source.hf_reference is not None:
         source = replace(source, hf_reference=str(stack.enter_context(locate(source.hf_reference)).path))
     with options_called(prefix):
-        return open_checkpoint(found, **source.keywords()), source
+        return open_checkpoint(found, **source.keywords()), replace(source, iteration=None)
 
 
 def _sides(

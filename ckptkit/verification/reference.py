@@ -104,7 +104,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
     return model.eval()
 
 
-_PYTHON = re.compile(r"\b[A-Z]\w*(?:Error|Exception): |\bValue error, |<class '(?P<name>\w+)'>")
+_PYTHON = re.compile(r"\b[A-Z]\w*(?:Error|Exception): |\bValue error, |\. Errors: .*|<class '(?P<name>\w+)'>")
 
 
 def _line(error: BaseException) -> str:
