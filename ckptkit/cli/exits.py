@@ -135,8 +135,8 @@ def _what_stands(error: Interrupted, arguments: list[str]) -> str:
 
 def how_to_resume(arguments: list[str]) -> str:
     """What to type next after a stopped conversion: the same line with --resume."""
-    writes = arguments[0] == "convert" or arguments[:2] in (["split-llama", "build"], ["split-llama", "fit"])
-    if not writes or "--dry-run" in arguments:
+    resumable = arguments[0] == "convert" or arguments[:2] == ["split-llama", "build"]
+    if not resumable or "--dry-run" in arguments:
         return ""
     command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]
     return f"; the destination is as it was; continue with: {shlex.join(command)}"
