@@ -17,8 +17,8 @@ class FieldDifference:
     """A field, and what either description says.
 
     Attributes:
-        name: Its name in `ModelConfig`, or in `LayerConfig` if it belongs to a layer; fields inside of a field follow it,
-            as in `rope theta`.
+        name: Its name in `ModelConfig`, or in `LayerConfig` if it belongs to a layer; a field inside of a field
+            follows it, as in `rope theta`.
         left: What one says.
         right: What the other says.
         layer: Number of the layer, or None.

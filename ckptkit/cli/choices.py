@@ -3,7 +3,5 @@
 from __future__ import annotations
 
 FORMATS = ("hf", "packed", "torch", "torch_dist")
-LAYOUTS = ("full", "text", "legacy")
 EXPERTS = ("grouped", "sequential")
-HEADS = ("value",)
 HASHED = ("tensors", "files")

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import EXPERTS, FORMATS, HEADS, LAYOUTS
-from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, choice
+from ckptkit.cli.choices import EXPERTS, FORMATS
+from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, alternatives, choice
 from ckptkit.cli.output import Output
+from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
 from ckptkit.tables.hybrid_names import GPT, MODELS
@@ -76,7 +77,7 @@ def convert(
             " split Llama.",
             panel=FORMAT,
         ),
-    ] = "full",
+    ] = FULL,
     text_only: Annotated[
         bool, typer.Option("--text-only", help="The same as --layout text.", rich_help_panel=FORMAT)
     ] = False,
@@ -84,7 +85,7 @@ def convert(
         str | None,
         choice(
             "--head",
-            HEADS,
+            (VALUE,),
             "Put a value head (one output per token) in place of a language model's head.",
             panel=FORMAT,
         ),
@@ -113,7 +114,7 @@ def convert(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="Cast floating-point tensors: float32, bfloat16, float16 or float64. The default keeps every bit.",
+            help=f"Cast floating-point tensors: {alternatives(CASTS)}. The default keeps every bit.",
             rich_help_panel=FORMAT,
         ),
     ] = None,
@@ -143,7 +144,7 @@ def convert(
     from ckptkit.cli import rendering
     from ckptkit.conversion import convert as conversion
 
-    if text_only and layout not in ("full", "text"):
+    if text_only and layout not in (FULL, TEXT):
         raise UsageError(f"--text-only and --layout {layout} exclude each other", hint="pass one of them")
     output = Output("-" if json else None)
     parallelism = grid.parallelism()
@@ -155,7 +156,7 @@ def convert(
             grid=parallelism,
             spec=spec,
             experts=experts,
-            layout="text" if text_only else layout,
+            layout=TEXT if text_only else layout,
             head=head,
             head_init=head_init,
             megatron_model=megatron_model,

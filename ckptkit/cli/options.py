@@ -33,7 +33,7 @@ def choice(
         if text in values:
             return text
         close = difflib.get_close_matches(text, values, 1)
-        hint = (hints or {}).get(text) or (f"did you mean {close[0]}?" if close else f"choose {_alternatives(values)}")
+        hint = (hints or {}).get(text) or (f"did you mean {close[0]}?" if close else f"choose {alternatives(values)}")
         raise UsageError(f"there is no {text!r}", where=name, hint=hint)
 
     return typer.Option(
@@ -46,7 +46,8 @@ def choice(
     )
 
 
-def _alternatives(values: Sequence[str]) -> str:
+def alternatives(values: Sequence[str]) -> str:
+    """Words as a sentence lists them: `a, b or c`."""
     *others, last = values
     return f"{', '.join(others)} or {last}" if others else last
 

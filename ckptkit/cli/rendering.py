@@ -13,7 +13,7 @@ from ckptkit.sizes import human_size, three_digits
 
 if TYPE_CHECKING:
     from ckptkit.conversion.architectures import Architecture
-    from ckptkit.conversion.options import ConversionResult
+    from ckptkit.conversion.execution import ConversionResult
     from ckptkit.inspection.differences import Differences, Structure, TensorDifference
     from ckptkit.inspection.hashing import Hashes
     from ckptkit.inspection.summary import Inspection

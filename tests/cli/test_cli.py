@@ -19,7 +19,7 @@ import ckptkit
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.cli import app as cli
 from ckptkit.conversion import convert as conversion
-from ckptkit.conversion.options import ConversionResult
+from ckptkit.conversion.execution import ConversionResult
 from ckptkit.errors import (
     CkptkitError,
     InputError,

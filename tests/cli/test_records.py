@@ -94,12 +94,11 @@ def test_options_of_a_command_stand_under_headings(command: str, headings: list[
 
 
 def test_choices_are_those_of_the_modules_that_use_them() -> None:
-    from ckptkit.checkpoints.checkpoint import LAYOUTS
     from ckptkit.conversion.targets import NAMES
     from ckptkit.inspection.hashing import PARTS
     from ckptkit.tables.spelling import GROUPED, SEQUENTIAL
 
-    assert (choices.FORMATS, choices.LAYOUTS, choices.HASHED) == (NAMES, LAYOUTS, PARTS)
+    assert (choices.FORMATS, choices.HASHED) == (NAMES, PARTS)
     assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL}
 
 
@@ -109,7 +108,7 @@ def test_options_of_verify_are_the_fields_of_run_options() -> None:
 
 
 def test_options_of_execution_are_those_of_the_conversion() -> None:
-    from ckptkit.conversion.options import Execution as Carried
+    from ckptkit.conversion.execution import Execution as Carried
 
     assert {field.name for field in fields(Execution)} == {field.name for field in fields(Carried)} - {"progress"}
 
