@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ckptkit.inspection.validation import validate
     from ckptkit.megatron.packed_inputs.convert import convert_to_packed
     from ckptkit.sharding.grid import Parallelism
-    from ckptkit.verification.verify import verify
+    from ckptkit.verification.levels import verify
 
 from ckptkit.version import __version__
 
@@ -46,7 +46,7 @@ _HOMES = {
     "open_checkpoint": "ckptkit.checkpoints.opening",
     "supported_architectures": "ckptkit.conversion.architectures",
     "validate": "ckptkit.inspection.validation",
-    "verify": "ckptkit.verification.verify",
+    "verify": "ckptkit.verification.levels",
 }
 
 

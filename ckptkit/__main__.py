@@ -1,5 +1,21 @@
 """`python -m ckptkit` is the command `ckptkit`."""
 
-from ckptkit.cli.app import app
+from __future__ import annotations
 
-app(prog_name="ckptkit")
+import sys
+
+EXIT_INTERNAL = 70
+
+
+def main() -> None:
+    """Runs the command line. A package that cannot be imported must not look like a difference, exit code 1."""
+    try:
+        from ckptkit.cli.app import app
+    except Exception as error:
+        print(f"error: ckptkit is not installed completely ({error}); install it again", file=sys.stderr)
+        sys.exit(EXIT_INTERNAL)
+    app(prog_name="ckptkit")
+
+
+if __name__ == "__main__":
+    main()

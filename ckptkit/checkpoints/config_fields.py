@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.model_config import ModelConfig
 
 NUM_LAYERS = "num_layers"
 """The name under which different numbers of layers are listed."""
@@ -16,7 +17,8 @@ class FieldDifference:
     """A field, and what either description says.
 
     Attributes:
-        name: Its name in `ModelConfig`, or in `LayerConfig` if it is of a layer.
+        name: Its name in `ModelConfig`, or in `LayerConfig` if it belongs to a layer; a field inside of a field
+            follows it, as in `rope theta`.
         left: What one says.
         right: What the other says.
         layer: Number of the layer, or None.
@@ -36,20 +38,33 @@ def differing_fields(left: ModelConfig, right: ModelConfig, ignored: Collection[
         right: The other.
         ignored: Fields of `ModelConfig` that are not compared.
     """
-    names = [field.name for field in fields(ModelConfig) if field.name not in {*ignored, "layers"}]
-    found = [
-        FieldDifference(name, getattr(left, name), getattr(right, name))
-        for name in names
-        if getattr(left, name) != getattr(right, name)
-    ]
+    found = list(_differing(left, right, ignored={*ignored, "layers"}))
     if left.num_layers != right.num_layers:
         return [*found, FieldDifference(NUM_LAYERS, left.num_layers, right.num_layers)]
-    for number, (one, other) in enumerate(zip(left.layers, right.layers, strict=True)):
-        if one != other:
-            of_layer = [
-                FieldDifference(field.name, getattr(one, field.name), getattr(other, field.name), number)
-                for field in fields(LayerConfig)
-                if getattr(one, field.name) != getattr(other, field.name)
-            ]
+    for number, layers in enumerate(zip(left.layers, right.layers, strict=True)):
+        if of_layer := list(_differing(*layers, layer=number)):
             return [*found, *of_layer]
     return found
+
+
+def _differing(
+    left: Any, right: Any, *, ignored: Collection[str] = (), layer: int | None = None, within: str = ""
+) -> Iterator[FieldDifference]:
+    """Fields of two dataclasses of one type; one that is a dataclass itself is taken apart, as `rope theta`."""
+    for name in (field.name for field in fields(left) if field.name not in ignored):
+        one, other = getattr(left, name), getattr(right, name)
+        if one == other:
+            continue
+        if is_dataclass(one) and type(one) is type(other):
+            yield from _differing(one, other, layer=layer, within=f"{within}{name} ")
+        else:
+            yield FieldDifference(f"{within}{name}", one, other, layer)
+
+
+def in_words(value: object) -> str:
+    """A value as a config.json has it, and a record as its fields: messages show no objects of Python."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if is_dataclass(value):
+        return ", ".join(f"{field.name} {in_words(getattr(value, field.name))}" for field in fields(value))
+    return repr(value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields
+from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields, in_words
 from ckptkit.checkpoints.recognition import recognise
 from ckptkit.checkpoints.vocabulary import Vocabulary
 from ckptkit.errors import CkptkitError, InputError, UsageError
@@ -128,8 +128,8 @@ def _differences(config: ModelConfig, base: ModelConfig) -> list[str]:
     """Fields in which `args` contradict config.json."""
 
     def sentence(field: FieldDifference) -> str:
-        stored = f"{field.left} layers" if field.name == NUM_LAYERS else f"{field.name} {field.left!r}"
-        return f"args say {stored}, config.json says {field.right!r}"
+        stored = f"{field.left} layers" if field.name == NUM_LAYERS else f"{field.name} {in_words(field.left)}"
+        return f"args say {stored}, config.json says {in_words(field.right)}"
 
     return [sentence(field) for field in differing_fields(config, base, ignored=("dtype", "init_std"))]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.description import complete
-from ckptkit.checkpoints.problems import Problems, check_element_types
+from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems, check_element_types
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import family_of
@@ -46,7 +46,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     for replica in family.replicas:
         if replica.hf in left and replica.when(config) and replica.of in stored:
             what = f"{replica.hf} repeats {replica.of} (tie_word_embeddings is true)"
-            comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what))
+            comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what, UNTIED_HEAD))
     extras = {name: left.pop(name) for name in sorted(left) if family.is_extra(name, config)}
     _refuse_quantised(files.path, left)
     problems.unknown(left)

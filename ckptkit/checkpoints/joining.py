@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, is_on
-from ckptkit.checkpoints.problems import Problems
+from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.torch_legacy import RankFile, RankKey
 from ckptkit.io.plan import Comparison
@@ -217,7 +217,7 @@ class _Joiner:
             rows = min(head.shape[0], self.given.config.vocab_size)
             what = "output_layer.weight of the last stage and the tied embedding"
             embedding = self.tensors[EMBEDDING]
-            self.comparisons.append(Comparison(head.rows(0, rows), embedding, what))
+            self.comparisons.append(Comparison(head.rows(0, rows), embedding, what, UNTIED_HEAD))
         elif shards or not last.first:
             self.problems.missing.append(f"{name} (the tied copy on the last stage)")
 

@@ -38,6 +38,13 @@ def check_element_types(tensors: Mapping[str, Tensor], where: object, *, weights
         )
 
 
+UNTIED_HEAD = (
+    "if the head was trained apart from the embedding, set tie_word_embeddings to false in config.json (and"
+    " untie_embeddings_and_output_weights in args); else the checkpoint is inconsistent"
+)
+"""What to do if the head of a tied model is not the embedding."""
+
+
 class Problems:
     """Everything wrong with the tensors of a checkpoint, said in one line."""
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from ckptkit.cli.output import Output, say
+from ckptkit.cli.output import SIGPIPE_EXIT, Output, say
+from ckptkit.cli.streams import prepare
 from ckptkit.errors import CkptkitError
 
 EXIT_DIFFERS = 1
@@ -33,7 +34,7 @@ Exit codes:
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception: nothing on the way up may take it for a failure and go on."""
+    """SIGINT or SIGTERM arrived. Not an Exception: nothing on the way up may take it for a failure and continue."""
 
     def __init__(self, signum: int) -> None:
         self.exit_code = 128 + signum
@@ -53,9 +54,13 @@ class Commands(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Runs the command line and exits."""
+        prepare()
         arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
-        with _signals_raise():
-            code = self._run(arguments, prog_name, complete_var, **extra)
+        try:
+            with _signals_raise():
+                code = self._run(arguments, prog_name, complete_var, **extra)
+        except Interrupted as error:  # between the work and here
+            code = error.exit_code
         if standalone_mode:
             sys.exit(code)
         return code
@@ -63,19 +68,34 @@ class Commands(TyperGroup):
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
         output = Output(_json_file(arguments))
         try:
-            return int(super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0)
-        except CkptkitError as error:
-            return _fail(output, error, str(error), error.exit_code)
-        except Interrupted as error:
-            return _fail(output, None, f"stopped by {error}{how_to_resume(arguments)}", error.exit_code)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            return _fail(output, None, f"{where}{error.strerror or error}", EXIT_STORAGE)
-        except Exception as error:
-            if hasattr(error, "format_message"):
-                return _fail(output, None, _usage_message(error), EXIT_USAGE)
-            bug = f"internal error: {type(error).__name__}: {error}; set {TRACEBACK_VARIABLE}=1 to see where"
-            return _fail(output, None, bug, EXIT_INTERNAL)
+            try:
+                return int(super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0)
+            except Exception as error:
+                return _failed(output, error)
+            except Interrupted as error:
+                return _fail(output, None, f"stopped by {error}{_what_stands(error, arguments)}", error.exit_code)
+        except SystemExit as end:
+            return _own_code(end)
+        except Exception:  # the error could not be told; that must not look like a difference
+            return EXIT_INTERNAL
+
+
+def _own_code(end: SystemExit) -> int:
+    """The code of an end that this package asked for; that of a library, which may mean anything, is a bug."""
+    return end.code if end.code in (0, SIGPIPE_EXIT) and isinstance(end.code, int) else EXIT_INTERNAL
+
+
+def _failed(output: Output, error: Exception) -> int:
+    """One line and an exit code for what went wrong."""
+    if isinstance(error, CkptkitError):
+        return _fail(output, error, str(error), error.exit_code)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(output, None, f"{where}{error.strerror or error}", EXIT_STORAGE)
+    if hasattr(error, "format_message"):
+        return _fail(output, None, _usage_message(error), EXIT_USAGE)
+    bug = f"internal error: {type(error).__name__}: {error}; set {TRACEBACK_VARIABLE}=1 to see where"
+    return _fail(output, None, bug, EXIT_INTERNAL)
 
 
 @contextmanager
@@ -107,12 +127,19 @@ def _fail(output: Output, error: CkptkitError | None, message: str, exit_code: i
     return exit_code
 
 
+def _what_stands(error: Interrupted, arguments: list[str]) -> str:
+    """What is at the destination now, and how to continue: as the work noted it, or else it was not touched."""
+    notes = getattr(error, "__notes__", [])
+    return f"; {'; '.join(notes)}" if notes else how_to_resume(arguments)
+
+
 def how_to_resume(arguments: list[str]) -> str:
     """What to type next after a stopped conversion: the same line with --resume."""
-    if (arguments[0] != "convert" and arguments[:2] != ["split-llama", "build"]) or "--dry-run" in arguments:
+    resumable = arguments[0] == "convert" or arguments[:2] == ["split-llama", "build"]
+    if not resumable or "--dry-run" in arguments:
         return ""
     command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]
-    return f"; the destination is as it was; go on with: {shlex.join(command)}"
+    return f"; the destination is as it was; continue with: {shlex.join(command)}"
 
 
 def _usage_message(error: Any) -> str:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from functools import partial
 from typing import Annotated
 
 import typer
 
-from ckptkit.cli.arguments import (
-    HfReference,
-    Iteration,
-    Json,
-    SrcEp,
-    SrcEtp,
-    SrcFirst,
-    SrcLast,
-    SrcPp,
-    SrcTp,
-    SrcVpp,
-    Threads,
-    VocabSize,
-    stated_grid,
-)
+from ckptkit.cli.choices import HASHED
 from ckptkit.cli.exits import EXIT_DIFFERS
+from ckptkit.cli.options import Json, Source, Threads, choice
 from ckptkit.cli.output import Output
+from ckptkit.cli.records import Prefix
 from ckptkit.errors import InputError
 
 CheckpointPath = Annotated[
@@ -33,13 +19,6 @@ CheckpointPath = Annotated[
         metavar="PATH", help="Checkpoint of any format: its directory, an iteration, or verl's actor folder."
     ),
 ]
-
-
-class Part(StrEnum):
-    """What of a checkpoint is hashed."""
-
-    TENSORS = "tensors"
-    FILES = "files"
 
 
 INSPECT_EXAMPLES = """\b
@@ -51,16 +30,7 @@ Examples:
 
 def inspect(
     path: CheckpointPath,
-    hf_reference: HfReference = None,
-    iteration: Iteration = None,
-    vocab_size: VocabSize = None,
-    src_tp: SrcTp = None,
-    src_pp: SrcPp = None,
-    src_vpp: SrcVpp = None,
-    src_ep: SrcEp = None,
-    src_etp: SrcEtp = None,
-    src_first_stage_layers: SrcFirst = None,
-    src_last_stage_layers: SrcLast = None,
+    source: Source,
     json: Json = False,
 ) -> None:
     """Show the format, grid, sizes and dtypes of a checkpoint.
@@ -70,11 +40,8 @@ def inspect(
     from ckptkit.cli import rendering
     from ckptkit.inspection import summary
 
-    grid = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
-    result = summary.inspect(
-        path, hf_reference=hf_reference, iteration=iteration, stored_grid=grid, vocab_size=vocab_size
-    ).to_dict()
-    Output("-" if json else None).result(result, partial(rendering.inspection, result))
+    result = summary.inspect(path, **source.keywords())
+    Output("-" if json else None).result(result, rendering.inspection)
 
 
 DIFF_EXAMPLES = """\b
@@ -88,10 +55,19 @@ Examples:
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Checkpoint of any format.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one, of any format and grid.")],
+    a_source: Annotated[Source, Prefix("a", "Source of A")],
+    b_source: Annotated[Source, Prefix("b", "Source of B")],
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Compare config, names, shapes and dtypes; read no weights.")
     ] = False,
-    hf_reference: HfReference = None,
+    hf_reference: Annotated[
+        str | None,
+        typer.Option(
+            "--hf-reference",
+            metavar="DIR",
+            help="Hugging Face directory that describes the Megatron sides.",
+        ),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -100,16 +76,23 @@ def diff(
     First config, names, shapes and dtypes, then values: how many elements differ and by how much at most, and how many
     are NaN or infinite. Both sides are streamed. The exit code is 0 if nothing differs, and 1 if anything does.
     """
+    from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
     from ckptkit.inspection import differences
 
     output = Output("-" if json else None)
     with output.progress("comparing") as progress:
         found = differences.diff(
-            a, b, values=not structure_only, hf_reference=hf_reference, threads=threads, progress=progress
+            a,
+            b,
+            values=not structure_only,
+            hf_reference=hf_reference,
+            threads=threads,
+            progress=progress,
+            a_source=SourceOptions(**a_source.keywords()),
+            b_source=SourceOptions(**b_source.keywords()),
         )
-    result = found.to_dict()
-    output.result(result, partial(rendering.differences, result))
+    output.result(found, rendering.differences)
     if not found.same:
         raise typer.Exit(EXIT_DIFFERS)
 
@@ -123,6 +106,7 @@ Examples:
 
 def validate(
     path: CheckpointPath,
+    source: Source,
     values: Annotated[
         bool,
         typer.Option(
@@ -132,16 +116,6 @@ def validate(
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Do not read data, not even for torch's checksums.")
     ] = False,
-    hf_reference: HfReference = None,
-    iteration: Iteration = None,
-    vocab_size: VocabSize = None,
-    src_tp: SrcTp = None,
-    src_pp: SrcPp = None,
-    src_vpp: SrcVpp = None,
-    src_ep: SrcEp = None,
-    src_etp: SrcEtp = None,
-    src_first_stage_layers: SrcFirst = None,
-    src_last_stage_layers: SrcLast = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -156,7 +130,6 @@ def validate(
 
     if values and headers_only:
         raise UsageError("--values and --headers-only exclude each other", hint="pass one of them")
-    grid = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
     output = Output("-" if json else None)
     with output.progress("reading") as progress:
         found = validation.validate(
@@ -165,13 +138,9 @@ def validate(
             values=values,
             threads=threads,
             progress=progress,
-            hf_reference=hf_reference,
-            iteration=iteration,
-            stored_grid=grid,
-            vocab_size=vocab_size,
+            **source.keywords(),
         )
-    result = found.to_dict()
-    output.result(result, partial(rendering.validation, result))
+    output.result(found, rendering.validation)
     if not found.passed:
         raise typer.Exit(InputError.exit_code)
 
@@ -185,17 +154,10 @@ Examples:
 
 def hash_(
     path: CheckpointPath,
-    only: Annotated[Part | None, typer.Option(help="Hash only tensors, or only files. The default is both.")] = None,
-    hf_reference: HfReference = None,
-    iteration: Iteration = None,
-    vocab_size: VocabSize = None,
-    src_tp: SrcTp = None,
-    src_pp: SrcPp = None,
-    src_vpp: SrcVpp = None,
-    src_ep: SrcEp = None,
-    src_etp: SrcEtp = None,
-    src_first_stage_layers: SrcFirst = None,
-    src_last_stage_layers: SrcLast = None,
+    source: Source,
+    only: Annotated[
+        str | None, choice("--only", HASHED, "Hash only tensors, or only files. The default is both.")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -207,17 +169,13 @@ def hash_(
     from ckptkit.cli import rendering
     from ckptkit.inspection import hashing
 
-    grid = stated_grid(src_tp, src_pp, src_vpp, src_ep, src_etp, src_first_stage_layers, src_last_stage_layers)
     output = Output("-" if json else None)
     with output.progress("hashing") as progress:
         result = hashing.hash_checkpoint(
             path,
-            only=None if only is None else only.value,
+            only=only,
             threads=threads,
             progress=progress,
-            hf_reference=hf_reference,
-            iteration=iteration,
-            stored_grid=grid,
-            vocab_size=vocab_size,
-        ).to_dict()
-    output.result(result, partial(rendering.hashes, result))
+            **source.keywords(),
+        )
+    output.result(result, rendering.hashes)

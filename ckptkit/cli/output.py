@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from ckptkit.cli.streams import encodes_everything, silence
 from ckptkit.errors import CkptkitError, StorageError
 from ckptkit.io.system import write_text
+from ckptkit.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SIGPIPE_EXIT = 141
-PIPED_WIDTH = 160
-"""Columns when stdout is no terminal: tables keep their width, nothing is cut for a screen that is not there."""
+PIPED_WIDTH = 100
+"""Columns of tables when stdout is no terminal."""
 
 KINDS = {
     2: "usage",
@@ -32,13 +33,21 @@ KINDS = {
 }
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+@runtime_checkable
+class _Result(Protocol):
+    """A result that can be JSON."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class Output:
     """Where a command's results go.
 
     Attributes:
-        json_file: Where JSON goes: `-` is stdout, None means that nobody asked for it.
+        json_file: Where JSON goes: `-` is stdout, None: no JSON.
     """
 
     def __init__(self, json_file: str | None = None) -> None:
@@ -49,17 +58,22 @@ class Output:
         """Whether stdout carries JSON and therefore nothing else."""
         return self.json_file == "-"
 
-    def result(self, data: dict[str, Any] | list[Any], render: Callable[[Console], None]) -> None:
+    def result(self, result: T, render: Callable[[T, Console], None], data: object = None) -> None:
         """Gives a command's result: as JSON where asked for, and to people unless stdout carries the JSON.
+
+        Args:
+            result: What was found.
+            render: Prints it for people.
+            data: What the JSON holds; `result.to_dict()` by default.
 
         Raises:
             StorageError: The JSON file cannot be written.
         """
         if self.json_file is not None:
-            self.json(data)
+            self.json(result.to_dict() if isinstance(result, _Result) else data)
         if not self.json_only:
             with self.console() as console:
-                render(console)
+                render(result, console)
 
     def json(self, data: object) -> None:
         """Writes one JSON document to stdout or to the file asked for.
@@ -67,24 +81,24 @@ class Output:
         Raises:
             StorageError: The file cannot be written.
         """
-        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-        if self.json_only or self.json_file is None:
+        to_stdout = self.json_only or self.json_file is None
+        escaped = to_stdout and not encodes_everything(sys.stdout)
+        text = json.dumps(printable_json(data), indent=2, ensure_ascii=escaped) + "\n"
+        if to_stdout:
             _write_stdout(text)
-            return
-        write_text(self.json_file, text)
+        else:
+            write_text(str(self.json_file), text)
 
     @contextmanager
     def console(self) -> Iterator[Console]:
         """A rich console whose text goes to stdout in one write, coloured only if that is a terminal."""
-        console = _console(sys.stdout, io.StringIO())
-        yield console
-        buffer = console.file
-        assert isinstance(buffer, io.StringIO)
+        buffer = _Buffer(sys.stdout)
+        yield _console(sys.stdout, buffer)
         _write_stdout(buffer.getvalue())
 
     def error(self, error: CkptkitError | None, message: str, exit_code: int) -> None:
         """One line on stderr; with JSON asked for, an object `{"error": ...}` there too."""
-        line = " ".join(message.split("\n"))
+        line = printable(" ".join(message.split("\n")))
         say(line, label="error", style="bold red")
         if self.json_file is None:
             return
@@ -122,19 +136,30 @@ class Output:
 
 
 def say(text: str, *, label: str = "", style: str = "") -> None:
-    """Chatter: a line on stderr. A reader that went away is no reason to fail."""
+    """Chatter on stderr, each line made printable. A reader that went away, or a full disk, is no reason to fail."""
+    text = "\n".join(map(printable, text.split("\n")))
     try:
-        if not label:
-            print(text, file=sys.stderr, flush=True)
-        elif sys.stderr.isatty():
+        if label and sys.stderr.isatty():
             from rich.text import Text
 
             line = Text.assemble((f"{label}: ", style), text)
             _console(sys.stderr, sys.stderr).print(line, soft_wrap=True)
         else:
-            print(f"{label}: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        pass
+            print(f"{label}: {text}" if label else text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        silence(sys.stderr)
+
+
+class _Buffer(io.StringIO):
+    """Text for a stream, which says what that stream can encode: tables are drawn with ASCII where it must be."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._encoding = "utf-8" if encodes_everything(stream) else "ascii"
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # the base declares an attribute
+        return self._encoding
 
 
 def _console(stream: Any, file: Any) -> Console:
@@ -147,14 +172,18 @@ def _console(stream: Any, file: Any) -> Console:
 
 
 def _write_stdout(text: str) -> None:
+    """Writes to stdout.
+
+    Raises:
+        StorageError: It is full, or closed behind us.
+        SystemExit: Its reader went away (`| head`): the process leaves as the signal would.
+    """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _stop_writing()
-
-
-def _stop_writing() -> NoReturn:
-    """The reader of stdout went away (`| head`): leave as the signal would, quietly at interpreter exit too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(SIGPIPE_EXIT)
+        silence(sys.stdout)
+        raise SystemExit(SIGPIPE_EXIT) from None
+    except OSError as error:
+        silence(sys.stdout)
+        raise StorageError(f"cannot write: {error.strerror or error}", where="stdout") from error

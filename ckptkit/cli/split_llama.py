@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ckptkit.cli.arguments import DryRun, FileHashes, Json, MovingThreads, Overwrite, Resume, ShardSize
+from ckptkit.cli.options import Execution, Json, ShardSize
 from ckptkit.cli.output import Output
-from ckptkit.cli.sizes import parse_size
 from ckptkit.errors import UsageError
-
-split_llama = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Join the first layers of a narrow Llama and the last ones of a wide Llama, with an adapter between them.",
-)
+from ckptkit.sizes import parse_size
 
 BUILD_EXAMPLES = """\b
 Examples:
@@ -33,34 +26,64 @@ Examples:
   ckptkit split-llama fit split -o fitted --last Llama-3.3-70B-Instruct --calibration text.txt
   ckptkit split-llama fit split -o fitted --last 70B --calibration ids.json --adapter-init ridge:0.1 --device cuda"""
 
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        metavar="FILE",
-        help="What an adapter is fitted to: a text, or lists of token ids in a .json file.",
-    ),
-]
-Tokens = Annotated[
-    int | None,
-    typer.Option("--calibration-tokens", min=2, metavar="N", help="How many tokens of it; 32768 by default."),
-]
-Length = Annotated[
-    int | None,
-    typer.Option("--calibration-length", min=2, metavar="N", help="Tokens of a sequence; 512 by default."),
-]
-Device = Annotated[
-    str, typer.Option(metavar="cpu|cuda", help="Where the models run that an adapter is fitted to, layer by layer.")
-]
+ADAPTER = "Adapter"
 
 
-def _options(calibration: Path | None, tokens: int | None, length: int | None, device: str) -> dict[str, object]:
-    """What fitted initialisations want to know."""
-    return {"calibration": calibration, "tokens": tokens, "length": length, "device": device}
+@dataclass(frozen=True)
+class Calibration:
+    """What an adapter is fitted to, and where."""
+
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="What an adapter is fitted to: a text, or lists of token ids in a .json file.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-tokens",
+            min=2,
+            metavar="N",
+            help="How many tokens of it; 32768 by default.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None
+    calibration_length: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-length",
+            min=2,
+            metavar="N",
+            help="Tokens of a sequence; 512 by default.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|cuda",
+            help="Where the models run that an adapter is fitted to, layer by layer.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = "cpu"
+
+    def options(self) -> dict[str, object]:
+        """What fitted initialisations take."""
+        return {
+            "calibration": self.calibration,
+            "tokens": self.calibration_tokens,
+            "length": self.calibration_length,
+            "device": self.device,
+        }
 
 
-@split_llama.command(epilog=BUILD_EXAMPLES)
 def build(
+    execution: Execution,
+    calibration: Calibration,
     first: Annotated[
         str | None, typer.Argument(metavar="FIRST", help="The narrow Llama: a checkpoint of any format, or org/model.")
     ] = None,
@@ -86,6 +109,7 @@ def build(
         str | None,
         typer.Option(
             metavar="linear|two-linear|mlp",
+            rich_help_panel=ADAPTER,
             help="One matrix (the default), two, or two with a ReLU between them.",
         ),
     ] = None,
@@ -95,12 +119,9 @@ def build(
             metavar="NAME[:ARGUMENT]",
             help="How the adapter starts: kaiming, orthogonal, identity-pad, file:PATH of a safetensors file, or"
             " fitted to --calibration: lstsq, ridge[:STRENGTH], procrustes.",
+            rich_help_panel=ADAPTER,
         ),
     ] = "kaiming",
-    calibration: Text = None,
-    calibration_tokens: Tokens = None,
-    calibration_length: Length = None,
-    device: Device = "cpu",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of a random adapter.")] = 0,
     accept_differences: Annotated[
         bool,
@@ -113,11 +134,6 @@ def build(
         typer.Option("--legacy", help="Write the published layout, which cannot be loaded without FIRST and LAST."),
     ] = False,
     shard_size: ShardSize = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    threads: MovingThreads = None,
-    hash: FileHashes = False,
     json: Json = False,
 ) -> None:
     """Build a split Llama: embedding and first layers of FIRST, an adapter, last layers, norm and head of LAST.
@@ -142,24 +158,21 @@ def build(
                 recipe,
                 init=adapter_init,
                 seed=seed,
-                options=_options(calibration, calibration_tokens, calibration_length, device),
+                options=calibration.options(),
             ),
             out,
             accept_differences=accept_differences,
             layout="legacy" if legacy else "full",
             shard_size=None if shard_size is None else parse_size(shard_size),
-            dry_run=dry_run,
-            overwrite=overwrite,
-            resume=resume,
-            threads=threads,
-            hash=hash,
             progress=progress,
-        ).to_dict()
-    output.result(result, partial(rendering.conversion, result))
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
 
 
-@split_llama.command(epilog=FIT_EXAMPLES)
 def fit(
+    execution: Execution,
+    calibration: Calibration,
     hybrid: Annotated[str, typer.Argument(metavar="HYBRID", help="A split Llama of any format, or org/model.")],
     out: Annotated[
         str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
@@ -173,19 +186,11 @@ def fit(
             "--first", metavar="FIRST", help="The narrow Llama; without it, the first layers of HYBRID itself count."
         ),
     ] = None,
-    calibration: Text = None,
-    calibration_tokens: Tokens = None,
-    calibration_length: Length = None,
-    device: Device = "cpu",
     adapter_init: Annotated[
-        str, typer.Option(metavar="NAME[:ARGUMENT]", help="lstsq, ridge[:STRENGTH] or procrustes.")
+        str,
+        typer.Option(metavar="NAME[:ARGUMENT]", help="lstsq, ridge[:STRENGTH] or procrustes.", rich_help_panel=ADAPTER),
     ] = "lstsq",
     shard_size: ShardSize = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    threads: MovingThreads = None,
-    hash: FileHashes = False,
     json: Json = False,
 ) -> None:
     """Fit the adapter of a split Llama to calibration text; all other tensors pass through.
@@ -203,13 +208,9 @@ def fit(
             last=last,
             first=first,
             init=adapter_init,
-            options=_options(calibration, calibration_tokens, calibration_length, device),
+            options=calibration.options(),
             shard_size=None if shard_size is None else parse_size(shard_size),
-            dry_run=dry_run,
-            overwrite=overwrite,
-            resume=resume,
-            threads=threads,
-            hash=hash,
             progress=progress,
-        ).to_dict()
-    output.result(result, partial(rendering.conversion, result))
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)

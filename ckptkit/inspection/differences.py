@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.source_options import SourceOptions, options_called
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import InputError
 from ckptkit.formats.hub import is_reference
@@ -116,6 +117,8 @@ def diff(
     threads: int | None = None,
     progress: Progress | None = None,
     hf_reference: str | Path | None = None,
+    a_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    b_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
 ) -> Differences:
     """Compares two checkpoints of any formats and grids, under Hugging Face's names; torch is not needed.
 
@@ -126,6 +129,8 @@ def diff(
         threads: How many read; by default one for each core.
         progress: Called with (bytes done, bytes in all).
         hf_reference: Hugging Face directory that describes the Megatron sides.
+        a_source: What A does not record itself.
+        b_source: What B does not record itself.
 
     Raises:
         InputError: A side is damaged or incomplete.
@@ -134,7 +139,10 @@ def diff(
     """
     started = time.monotonic()
     with ExitStack() as stack:
-        sides = [_open(stack, path, hf_reference, headers_only=not values) for path in (a, b)]
+        sides = [
+            _open(stack, path, source, prefix, hf_reference, headers_only=not values)
+            for path, source, prefix in ((a, a_source, "a"), (b, b_source, "b"))
+        ]
         left, right = (side.hf_tensors(()) for side in sides)
         structure = _structure(sides[0], sides[1], left, right)
         pairs = [
@@ -159,10 +167,21 @@ def diff(
     )
 
 
-def _open(stack: ExitStack, path: str | Path, hf_reference: str | Path | None, *, headers_only: bool) -> Checkpoint:
+def _open(
+    stack: ExitStack,
+    path: str | Path,
+    source: SourceOptions,
+    prefix: str,
+    hf_reference: str | Path | None,
+    *,
+    headers_only: bool,
+) -> Checkpoint:
     """Opens a side; a Hugging Face directory, or what comes from the hub, describes itself."""
     described = is_reference(path) or (Path(path) / "config.json").is_file()
-    return open_source(stack, path, None if described else hf_reference, headers_only=headers_only)
+    options = source.keywords()
+    reference = options.pop("hf_reference", None if described else hf_reference)
+    with options_called(prefix):
+        return open_source(stack, path, reference, headers_only=headers_only, **options)
 
 
 def _about(path: str | Path, side: Checkpoint) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields
+from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields, in_words
 from ckptkit.tables.model_config import ModelConfig
 
 _NOT_THE_MODEL = ("dtype", "init_std", "max_position_embeddings")
@@ -22,7 +22,8 @@ def config_differences(left: ModelConfig, right: ModelConfig, sides: tuple[str, 
         if field.name == NUM_LAYERS:
             return f"{field.left} layers in {sides[0]}, {field.right} in {sides[1]}"
         where = "" if field.layer is None else f"layer {field.layer}: "
-        return f"{where}{field.name} is {field.left!r} in {sides[0]}, {field.right!r} in {sides[1]}"
+        one, other = in_words(field.left), in_words(field.right)
+        return f"{where}{field.name} is {one} in {sides[0]}, {other} in {sides[1]}"
 
     found = differing_fields(left, right, ignored=_NOT_THE_MODEL)
     layers = [field for field in found if field.layer is not None]

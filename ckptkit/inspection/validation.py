@@ -34,7 +34,7 @@ from ckptkit.tensors import Tensor
 
 
 @dataclass(frozen=True)
-class Check:
+class SoundnessCheck:
     """One question about a checkpoint.
 
     Attributes:
@@ -74,7 +74,7 @@ class Validation:
     format: str | None
     architecture: str | None
     grid: str | None
-    checks: list[Check]
+    checks: list[SoundnessCheck]
     not_asked: list[str]
     notes: list[str]
     seconds: float
@@ -156,7 +156,7 @@ def validate(
 Reads = Callable[..., list[Any]]
 
 
-def _files(place: Place, format: Format | None) -> Check:
+def _files(place: Place, format: Format | None) -> SoundnessCheck:
     """Every file alone: headers and sizes of weights, what else there is beside them."""
     errors = [error for check in _weight_checks(place, format) if (error := _caught(check))]
     warnings = _total_size(place.folder) if format is HF and not errors else []
@@ -165,7 +165,7 @@ def _files(place: Place, format: Format | None) -> Check:
     small = {name: file for name, file in files.items() if not is_weights(name) or name.startswith(headers)}
     errors += [error for name, file in small.items() if (error := _caught(partial(_check_small, name, file)))]
     summary = f"{len(files) - len(small):,} files with weights, {len(small):,} others"
-    return Check("files", summary, _one_for_each_file(errors), warnings)
+    return SoundnessCheck("files", summary, _one_for_each_file(errors), warnings)
 
 
 def _caught(check: Callable[[], object]) -> InputError | None:
@@ -217,27 +217,27 @@ def _total_size(folder: Path) -> list[str]:
     return [] if stated == found else [f"{name} says total_size {stated:,}, the tensors have {found:,} bytes"]
 
 
-def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, Check]:
+def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, SoundnessCheck]:
     """Index against shards, config and args against tensors, through the family's table."""
     try:
         checkpoint = opening()
     except InputError as error:
-        return None, Check("tensors", "they do not make up the model", [str(error)])
+        return None, SoundnessCheck("tensors", "they do not make up the model", [str(error)])
     covered = ", ".join(f"{count:,} {what}" for what, count in checkpoint.coverage.items())
     summary = f"{len(checkpoint.tensors):,} tensors of {checkpoint.config.architecture} ({covered})"
-    return checkpoint, Check("tensors", summary, list(checkpoint.disagreements))
+    return checkpoint, SoundnessCheck("tensors", summary, list(checkpoint.disagreements))
 
 
-def _checksums(folder: Path, format: Format | None, reads: Reads) -> Check:
+def _checksums(folder: Path, format: Format | None, reads: Reads) -> SoundnessCheck:
     """CRC-32 of every record of torch's archives; safetensors has no checksums."""
     tasks = [] if format is None else list(_records(folder, format))
     if not tasks:
-        return Check("checksums", "its files carry none (`ckptkit hash` makes some)")
+        return SoundnessCheck("checksums", "its files carry none (`ckptkit hash` makes some)")
     answers: list[_Sums] = reads(tasks, _check_sums, lambda task: task.size)
     without = sum(answer.without for answer in answers)
     warnings = [f"{without:,} records were written without checksums"] if without else []
     problems = [text for answer in answers for text in answer.problems]
-    return Check("checksums", f"{sum(answer.checked for answer in answers):,} records", problems, warnings)
+    return SoundnessCheck("checksums", f"{sum(answer.checked for answer in answers):,} records", problems, warnings)
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _check_sums(readers: Readers, task: _Records) -> _Sums:
     return _Sums(len(checked), sum(not member.checked and member.size > 0 for member in members), problems)
 
 
-def _values(checkpoint: Checkpoint, reads: Reads) -> Check:
+def _values(checkpoint: Checkpoint, reads: Reads) -> SoundnessCheck:
     """Every weight: finite, no matrix all zero; copies of one tensor equal."""
     tensors = sorted(checkpoint.hf_tensors(()).items())
     found = reads(tensors, _survey, lambda item: item[1].nbytes)
@@ -300,7 +300,7 @@ def _values(checkpoint: Checkpoint, reads: Reads) -> Check:
             problems.append(str(error))
     elements = sum(tensor.numel for _, tensor in tensors)
     summary = f"{elements:,} elements of {len(tensors):,} tensors, {len(checkpoint.comparisons):,} copies"
-    return Check("values", summary, problems, warnings)
+    return SoundnessCheck("values", summary, problems, warnings)
 
 
 def _survey(readers: Readers, item: tuple[str, Tensor]) -> Survey:

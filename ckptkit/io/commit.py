@@ -35,6 +35,7 @@ from ckptkit.io.regular import read_bounded
 from ckptkit.io.room import Room, entries_of
 from ckptkit.io.source import Fingerprint, Seen, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file, write_all
+from ckptkit.sizes import human_size
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
@@ -97,6 +98,7 @@ class Destination:
         self._journal: FileJournal | None = None
         self._lock = -1
         self._in_place = False
+        self._sealed: int | None = None
         self._check_overlap(sources)
         with _storage(self.path):
             # By names and sizes for now; `__enter__` looks closer, once nobody else can write there.
@@ -123,6 +125,8 @@ class Destination:
         """What to tell a user whose run was stopped, or None if nothing is left of it."""
         if self._in_place or not self._partial.is_dir():
             return None
+        if (stands := self._what_stands()) is not None:
+            return stands
         return f"{self._partial} keeps what is written: run again with --resume to go on, or remove it"
 
     def write(
@@ -198,6 +202,8 @@ class Destination:
         if isinstance(error, InputError):
             with suppress(OSError):
                 shutil.rmtree(self._partial)
+        if error is not None and (stands := self._what_stands()) is not None:
+            error.add_note(stands)
         self._release()
 
     def commit(self) -> None:
@@ -228,9 +234,30 @@ class Destination:
         self._in_place = True
         self._clean_up()
 
+    def _what_stands(self) -> str | None:
+        """Which model is at the destination, if the run ends once its output was about to go there; else None.
+
+        It asks the file system: a signal may arrive between a rename and the next line of Python.
+        """
+        if self._sealed is None:
+            return None
+        try:
+            there = self.path.stat().st_ino
+        except FileNotFoundError:
+            if not self._beside("old").is_dir():
+                return None
+            return f"nothing is at {self.path} for now; run again with --resume, which moves the old model back first"
+        except OSError:
+            return f"whether the new model is at {self.path} could not be seen; run again with --resume"
+        if there != self._sealed:
+            return None
+        rest = f"; run again with --resume, or remove {self._partial}" if self._partial.is_dir() else ""
+        return f"the new model is complete at {self.path}{rest}"
+
     def _seal(self) -> None:
         """Notes which directory is about to become the destination: renaming keeps its number."""
-        seal = {"plan": self._plan.digest(self._fingerprints), "output": self.directory.stat().st_ino}
+        self._sealed = self.directory.stat().st_ino
+        seal = {"plan": self._plan.digest(self._fingerprints), "output": self._sealed}
         path = self._partial / _SEAL
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
@@ -343,7 +370,7 @@ class Destination:
         size = self._room.blocks_of(self._plan.files)
         if self._room.counts_bytes and size > self.free:
             raise StorageError(
-                f"not enough space: the output needs {_readable(size)}, {_readable(self.free)} are free",
+                f"not enough space: the output needs {human_size(size)}, {human_size(self.free)} are free",
                 where=self.path.parent,
                 hint="free some space or choose another disk",
             )
@@ -445,10 +472,3 @@ def _sync_tree(top: Path) -> None:
         for name in files:
             sync_file(Path(directory, name))
         sync_directory(Path(directory))
-
-
-def _readable(size: int) -> str:
-    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"

@@ -76,11 +76,19 @@ def literal(data: bytes) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two tensors that must hold equal bytes for the conversion to lose nothing."""
+    """Two tensors that must hold equal bytes for the conversion to lose nothing.
+
+    Attributes:
+        left: One.
+        right: The other.
+        what: What the two are, for messages.
+        hint: What to do if they differ, or None if only a better checkpoint helps.
+    """
 
     left: Tensor
     right: Tensor
     what: str
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

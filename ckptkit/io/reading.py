@@ -136,7 +136,7 @@ def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:
         StorageError: A source cannot be read.
     """
     if (how := difference(comparison.left, comparison.right, limits=limits)) is not None:
-        hint = "the checkpoint is inconsistent: repair or replace it"
+        hint = comparison.hint or "the checkpoint is inconsistent: repair or replace it"
         raise InputError(f"these should be equal, but {how}", where=comparison.what, hint=hint)
 
 

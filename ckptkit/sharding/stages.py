@@ -105,4 +105,5 @@ def _suggest(slots: int, pp: int) -> str:
     nearest = sorted(sizes, key=lambda size: abs(size - pp))[:2]
     return (
         f"--pp {' or '.join(str(size) for size in sorted(nearest))} would, or set the sizes of the first and last stage"
+        " (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)"
     )

@@ -17,7 +17,7 @@ JUMP = 2.0
 """Times its own noise that the error of a hidden state may reach, as at the level of the logits."""
 
 
-def error_curve(exact: Run, low: Run | None, found: Run) -> list[StateError]:
+def error_growth(exact: Run, low: Run | None, found: Run) -> list[StateError]:
     """The error of the candidate's hidden states at the embedding, after every layer, and at the end.
 
     Args:

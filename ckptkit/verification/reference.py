@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.split_llama import ARCHITECTURE as SPLIT_LLAMA
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
+from ckptkit.verification.rounding import round_model
 from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
 
 if TYPE_CHECKING:
@@ -43,16 +45,18 @@ def run_reference(job: LogitsJob) -> Run:
     import torch
 
     start = time.monotonic()
-    model = load_model(job.checkpoint, getattr(torch, job.dtype), job.device)
+    model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
+    if job.rounded:
+        round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        run = _Runner(model, job).run()
+        run = _ReferenceRun(model, job).run()
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:
         del model
         gc.collect()
-        if job.device != "cpu":
+        if job.options.device != "cpu":
             torch.cuda.empty_cache()
     seconds = {"load": loaded - start, "run": time.monotonic() - loaded}
     return Run(**{**run, "versions": installed_versions(), "seconds": seconds})
@@ -88,7 +92,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
                 **direct,
             )
             model.to(device)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # what config.json may hold makes transformers raise anything
             # torch tells a lack of memory from a tensor of the wrong shape only in the text.
             kind = VerificationError if isinstance(error, MemoryError) or "memory" in str(error) else InputError
             raise kind(f"transformers cannot load it ({_line(error)})", where=path) from error
@@ -100,8 +104,14 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
     return model.eval()
 
 
+_PYTHON = re.compile(r"\b[A-Z]\w*(?:Error|Exception): |\bValue error, |\. Errors: .*|<class '(?P<name>\w+)'>")
+
+
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What a library says, in one line and without the names of Python's classes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = _PYTHON.sub(lambda match: match["name"] or "", " ".join(text.split()))
+    return text[:300] or type(error).__name__
 
 
 def _class(name: str) -> Any:
@@ -134,7 +144,7 @@ def architecture_of(path: Path) -> str:
     return str(names[0])
 
 
-class _Runner:
+class _ReferenceRun:
     """A loaded model and what to keep of a run."""
 
     def __init__(self, model: Any, job: LogitsJob) -> None:

@@ -29,7 +29,7 @@ class Run:
         modules: Class of module -> how many of them ran.
         versions: Package -> version.
         seconds: Phase -> wall-clock seconds.
-        seen: What a `witness.Witness` saw on each rank, in order; of transformers nothing.
+        seen: What a `what_ran.Observer` saw on each rank, in order; of transformers nothing.
     """
 
     rows: list[list[int]]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.inspection.structure import config_differences
+from ckptkit.inspection.values import Gap, gap
 from ckptkit.io.plan import Comparison
-from ckptkit.io.reading import difference
+from ckptkit.io.reading import difference, in_step
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 from ckptkit.verification.reports.report import LevelResult
 from ckptkit.verification.reports.results import Check
 
+NAMED = 5
+"""How many of the worst tensors a message names."""
 _SIDES = ("the reference", "the candidate")
 
 
@@ -48,6 +52,31 @@ def _missing_towers(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
     return [f"{name} is missing in the {side}" for name, side in sides]
 
 
+@dataclass(frozen=True)
+class _Gap:
+    """How two tensors that should be equal differ.
+
+    Attributes:
+        what: What the two are.
+        how: In words after "they".
+        differing: How many elements have other bits, or None where shapes or types differ.
+        elements: How many there are.
+        largest: Largest |difference| of two finite elements.
+    """
+
+    what: str
+    how: str
+    differing: int | None = None
+    elements: int = 0
+    largest: float = 0.0
+
+    def __str__(self) -> str:
+        if self.differing is None:
+            return f"{self.what}: they {self.how}"
+        count = f"{self.differing:,} of {self.elements:,} elements"
+        return f"{self.what}: they {self.how}; {count} differ, by at most {self.largest:.3g}"
+
+
 def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, reference, candidate) of what the model uses of a tensor: all of it, or the parts beside unused slots."""
     left, right, item = reference.tensors[key], candidate.tensors[key], reference.items[key]
@@ -59,21 +88,39 @@ def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tu
         yield f"{key} ({name})", part, others[name]
 
 
-def _difference(readers: Readers, comparison: Comparison) -> str:
-    """What is wrong with a pair that should be equal, or nothing."""
-    how = difference(comparison.left, comparison.right, readers=(readers.first, readers.second))
-    return "" if how is None else f"{comparison.what}: they {how}"
+def _difference(readers: Readers, comparison: Comparison) -> list[_Gap]:
+    """How a pair that should be equal is not, or nothing."""
+    left, right = comparison.left, comparison.right
+    how = difference(left, right, readers=(readers.first, readers.second))
+    if how is None:
+        return []
+    if (left.shape, left.out_dtype) != (right.shape, right.out_dtype):
+        return [_Gap(comparison.what, how)]
+    total, done = Gap(), 0
+    for a, b in in_step(readers.first.chunks(left), readers.second.chunks(right)):
+        total = total.then(gap(a, b, left.out_dtype), done)
+        done += len(a) // left.out_dtype.itemsize
+    return [_Gap(comparison.what, how, total.differing, left.numel, total.largest)]
 
 
-def check_weights(reference: Checkpoint, candidate: Checkpoint, progress: Progress | None = None) -> LevelResult:
+def check_weights(
+    reference: Checkpoint, candidate: Checkpoint, progress: Progress | None = None, diff: str = "ckptkit diff"
+) -> LevelResult:
     """Every byte that the model uses equal after translation, streamed; replicated shards and tied copies equal too.
 
     Where the two differ in dtype, the reference is cast to the candidate's, as a conversion with `--dtype` does.
+
+    Args:
+        reference: The side that is trusted.
+        candidate: The side in question.
+        progress: Called with (bytes compared, bytes in all).
+        diff: The command that shows every difference of the two.
     """
     replicas = [*reference.comparisons, *candidate.comparisons]
+    keys = [key for key in reference.tensors if _alike(reference, candidate, key)]
     across = [
         Comparison(left.astype(right.out_dtype), right, what)
-        for key in reference.tensors
+        for key in keys
         for what, left, right in _used(reference, candidate, key)
     ]
     extras = candidate.sidecar.extras
@@ -84,23 +131,54 @@ def check_weights(reference: Checkpoint, candidate: Checkpoint, progress: Progre
     ]
     comparisons = replicas + across
     found = read_all(comparisons, _difference, lambda comparison: comparison.left.nbytes, progress=progress)
-    apart, differ = ([text for text in part if text] for part in (found[: len(replicas)], found[len(replicas) :]))
-    total = sum(comparison.left.nbytes for comparison in comparisons)
-    problems = apart + differ
-    cast = sorted(
-        {
-            f"{tensor.out_dtype} -> {candidate.tensors[key].out_dtype}"
-            for key, tensor in reference.tensors.items()
-            if tensor.out_dtype != candidate.tensors[key].out_dtype
-        }
+    apart, differ = (
+        [gap for gaps in part for gap in gaps] for part in (found[: len(replicas)], found[len(replicas) :])
     )
-    how_many = f"{len(problems)} tensors differ" if len(problems) > 1 else "1 tensor differs"
-    summary = f"{how_many}: {problems[0]}" if problems else f"{total:,} bytes equal"
-    if cast and not problems:
-        summary += f" after the cast {', '.join(cast)}"
-    details = {"bytes": total, "tensors": len(reference.tensors), "casts": cast, "problems": problems[:20]}
+    alone = len(reference.tensors.keys() | candidate.tensors.keys()) - len(keys)
+    problems = [str(gap) for gap in apart + differ]
+    problems += [f"{alone:,} tensors could not be compared: their names or shapes differ"] if alone else []
+    total = sum(comparison.left.nbytes for comparison in comparisons)
+    casts = _casts(reference, candidate, keys)
+    after = f" with the reference rounded as the candidate is ({', '.join(casts)})" if casts else ""
+    how_many = f"{len(problems):,} tensors differ" if len(problems) > 1 else "1 tensor differs"
+    summary = f"{how_many}{after}: {problems[0]}" if problems else f"{total:,} bytes equal{after}"
+    details = {
+        "bytes": total,
+        "tensors": len(reference.tensors),
+        "casts": casts,
+        "problems": problems[:20],
+        "messages": _worst(differ, diff),
+    }
+    unequal = [str(gap) for gap in differ] + problems[len(apart) + len(differ) :]
     checks = [
-        Check("replicas", not apart, apart[0] if apart else f"{len(replicas)} copies within a side are equal"),
-        Check("bytes", not differ, differ[0] if differ else f"{len(across)} tensors are equal"),
+        Check("replicas", not apart, str(apart[0]) if apart else f"{len(replicas)} copies within a side are equal"),
+        Check("bytes", not unequal, unequal[0] if unequal else f"{len(across)} tensors are equal{after}"),
     ]
     return LevelResult("weights", not problems, summary, details, checks)
+
+
+def _alike(reference: Checkpoint, candidate: Checkpoint, key: str) -> bool:
+    """Whether a tensor of the reference can be compared."""
+    return key in candidate.tensors and candidate.tensors[key].shape == reference.tensors[key].shape
+
+
+def _casts(reference: Checkpoint, candidate: Checkpoint, keys: Sequence[str]) -> list[str]:
+    """The casts that bring the reference to the candidate's types, as `F32 -> BF16`."""
+    pairs = {(reference.tensors[key].out_dtype, candidate.tensors[key].out_dtype) for key in keys}
+    return sorted(f"{source} -> {target}" for source, target in pairs if source != target)
+
+
+def _worst(gaps: Sequence[_Gap], diff: str) -> list[str]:
+    """How much differs in all, the tensors that differ most, and how to see the rest."""
+    counted = [gap for gap in gaps if gap.differing is not None]
+    if not counted:
+        return []
+    worst = sorted(counted, key=lambda gap: gap.largest, reverse=True)
+    named = ", ".join(f"{gap.what} (by {gap.largest:.3g})" for gap in worst[:NAMED])
+    rest = f" and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
+    differing, elements = sum(gap.differing or 0 for gap in counted), sum(gap.elements for gap in counted)
+    return [
+        f"{differing:,} of {elements:,} elements of these tensors differ, by at most {worst[0].largest:.3g}; worst:"
+        f" {named}{rest}",
+        f"every difference: {diff}",
+    ]

@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from ckptkit.cli.output import Output, say
-from ckptkit.cli.rendering import human_count, human_size
-from ckptkit.cli.sizes import parse_size
-from ckptkit.errors import InputError, StorageError, UsageError
+from ckptkit.cli.rendering import human_count
+from ckptkit.errors import InputError, StorageError
 
 
 class Terminal(io.StringIO):
@@ -24,38 +23,43 @@ def plain_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def render(console):
+class Result(dict):
+    def to_dict(self):
+        return dict(self)
+
+
+def render(result, console):
     from rich.text import Text
 
     console.print(Text("result", style="red"))
 
 
 def test_colour_only_on_a_terminal(monkeypatch, capsys):
-    Output().result({}, render)
+    Output().result(Result(), render)
     assert capsys.readouterr() == ("result\n", "")
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    Output().result({}, render)
+    Output().result(Result(), render)
     assert "\x1b[31m" in terminal.getvalue()
 
 
 def test_colour_can_be_refused(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
-    Output().result({}, render)
+    Output().result(Result(), render)
     assert terminal.getvalue() == "result\n"
 
 
 def test_json_on_stdout_is_alone_there(capsys):
-    Output("-").result({"a": "ü"}, render)
+    Output("-").result(Result(a="ü"), render)
     assert capsys.readouterr() == ('{\n  "a": "ü"\n}\n', "")
 
 
 def test_json_in_a_file_leaves_stdout_to_people(tmp_path, capsys):
-    Output(str(tmp_path / "a.json")).result({"a": 1}, render)
+    Output(str(tmp_path / "a.json")).result(Result(a=1), render)
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert capsys.readouterr().out == "result\n"
     with pytest.raises(StorageError, match="cannot write"):
-        Output(str(tmp_path)).result({}, render)
+        Output(str(tmp_path)).result(Result(), render)
 
 
 def test_an_error_survives_an_unwritable_json_file(tmp_path, capsys):
@@ -84,28 +88,6 @@ def test_a_label_is_coloured_on_a_terminal_only(monkeypatch, capsys):
     say("[bold] is not markup", label="error", style="bold red")
     assert "[bold] is not markup" in terminal.getvalue()
     assert "\x1b[1;31merror: " in terminal.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("5gb", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("512", 512), ("7B", 7)],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 parsecs", "1e9", "0.1B"])
-def test_what_is_not_a_size(text):
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (99_960, "100 kB"), (269_030_016, "269 MB"), (10**18, "1000 PB")],
-)
-def test_human_sizes(size, text):
-    assert human_size(size) == text
 
 
 @pytest.mark.parametrize(

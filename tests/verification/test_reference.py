@@ -12,6 +12,7 @@ from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reference import OTHER_ATTENTION, run_reference
+from ckptkit.verification.run_options import RunOptions
 from tests.precision import relative_error
 
 
@@ -21,8 +22,9 @@ def copy(llama: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def run(path: Path, **options: Any) -> Any:
-    values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": str(path / "out.safetensors"), **options}
-    return run_reference(LogitsJob(str(path), Parallelism(), rows=[[1, 2, 3], [4, 5]], **values))
+    how = RunOptions(dtype=options.pop("dtype", "float32"))
+    values: dict[str, Any] = {"output": str(path / "out.safetensors"), **options}
+    return run_reference(LogitsJob(str(path), Parallelism(), how, [[1, 2, 3], [4, 5]], **values))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -161,3 +163,23 @@ def test_probes_hold_the_last_positions_of_every_row(copy: Path) -> None:
     assert {tuple(state.shape) for (state,) in states.values()} == {(2 * 64, 96)}
     alone = run(copy, probes=str(copy / "alone"))
     assert {tuple(state.shape) for (state,) in read_probes(alone).values()} == {(3 + 2, 96)}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_act": 3}, "Field 'hidden_act' expected str, got int"),
+        ({"attention_dropout": "a"}, "doesn't match any type in (int, float, NoneType)"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "Missing required keys in `rope_parameters`"),
+        ({"bos_token_id": "x"}, "Field 'bos_token_id' with value 'x'"),
+        ({"num_attention_heads": 7}, "weights do not fit|cannot load it"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_damaged_input(copy: Path, change: dict[str, Any], told: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError) as caught:
+        run(copy)
+    text = str(caught.value)
+    assert any(part in text for part in told.split("|"))
+    assert "Error" not in text and "<class" not in text and "\n" not in text

@@ -179,21 +179,21 @@ def test_a_copy_that_is_too_short_is_named(llama: Callable[..., Path], tmp_path:
 
 def test_a_config_may_leave_out_the_vocabulary(tmp_path: Path) -> None:
     """As the released Gemma 3 of 4B, 12B and 27B do; the class has a default."""
-    from ckptkit.verification.logits import _open
     from ckptkit.verification.ranks.jobs import OPENER
+    from ckptkit.verification.sides import open_side
 
     raw = raw_config("gemma3")
     del raw["text_config"]["vocab_size"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert _open(Side(tmp_path, "hf"), OPENER).vocab_size == 262208
+    assert open_side(Side(tmp_path, "hf"), OPENER).vocab_size == 262208
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"packed": True, "dp": 2}, "--packed, --dp: of the level logits, asked for was weights"),
-        ({"tokens": [[1, 2]]}, "--tokens: of the level logits"),
-        ({"save_logits": "logits.safetensors"}, "--save-logits: of the level logits"),
+        ({"packed": True, "dp": 2}, "--packed, --dp need --level logits; this run stops at weights"),
+        ({"tokens": [[1, 2]]}, "--tokens needs --level logits"),
+        ({"save_logits": "logits.safetensors"}, "--save-logits needs --level logits"),
     ],
 )
 def test_options_that_a_cheaper_level_does_not_have(
@@ -222,7 +222,7 @@ def test_what_cannot_run_is_said_before_bytes_are_compared(
 ) -> None:
     source = llama("gqa", num_hidden_layers=2)
     convert(source, tmp_path / "meg", to="packed")
-    module = import_module("ckptkit.verification.verify")
+    module = import_module("ckptkit.verification.levels")
     monkeypatch.setattr(module, "check_weights", lambda *_: pytest.fail("bytes were compared"))
     with pytest.raises(UsageError, match=match):
         verify(source, tmp_path / "meg", **options)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptkit import errors
+from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.run_options import RunOptions
 
-TIMEOUT = 3600.0
-"""Seconds that a run on Megatron ranks may take by default; a rank that dies is noticed at once."""
 OPENER = "ckptkit:open_checkpoint"
 """Where ranks find the function that opens a checkpoint, as `module:function`."""
 
@@ -25,8 +25,7 @@ class LogitsJob:
     Attributes:
         checkpoint: Path of the checkpoint.
         grid: The grid to run it on.
-        device: `cpu` or `cuda`.
-        dtype: torch's name of the dtype to run in.
+        options: How it runs; `dtype` is torch's name of the dtype of this run.
         rows: Token ids, one list per sequence.
         greedy: Most likely tokens to append to every row before the logits are taken.
         output: Safetensors file for the logits (see `runs.save_logits`).
@@ -35,18 +34,14 @@ class LogitsJob:
         whole_layers: Keep hidden states between layers only, not within them.
         routing: Directory for what routers see and choose, or None.
         replay: Directory of another run's routing, whose experts the tokens are sent to, or None.
-        sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
-        packed: Take the logits from packed rows of all lengths; hidden states and routing stay those of plain rows.
-        replicas: How many times the grid is there; all must compute the same.
-        replication: What makes them replicas, `ddp` (megatron-core's) or `fsdp2`.
-        timeout: Seconds that a collective may wait, and the whole run may take.
         opener: What opens the checkpoint, as `module:function`.
+        opening: Options that open it.
+        rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
     """
 
     checkpoint: str
     grid: Parallelism
-    device: str
-    dtype: str
+    options: RunOptions
     rows: list[list[int]]
     output: str
     greedy: int = 0
@@ -55,17 +50,14 @@ class LogitsJob:
     whole_layers: bool = False
     routing: str | None = None
     replay: str | None = None
-    sequence_parallel: bool = False
-    packed: bool = False
-    replicas: int = 1
-    replication: str = "ddp"
-    timeout: float = TIMEOUT
     opener: str = OPENER
+    opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
+    rounded: dict[str, str] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
         """Ranks that the job needs."""
-        return self.grid.world_size * self.replicas
+        return self.grid.world_size * self.options.dp
 
     @property
     def files(self) -> dict[str, Any]:
@@ -81,10 +73,15 @@ class LogitsJob:
     def from_json(text: str) -> LogitsJob:
         """The job that `to_json` wrote."""
         raw = json.loads(text)
-        return LogitsJob(**{**raw, "grid": Parallelism(**raw["grid"])})
+        records = {
+            "grid": Parallelism(**raw["grid"]),
+            "options": RunOptions(**raw["options"]),
+            "opening": SourceOptions.from_json(raw["opening"]),
+        }
+        return LogitsJob(**{**raw, **records})
 
     def __str__(self) -> str:
-        return f"{self.checkpoint} on {self.grid}, {self.device}"
+        return f"{self.checkpoint} on {self.grid}, {self.options.device}"
 
 
 def find(name: str) -> Callable[..., Any]:

@@ -126,7 +126,7 @@ class RankPool:
             with contextlib.suppress(BrokenPipeError):  # a dead rank is reported by `_collect`
                 print(json.dumps(message), file=process.stdin, flush=True)
         with self._killed_unless_done():
-            answers = self._collect(range(job.world_size), job.timeout, str(job))
+            answers = self._collect(range(job.world_size), job.options.timeout, str(job))
         return [answers[rank]["result"] for rank in range(job.world_size)]
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ class TorchrunRanks:
                 self._set(prefix, self.rank, {"error": encode_error(error)})
 
             self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed))
-        return [self._get(prefix, rank, job.timeout) for rank in range(job.world_size)]
+        return [self._get(prefix, rank, job.options.timeout) for rank in range(job.world_size)]
 
     def once(self, task: Callable[[], T]) -> T:
         """Do `task` on rank 0; its result (JSON types) is known to all."""

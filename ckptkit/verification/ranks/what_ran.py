@@ -20,7 +20,7 @@ Seen = dict[str, Any]
 """`packed` and `sequence_parallel` of the last pass, `replication` (`ddp`, `fsdp2` or None), `device` in words."""
 
 
-class Witness:
+class Observer:
     """Looks at what enters a rank's first layer.
 
     Args:
@@ -79,7 +79,7 @@ def check_ran(asked: Mapping[str, Any], seen: Sequence[Seen]) -> None:
 
     Args:
         asked: `packed`, `sequence_parallel`, and `replication` or None.
-        seen: What a `Witness` saw on each rank.
+        seen: What a `Observer` saw on each rank.
 
     Raises:
         VerificationError: One did not, or nobody saw it; the logits would say nothing.

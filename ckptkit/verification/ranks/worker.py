@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from ckptkit.verification.ranks.jobs import LogitsJob, decode_error, encode_error, find
 from ckptkit.verification.reports.report import installed_versions
 
@@ -53,11 +53,11 @@ def execute(
 
     from ckptkit.megatron import parallel
 
-    device = parallel.device_of(job.device, rank)
+    device = parallel.device_of(job.options.device, rank)
     torch.set_float32_matmul_precision("highest")
     try:
         parallel.initialize(
-            job.grid, rank, store=store, device=device, timeout_seconds=job.timeout, replicas=job.replicas
+            job.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=job.options.dp
         )
         return _run(job, rank, device)
     except Exception as error:
@@ -76,12 +76,12 @@ def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
 
     start = time.monotonic()
     pipeline = _together(job, rank, device)
-    group = replica_group(job.grid, job.replicas, rank) if job.replicas > 1 else None
+    group = replica_group(job.grid, job.options.dp, rank) if job.options.dp > 1 else None
     if group is not None:
         check_same_weights(pipeline.chunks, group)
-        pipeline = replace(pipeline, replicated=replicate(job.replication, pipeline.chunks, group, device))
+        pipeline = replace(pipeline, replicated=replicate(job.options.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()
-    runner = _Runner(job, pipeline)
+    runner = _RankRun(job, pipeline)
     rows, groups = runner.run()
     if group is not None:
         for logits in groups.values():
@@ -92,22 +92,22 @@ def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
         "rows": rows,
         "feeds": feeds | _head(megatron_head(pipeline.chunks)),
         "modules": _modules(pipeline.chunks),
-        "seen": [runner.witness.seen],
+        "seen": [runner.observer.seen],
         "versions": installed_versions(),
         "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},
     }
 
 
-class _Runner:
-    """A loaded model and what to keep of a run."""
+class _RankRun:
+    """A rank's part of the model, and what to keep of its run."""
 
     def __init__(self, job: LogitsJob, pipeline: Pipeline) -> None:
         from ckptkit.megatron.moe import routers
         from ckptkit.verification.probes import Recorder, megatron_sites
-        from ckptkit.verification.ranks.what_ran import Witness
+        from ckptkit.verification.ranks.what_ran import Observer
         from ckptkit.verification.routing import Record, read_experts
 
-        self.witness = Witness(pipeline)
+        self.observer = Observer(pipeline)
         self.job, self.pipeline = job, pipeline
         self.recorder = Recorder(megatron_sites(pipeline.chunks) if job.probes else {}, job.whole_layers)
         self.record, self.experts = Record(), read_experts(job.replay)
@@ -119,9 +119,9 @@ class _Runner:
         from ckptkit.verification.runs import run_by_length
 
         job, pipeline = self.job, self.pipeline
-        with self.witness.watching():
+        with self.observer.watching():
             rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), self._forward)
-            if not job.packed:
+            if not job.options.packed:
                 return rows, groups
             replay = self.experts if all(map(self._fits, self.experts.values())) else {}
             return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
@@ -131,7 +131,7 @@ class _Runner:
         from ckptkit.megatron.moe import record_routing
 
         experts, length = self.experts.get(tokens.size(1)), tokens.size(1)
-        self.witness.expect(length)
+        self.observer.expect(length)
         with self.recorder.over(length), record_routing(self.pipeline.chunks, length) as routing:
             logits = self.pipeline.forward(tokens, replay=experts if self._fits(experts) else None)
         self.record.add(routing.logits, routing.experts, routing.own)
@@ -151,7 +151,7 @@ class _Runner:
         from ckptkit.megatron.replicas import seat
         from ckptkit.verification.runs import save_logits, save_probes
 
-        job, sits = self.job, seat(self.job.grid, self.job.replicas, rank)
+        job, sits = self.job, seat(self.job.grid, self.job.options.dp, rank)
         if sits.replica:
             return
         if sits.number == job.grid.world_size - job.grid.stage_size:  # the first rank of the last stage
@@ -185,8 +185,10 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     from ckptkit.megatron.pipeline import Pipeline
     from ckptkit.megatron.replicas import seat
 
-    checkpoint = find(job.opener)(job.checkpoint)
-    here = seat(job.grid, job.replicas, rank).place
+    checkpoint = find(job.opener)(job.checkpoint, **job.opening.keywords())
+    if job.rounded:
+        checkpoint = _rounded(checkpoint, job.rounded)
+    here = seat(job.grid, job.options.dp, rank).place
     shards = [
         checkpoint.shard(
             grid=job.grid,
@@ -206,9 +208,9 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         _padded_vocab_size(
             shards, job.grid.tp, checkpoint.padded_vocab_size, [EMBEDDING] if value_head else [EMBEDDING, HEAD]
         ),
-        dtype=getattr(torch, job.dtype),
+        dtype=getattr(torch, job.options.dtype),
         device=device,
-        sequence_parallel=job.sequence_parallel,
+        sequence_parallel=job.options.sequence_parallel,
     )
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
         place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"
@@ -216,6 +218,19 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         load_strict(chunk, shard, where=where)
         shard.clear()
     return Pipeline(chunks, job.grid, device, 1 if value_head else checkpoint.config.vocab_size)
+
+
+def _rounded(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with casts put before its weights are read; the model then widens what it gets."""
+    from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
+    from ckptkit.verification.rounding import EVERY
+
+    tensors = dict(checkpoint.tensors)
+    for key, tensor in tensors.items():
+        name = dtypes.get(key, dtypes.get(EVERY))
+        if name is not None and tensor.dtype.is_float:
+            tensors[key] = tensor.astype(DTYPES_BY_TORCH_NAME[name])
+    return replace(checkpoint, tensors=tensors)
 
 
 def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: int, names: list[str]) -> int:

@@ -9,10 +9,17 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from ckptkit.printable import printable
+
 WIDTH, HEIGHT = 920, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 30, 16, 32
 NARROWEST = 1e-9
 """Errors below this are drawn as this: it is far under what fp32 can tell."""
+
+
+def shown(text: str) -> str:
+    """A text as HTML: visible characters, and none that means markup."""
+    return escape(printable(text))
 
 
 @dataclass(frozen=True)
@@ -49,21 +56,21 @@ def log_chart(
     """
     low, high = _decades([value for line in series for value in line.values], limit)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="chart"><title>{escape(title)}</title>',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="chart"><title>{shown(title)}</title>',
         *_horizontal_grid(low, high),
         *_place_names(places),
     ]
     if limit is not None and limit[0] > 0:
         y = _y(limit[0], low, high)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="limit-name" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}">{escape(limit[1])}</text>')
+        parts.append(f'<text class="limit-name" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}">{shown(limit[1])}</text>')
     if mark is not None:
         x = _x(mark[0], len(places))
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         side = "end" if x > WIDTH / 2 else "start"
         at = x - 6 if side == "end" else x + 6
         parts.append(
-            f'<text class="mark-name" x="{at:.1f}" y="{TOP + 11}" text-anchor="{side}">{escape(mark[1])}</text>'
+            f'<text class="mark-name" x="{at:.1f}" y="{TOP + 11}" text-anchor="{side}">{shown(mark[1])}</text>'
         )
     for line in series:
         parts += _line(line, places, low, high)
@@ -103,7 +110,7 @@ def _place_names(places: Sequence[str]) -> Iterator[str]:
     for number, name in enumerate(places):
         if number == last or (number % step == 0 and last - number >= step):
             x, y = _x(number, len(places)), HEIGHT - BOTTOM + 20
-            yield f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(name)}</text>'
+            yield f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{shown(name)}</text>'
 
 
 def _line(line: Series, places: Sequence[str], low: int, high: int) -> Iterator[str]:
@@ -115,7 +122,7 @@ def _line(line: Series, places: Sequence[str], low: int, high: int) -> Iterator[
         radius = 2.8 if len(points) <= 120 else 1.6
         yield (
             f'<circle class="dot {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-            f"<title>{escape(line.name)}, {escape(place)}: {text}</title></circle>"
+            f"<title>{shown(line.name)}, {shown(place)}: {text}</title></circle>"
         )
 
 
@@ -141,7 +148,7 @@ def rank_map(side: Mapping[str, Any]) -> str:
     width, height = left + column * len(ranks) + 6, top + row * (layers + 2) + 6
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" class="map">'
-        f"<title>Which rank of {escape(side['grid']['name'])} holds which layers</title>",
+        f"<title>Which rank of {shown(side['grid']['name'])} holds which layers</title>",
         *_layer_names(layers, set(side["moe_layers"]), left, top, row),
     ]
     if not roomy:
@@ -209,13 +216,13 @@ def _blocks(
         y, height = top + part[0] * row, row * len(part)
         yield (
             f'<rect class="block" style="--hue:{hue};--step:{chunk["vp_stage"] % 4}" x="{x + gap}" y="{y + 1}"'
-            f' width="{column - 2 * gap}" height="{height - 2}" rx="{2 * gap}"><title>{escape(text)}</title></rect>'
+            f' width="{column - 2 * gap}" height="{height - 2}" rx="{2 * gap}"><title>{shown(text)}</title></rect>'
         )
         lines = _block_lines(rank, chunk, side) if roomy else []
         lines = lines[: max(0, int((height - 4) // 14))]
         for number, line in enumerate(lines):
             baseline = y + height / 2 + 4 + (number - (len(lines) - 1) / 2) * 14
-            yield f'<text class="inside" x="{x + column / 2:.1f}" y="{baseline:.1f}">{escape(line)}</text>'
+            yield f'<text class="inside" x="{x + column / 2:.1f}" y="{baseline:.1f}">{shown(line)}</text>'
 
 
 def _block_lines(rank: Mapping[str, Any], chunk: Mapping[str, Any], side: Mapping[str, Any]) -> list[str]:

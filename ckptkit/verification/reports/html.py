@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from typing import Any
 
-from ckptkit.verification.reports.charts import Series, log_chart, rank_map
+from ckptkit.verification.reports.charts import Series, log_chart, rank_map, shown
 from ckptkit.verification.reports.report import VerificationReport
 
 
@@ -17,7 +16,7 @@ def html_page(report: VerificationReport) -> str:
     details: dict[str, Any] = next((level["details"] for level in data["levels"] if level["name"] == "logits"), {})
     sections = [
         _levels(data),
-        *_curve(details),
+        *_error_growth(details),
         *_positions(details),
         *_routers(details),
         *_maps(data),
@@ -30,9 +29,9 @@ def html_page(report: VerificationReport) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(data['verdict'])}: {escape(report.candidate)}</title>"
+        f"<title>{shown(data['verdict'])}: {shown(report.candidate)}</title>"
         f"<style>{_style()}</style></head><body><main>"
-        f'<header>{verdict}<h1>{escape(report.candidate)}</h1><p class="soft path">against {escape(report.reference)}'
+        f'<header>{verdict}<h1>{shown(report.candidate)}</h1><p class="soft path">against {shown(report.reference)}'
         f"</p></header>{''.join(f'<section>{section}</section>' for section in sections)}"
         f"<footer>{_footer(data, details)}</footer></main></body></html>\n"
     )
@@ -44,7 +43,7 @@ def _style() -> str:
 
 def _footer(data: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in details.get("versions", {}).items())
-    return escape(f"ckptkit verify, schema {data['schema']}" + (f"; {versions}" if versions else ""))
+    return shown(f"ckptkit verify, schema {data['schema']}" + (f"; {versions}" if versions else ""))
 
 
 def _levels(data: Mapping[str, Any]) -> str:
@@ -54,14 +53,14 @@ def _levels(data: Mapping[str, Any]) -> str:
             f'<div class="level"><h2>{_title(level["name"])} <span class="soft">{level["seconds"]:.1f} s</span></h2>'
         )
         items = "".join(
-            f'<li class="{"pass" if check["passed"] else "fail"}"><b>{escape(check["name"])}</b>'
-            f' <span class="soft">{escape(check["summary"])}</span></li>'
+            f'<li class="{"pass" if check["passed"] else "fail"}"><b>{shown(check["name"])}</b>'
+            f' <span class="soft">{shown(check["summary"])}</span></li>'
             for check in level["checks"]
         )
         parts.append(f'<ul class="checks">{items}</ul>')
         messages = level["details"].get("messages", [])
         if messages:
-            lines = "".join(f"<p>{escape(line)}</p>" for line in messages)
+            lines = "".join(f"<p>{shown(line)}</p>" for line in messages)
             parts.append(f'<div class="notes{"" if level["passed"] else " bad"}">{lines}</div>')
         parts.append("</div>")
     for name in data["not_run"]:
@@ -70,15 +69,15 @@ def _levels(data: Mapping[str, Any]) -> str:
             '<ul class="checks"><li class="idle soft">not reached</li></ul></div>'
         )
     if data["messages"]:
-        parts.append(f'<div class="notes">{"".join(f"<p>{escape(line)}</p>" for line in data["messages"])}</div>')
+        parts.append(f'<div class="notes">{"".join(f"<p>{shown(line)}</p>" for line in data["messages"])}</div>')
     return "".join(parts)
 
 
 def _title(name: str) -> str:
-    return escape(name.capitalize())
+    return shown(name.capitalize())
 
 
-def _curve(details: Mapping[str, Any]) -> Iterator[str]:
+def _error_growth(details: Mapping[str, Any]) -> Iterator[str]:
     states = details.get("hidden_states") or []
     if not states:
         return
@@ -96,12 +95,12 @@ def _curve(details: Mapping[str, Any]) -> Iterator[str]:
 
 def _what_ran(details: Mapping[str, Any]) -> str:
     if details.get("noise"):
-        return f"The candidate in {escape(details['dtype'])} against the reference in float32."
-    return f"Both sides in {escape(details['dtype'])}."
+        return f"The candidate in {shown(details['dtype'])} against the reference in float32."
+    return f"Both sides in {shown(details['dtype'])}."
 
 
 def _mark(details: Mapping[str, Any], places: Sequence[str]) -> tuple[int, str] | None:
-    """Where the models part, among the places of the curve: a part of a layer counts as the layer."""
+    """Where the models part, among the places of that chart: a part of a layer counts as the layer."""
     location = details.get("location")
     if not location:
         return None
@@ -113,7 +112,7 @@ def _mark(details: Mapping[str, Any], places: Sequence[str]) -> tuple[int, str] 
 def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2:
         return ""
-    items = "".join(f'<span><i class="{line.style}"></i>{escape(line.name)}</span>' for line in series)
+    items = "".join(f'<span><i class="{line.style}"></i>{shown(line.name)}</span>' for line in series)
     return f'<div class="legend">{items}</div>'
 
 
@@ -158,8 +157,8 @@ def _maps(data: Mapping[str, Any]) -> Iterator[str]:
         if len(side["ranks"]) > 1:
             dots = " A dot marks a layer with experts." if side["moe_layers"] else ""
             yield (
-                f'<h2>Which rank holds what</h2><p class="soft">The {name}: {escape(side["architecture"])},'
-                f" {side['parameters']:,} parameters, as {escape(side['format'])} on {escape(side['grid']['name'])}."
+                f'<h2>Which rank holds what</h2><p class="soft">The {name}: {shown(side["architecture"])},'
+                f" {side['parameters']:,} parameters, as {shown(side['format'])} on {shown(side['grid']['name'])}."
                 f" Colours are pipeline stages.{dots}</p>"
                 f'<div class="scroll">{rank_map(side)}</div>'
             )
@@ -182,6 +181,6 @@ def _facts(details: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(head: tuple[str, str], rows: Any, title: str) -> str:
-    body = "".join(f'<tr><td>{escape(name)}</td><td class="n">{value}</td></tr>' for name, value in rows)
-    heading = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f"<div><h2>{escape(title.capitalize())}</h2><table><tr>{heading}</tr>{body}</table></div>"
+    body = "".join(f'<tr><td>{shown(name)}</td><td class="n">{value}</td></tr>' for name, value in rows)
+    heading = "".join(f"<th>{shown(name)}</th>" for name in head)
+    return f"<div><h2>{shown(title.capitalize())}</h2><table><tr>{heading}</tr>{body}</table></div>"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from xml.etree import ElementTree
 
 from ckptkit.errors import CkptkitError
+from ckptkit.printable import printable
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
 
 SUITES = "ckptkit verify"
-# Control characters, which may come out of a file name, are not XML.
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_xml(report: VerificationReport) -> str:
@@ -42,7 +40,7 @@ def _suite(level: LevelResult, report: VerificationReport) -> ElementTree.Elemen
     failures = sum(not check.passed for check in level.checks)
     suite = _new_suite(level.name, len(level.checks), failures=failures, seconds=level.seconds)
     suite.append(_properties({"reference": report.reference, "candidate": report.candidate}))
-    lines = [level.summary, *level.details.get("messages", [])]
+    lines = [level.summary, *level.messages]
     # A level is timed as a whole; its time is that of its first check, so that sums are right.
     for check, seconds in zip(level.checks, [level.seconds, *[0.0] * len(level.checks)], strict=False):
         name = f"ckptkit.verify.{level.name}"
@@ -52,6 +50,8 @@ def _suite(level: LevelResult, report: VerificationReport) -> ElementTree.Elemen
         else:
             failure = ElementTree.SubElement(case, "failure", type="differs", message=_clean(check.summary))
             failure.text = _clean("\n".join(lines))
+    if level.messages:
+        ElementTree.SubElement(suite, "system-out").text = _clean("\n".join(level.messages))
     return suite
 
 
@@ -71,7 +71,8 @@ def _properties(values: dict[str, str]) -> ElementTree.Element:
 
 
 def _clean(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
+    """Visible characters only: control characters, which may come out of a file name, are not XML."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _document(root: ElementTree.Element) -> str:

@@ -76,9 +76,9 @@ class SideReport:
     ranks: list[RankPlacement] = field(default_factory=list)
 
 
-def describe(checkpoint: Checkpoint) -> SideReport:
-    """The facts about an opened checkpoint."""
-    config, grid = checkpoint.config, checkpoint.grid
+def describe(checkpoint: Checkpoint, grid: Parallelism | None = None) -> SideReport:
+    """The facts about an opened checkpoint, on its own grid or on the one that it is run on."""
+    config, grid = checkpoint.config, grid or checkpoint.grid
     return SideReport(
         path=str(checkpoint.path),
         format=checkpoint.format,

@@ -1,4 +1,4 @@
-"""What a verification found: typed, JSON-able, and as a table."""
+"""What a verification found: typed, and as JSON types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.verification.reports.placement import SideReport
 from ckptkit.verification.reports.results import (
@@ -20,9 +20,6 @@ from ckptkit.verification.reports.results import (
     StateError,
 )
 from ckptkit.version import __version__
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DISTRIBUTION = "ckptkit-megatron"
 PACKAGES = ("torch", "transformers", "megatron-core")
@@ -51,6 +48,11 @@ class LevelResult:
     checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def messages(self) -> list[str]:
+        """What else to know, one line each."""
+        return list(self.details.get("messages", []))
+
 
 @dataclass(frozen=True)
 class LogitsReport:
@@ -76,6 +78,8 @@ class LogitsReport:
         versions: Package -> version.
         candidate_ran: How the candidate ran on its ranks; None if transformers ran it.
         seconds: `<side>.<phase>` -> wall-clock seconds.
+        reference_rounded: Casts, as `F32 -> BF16`, that the reference's weights went through before it ran, as the
+            candidate stores them so; empty if both store the same numbers.
     """
 
     passed: bool
@@ -97,6 +101,7 @@ class LogitsReport:
     versions: dict[str, str] = field(default_factory=dict)
     candidate_ran: CandidateRan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    reference_rounded: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite becomes null."""
@@ -147,25 +152,6 @@ class VerificationReport:
         """As JSON types; a number that is not finite becomes null."""
         result: dict[str, Any] = _jsonable({**asdict(self), "verdict": self.verdict})
         return result
-
-
-def render(report: VerificationReport) -> Table:
-    """The levels as a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    def answer(passed: bool) -> Text:
-        return Text("same", style="green") if passed else Text("differs", style="red")
-
-    caption = Text("\n").join([answer(report.passed), *map(Text, report.messages)])
-    table = Table(title=Text(f"{report.candidate} against {report.reference}"), caption=caption)
-    table.add_column("level", no_wrap=True)
-    table.add_column("answer", no_wrap=True)
-    table.add_column("because", overflow="fold")
-    for level in report.levels:
-        lines = [level.summary, *level.details.get("messages", [])]
-        table.add_row(level.name, answer(level.passed), Text("\n".join(lines)))
-    return table
 
 
 def installed_versions() -> dict[str, str]:

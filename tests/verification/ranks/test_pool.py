@@ -15,6 +15,7 @@ from ckptkit.errors import InputError, UsageError, VerificationError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.run_options import RunOptions
 from tests.verification.conftest import DEVICE
 from tests.verification.stand_in import OPENER, edit_shard, write_stand_in
 
@@ -27,7 +28,7 @@ def job(llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     source = llama("gqa", num_hidden_layers=2)
     candidate = write_stand_in(source, folder / "meg", Parallelism(2))
     output = str(folder / "out.safetensors")
-    return LogitsJob(str(candidate), Parallelism(2), DEVICE, "float32", [[1, 2, 3, 4, 5]], output, opener=OPENER)
+    return LogitsJob(str(candidate), Parallelism(2), RunOptions(DEVICE), [[1, 2, 3, 4, 5]], output, opener=OPENER)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,14 @@ def test_silence_has_an_end(job: LogitsJob) -> None:
     with RankPool(1) as one:
         one.start()
         with pytest.raises(VerificationError, match=r"no answer from rank 0 within 0\.5 seconds"):
-            one.run(replace(job, grid=Parallelism(), timeout=0.5, opener="tests.verification.openers:hang"))
+            one.run(
+                replace(
+                    job,
+                    grid=Parallelism(),
+                    options=RunOptions(DEVICE, timeout=0.5),
+                    opener="tests.verification.openers:hang",
+                )
+            )
         assert pids(one) == []
     with RankPool(1, start_timeout=0.05) as slow, pytest.raises(VerificationError, match="starting the ranks"):
         slow.start()
@@ -139,7 +147,7 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_replicas_that_loaded_something_else_are_named(pool: RankPool, job: LogitsJob, kind: str) -> None:
     """Both kinds make every replica a copy of the first one, so that their logits cannot tell."""
-    twice = replace(job, replicas=2, replication=kind)
+    twice = replace(job, options=RunOptions(DEVICE, dp=2, dp_kind=kind))
     assert len(pool.run(twice)) == 4
     with pytest.raises(VerificationError, match=r"replica 1 loaded another decoder\.final_layernorm\.weight"):
         pool.run(replace(twice, opener="tests.verification.openers:one_other"))

@@ -8,13 +8,14 @@ import sys
 
 from rich.console import Console
 
-from ckptkit.verification.reports.report import LevelResult, LogitsReport, VerificationReport, render
+from ckptkit.cli.rendering import verification
+from ckptkit.verification.reports.report import LevelResult, LogitsReport, VerificationReport
 from ckptkit.verification.reports.results import Agreement, Location
 
 
 def text_of(report: VerificationReport) -> str:
     out = io.StringIO()
-    Console(file=out, width=140).print(render(report))
+    verification(report, Console(file=out, width=140))
     return out.getvalue()
 
 

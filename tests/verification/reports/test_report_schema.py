@@ -19,7 +19,10 @@ from ckptkit.verification.reports.report import SCHEMA, LogitsReport, Verificati
 from tests.verification.reports.samples import report
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "report-schema.md"
-MADE_BY_HAND = {"structure": {"tensors", "problems[]"}, "weights": {"tensors", "bytes", "casts[]", "problems[]"}}
+MADE_BY_HAND = {
+    "structure": {"tensors", "problems[]"},
+    "weights": {"tensors", "bytes", "casts[]", "problems[]", "messages[]"},
+}
 """Fields of the details that are no dataclass; a real report is held against them below."""
 
 
@@ -104,6 +107,13 @@ def test_documents_have_what_is_documented(llama: Callable[..., Path], tmp_path:
         assert all(matches(path, fields) for path in paths_of(details) if path not in absent), level["name"]
         missing = {field for field in fields if not any(matches(path, {field}) for path in paths_of(details))}
         # Lists of what went wrong are empty in what went well; below fp32 there is more.
-        assert missing <= {"problems[]", "casts[]", "noise", *(f for f in fields if f.startswith("noise."))}
+        assert missing <= {
+            "problems[]",
+            "casts[]",
+            "messages[]",
+            "reference_rounded[]",
+            "noise",
+            *(f for f in fields if f.startswith("noise.")),
+        }
     fields = documented("The report") - {"levels[].details"}
     assert all(matches(path, fields) for path in paths_of(document))

@@ -1,0 +1,171 @@
+"""`ckptkit convert`: its options, and the call."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckptkit.cli.choices import EXPERTS, FORMATS
+from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, alternatives, choice
+from ckptkit.cli.output import Output
+from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE
+from ckptkit.errors import UsageError
+from ckptkit.sizes import parse_size
+from ckptkit.tables.hybrid_names import GPT, MODELS
+
+_MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
+HINTS = {
+    **dict.fromkeys(("megatron", "Megatron", "mcore", "megatron-core", "megatron-lm", "meg"), _MEGATRON),
+    **dict.fromkeys(("huggingface", "hugging-face", "transformers", "safetensors"), "Hugging Face's format is hf"),
+    **dict.fromkeys(("dist", "torch-dist", "dcp", "torchdist"), "distributed checkpoints are torch_dist"),
+}
+"""Words that people try for `--to`."""
+
+EXAMPLES = """\b
+Examples:
+  ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2
+  ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2 --dry-run
+  ckptkit convert llama-tp4pp2 llama-pp3 --to torch --pp 3
+  ckptkit convert checkpoints/iter_0001000 trained-hf --to hf --hf-reference Llama-3.1-8B
+  ckptkit convert model model-bf16 --to hf --dtype bfloat16 --shard-size 5GB --json"""
+
+
+def convert(
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint directory of any format, or org/model@revision on the hub.")
+    ],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Directory to create. It appears complete or not at all.")],
+    to: Annotated[
+        str,
+        choice(
+            "--to",
+            FORMATS,
+            "Format to write: Hugging Face, unsharded Megatron names in safetensors, Megatron-LM's mp_rank files, or"
+            " Megatron-Core's distributed checkpoint.",
+            panel=FORMAT,
+            hints=HINTS,
+        ),
+    ],
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    spec: Annotated[
+        str,
+        typer.Option(
+            metavar="te|local|...",
+            help="Whose Megatron names to write: the Transformer Engine spec's, the local spec's, or for some families"
+            " another writer's (mbridge, slime, verl).",
+            rich_help_panel=FORMAT,
+        ),
+    ] = "te",
+    experts: Annotated[
+        str | None,
+        choice(
+            "--experts",
+            EXPERTS,
+            "Naming of experts: one module for all, or one each. The default goes with the spec.",
+            panel=FORMAT,
+        ),
+    ] = None,
+    layout: Annotated[
+        str,
+        choice(
+            "--layout",
+            LAYOUTS,
+            "All of a multimodal model, or its text part under a text model's names; legacy: the published layout of a"
+            " split Llama.",
+            panel=FORMAT,
+        ),
+    ] = FULL,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="The same as --layout text.", rich_help_panel=FORMAT)
+    ] = False,
+    head: Annotated[
+        str | None,
+        choice(
+            "--head",
+            (VALUE,),
+            "Put a value head (one output per token) in place of a language model's head.",
+            panel=FORMAT,
+        ),
+    ] = None,
+    head_init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="zeros|normal|file:PATH",
+            help="What a new head holds: zeros (the default), normal with the deviation that the model was initialised"
+            " with, or the head in a safetensors file.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    megatron_model: Annotated[
+        str,
+        choice(
+            "--megatron-model",
+            MODELS,
+            "Whose names and arguments Megatron's formats get: GPTModel's, or HybridModel's, which succeeds it in"
+            " megatron-core 0.19. Either is recognised on reading.",
+            panel=FORMAT,
+        ),
+    ] = GPT,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help=f"Cast floating-point tensors: {alternatives(CASTS)}. The default keeps every bit.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    shard_size: ShardSize = None,
+    make_vocab_size_divisible_by: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Pad the vocabulary to a multiple of this times TP, as Megatron-LM does. Default: 128 (packed: 1).",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    strict_config: Annotated[
+        bool,
+        typer.Option(
+            "--strict-config",
+            help="Refuse config features that Megatron's arguments cannot express.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint to another format or parallel grid.
+
+    Nothing is loaded: the headers say which byte goes where, the plan is checked, and the bytes are copied.
+    """
+    from ckptkit.cli import rendering
+    from ckptkit.conversion import convert as conversion
+
+    if text_only and layout not in (FULL, TEXT):
+        raise UsageError(f"--text-only and --layout {layout} exclude each other", hint="pass one of them")
+    output = Output("-" if json else None)
+    parallelism = grid.parallelism()
+    with output.progress("converting") as progress:
+        result = conversion.convert(
+            src,
+            dst,
+            to=to,
+            grid=parallelism,
+            spec=spec,
+            experts=experts,
+            layout=TEXT if text_only else layout,
+            head=head,
+            head_init=head_init,
+            megatron_model=megatron_model,
+            dtype=dtype,
+            shard_size=None if shard_size is None else parse_size(shard_size),
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            strict_config=strict_config,
+            progress=progress,
+            **source.keywords(),
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)

@@ -1,0 +1,291 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from ckptkit.errors import UsageError
+from ckptkit.sharding.grid import Parallelism, StatedGrid
+
+FORMAT, GRID, SOURCE, EXECUTION, OUTPUT = "Format", "Parallel grid", "Source", "Execution", "Output"
+"""Headings in the help."""
+
+
+def choice(
+    name: str, values: Sequence[str], help: str, *, panel: str | None = None, hints: Mapping[str, str] | None = None
+) -> Any:
+    """An option that takes one of some words.
+
+    Args:
+        name: The option, as `--to`.
+        values: The words.
+        help: What it does.
+        panel: Its heading in the help.
+        hints: Words that it does not take -> what to write instead.
+    """
+
+    def parse(text: str) -> str:
+        if text in values:
+            return text
+        close = difflib.get_close_matches(text, values, 1)
+        hint = (hints or {}).get(text) or (f"did you mean {close[0]}?" if close else f"choose {alternatives(values)}")
+        raise UsageError(f"there is no {text!r}", where=name, hint=hint)
+
+    return typer.Option(
+        name,
+        parser=parse,
+        metavar="|".join(values),
+        autocompletion=lambda incomplete: [value for value in values if value.startswith(incomplete)],
+        help=help,
+        rich_help_panel=panel,
+    )
+
+
+def alternatives(values: Sequence[str]) -> str:
+    """Words as a sentence lists them: `a, b or c`."""
+    *others, last = values
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result, or the error, as JSON on stdout.", rich_help_panel=OUTPUT),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Threads that read. Default: one for each core.",
+        rich_help_panel=EXECUTION,
+    ),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="Largest safetensors file, e.g. 5GB. The default keeps the files of a source that has some, or is 5GB.",
+        rich_help_panel=FORMAT,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a plan is carried out."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the complete plan; write nothing.", rich_help_panel=EXECUTION)
+    ] = False
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the destination if it exists, in one step.", rich_help_panel=EXECUTION
+        ),
+    ] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue where a killed run stopped.", rich_help_panel=EXECUTION)
+    ] = False
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="Threads that move bytes; any number gives the same result.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None
+    hash: Annotated[
+        bool, typer.Option("--hash", help="Also give the SHA-256 of every written file.", rich_help_panel=EXECUTION)
+    ] = False
+
+
+def _size(option: str, what: str) -> Any:
+    """An option for a size of the stored grid."""
+    return typer.Option(
+        option,
+        min=1,
+        metavar="N",
+        help=f"{what} of mp_rank files whose args do not record it.",
+        rich_help_panel=SOURCE,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the user says about a checkpoint that does not describe itself in full."""
+
+    hf_reference: Annotated[
+        str | None,
+        typer.Option(
+            "--hf-reference",
+            metavar="DIR",
+            help="Hugging Face directory that supplies config, tokenizer and shard names to a Megatron checkpoint.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
+    iteration: Annotated[
+        int | None,
+        typer.Option(
+            "--iteration",
+            min=0,
+            metavar="N",
+            help="Iteration to read. Default: what the tracker file names.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            "--vocab-size",
+            min=1,
+            metavar="N",
+            help="True size of the vocabulary, where nothing else tells it from its padding.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
+    src_tp: Annotated[int | None, _size("--src-tp", "Tensor model parallel size")] = None
+    src_pp: Annotated[int | None, _size("--src-pp", "Pipeline model parallel size")] = None
+    src_vpp: Annotated[int | None, _size("--src-vpp", "Virtual pipeline size")] = None
+    src_ep: Annotated[int | None, _size("--src-ep", "Expert model parallel size")] = None
+    src_etp: Annotated[int | None, _size("--src-etp", "Expert tensor parallel size")] = None
+    src_first_stage_layers: Annotated[
+        int | None, _size("--src-first-stage-layers", "Layers on the first pipeline stage")
+    ] = None
+    src_last_stage_layers: Annotated[
+        int | None, _size("--src-last-stage-layers", "Layers on the last pipeline stage")
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of `open_checkpoint`."""
+        return {
+            "hf_reference": self.hf_reference,
+            "iteration": self.iteration,
+            "vocab_size": self.vocab_size,
+            "stored_grid": StatedGrid(
+                self.src_tp,
+                self.src_pp,
+                self.src_vpp,
+                self.src_ep,
+                self.src_etp,
+                self.src_first_stage_layers,
+                self.src_last_stage_layers,
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The parallel grid that is written."""
+
+    tp: Annotated[
+        int,
+        typer.Option(
+            "--tp",
+            "--tensor-model-parallel-size",
+            metavar="N",
+            help="Tensor model parallel size.",
+            rich_help_panel=GRID,
+        ),
+    ] = 1
+    pp: Annotated[
+        int,
+        typer.Option(
+            "--pp",
+            "--pipeline-model-parallel-size",
+            metavar="N",
+            help="Pipeline model parallel size.",
+            rich_help_panel=GRID,
+        ),
+    ] = 1
+    vpp: Annotated[
+        int,
+        typer.Option(
+            "--vpp",
+            "--virtual-pipeline-model-parallel-size",
+            metavar="N",
+            help="Virtual pipeline size: model chunks on each pipeline rank.",
+            rich_help_panel=GRID,
+        ),
+    ] = 1
+    ep: Annotated[
+        int,
+        typer.Option(
+            "--ep",
+            "--expert-model-parallel-size",
+            metavar="N",
+            help="Expert model parallel size.",
+            rich_help_panel=GRID,
+        ),
+    ] = 1
+    etp: Annotated[
+        int | None,
+        typer.Option(
+            "--etp",
+            "--expert-tensor-parallel-size",
+            metavar="N",
+            help="Tensor parallel size of experts. Default: that of everything else.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+    first_stage_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-first-pipeline-num-layers",
+            "--num-layers-in-first-pipeline-stage",
+            metavar="N",
+            help="Layers on the first pipeline stage, where the split is uneven.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+    last_stage_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--decoder-last-pipeline-num-layers",
+            "--num-layers-in-last-pipeline-stage",
+            metavar="N",
+            help="Layers on the last pipeline stage, where the split is uneven.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+    embedding_in_split: Annotated[
+        bool,
+        typer.Option(
+            "--account-for-embedding-in-pipeline-split",
+            help="Count the embedding as a layer when splitting.",
+            rich_help_panel=GRID,
+        ),
+    ] = False
+    loss_in_split: Annotated[
+        bool,
+        typer.Option(
+            "--account-for-loss-in-pipeline-split",
+            help="Count the loss as a layer when splitting.",
+            rich_help_panel=GRID,
+        ),
+    ] = False
+    adapter_first: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-first",
+            help="Where two stages part at a split Llama's adapter, it ends the first one; it begins the second by"
+            " default, and the narrower stream is sent.",
+            rich_help_panel=GRID,
+        ),
+    ] = False
+
+    def parallelism(self) -> Parallelism:
+        """The grid.
+
+        Raises:
+            UsageError: There is no such grid.
+        """
+        return Parallelism(**vars(self))

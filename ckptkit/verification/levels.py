@@ -1,0 +1,244 @@
+"""The levels of `verify`, cheapest question first; the first no ends it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
+from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.checkpoints.source_options import SourceOptions, options_called
+from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.formats.hub import locate
+from ckptkit.sharding.stages import split_layers
+from ckptkit.verification.logits import verify_logits
+from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
+from ckptkit.verification.reports.placement import describe
+from ckptkit.verification.reports.report import LevelResult, VerificationReport
+from ckptkit.verification.reports.results import Check
+from ckptkit.verification.rounding import rounding_of
+from ckptkit.verification.run_options import LEVELS, RunKeywords, RunOptions
+from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate
+from ckptkit.verification.weights import check_structure, check_weights
+
+OWN_GRID = ("torch", "torch_dist")
+"""Formats that say which grid they are for."""
+
+
+def verify(
+    reference: str | Path,
+    candidate: str | Path,
+    *,
+    level: str = "logits",
+    prompts: Sequence[str] | None = None,
+    tokens: Sequence[Sequence[int]] | None = None,
+    keep_going: bool = False,
+    reference_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    candidate_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
+    progress: Callable[[int, int], None] | None = None,
+    pool: Ranks | None = None,
+    **run: Unpack[RunKeywords],
+) -> VerificationReport:
+    """Verifies a checkpoint against another one; any formats, any grids.
+
+    A Hugging Face side is run by transformers, a Megatron side by megatron-core on its own grid, built from what that
+    checkpoint stores. Where the candidate stores weights in a narrower type, the reference's are rounded to it.
+
+    Args:
+        reference: The checkpoint that is trusted.
+        candidate: The checkpoint in question.
+        level: The last question to ask: `structure`, `weights` or `logits`.
+        prompts: Texts to compare on; a side must have a tokenizer.
+        tokens: Token ids to compare on; pseudo-random ones where neither is given.
+        keep_going: Ask the further levels although one has shown a difference.
+        reference_source: What the reference does not record itself.
+        candidate_source: What the candidate does not record itself.
+        progress: Called with (bytes compared, bytes in all) at the weights level.
+        pool: Ranks to use instead of starting some.
+        run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
+            packed, sequence_parallel, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
+            grid of its own, which megatron-core then runs.
+
+    Raises:
+        UsageError: The request makes no sense.
+        InputError: A side is damaged or incomplete.
+        UnsupportedError: No family converts a side.
+        VerificationError: A run could not be made; this says nothing about the checkpoints.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
+    options = RunOptions.of(**run)
+    with ExitStack() as stack:
+        opened = (
+            _open(stack, reference, reference_source, "ref"),
+            _open(stack, candidate, candidate_source, "cand"),
+        )
+    checkpoints = opened[0][0], opened[1][0]
+    sides = _sides(checkpoints, (opened[0][1], opened[1][1]), options)
+    if level == "logits":  # what cannot run is said before every byte is compared
+        options.check()
+        grid = sides[1].grid or checkpoints[1].grid
+        check_candidate(sides[1], grid, options)
+        if sides[1].grid is not None:
+            check_grid(checkpoints[1].config, grid)
+            split_layers(checkpoints[1].config.num_layers, grid)
+    else:
+        _refuse_unused(level, options, prompts, tokens)
+    asked = _Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
+    asked.ask("structure", lambda: check_structure(*checkpoints))
+    diff = _diff_command(reference, candidate, reference_source, candidate_source)
+    asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff)))
+    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, run))
+    return VerificationReport(
+        reference=str(reference),
+        candidate=str(candidate),
+        levels=asked.answers,
+        messages=[*(_messages(sides) if level == "logits" else []), *asked.messages],
+        sides={
+            "reference": describe(checkpoints[0]),
+            "candidate": describe(checkpoints[1], sides[1].grid),
+        },
+        not_run=asked.not_run,
+    )
+
+
+class _Asked:
+    """Levels in order, until one shows a difference.
+
+    Attributes:
+        answers: The answers.
+        messages: Why a level has none although it was asked for.
+    """
+
+    def __init__(self, names: Sequence[str], keep_going: bool) -> None:
+        self._names, self._keep_going = names, keep_going
+        self.answers: list[LevelResult] = []
+        self.messages: list[str] = []
+
+    @property
+    def not_run(self) -> list[str]:
+        """Levels without an answer."""
+        return [name for name in self._names if name not in {answer.name for answer in self.answers}]
+
+    def ask(self, name: str, question: Callable[[], LevelResult]) -> None:
+        """Asks a level, if it is wanted.
+
+        Raises:
+            CkptkitError: It has no answer, and no earlier level has shown a difference that would be lost with it.
+        """
+        differs = not all(answer.passed for answer in self.answers)
+        if name not in self._names or (differs and not self._keep_going):
+            return
+        start = time.monotonic()
+        try:
+            answer = question()
+        except CkptkitError as error:
+            if not differs:
+                raise
+            self.messages.append(f"the level {name} has no answer: {error}")
+        else:
+            self.answers.append(replace(answer, seconds=time.monotonic() - start))
+
+
+def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str) -> tuple[Checkpoint, SourceOptions]:
+    """A side, and the options that open it at its own path: that of the iteration, with a reference on this disk."""
+    found = stack.enter_context(locate(path)).path
+    if source.hf_reference is not None:
+        source = replace(source, hf_reference=str(stack.enter_context(locate(source.hf_reference)).path))
+    with options_called(prefix):
+        return open_checkpoint(found, **source.keywords()), replace(source, iteration=None)
+
+
+def _sides(
+    checkpoints: tuple[Checkpoint, Checkpoint], opening: tuple[SourceOptions, SourceOptions], options: RunOptions
+) -> tuple[Side, Side]:
+    """What runs the two.
+
+    Raises:
+        UsageError: A grid is given for a candidate that has one.
+    """
+    reference, candidate = checkpoints
+    grid = options.grid
+    if grid is not None and candidate.format in OWN_GRID:
+        raise UsageError(
+            f"--tp, --pp and --ep are for a candidate without a grid of its own; this one is on {candidate.grid}",
+            where=candidate.path,
+            hint="drop them, or convert it to another grid first",
+        )
+    kinds = [HF if checkpoint.format == HF else MEGATRON for checkpoint in checkpoints]
+    rounding = rounding_of(reference, candidate, hf_names=kinds[0] == HF)
+    return (
+        Side(reference.path, kinds[0], opening[0], rounding=rounding),
+        Side(candidate.path, MEGATRON if grid is not None else kinds[1], opening[1], grid),
+    )
+
+
+def _diff_command(
+    reference: str | Path, candidate: str | Path, reference_source: SourceOptions, candidate_source: SourceOptions
+) -> str:
+    """What to type to see every difference of the two."""
+    words = [*reference_source.words("a"), *candidate_source.words("b")]
+    return shlex.join(["ckptkit", "diff", str(reference), str(candidate), *words])
+
+
+def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
+    """The answer, found by one of the processes that torchrun started: they would all read the same."""
+    if not inside_torchrun():
+        return question()
+    answer = TorchrunRanks().once(lambda: asdict(question()))
+    return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
+
+
+def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
+    """Options of the logits level have no meaning below it."""
+    unused = options.for_logits_only()
+    unused += [name for name, given in (("--prompt", prompts), ("--tokens", tokens)) if given is not None]
+    if unused:
+        need = "needs" if len(unused) == 1 else "need"
+        raise UsageError(
+            f"{', '.join(unused)} {need} --level logits; this run stops at {level}", hint="drop one or the other"
+        )
+
+
+def _logits(
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    sides: tuple[Side, Side],
+    prompts: Sequence[str] | None,
+    tokens: Sequence[Sequence[int]] | None,
+    pool: Ranks | None,
+    run: RunKeywords,
+) -> LevelResult:
+    tokenizer = _tokenizer(checkpoints) if prompts else None
+    if tokenizer is not None:
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
+    report = verify_logits(*sides, tokens=tokens, pool=pool, **run)
+    answer = report.level()
+    if tokenizer is not None and report.greedy is not None:
+        texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]
+        same = "both continue" if report.greedy.passed else "the reference continues"
+        lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts or (), texts, strict=True)]
+        answer.details["messages"] = [*answer.details.get("messages", []), *lines]
+    return answer
+
+
+def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
+    """The tokenizer of the first side that has one, in its directory or in its sidecar."""
+    from transformers import AutoTokenizer
+
+    for side in sides:
+        if any(name in side.sidecar.small for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+            return AutoTokenizer.from_pretrained(side.sidecar.small["config.json"].parent, local_files_only=True)
+    raise UsageError("--prompt needs a tokenizer, and neither side has one", hint="pass --tokens with token ids")
+
+
+def _messages(sides: tuple[Side, Side]) -> list[str]:
+    """What a verification of these two cannot show."""
+    kinds = {side.kind for side in sides}
+    if kinds == {MEGATRON}:
+        return ["both sides ran in megatron-core: a mistake in the family's table would show in neither"]
+    return [] if len(kinds) == 2 else ["both sides ran in transformers: nothing was loaded into megatron-core"]

@@ -1,0 +1,98 @@
+"""Running a side over rows of tokens, in this process or on ranks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.ranks.pool import Ranks
+from ckptkit.verification.ranks.what_ran import check_ran
+from ckptkit.verification.run_options import RunOptions
+from ckptkit.verification.runs import Run
+from ckptkit.verification.sides import HF, OpenedSide
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Runs sides, and keeps what comes out in one folder.
+
+    Attributes:
+        ranks: The processes.
+        folder: Where the files go.
+        opener: What opens a Megatron checkpoint, as `module:function`.
+    """
+
+    ranks: Ranks
+    folder: Path
+    opener: str
+
+    def run(
+        self,
+        opened: OpenedSide,
+        rows: list[list[int]],
+        name: str,
+        options: RunOptions,
+        *,
+        greedy: int = 0,
+        whole_layers: bool = True,
+        routed_as: Run | None = None,
+        twice: bool = False,
+    ) -> Run:
+        """Runs a side over rows.
+
+        Args:
+            opened: The side.
+            rows: Token ids.
+            name: What its files are called.
+            options: How it runs.
+            greedy: Tokens to append to every row.
+            whole_layers: Keep hidden states between layers only, not within them.
+            routed_as: A run whose experts the tokens are sent to, where routing is replayed.
+            twice: Run again with another implementation of attention, where there is one.
+
+        Raises:
+            CkptkitError: The run could not be made.
+        """
+        hf = opened.side.kind == HF
+        job = LogitsJob(
+            checkpoint=str(opened.side.path),
+            grid=opened.grid,
+            options=options,
+            rows=rows,
+            output=str(self.folder / f"{name}.safetensors"),
+            greedy=greedy,
+            again=str(self.folder / f"{name}.again.safetensors") if twice and hf else None,
+            probes=str(self.folder / name),
+            whole_layers=whole_layers,
+            routing=str(self.folder / f"{name}.routers") if options.replay else None,
+            replay=str(routed_as.routing) if routed_as is not None and routed_as.routing is not None else None,
+            opener=self.opener,
+            opening=opened.side.opening,
+            rounded=opened.side.rounding.dtypes if options.dtype == "float32" else {},
+        )
+        return self._run_hf(job) if hf else self._run_megatron(job)
+
+    def _run_hf(self, job: LogitsJob) -> Run:
+        from ckptkit.verification.reference import run_reference
+
+        def task() -> dict[str, Any]:
+            return {key: value for key, value in asdict(run_reference(job)).items() if key not in job.files}
+
+        run = Run(**job.files, **self.ranks.once(task))
+        # Not every model has a second implementation of attention.
+        return run if run.again is None or run.again.is_file() else replace(run, again=None)
+
+    def _run_megatron(self, job: LogitsJob) -> Run:
+        answers = self.ranks.run(job)
+        run = Run(**job.files, **answers[0])
+        for answer in answers[1:]:
+            run.seen.extend(answer["seen"])
+            run.feeds.update(answer["feeds"])
+            for module, count in answer["modules"].items():
+                run.modules[module] = run.modules.get(module, 0) + count
+        options = job.options
+        asked = {"packed": options.packed, "sequence_parallel": options.sequence_parallel}
+        check_ran({**asked, "replication": options.dp_kind if options.dp > 1 else None}, run.seen)
+        return replace(run, rows=answers[-1]["rows"])

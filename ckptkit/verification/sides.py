@@ -1,0 +1,101 @@
+"""The two sides of a comparison of logits, and what is known of a side before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptkit.checkpoints.source_options import SourceOptions
+from ckptkit.errors import UsageError
+from ckptkit.families import family_of
+from ckptkit.formats.json_files import read_json
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.verification.ranks.jobs import find
+from ckptkit.verification.rounding import Rounding
+from ckptkit.verification.run_options import RunOptions
+
+HF, MEGATRON = KINDS = ("hf", "megatron")
+
+
+class Side(NamedTuple):
+    """One of the two models.
+
+    Attributes:
+        path: The checkpoint.
+        kind: `hf` (transformers runs it) or `megatron` (megatron-core does).
+        opening: Options that open it.
+        grid: The grid that megatron-core runs it on; None for the checkpoint's own.
+        rounding: How its weights are rounded before it runs in float32.
+    """
+
+    path: str | Path
+    kind: str
+    opening: SourceOptions = SourceOptions()
+    grid: Parallelism | None = None
+    rounding: Rounding = Rounding()
+
+
+@dataclass(frozen=True)
+class OpenedSide:
+    """A side, and what its headers say.
+
+    Attributes:
+        side: The side.
+        vocab_size: Number of tokens.
+        grid: Where it runs: the checkpoint's own grid, or one rank for transformers.
+        value_head: Whether it has one output per token in place of logits.
+        window: The widest sliding window of a layer in tokens, 0 without one.
+    """
+
+    side: Side
+    vocab_size: int
+    grid: Parallelism
+    value_head: bool
+    window: int
+
+
+def open_side(side: Side, opener: str) -> OpenedSide:
+    """Reads the headers of a side.
+
+    Args:
+        side: The side.
+        opener: What opens a Megatron checkpoint, as `module:function`.
+
+    Raises:
+        UsageError: There is no such kind of side.
+        CkptkitError: It cannot be opened.
+    """
+    if side.kind == MEGATRON:
+        checkpoint = find(opener)(str(side.path), **side.opening.keywords())
+        return _opened(side, checkpoint.config, side.grid or checkpoint.grid)
+    if side.kind != HF:
+        raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)
+    from ckptkit.verification.reference import architecture_of
+
+    architecture_of(Path(side.path))
+    raw = read_json(Path(side.path) / "config.json")
+    config = family_of(raw, side.path).parse(raw)  # it knows what a config.json may leave out
+    return _opened(side, config, Parallelism())
+
+
+def _opened(side: Side, config: ModelConfig, grid: Parallelism) -> OpenedSide:
+    window = max((layer.window or 0 for layer in config.layers), default=0)
+    return OpenedSide(side, config.vocab_size, grid, config.value_head, window)
+
+
+def check_candidate(candidate: Side, grid: Parallelism, options: RunOptions) -> None:
+    """Whether the candidate can run as asked.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if candidate.kind == HF and options.changes_candidate:
+        raise UsageError(
+            "packed rows, sequence parallelism and replicas need a candidate that megatron-core runs",
+            where=candidate.path,
+            hint="give the grid to run it on (--tp, --pp, --ep; --tp 1 for one rank)",
+        )
+    if options.sequence_parallel and grid.tp == 1:
+        raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.path)

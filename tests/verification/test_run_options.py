@@ -1,0 +1,90 @@
+"""One record says how a verification runs, from keyword arguments to the JSON that a rank reads."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from ckptkit.checkpoints.source_options import SourceOptions
+from ckptkit.errors import UsageError
+from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.run_options import TIMEOUT, TOLERANCE, RunKeywords, RunOptions
+
+OTHER: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "tolerance": 1e-3,
+    "replay": False,
+    "packed": True,
+    "sequence_parallel": True,
+    "dp": 2,
+    "dp_kind": "fsdp2",
+    "save_logits": "logits.safetensors",
+    "timeout": 60.0,
+    "tp": 2,
+    "pp": 3,
+    "ep": 4,
+}
+"""A value for every option that is not its default."""
+
+
+def members(hint: Any) -> set[Any]:
+    return set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+
+
+def test_keywords_are_the_fields_and_accept_their_types() -> None:
+    keywords, record = get_type_hints(RunKeywords), get_type_hints(RunOptions)
+    assert list(keywords) == [field.name for field in fields(RunOptions)]
+    for name, hint in keywords.items():
+        assert members(record[name]) <= members(hint) <= members(record[name]) | {None.__class__, Path}
+
+
+def test_every_option_reaches_the_rank() -> None:
+    assert set(OTHER) == {field.name for field in fields(RunOptions)}
+    options = RunOptions.of(**OTHER)
+    assert vars(options) == OTHER
+    opening = SourceOptions("ref", 3, StatedGrid(2, last_stage_layers=1), 9)
+    job = LogitsJob("a", Parallelism(2), options, [[1]], "out", opening=opening, rounded={"*": "bfloat16"})
+    assert LogitsJob.from_json(job.to_json()) == job
+    assert all(getattr(options, name) != getattr(RunOptions(), name) for name in OTHER)
+
+
+def test_none_is_the_default_and_paths_become_text() -> None:
+    options = RunOptions.of(tolerance=None, timeout=None, save_logits=Path("a/b"))
+    assert (options.tolerance, options.timeout, options.save_logits) == (TOLERANCE, TIMEOUT, "a/b")
+    assert RunOptions.of(tolerance=0.0).tolerance == 0.0
+
+
+def test_the_reference_runs_plainly() -> None:
+    plain = RunOptions.of(**OTHER).plain()
+    assert not plain.changes_candidate
+    assert (plain.device, plain.dtype, plain.replay, plain.timeout) == ("cuda", "float32", False, 60.0)
+    low = RunOptions.of(**OTHER).in_dtype("float16")
+    assert vars(low) == {**OTHER, "dtype": "float16"}
+
+
+def test_options_of_the_level_logits() -> None:
+    assert RunOptions().for_logits_only() == []
+    assert RunOptions.of(**OTHER).for_logits_only() == [
+        "--packed",
+        "--sequence-parallel",
+        "--dp",
+        "--save-logits",
+        "--tp",
+        "--pp",
+        "--ep",
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"device": "tpu"}, {"dtype": "int8"}, {"dp": 0}, {"dp_kind": "zero"}], ids=lambda wrong: next(iter(wrong))
+)
+def test_what_cannot_run(wrong: dict[str, Any]) -> None:
+    RunOptions().check()
+    with pytest.raises(UsageError):
+        RunOptions.of(**wrong).check()
