@@ -190,8 +190,11 @@ def test_the_head_comes_from_a_file(tmp_path: Path) -> None:
         ({"weight": weight}, "0 value heads"),
         ({"score.weight": weight, "reward_head.weight": weight.clone()}, "2 value heads"),
         ({"score.weight": weight[:, :95].contiguous()}, r"\[1, 95\], the model asks for \[1, 96\]"),
-        ({"score.weight": weight, "score.bias": torch.zeros(1)}, "has not: score.bias"),
-        ({"score.weight": weight, "other": torch.zeros(1)}, "has not: other"),
+        (
+            {"score.weight": weight, "score.bias": torch.zeros(1)},
+            "unexpected tensors in the value head file: score.bias",
+        ),
+        ({"score.weight": weight, "other": torch.zeros(1)}, "unexpected tensors in the value head file: other"),
         ({"score.weight": torch.zeros(1, 96, dtype=torch.int32)}, "cannot cast"),
     ):
         with pytest.raises((InputError, UnsupportedError), match=text):
