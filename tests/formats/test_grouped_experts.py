@@ -111,7 +111,8 @@ def test_the_real_module_computes_with_these_experts(monkeypatch: pytest.MonkeyP
     golden = weights("qwen3_moe", "bfloat16")
     counts = torch.tensor([3, 1, 0, 4])
     tokens = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found, _ = module(tokens, counts, torch.ones(8))
+    with torch.compiler.set_stance("force_eager"):  # what it would compile differs by processor, and is kept on disk
+        found, _ = module(tokens, counts, torch.ones(8))
     expected = []
     for expert, part in enumerate(tokens.split(counts.tolist())):
         gate, up = golden[f"decoder.layers.0.mlp.experts.linear_fc1.weight{expert}"].chunk(2)

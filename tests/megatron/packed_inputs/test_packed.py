@@ -358,12 +358,12 @@ def test_fsdp2_in_mixed_precision(one_rank: Parallelism, kind: str) -> None:
     model = hf_model(kind)
     expected = alone(model, ROWS)
     runtime = shard(ckptkit.convert_to_packed(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert {parameter.dtype for parameter in runtime.parameters()} == {torch.float32}
     used: set[torch.dtype] = set()
     for module in runtime.modules():
         module.register_forward_pre_hook(lambda module, _: used.update(x.dtype for x in module.parameters(False)))
     with torch.no_grad():
         found = runtime(*packed(ROWS))
-    assert {parameter.dtype for parameter in runtime.parameters()} == {torch.float32}
     assert used == {torch.bfloat16} == {found.dtype}
     # Half of the positions: a token that another expert gets may be far off.
     errors = (found.float() - expected).square().mean(-1).sqrt()
