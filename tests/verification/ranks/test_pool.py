@@ -134,7 +134,8 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
 
     split = str(tmp_path / "split.safetensors")
     pool.run(replace(job, probes=str(tmp_path / "whole")))
-    answers = pool.run(replace(job, output=split, probes=str(tmp_path / "split"), sequence_parallel=True))
+    options = RunOptions(DEVICE, sequence_parallel=True)
+    answers = pool.run(replace(job, output=split, probes=str(tmp_path / "split"), options=options))
     expected, found = load_file(job.output), load_file(split)
     assert found["logits.5"].shape == (1, 5, 250)  # 5 positions do not divide over 2 ranks
     assert (expected["logits.5"] - found["logits.5"]).abs().max() < 1e-4 * expected["logits.5"].abs().max()
