@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
@@ -177,7 +177,11 @@ def _read_small(folder: Path, headers: Mapping[str, Header], manifest: Mapping[s
 
 def _describes(index: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:
     """Whether an index is that of the files with these headers."""
-    return index.get("weight_map") == {key: name for name, header in headers.items() for key in header.entries}
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        return False
+    files = {key: PurePosixPath(name).as_posix() for key, name in listed.items()}
+    return files == {key: name for name, header in headers.items() for key in header.entries}
 
 
 def _read_extras(folder: Path) -> dict[str, Tensor]:

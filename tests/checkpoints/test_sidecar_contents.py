@@ -212,6 +212,13 @@ class TestSound:
         with pytest.raises(InputError, match="which the checkpoint has itself"):
             convert(checkpoint, tmp_path / "out", to="hf", hf_reference=SOUND / "hf")
 
+    def test_an_index_that_spells_its_files_otherwise(self, checkpoint: Path, tmp_path: Path) -> None:
+        def dotted(index: dict[str, Any]) -> None:
+            index["weight_map"] = {key: f"./{name}" for key, name in index["weight_map"].items()}
+
+        edit(f"hf/{INDEX}", dotted)(checkpoint / "ckptkit")
+        assert validate(checkpoint).passed
+
     @pytest.mark.parametrize("to", ["hf", "torch"])
     def test_an_index_that_nobody_reads_stays_behind(self, tmp_path: Path, to: str) -> None:
         """Many models on the hub have one for each format."""
