@@ -52,8 +52,7 @@ def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: P
     check_extras(sidecar.extras, family, config, root)
     if not sidecar.headers:
         return
-    described = _described(sidecar.headers)
-    _check_described(described, family, config, root)
+    described = _model_of(sidecar.headers, family, config, root)
     for name, tensor in sorted(sidecar.extras.items()):
         if name not in described or described[name].shape != tensor.shape:
             what = f"{name}, {list(tensor.shape)}, is not in {HEADERS}/"
@@ -69,11 +68,12 @@ def _described(headers: Mapping[str, Header]) -> dict[str, Tensor]:
     }
 
 
-def _check_described(described: Mapping[str, Tensor], family: Family, config: ModelConfig, root: Path) -> None:
-    """Whether headers are those of a Hugging Face directory that could be opened."""
+def _model_of(headers: Mapping[str, Header], family: Family, config: ModelConfig, root: Path) -> dict[str, Tensor]:
+    """What headers describe, under canonical names, if it is a Hugging Face directory that could be opened."""
     problems, where = Problems(root / FOLDER / HEADERS), root / FOLDER / HEADERS
     try:
-        left, _ = family.unfuse(described, config)
+        model, _ = family.unfuse(_described(headers), config)
+        left = dict(model)
         for item in family.items(config):
             for name, shape in item.parts.items():
                 problems.take(left, name, shape)
@@ -85,3 +85,4 @@ def _check_described(described: Mapping[str, Tensor], family: Family, config: Mo
         problems.check()
     except InputError as error:
         raise InputError(error.what, where=where, hint="pass --hf-reference instead") from None
+    return model

@@ -278,3 +278,13 @@ class TestVerify:
         report = verify(source, tmp_path / "meg", level="structure")
         assert report.passed
         assert report.levels[0].details["messages"] == ["the two sides differ in tokenizer.json"]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4-moe"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_names_of_every_writer(tmp_path: Path, kind: str, fused: bool) -> None:
+    """Headers have the names of the source, extras canonical ones."""
+    source = save_model(tmp_path / "hf", kind, fused=fused)
+    convert(source, tmp_path / "meg", to="torch_dist")
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)
