@@ -16,7 +16,7 @@ from ckptkit.errors import CkptkitError, InputError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
 from ckptkit.formats.json_files import read_json
-from ckptkit.formats.sidecar import Sidecar, read_extras, read_sidecar
+from ckptkit.formats.sidecar import FOLDER, HEADERS, Sidecar, read_extras, read_sidecar
 from ckptkit.megatron_args.contradictions import contradictions
 from ckptkit.megatron_args.known import read_args
 from ckptkit.megatron_args.reading import from_args, model_from_args
@@ -72,14 +72,14 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
     if sidecar is not None:
         family = family_of(sidecar.config, root)
         base = family.parse(sidecar.config)
-        if reference is None:
-            check_sidecar(sidecar, family, base, root)
-        else:
-            check_extras(sidecar.extras, family, base, root)
+        check_extras(sidecar.extras, family, base, root)
+        tokens = check_sidecar(sidecar, family, base, root) if reference is None else None
         with located(root):
             config = from_args(family, args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
         cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.in_args)
+        if not cut and tokens not in (None, base.vocab_size) and given.vocab_size != base.vocab_size:
+            cut = [f"{FOLDER}/{HEADERS} has {tokens} tokens, config.json says {base.vocab_size}"]
         if reference is None:
             return Description(family, config, sidecar, notes, [*differences, *cut])
         if cut:  # a reference outranks words about the weights, not the weights

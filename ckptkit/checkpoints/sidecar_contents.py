@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError
 from ckptkit.formats.safetensors import Header
 from ckptkit.formats.sidecar import EXTRAS, FOLDER, HEADERS, Sidecar
+from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor
@@ -37,8 +39,10 @@ def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConf
     raise InputError(what, where=root / FOLDER / EXTRAS, hint="remove the file to go without its tensors")
 
 
-def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: Path) -> None:
-    """Checks the extras and the headers of a sidecar against the model that its config.json describes.
+def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: Path) -> int | None:
+    """Checks the headers of a sidecar against the model that its config.json describes.
+
+    The number of tokens is left to whoever compares it with `args` and with what the user says.
 
     Args:
         sidecar: As it was read.
@@ -46,17 +50,20 @@ def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: P
         config: Its config.
         root: What holds the sidecar.
 
+    Returns:
+        The number of tokens in headers, or None if there are none.
+
     Raises:
-        InputError: Extras are not the model's, headers lack tensors, repeat them or have others, or the two disagree.
+        InputError: They lack tensors, have others, or disagree with the extras.
     """
-    check_extras(sidecar.extras, family, config, root)
     if not sidecar.headers:
-        return
-    described = _model_of(sidecar.headers, family, config, root)
+        return None
+    described, tokens = _model_of(sidecar.headers, family, config, root)
     for name, tensor in sorted(sidecar.extras.items()):
         if name not in described or described[name].shape != tensor.shape:
             what = f"{name}, {list(tensor.shape)}, is not in {HEADERS}/"
             raise InputError(what, where=root / FOLDER / EXTRAS, hint="remove the file to go without its tensors")
+    return tokens
 
 
 def _described(headers: Mapping[str, Header]) -> dict[str, Tensor]:
@@ -68,14 +75,22 @@ def _described(headers: Mapping[str, Header]) -> dict[str, Tensor]:
     }
 
 
-def _model_of(headers: Mapping[str, Header], family: Family, config: ModelConfig, root: Path) -> dict[str, Tensor]:
-    """What headers describe, under canonical names, if it is a Hugging Face directory that could be opened."""
+def _model_of(
+    headers: Mapping[str, Header], family: Family, config: ModelConfig, root: Path
+) -> tuple[dict[str, Tensor], int | None]:
+    """What headers describe, under canonical names, if a directory of it could be opened; and its number of tokens."""
     problems, where = Problems(root / FOLDER / HEADERS), root / FOLDER / HEADERS
+    tokens: int | None = None
+    described = _described(headers)
+    check_counts(config, described.values(), where)
     try:
-        model, _ = family.unfuse(_described(headers), config)
+        model, _ = family.unfuse(described, config)
         left = dict(model)
         for item in family.items(config):
             for name, shape in item.parts.items():
+                if item.key in (EMBEDDING, HEAD) and name in left and left[name].shape:
+                    tokens = left[name].shape[0] if tokens is None else tokens
+                    shape = (tokens, *shape[1:])
                 problems.take(left, name, shape)
             for slot in item.slots:
                 if slot.hf in left:
@@ -85,4 +100,4 @@ def _model_of(headers: Mapping[str, Header], family: Family, config: ModelConfig
         problems.check()
     except InputError as error:
         raise InputError(error.what, where=where, hint="pass --hf-reference instead") from None
-    return model
+    return model, tokens
