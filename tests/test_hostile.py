@@ -87,12 +87,13 @@ def sparse(size: int) -> Callable[[Path], object]:
     return make
 
 
+OUTSIDE, NOWHERE = "a symbolic link out of the folder (to /dev/zero)", "a symbolic link that leads nowhere"
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "a pipe, not a regular file"),
-    "endless": (lambda path: path.symlink_to("/dev/zero"), "a device, not a regular file"),
+    "endless": (lambda path: path.symlink_to("/dev/zero"), OUTSIDE),
     "socket": (make_socket, "a socket or a device, not a regular file"),
     "folder": (os.mkdir, "a folder, not a regular file"),
-    "circle": (lambda path: path.symlink_to(path.name), "a symbolic link that leads nowhere"),
+    "circle": (lambda path: path.symlink_to(path.name), NOWHERE),
 }
 
 
@@ -282,14 +283,14 @@ CASES: dict[str, Case] = {
     },
     **{f"config is a {kind}": Case("hf", instead("config.json", make), told) for kind, (make, told) in KINDS.items()},
     **{
-        f"{name} is a {kind}": Case(base, instead(name, make), told)
-        for (base, name, told), (kind, (make, _)) in product(
+        f"{name} is a {kind}": Case(base, instead(name, make), of_kind if of_kind in (OUTSIDE, NOWHERE) else told)
+        for (base, name, told), (kind, (make, of_kind)) in product(
             (("torch", RANKS[1], "no model_optim_rng.pt"), ("torch_dist", "release/.metadata", "no .metadata")),
             KINDS.items(),
         )
     },
     "config of 200 MB": Case("hf", instead("config.json", sparse(200_000_000)), "larger than 100,000,000 bytes"),
-    "index is endless": Case("hf", instead(INDEX, lambda path: path.symlink_to("/dev/zero")), f"without {INDEX}"),
+    "index is endless": Case("hf", instead(INDEX, lambda path: path.symlink_to("/dev/zero")), OUTSIDE),
     "index names a device": Case("hf", text(INDEX, '{"weight_map": {"a": "/dev/zero"}}'), "points outside the folder"),
     "index names nothing": Case("hf", text(INDEX, '{"weight_map": {"a": "."}}'), "points outside the folder"),
     "index twice": Case("hf", text(INDEX, '{"weight_map": {"a": "x", "a": "y"}}'), "the key a appears twice"),

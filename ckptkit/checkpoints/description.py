@@ -10,12 +10,13 @@ from typing import Any
 
 from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields, in_words
 from ckptkit.checkpoints.recognition import recognise
+from ckptkit.checkpoints.sidecar_contents import check_extras, check_sidecar
 from ckptkit.checkpoints.vocabulary import Vocabulary
 from ckptkit.errors import CkptkitError, InputError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
 from ckptkit.formats.json_files import read_json
-from ckptkit.formats.sidecar import Sidecar, read_sidecar
+from ckptkit.formats.sidecar import FOLDER, HEADERS, Sidecar, read_extras, read_sidecar
 from ckptkit.megatron_args.contradictions import contradictions
 from ckptkit.megatron_args.known import read_args
 from ckptkit.megatron_args.reading import from_args, model_from_args
@@ -66,16 +67,19 @@ class Description:
 
 def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given, vocabulary: Vocabulary) -> Description:
     """The family, config and sidecar of a Megatron checkpoint: reference first, then sidecar, then `args` alone."""
-    sidecar, reference = read_sidecar(root), given.reference
-    if reference is not None:
-        sidecar = Sidecar.of_hf(reference, sidecar.extras if sidecar else {})
+    reference = given.reference
+    sidecar = read_sidecar(root) if reference is None else Sidecar.of_hf(reference, read_extras(root))
     if sidecar is not None:
         family = family_of(sidecar.config, root)
         base = family.parse(sidecar.config)
+        check_extras(sidecar.extras, family, base, root)
+        tokens = check_sidecar(sidecar, family, base, root) if reference is None else None
         with located(root):
             config = from_args(family, args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
         cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.in_args)
+        if not cut and tokens not in (None, base.vocab_size) and given.vocab_size != base.vocab_size:
+            cut = [f"{FOLDER}/{HEADERS} has {tokens} tokens, config.json says {base.vocab_size}"]
         if reference is None:
             return Description(family, config, sidecar, notes, [*differences, *cut])
         if cut:  # a reference outranks words about the weights, not the weights

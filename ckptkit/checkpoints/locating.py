@@ -8,9 +8,11 @@ from pathlib import Path
 
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.hf import has_shards
+from ckptkit.formats.links import check_link, check_links
 from ckptkit.formats.registry import format_of, is_huggingface
+from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_dist import TORCH_DIST, holds_model
-from ckptkit.formats.torch_legacy import TORCH, iteration_folder
+from ckptkit.formats.torch_legacy import TORCH, TRACKER, iteration_folder
 from ckptkit.formats.trainer_states.dcp import DCP
 
 
@@ -38,7 +40,8 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
         iteration: Number of the iteration, if `path` is a root.
 
     Raises:
-        InputError: There is no such directory, or the tracker file names an iteration that is not there.
+        InputError: There is no such directory, the tracker file names an iteration that is not there, or a link leads
+            out of the checkpoint.
         UsageError: There is no such iteration, or there are several and nothing says which.
     """
     if not path.is_dir():
@@ -46,10 +49,27 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
     if is_huggingface(path):
         if iteration is not None:
             raise UsageError("--iteration is about the root of a Megatron checkpoint", where=path, hint="drop it")
+        check_links(path, path)
         return Place(path, path)
+    check_link(path / TRACKER, path)
     folder = iteration_folder(path, iteration)
     if (folder / "actor").is_dir():
         folder = folder / "actor"
+    roots = _readable_roots(path)
+    check_link(folder, *roots)
+    check_links(folder, *roots)
+    place = _place_in(folder, path)
+    if place.reference is not None:
+        check_link(place.reference, *roots, place.root)
+    sidecar = place.root / FOLDER
+    check_link(sidecar, *roots)
+    if sidecar.is_dir():
+        check_links(sidecar, *roots)
+    return place
+
+
+def _place_in(folder: Path, path: Path) -> Place:
+    """Where the checkpoint is in the folder of one iteration, which was found in `path` or is `path` itself."""
     if (found := _of_verl(folder)) is not None:
         return found
     format = format_of(folder)
@@ -57,7 +77,14 @@ def find_place(path: Path, iteration: int | None = None) -> Place:
         return _of_state(folder)
     if folder != path:
         return Place(folder, path)
-    return Place(path, path if (path / "ckptkit").is_dir() else _around(path, "ckptkit"))
+    return Place(path, path if (path / FOLDER).is_dir() else _around(path, FOLDER))
+
+
+def _readable_roots(path: Path) -> tuple[Path, ...]:
+    """Where links below the folder that the user names may lead: below it, or below the root of its checkpoint."""
+    around = _around(path, FOLDER)
+    is_root = (around / FOLDER).is_dir() or (around / TRACKER).is_file()
+    return (path, around) if is_root else (path,)
 
 
 def _around(folder: Path, wanted: str) -> Path:

@@ -21,6 +21,7 @@ from ckptkit.families import family_of
 from ckptkit.formats.grouped_experts import ungrouped_experts
 from ckptkit.formats.hf import HfFiles, open_hf, read_shards
 from ckptkit.formats.packed import is_packed, open_packed
+from ckptkit.formats.sidecar import EXTRAS, FOLDER
 from ckptkit.formats.torch_dist import TorchDistFiles, open_torch_dist, ungrouped, without_group
 from ckptkit.formats.torch_legacy import (
     OptimizerState,
@@ -246,6 +247,9 @@ def _join(
     joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows))
     check_element_types(joined.tensors, path)
     notes = [*about.notes, *joined.notes]
+    if both := sorted(joined.towers.keys() & about.sidecar.extras.keys()):
+        what = f"{len(both)} tensors are in the checkpoint and in {FOLDER}/{EXTRAS}: the checkpoint's count"
+        notes.append(f"{what} ({both[0]})")
     if vocabulary.rows > most:
         notes.append(f"{vocabulary.rows - size} rows beyond --vocab-size {size} are left out")
     if hybrid:

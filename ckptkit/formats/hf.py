@@ -13,6 +13,7 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
 from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.json_files import read_json
+from ckptkit.formats.links import CACHES, check_link, is_linked_folder
 from ckptkit.formats.safetensors import Header
 from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
@@ -23,8 +24,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx", ".ot", ".distcp"}
 _DISTRIBUTED = ".metadata"  # describes the .distcp files beside it
-CACHES = {".git", ".cache", "__pycache__"}
-"""Folders that are no part of a checkpoint."""
 _SKIPPED_FOLDERS = {*CACHES, "ckptkit"}
 
 
@@ -38,7 +37,8 @@ class HfFiles:
         tensors: Stored name -> tensor, in file order.
         headers: Shard file -> header, empty for pickled weights.
         small: Relative path -> absolute path of every file that is not weights, config.json included.
-        ignored: Weight files that are not part of the model (stale shards, other formats).
+        ignored: Files and folders that are not part of the model: stale shards and indices, other formats, folders that
+            are links.
     """
 
     path: Path
@@ -77,10 +77,17 @@ def open_hf(path: Path, shards: Shards | None = None) -> HfFiles:
     Raises:
         InputError: A file is missing or damaged, or index and shards disagree.
     """
+    check_link(path / "config.json", path)
     config = read_json(path / "config.json")
     tensors, headers, names = shards or read_shards(path)
-    small, weights = _other_files(path)
-    return HfFiles(path, config, tensors, headers, small, sorted(set(weights) - set(names)))
+    small, unused = small_files(path)
+    used = _index_in_use(path)
+    for index in (INDEX, BIN_INDEX):
+        # An index speaks of weights: it comes along only with those of its own.
+        if index in small and (index != used or not headers):
+            del small[index]
+            unused += [index] if index != used else []
+    return HfFiles(path, config, tensors, headers, small, sorted(set(unused) - set(names)))
 
 
 def open_reference(path: Path) -> HfFiles:
@@ -202,6 +209,16 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
     raise InputError(what, where=path, hint="is the download complete?")
 
 
+def _index_in_use(path: Path) -> str | None:
+    """The index that says which files make up the model, if one does."""
+    for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+        if (path / single).is_file():
+            return None
+        if (path / index).is_file():
+            return index
+    return None
+
+
 def _check_shard_name(index: Path, name: str) -> None:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\\" in name or "\0" in name:
@@ -238,41 +255,30 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _other_files(path: Path) -> tuple[dict[str, Path], list[str]]:
-    small: dict[str, Path] = {}
-    weights: list[str] = []
-    for file in _walk(path):
-        name = file.relative_to(path).as_posix()
-        if is_weights(name):
-            weights.append(name)
-        else:
-            small[name] = file
-    return small, weights
+def small_files(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """What lies below a folder: small files (relative path -> file), and what stays behind.
 
-
-def check_link(path: Path, folder: Path) -> None:
-    """Follows symbolic links inside the folder and into the hub's cache, and no others.
+    That is files of weights, and folders that are links: what is in them has its own place in the folder.
 
     Raises:
-        InputError: `path` links to somewhere else: whoever made the folder would choose what is read.
+        InputError: A link leads out of the folder, or nowhere.
+        UnsupportedError: There is something that is neither a file nor a folder.
     """
-    if not path.is_symlink():
-        return
-    try:
-        target, root = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # of a loop Python says so, from 3.13 on it goes on
-        raise InputError("a symbolic link that leads nowhere", where=path, hint="put the file itself there") from None
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not target.is_relative_to(root) and not target.is_relative_to(cache):
-        raise InputError(
-            f"a symbolic link out of the folder (to {target})", where=path, hint="put the file itself there"
-        )
+    small: dict[str, Path] = {}
+    others: list[str] = []
+    for file in _walk(path):
+        name = file.relative_to(path).as_posix()
+        if is_weights(name) or is_linked_folder(file):
+            others.append(name)
+        else:
+            small[name] = file
+    return small, others
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for item in walk(root, _SKIPPED_FOLDERS, partial(check_link, folder=root)):
-        if not item.is_file():
-            raise UnsupportedError("neither a file nor a folder (a broken link?)", where=item)
+    for item in walk(root, _SKIPPED_FOLDERS, lambda path: check_link(path, root)):
+        if not (item.is_file() or is_linked_folder(item)):
+            raise UnsupportedError("neither a file nor a folder", where=item)
         yield item
 
 

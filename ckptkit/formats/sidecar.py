@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
-from ckptkit.formats.hf import HfFiles
+from ckptkit.formats.hf import BIN_INDEX, INDEX, HfFiles, small_files
 from ckptkit.formats.json_files import read_json
+from ckptkit.formats.links import is_linked_folder
 from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import read_bounded
@@ -28,7 +30,10 @@ FOLDER = "ckptkit"
 SCHEMA = 2
 """What is written. Schema 1, which is still read, named each header as its shard."""
 
+MANIFEST, SMALL, HEADERS, EXTRAS = "manifest.json", "hf", "headers", "extras.safetensors"
+
 _HEADER = ".header"
+_INSTEAD = "pass --hf-reference instead"
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,7 @@ class Sidecar:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the source's tensor names, types, shapes and places, in hexadecimal."""
-        digest = hashlib.sha256()
-        for name, header in sorted(self.headers.items()):
-            digest.update(name.encode() + b"\0" + header.raw)
-        return digest.hexdigest()
+        return _fingerprint(self.headers)
 
     def lay_out(self, manifest: Mapping[str, Any]) -> list[OutputFile]:
         """The files of the sidecar.
@@ -69,54 +71,131 @@ class Sidecar:
             manifest: Facts about the checkpoint that it goes into.
         """
         text = {"schema": SCHEMA, **manifest, "origin": self.origin, "source_fingerprint": self.fingerprint}
-        files = [
-            OutputFile.small(f"{FOLDER}/manifest.json", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")
-        ]
+        files = [OutputFile.small(f"{FOLDER}/{MANIFEST}", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")]
         for name, path in sorted(self.small.items()):
-            files.append(OutputFile.copy(f"{FOLDER}/hf/{name}", str(path), path.stat().st_size))
+            files.append(OutputFile.copy(f"{FOLDER}/{SMALL}/{name}", str(path), path.stat().st_size))
         for name, header in sorted(self.headers.items()):
-            files.append(OutputFile.small(f"{FOLDER}/headers/{name}{_HEADER}", header.raw))
+            files.append(OutputFile.small(f"{FOLDER}/{HEADERS}/{name}{_HEADER}", header.raw))
         if self.extras:
-            files.append(safetensors.lay_out(f"{FOLDER}/extras.safetensors", self.extras))
+            files.append(safetensors.lay_out(f"{FOLDER}/{EXTRAS}", self.extras))
         return files
+
+
+def _fingerprint(headers: Mapping[str, Header]) -> str:
+    digest = hashlib.sha256()
+    for name, header in sorted(headers.items()):
+        digest.update(name.encode() + b"\0" + header.raw)
+    return digest.hexdigest()
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
     """The sidecar of a checkpoint, or None if it has none.
 
+    What only the family knows is not checked here: `ckptkit.checkpoints.sidecar_contents` does that.
+
     Raises:
-        InputError: It is damaged.
+        InputError: It is damaged, or holds what no writer puts there.
         UnsupportedError: A newer ckptkit wrote it.
     """
     folder = path / FOLDER
-    if not (folder / "manifest.json").is_file():
+    if not _is_sidecar(folder):
         return None
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / MANIFEST)
+    _check_schema(manifest, folder)
+    origin, headers = _read_origin(manifest, folder), _read_headers(folder / HEADERS, manifest)
+    if _fingerprint(headers) != manifest.get("source_fingerprint"):
+        raise InputError(f"{HEADERS}/ is not what {MANIFEST} was written with", where=folder, hint=_INSTEAD)
+    small, config = _read_small(folder / SMALL, headers, manifest), read_json(folder / SMALL / "config.json")
+    return Sidecar(config, small, headers, _read_extras(folder), origin)
+
+
+def read_extras(path: Path) -> dict[str, Tensor]:
+    """The extras in the sidecar of a checkpoint, all that is wanted of it where a reference says the rest.
+
+    Raises:
+        InputError: They are damaged.
+        UnsupportedError: A newer ckptkit wrote them.
+    """
+    folder = path / FOLDER
+    if not (folder / EXTRAS).is_file():
+        return {}
+    _check_schema(read_json(folder / MANIFEST), folder)
+    return _read_extras(folder)
+
+
+def _is_sidecar(folder: Path) -> bool:
+    """Whether a folder is a sidecar, whole or not: one that lost its manifest must not pass for none."""
+    return any((folder / name).exists() for name in (MANIFEST, SMALL, HEADERS, EXTRAS))
+
+
+def _check_schema(manifest: Mapping[str, Any], folder: Path) -> None:
     if (schema := manifest.get("schema")) not in (1, SCHEMA):
         raise UnsupportedError(
-            f"sidecar schema {schema!r}, this version reads 1 and {SCHEMA}",
-            where=folder / "manifest.json",
+            f"sidecar schema {str(schema)[:40]}, this version reads 1 and {SCHEMA}",
+            where=folder / MANIFEST,
             hint="update ckptkit, or pass --hf-reference",
         )
-    small = {f.relative_to(folder / "hf").as_posix(): f for f in sorted((folder / "hf").rglob("*")) if f.is_file()}
-    headers = {}
-    for file in sorted((folder / "headers").rglob("*")):
-        if file.is_file():
-            raw = read_bounded(file, safetensors.MAX_HEADER + 8)
-            if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
-                raise InputError("damaged header copy", where=file, hint="pass --hf-reference instead")
-            name = file.relative_to(folder / "headers").as_posix()
-            if schema != 1 and not name.endswith(_HEADER):
-                raise InputError(f"a header copy whose name does not end in {_HEADER}", where=file, hint="remove it")
-            headers[name.removesuffix("" if schema == 1 else _HEADER)] = safetensors.parse_header(raw, file)
-    extras_file = folder / "extras.safetensors"
-    extras = safetensors.tensors_of(extras_file, safetensors.read_header(extras_file)) if extras_file.is_file() else {}
-    config = read_json(folder / "hf" / "config.json")
-    return Sidecar(config, small, headers, extras, _origin(manifest, folder / "manifest.json"))
 
 
-def _origin(manifest: Mapping[str, Any], where: Path) -> dict[str, str]:
+def _read_headers(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Header]:
+    headers: dict[str, Header] = {}
+    known: set[str] = set()
+    older = manifest["schema"] == 1
+    for file in _files(folder):
+        raw = read_bounded(file, safetensors.MAX_HEADER + 8)
+        if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
+            raise InputError("damaged header copy", where=file, hint=_INSTEAD)
+        name = file.relative_to(folder).as_posix()
+        if not older and not name.endswith(_HEADER):
+            raise InputError(f"a header copy whose name does not end in {_HEADER}", where=file, hint="remove it")
+        header = headers[name if older else name.removesuffix(_HEADER)] = safetensors.parse_header(raw, file)
+        if twice := sorted(header.entries.keys() & known):
+            raise InputError(f"another header copy describes {twice[0]}, too", where=file, hint=_INSTEAD)
+        known |= header.entries.keys()
+    return headers
+
+
+def _read_small(folder: Path, headers: Mapping[str, Header], manifest: Mapping[str, Any]) -> dict[str, Path]:
+    """Small files by name. Weights have no place here, and no index but that of the headers."""
+    small, others = small_files(folder) if folder.is_dir() else ({}, [])
+    others += sorted(small.keys() & headers.keys())
+    if others:
+        what = "a link to a folder" if is_linked_folder(folder / others[0]) else "weights"
+        raise InputError(f"{what} among the small files of a sidecar", where=folder / others[0], hint="remove it")
+    for name in (INDEX, BIN_INDEX):
+        if name not in small:
+            continue
+        if name == INDEX and headers and _describes(read_json(small[name]), headers):
+            continue
+        # Until schema 2, the index of weights in another format came along.
+        if manifest["schema"] == 1 and (name == BIN_INDEX or not headers):
+            del small[name]
+            continue
+        raise InputError(f"an index of other files than those in {HEADERS}/", where=small[name], hint="remove it")
+    return small
+
+
+def _describes(index: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:
+    """Whether an index is that of the files with these headers."""
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        return False
+    files = {key: PurePosixPath(name).as_posix() for key, name in listed.items()}
+    return files == {key: name for name, header in headers.items() for key in header.entries}
+
+
+def _read_extras(folder: Path) -> dict[str, Tensor]:
+    file = folder / EXTRAS
+    return safetensors.tensors_of(file, safetensors.read_header(file)) if file.is_file() else {}
+
+
+def _read_origin(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
     origin = manifest.get("origin") or {}
     if not isinstance(origin, dict) or not all(isinstance(value, str) for value in origin.values()):
-        raise InputError("its origin is no repository and revision", where=where, hint="pass --hf-reference instead")
-    return origin
+        raise InputError("its origin is no repository and revision", where=folder / MANIFEST, hint=_INSTEAD)
+    return dict(origin)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below a folder; links to folders are not followed."""
+    return sorted(Path(here, name) for here, _, names in os.walk(folder) for name in names)

@@ -18,7 +18,7 @@ from typing import Any
 from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import UsageError
-from ckptkit.formats.hf import CACHES
+from ckptkit.formats.links import CACHES, is_linked_folder
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
 from ckptkit.io.reading import hash_file
@@ -140,7 +140,15 @@ def files_in(place: Place) -> dict[str, Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    return (item for item in walk(folder, CACHES) if item.is_file()) if folder.is_dir() else iter(())
+    """The files below a folder. What a linked folder holds counts once: at its own place, if that is in the folder."""
+    top, pending, known = folder.resolve(), [folder], set[Path]()
+    while pending:
+        for item in walk(pending.pop(), CACHES):
+            if item.is_file():
+                yield item
+            elif is_linked_folder(item) and not (real := item.resolve()).is_relative_to(top) and real not in known:
+                known.add(real)
+                pending.append(item)
 
 
 @dataclass(frozen=True)

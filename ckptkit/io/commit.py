@@ -28,18 +28,19 @@ from pathlib import Path
 from ckptkit.errors import InputError, StorageError, UsageError
 from ckptkit.io import faults
 from ckptkit.io.engine import hash_file, run
-from ckptkit.io.journal import FileJournal
+from ckptkit.io.journal import FileJournal, Finished, read_journal
+from ckptkit.io.leftovers import remove_strangers, still_finished, strangers
 from ckptkit.io.plan import Plan
 from ckptkit.io.present import holds, resembles
 from ckptkit.io.regular import read_bounded
 from ckptkit.io.room import Room, entries_of
-from ckptkit.io.source import Fingerprint, Seen, fingerprints
+from ckptkit.io.source import Fingerprint, Seen, TouchedError, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file, write_all
 from ckptkit.sizes import human_size
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
-_LARGEST_SEAL = 4096
+_LARGEST_SEAL = 1 << 26  # it says something of each source
 _OWN_ENTRIES = 4  # lock, partial directory, journal and seal
 
 
@@ -199,7 +200,7 @@ class Destination:
 
         Unless the sources are at fault: a run over better ones is another run, which could not go on from there.
         """
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) and not isinstance(error, TouchedError):
             with suppress(OSError):
                 shutil.rmtree(self._partial)
         if error is not None and (stands := self._what_stands()) is not None:
@@ -257,7 +258,7 @@ class Destination:
     def _seal(self) -> None:
         """Notes which directory is about to become the destination: renaming keeps its number."""
         self._sealed = self.directory.stat().st_ino
-        seal = {"plan": self._plan.digest(self._fingerprints), "output": self._sealed}
+        seal = self._seal_of(self._fingerprints, self._sealed)
         path = self._partial / _SEAL
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
@@ -265,6 +266,12 @@ class Destination:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def _seal_of(self, sources: Iterable[Fingerprint], number: int) -> dict[str, object]:
+        """What is noted of the directory of this inode, which holds what the plan gives from these sources."""
+        known = list(sources)
+        versions = [list(source.version) for source in known]
+        return {"plan": self._plan.digest(known), "sources": versions, "output": number}
 
     def _is_sealed(self) -> bool:
         """Whether the destination is what an earlier run of this very plan put there, whole."""
@@ -274,8 +281,9 @@ class Destination:
             sizes = [(self.path / file.path).stat().st_size for file in self._plan.files]
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, InputError):
             return False
-        digest = self._plan.digest(fingerprints(self._plan.sources()))
-        return seal == {"plan": digest, "output": number} and sizes == [file.size for file in self._plan.files]
+        if sizes != [file.size for file in self._plan.files]:
+            return False
+        return bool(seal == self._seal_of(fingerprints(self._plan.sources()), number))
 
     def _unfinished(self) -> bool:
         """Whether an earlier run left something to go on with: after a commit there is no journal any more."""
@@ -425,10 +433,22 @@ class Destination:
         digest = self._plan.digest(self._fingerprints)
         resumable = self._resume and self._unfinished()
         self._refuse_links(resumable)
-        if not resumable and self._partial.is_dir():
+        kept = self._kept(digest) if resumable else None
+        if kept is None and self._partial.is_dir():
             shutil.rmtree(self._partial)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._journal = FileJournal(self._partial / _JOURNAL, digest, resume=resumable)
+        remove_strangers(self.directory, {file.path for file in kept or ()})
+        journal = self._partial / _JOURNAL
+        self._journal = FileJournal(journal, self.directory, digest, self._fingerprints, kept or ())
+
+    def _kept(self, digest: str) -> list[Finished] | None:
+        """What an earlier run finished and still counts, or None where it left nothing to go on with."""
+        recorded = read_journal(self._partial / _JOURNAL)
+        if recorded is None or not self.directory.is_dir():
+            return None
+        touched = recorded.touched(digest, self._fingerprints, self._partial)
+        remove_strangers(self.directory, {file.path for file in self._plan.files} & recorded.files.keys())
+        return still_finished(self._plan, self.directory, recorded.files, touched)
 
     def _refuse_links(self, resumable: bool) -> None:
         """What is written through a link would land in a place that nobody named."""
@@ -445,6 +465,11 @@ class Destination:
             size = place.stat().st_size if file.path in finished and place.is_file() else None
             if size != file.size:
                 raise StorageError("the file is not complete", where=place, hint="run again with --resume")
+        with _storage(self.directory):
+            found = next(strangers(self.directory, {file.path for file in self._plan.files}), None)
+        if found is not None:
+            hint = "run again with --resume, which removes it"
+            raise StorageError("something that this conversion did not write", where=found, hint=hint)
 
 
 @contextmanager

@@ -1,53 +1,197 @@
 """The journal of a run: one line per finished file, so that a killed run can be taken up again.
 
-The first line names the plan. Each line is written and synced only after the file it speaks of is
-durable. A line that a crash cut short does not count.
+The first line names the plan and its sources as they were. Each other line is written and synced only after the file it
+speaks of is durable; it says what that file was like. A line that a crash cut short does not count.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckptkit.errors import InputError
 from ckptkit.io.regular import read_bounded
+from ckptkit.io.source import MOST_SAMPLES, Fingerprint, sample_of
 from ckptkit.io.system import storage_error, sync_directory, write_all
 
-_VERSION = 1
+_VERSION = 2
 _LARGEST, _LONGEST_LINE = 200_000_000, 1 << 16
+_FIELDS = 5  # of a source: size, time and sample; inode and ctime
+_START_OVER = "run without --resume to start over"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A file that is durable, as it was then.
+
+    Attributes:
+        path: Relative to the output, with forward slashes.
+        size: Bytes.
+        sha256: Of all of it in hexadecimal, if that was asked for.
+        sample: SHA-256 of some of its bytes in hexadecimal.
+        version: mtime, ctime (nanoseconds) and inode: whoever writes to it or puts another in its place changes them.
+    """
+
+    path: str
+    size: int
+    sha256: str | None
+    sample: str
+    version: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, directory: Path, path: str, sha256: str | None) -> Finished:
+        """What a file below `directory` is like.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        place = directory / path
+        try:
+            status = os.lstat(place)
+            sample = sample_of(place, status.st_size, MOST_SAMPLES) if stat.S_ISREG(status.st_mode) else ""
+        except OSError as error:
+            raise storage_error(error, place) from error
+        return cls(path, status.st_size, sha256, sample, (status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+
+    def line(self) -> dict[str, object]:
+        """Its line in the journal."""
+        return {
+            "path": self.path,
+            "size": self.size,
+            "sha256": self.sha256,
+            "sample": self.sample,
+            "version": self.version,
+        }
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an earlier run wrote down.
+
+    Attributes:
+        plan: The digest of its plan.
+        sources: Absolute path -> identity and version, as `Fingerprint` has them, in one list.
+        files: Path -> file that was durable.
+    """
+
+    plan: str
+    sources: Mapping[str, list[object]]
+    files: Mapping[str, Finished]
+
+    def touched(self, digest: str, sources: Iterable[Fingerprint], where: Path) -> set[str]:
+        """Sources of which only inode or ctime differ from those of the earlier run.
+
+        Args:
+            digest: Of the plan that is to be carried out.
+            sources: As they are now.
+            where: For messages.
+
+        Raises:
+            InputError: The earlier run had another plan or other sources.
+        """
+        touched: set[str] = set()
+        for now in sources:
+            before = self.sources.get(now.path)
+            if before is None or len(before) != _FIELDS:
+                touched.add(now.path)  # nobody knows
+                continue
+            changed = [
+                what
+                for what, old, new in zip(("size", "time", "content"), before, now.identity[1:], strict=False)
+                if old != new
+            ]
+            if changed:
+                what = f"its {' and '.join(changed)} changed since the run that is to be resumed"
+                raise InputError(what, where=now.path, hint=_START_OVER)
+            if tuple(before[3:]) != now.version:
+                touched.add(now.path)
+        if digest != self.plan:
+            raise InputError(
+                "what an earlier run left belongs to another conversion (the sources or options changed)",
+                where=where,
+                hint=_START_OVER,
+            )
+        return touched
+
+
+def read_journal(path: Path) -> Recorded | None:
+    """What a journal says, or None if it says nothing: it is empty, or was cut short in its first line.
+
+    Raises:
+        InputError: Another version of ckptkit wrote it, or it is none.
+        StorageError: It cannot be read.
+    """
+    try:
+        lines = read_bounded(path, _LARGEST, follow=False).splitlines(keepends=True)
+    except InputError as error:
+        raise InputError(f"not a journal ({error.what})", where=path, hint=_START_OVER) from None
+    first = _parse(lines[0]) if lines else None
+    if first is None:
+        return None
+    if first.get("ckptkit_journal") != _VERSION:
+        raise InputError("another version of ckptkit wrote what is to be resumed", where=path, hint=_START_OVER)
+    files: dict[str, Finished] = {}
+    for line in lines[1:]:
+        entry = _finished(_parse(line)) if len(line) <= _LONGEST_LINE else None
+        if entry is None:
+            break
+        files[entry.path] = entry
+    sources = first.get("sources")
+    known = {key: value for key, value in sources.items() if isinstance(value, list)} if type(sources) is dict else {}
+    return Recorded(str(first.get("plan")), known, files)
 
 
 class FileJournal:
     """A journal in a file, for `ckptkit.io.engine.run`."""
 
-    def __init__(self, path: Path, digest: str, *, resume: bool) -> None:
-        """Opens the journal, and with `resume` reads what is there.
+    def __init__(
+        self,
+        path: Path,
+        directory: Path,
+        digest: str,
+        sources: Iterable[Fingerprint] = (),
+        finished: Iterable[Finished] = (),
+    ) -> None:
+        """Starts a journal; one that is there is replaced in one step.
 
         Args:
             path: The file; its directory exists.
+            directory: What the paths of finished files are relative to.
             digest: Of the plan that is to be carried out.
-            resume: Go on with the lines that are there.
+            sources: What it reads.
+            finished: Files that an earlier run of it finished.
 
         Raises:
-            InputError: They belong to another plan.
             StorageError: The file cannot be written.
         """
         self.path = path
+        self._directory = directory
         self._lock = threading.Lock()
         self._finished: dict[str, str | None] = {}
-        kept = self._load(digest) if resume else 0
+        about = {item.path: [*item.identity[1:], *item.version] for item in sources}
+        new = path.with_name(f"{path.name}.new")
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._fd, kept)
-            os.lseek(self._fd, kept, os.SEEK_SET)
+            self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise storage_error(error, path) from error
-        if not kept:
-            self._append({"ckptkit_journal": _VERSION, "plan": digest})
+            raise storage_error(error, new) from error
+        try:
+            kept = list(finished)
+            self._append({"ckptkit_journal": _VERSION, "plan": digest, "sources": about}, *(f.line() for f in kept))
+            os.rename(new, path)
             sync_directory(path.parent)
+        except OSError as error:
+            self.close()
+            raise storage_error(error, path) from error
+        except BaseException:
+            self.close()
+            raise
+        self._finished.update((file.path, file.sha256) for file in kept)
 
     def finished(self) -> Mapping[str, str | None]:
         """Paths of finished files, with their SHA-256 if it was recorded."""
@@ -57,10 +201,11 @@ class FileJournal:
         """Notes that a file is durable.
 
         Raises:
-            StorageError: The line cannot be written.
+            StorageError: The file is not what it should be, or the line cannot be written.
         """
+        entry = Finished.of(self._directory, path, sha256)
         with self._lock:
-            self._append({"path": path, "size": size, "sha256": sha256})
+            self._append(entry.line())
             self._finished[path] = sha256
 
     def close(self) -> None:
@@ -69,35 +214,8 @@ class FileJournal:
             os.close(self._fd)
             self._fd = -1
 
-    def _load(self, digest: str) -> int:
-        """Reads whole lines and returns where they end."""
-        kept = 0
-        for line in self._lines():
-            entry = _parse(line, first=not kept)
-            if entry is None:
-                break
-            if not kept and entry != {"ckptkit_journal": _VERSION, "plan": digest}:
-                raise InputError(
-                    "what an earlier run left belongs to another conversion (the sources or options changed)",
-                    where=self.path.parent,
-                    hint="run without --resume to start over",
-                )
-            if kept:
-                self._finished[str(entry["path"])] = entry["sha256"]
-            kept += len(line)
-        return kept
-
-    def _lines(self) -> list[bytes]:
-        try:
-            return read_bounded(self.path, _LARGEST, follow=False).splitlines(keepends=True)
-        except InputError as error:
-            if not os.path.lexists(self.path):
-                return []
-            hint = "run without --resume to start over"
-            raise InputError(f"not a journal ({error.what})", where=self.path, hint=hint) from None
-
-    def _append(self, entry: Mapping[str, object]) -> None:
-        data = json.dumps(entry).encode() + b"\n"
+    def _append(self, *entries: Mapping[str, object]) -> None:
+        data = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         try:
             write_all(self._fd, data, self.path)
             os.fdatasync(self._fd)
@@ -105,16 +223,24 @@ class FileJournal:
             raise storage_error(error, self.path) from error
 
 
-def _parse(line: bytes, *, first: bool) -> dict[str, str | None] | None:
-    """A line, or None if it was cut short or damaged: what it and those after it speak of is written again."""
-    if not line.endswith(b"\n") or len(line) > _LONGEST_LINE:
-        return None
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line, or None if it was cut short or damaged."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or first:
-        return entry if isinstance(entry, dict) and "plan" in entry else None
-    path, sha256 = entry.get("path"), entry.get("sha256")
-    sound = isinstance(path, str) and (sha256 is None or isinstance(sha256, str)) and "sha256" in entry
-    return {"path": path, "sha256": sha256} if sound else None
+    return entry if isinstance(entry, dict) else None
+
+
+def _finished(entry: Mapping[str, Any] | None) -> Finished | None:
+    """The file that a line speaks of, or None if it is no such line."""
+    match entry:
+        case {
+            "path": str() as path,
+            "size": int() as size,
+            "sha256": None | str() as sha256,
+            "sample": str() as sample,
+            "version": [int() as mtime, int() as ctime, int() as inode],
+        }:
+            return Finished(path, size, sha256, sample, (mtime, ctime, inode))
+    return None

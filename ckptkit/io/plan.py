@@ -158,7 +158,7 @@ class Plan:
         """A SHA-256 that changes with every output byte that this plan and these sources give."""
         recipe = hashlib.sha256(f"ckptkit plan {_RECIPE}".encode())
         for source in sources:
-            recipe.update(json.dumps([source.path, source.size, source.mtime_ns]).encode())
+            recipe.update(json.dumps(source.identity).encode())
         known: dict[int, str] = {}
         for file in self.files:
             sums = [(checksum.start, checksum.stop, checksum.at) for checksum in file.checksums]

@@ -31,7 +31,7 @@ def holds(plan: Plan, directory: Path) -> bool:
         StorageError: The disk answers with an error.
         OSError: The directory cannot be looked at.
     """
-    return resembles(plan, directory) and all(_holds(file, str(directory / file.path)) for file in plan.files)
+    return resembles(plan, directory) and all(holds_file(file, directory / file.path) for file in plan.files)
 
 
 def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
@@ -46,7 +46,9 @@ def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
             yield place.relative_to(directory).as_posix(), size
 
 
-def _holds(file: OutputFile, place: str) -> bool:
+def holds_file(file: OutputFile, path: Path) -> bool:
+    """Whether a file of the right size holds what a plan would write into it; errors as `holds`."""
+    place = str(path)
     sums = {at: _crc32(place, checksum) for checksum in file.checksums for at in checksum.at}
     return all(
         first_difference(tensor, Tensor.from_file(place, offset, tensor.out_dtype, tensor.shape)) is None

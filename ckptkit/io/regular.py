@@ -81,7 +81,7 @@ def read_bounded(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
 def walk(
     folder: Path, skipped: Collection[str] = (), check: Callable[[Path], None] = lambda item: None
 ) -> Iterator[Path]:
-    """Everything below a folder that is no folder, by name.
+    """Everything below a folder that is no folder, by name; a link to a folder is given as a link, and not followed.
 
     Args:
         folder: Where to look.
@@ -89,20 +89,18 @@ def walk(
         check: Called with every entry before it is looked at.
 
     Raises:
-        InputError: A folder is met twice: links lead in a circle, or would multiply what is there.
+        InputError: A link leads to a folder that it is in.
         OSError: A folder cannot be read.
     """
-    seen: dict[tuple[int, int], Path] = {}
     pending = [folder]
     while pending:
         item = pending.pop()
-        if not item.is_dir():
+        linked = item is not folder and item.is_symlink()
+        if linked and item.parent.resolve().is_relative_to(real := item.resolve()) and item.is_dir():
+            raise InputError(f"the same folder as {real}", where=item, hint="remove the link")
+        if linked or not item.is_dir():
             yield item
             continue
-        status = item.stat()
-        known = seen.setdefault((status.st_dev, status.st_ino), item)
-        if known is not item:
-            raise InputError(f"the same folder as {known}", where=item, hint="remove the link")
         for inner in sorted(item.iterdir(), reverse=True):
             check(inner)
             if not (inner.name in skipped and inner.is_dir()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,12 +17,20 @@ from ckptkit.io.regular import open_regular
 from ckptkit.io.system import storage_error
 
 _OPEN_FILES = 32
+_PIECE = 4096
+MOST_SAMPLES = 26
+"""Pieces that are sampled of a file where there are not many files."""
+_FEWEST_SAMPLES, _SAMPLES_IN_ALL = 4, 4096
 
 
 def _unreadable(error: OSError, path: str) -> CkptkitError:
     if isinstance(error, FileNotFoundError):
         return InputError("the source file is gone", where=path, hint="restore it and run again")
     return storage_error(error, path)
+
+
+class TouchedError(InputError):
+    """A source was replaced or written to, and neither its size, its time nor its sampled bytes say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +40,28 @@ class Fingerprint:
     Attributes:
         path: Absolute.
         size: Bytes.
-        mtime_ns: Time of the last change, nanoseconds.
+        mtime_ns: Time of the last change, nanoseconds; who changes a file may set it back.
+        ctime_ns: Time of the last change of content, name or mode, nanoseconds; nobody sets it.
         inode: File number on its device; a file replaced by a copy gets another one.
         device: The device.
+        sample: SHA-256 of some of its bytes in hexadecimal, or empty where nobody asked for it.
     """
 
     path: str
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
     device: int
+    sample: str = field(default="", compare=False)
 
     @classmethod
-    def of(cls, path: str) -> Fingerprint:
+    def of(cls, path: str, samples: int = 0) -> Fingerprint:
         """The fingerprint of a file as it is now.
+
+        Args:
+            path: The file.
+            samples: How many pieces of it to hash.
 
         Raises:
             InputError: The file does not exist.
@@ -51,28 +69,87 @@ class Fingerprint:
         """
         try:
             status = os.stat(path)
+            sample = sample_of(path, status.st_size, samples) if samples else ""
         except OSError as error:
             raise _unreadable(error, path) from error
-        return cls(os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+        return cls(
+            os.path.abspath(path),
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+            status.st_dev,
+            sample,
+        )
+
+    @property
+    def identity(self) -> tuple[str, int, int, str]:
+        """What must be the same for a later run to go on from an earlier one: path, size, time, sampled bytes."""
+        return (self.path, self.size, self.mtime_ns, self.sample)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What tells copies and writes apart that `identity` does not: inode and ctime.
+
+        The device is left out: some file systems get another number with each mount.
+        """
+        return (self.inode, self.ctime_ns)
 
     def check(self) -> None:
         """Whether the file is still the same.
 
         Raises:
+            TouchedError: It is another file, or was written to, of equal size and time.
             InputError: It changed or is gone.
         """
-        if Fingerprint.of(self.path) != self:
-            raise InputError("source changed while converting", where=self.path, hint="run again once it is complete")
+        now = Fingerprint.of(self.path)
+        if now == self:
+            return
+        what = "source changed while converting"
+        if (now.size, now.mtime_ns) == (self.size, self.mtime_ns):
+            hint = "run again with --resume: what came from this file is copied again"
+            raise TouchedError(what, where=self.path, hint=hint)
+        raise InputError(what, where=self.path, hint="run again once it is complete")
+
+
+def sample_of(path: str | Path, size: int, count: int) -> str:
+    """SHA-256 of `count` pieces of a file: its start, its end, and others at places that its size decides.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+        count: How many pieces of 4 KiB to read, at least 2; a small file is read whole.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if size <= count * _PIECE:
+        starts, length = [0], size
+    else:
+        place = random.Random(size)  # the same places in every run
+        last, length = size - _PIECE, _PIECE
+        starts = sorted({0, last, *(place.randrange(last + 1) for _ in range(count - 2))})
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # otherwise much around each piece is read, too
+        for start in starts:
+            digest.update(os.pread(fd, length, start))
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
 
 
 def fingerprints(paths: Iterable[str]) -> tuple[Fingerprint, ...]:
-    """Fingerprints in the order of their absolute paths.
+    """Fingerprints with samples, in the order of their absolute paths.
 
     Raises:
         InputError: A file does not exist.
         StorageError: A file cannot be looked at.
     """
-    return tuple(sorted((Fingerprint.of(path) for path in set(paths)), key=lambda item: item.path))
+    found = set(paths)
+    samples = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, _SAMPLES_IN_ALL // max(1, len(found))))
+    return tuple(sorted((Fingerprint.of(path, samples) for path in found), key=lambda item: item.path))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.inspection.structure import config_differences
 from ckptkit.inspection.values import Gap, gap
 from ckptkit.io.plan import Comparison
-from ckptkit.io.reading import difference, in_step
+from ckptkit.io.reading import difference, hash_file, in_step
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 from ckptkit.verification.reports.report import LevelResult
@@ -18,6 +19,16 @@ from ckptkit.verification.reports.results import Check
 NAMED = 5
 """How many of the worst tensors a message names."""
 _SIDES = ("the reference", "the candidate")
+_TOKENIZER = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "spiece",
+    "sentencepiece",
+    "chat_template",
+)
 
 
 def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult:
@@ -32,7 +43,7 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
         left, right = reference.tensors[key].shape, candidate.tensors[key].shape
         if left != right:
             problems.append(f"{key} is {list(left)} in the reference, {list(right)} in the candidate")
-    problems += _missing_towers(reference, candidate)
+    problems += _beside(reference, candidate)
     count = len(reference.tensors)
     checks = [
         Check("config", not config, config[0] if config else "the configs agree"),
@@ -40,16 +51,36 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
     ]
     everything = config + problems
     summary = everything[0] if everything else f"{count} tensors, names, shapes and config agree"
-    return LevelResult("structure", not everything, summary, {"tensors": count, "problems": everything}, checks)
+    details = {"tensors": count, "problems": everything, "messages": _small_differences(reference, candidate)}
+    return LevelResult("structure", not everything, summary, details, checks)
 
 
-def _missing_towers(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
-    """What only one of two multimodal models has outside of the text model."""
-    if reference.family.text_only is None:
-        return []
-    left, right = reference.sidecar.extras, candidate.sidecar.extras
+def _beside(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
+    """In what the tensors without a Megatron slot differ by name or shape, as `convert --to hf` writes them."""
+    left, right = _extras(reference), _extras(candidate)
+    problems = [
+        f"{name} is {list(left[name].shape)} in the reference, {list(right[name].shape)} in the candidate"
+        for name in sorted(left.keys() & right.keys())
+        if left[name].shape != right[name].shape
+    ]
+    if reference.family.text_only is None:  # what a text model has besides, transformers ignores or makes anew
+        return problems
     sides = [(name, "candidate" if name in left else "reference") for name in sorted(left.keys() ^ right.keys())]
-    return [f"{name} is missing in the {side}" for name, side in sides]
+    return [*problems, *(f"{name} is missing in the {side}" for name, side in sides)]
+
+
+def _extras(side: Checkpoint) -> dict[str, Tensor]:
+    """What a conversion to Hugging Face's format writes beside the tensors of the table: stored, or made anew."""
+    held, dtype = side.sidecar.extras, DTYPES_BY_TORCH_NAME[side.main_dtype]
+    return {**held, **side.family.missing_buffers(held, side.config, dtype)}
+
+
+def _small_differences(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
+    """Files of the tokenizer in which the sides differ: no word about the model, but the user should know."""
+    left, right = reference.sidecar.small, candidate.sidecar.small
+    both = sorted(name for name in left.keys() & right.keys() if name.startswith(_TOKENIZER))
+    differ = [name for name in both if hash_file(left[name]) != hash_file(right[name])]
+    return [f"the two sides differ in {', '.join(differ)}"] if differ else []
 
 
 @dataclass(frozen=True)
@@ -123,10 +154,10 @@ def check_weights(
         for key in keys
         for what, left, right in _used(reference, candidate, key)
     ]
-    extras = candidate.sidecar.extras
+    extras = _extras(candidate)
     across += [
         Comparison(left.astype(extras[name].out_dtype), extras[name], name)
-        for name, left in reference.sidecar.extras.items()
+        for name, left in _extras(reference).items()
         if name in extras
     ]
     comparisons = replicas + across

@@ -118,6 +118,8 @@ def test_those_in_the_ranks_files_count(tmp_path: Path, kind: str, with_referenc
         alone(tmp_path / "meg")
     back = convert(tmp_path / "meg", tmp_path / "back", to="hf", hf_reference=source if with_reference else None)
     assert not any("come from the reference" in note for note in back.notes)
+    said = [note for note in back.notes if "in ckptkit/extras.safetensors: the checkpoint's count" in note]
+    assert len(said) == (not with_reference)
     state, before = load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors")
     assert list(state) == list(before)
     assert all(torch.equal(value, trained.get(name, before[name])) for name, value in state.items())

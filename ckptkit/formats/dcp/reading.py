@@ -23,6 +23,7 @@ from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.dcp.chunks import Box, ChunkError, check_inside, split_chunks
 from ckptkit.formats.format import Archive
+from ckptkit.formats.links import check_link
 from ckptkit.formats.torch_file.pickles import Record, TorchDType, UnreadableTensor, loads, read_torch_file
 from ckptkit.formats.torch_file.zipfiles import MAX_SMALL, is_archive, read_start
 from ckptkit.io.regular import read_bounded
@@ -173,7 +174,7 @@ class _Folder:
         self._known: dict[str, Path] = {}
 
     def file(self, key: str, span: Span) -> Path:
-        """The file of a span, which must be in the folder, links followed."""
+        """The file of a span, which must be in the folder, links followed, or a blob of the hub's cache."""
         if span.encodings:
             raise UnsupportedError(
                 f"{key} is stored through {', '.join(span.encodings)}",
@@ -191,9 +192,7 @@ class _Folder:
         file = self._path / parts
         if not os.path.lexists(file):
             raise InputError(f"{key} is in {name}, which is missing", where=self._path, hint="fetch the missing file")
-        if not file.resolve().is_relative_to(self._path.resolve()):
-            hint = "copy the file in its place"
-            raise InputError(f"{name} is a link that leads outside the folder", where=self._path, hint=hint)
+        check_link(file, self._path)
         return file
 
 

@@ -194,8 +194,8 @@ def test_absolute_paths_and_links_outside_the_folder(tmp_path: Path) -> None:
     (folder / "__1_0.distcp").rename(tmp_path / "elsewhere")
     (folder / "__1_0.distcp").symlink_to(tmp_path / "elsewhere")
     files = change(folder, lambda m: move(m, "weight", relative_path="__0_0.distcp"))
-    refuses(lambda: files.tensor("weight"), "a link that leads outside the folder")
-    refuses(lambda: files.object_bytes("object"), "a link that leads outside the folder")
+    refuses(lambda: files.tensor("weight"), "a symbolic link out of the folder")
+    refuses(lambda: files.object_bytes("object"), "a symbolic link out of the folder")
 
 
 def test_a_folder_that_is_a_link_itself_is_fine(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Whether a sidecar is one of the model beside it: it is input like any other, and may hold anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
+from ckptkit.checkpoints.problems import Problems
+from ckptkit.errors import InputError
+from ckptkit.formats.safetensors import Header
+from ckptkit.formats.sidecar import EXTRAS, FOLDER, HEADERS, Sidecar
+from ckptkit.tables.bounds import check_counts
+from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tensors import Tensor
+
+
+def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConfig, root: Path) -> None:
+    """Checks that the tensors of a sidecar are those that a model has beside Megatron's.
+
+    Args:
+        extras: Hugging Face name -> tensor.
+        family: The family of the model.
+        config: Its config.
+        root: What holds the sidecar.
+
+    Raises:
+        InputError: One is a tensor of the model itself, of which there would be two, or of no such model.
+    """
+    others = sorted(name for name in extras if not family.is_extra(name, config))
+    if not others:
+        return
+    own = {name for item in family.items(config) for name in item.parts} | {copy.hf for copy in family.replicas}
+    twice = next((name for name in others if name in own), None)
+    what = f"holds {others[0]}, which {config.architecture} does not have"
+    if twice is not None:
+        what = f"holds {twice}, which the checkpoint has itself"
+    raise InputError(what, where=root / FOLDER / EXTRAS, hint="remove the file to go without its tensors")
+
+
+def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: Path) -> int | None:
+    """Checks the headers of a sidecar against the model that its config.json describes.
+
+    The number of tokens is left to whoever compares it with `args` and with what the user says.
+
+    Args:
+        sidecar: As it was read.
+        family: The family of the model.
+        config: Its config.
+        root: What holds the sidecar.
+
+    Returns:
+        The number of tokens in headers, or None if there are none.
+
+    Raises:
+        InputError: They lack tensors, have others, or disagree with the extras.
+    """
+    if not sidecar.headers:
+        return None
+    described, tokens = _model_of(sidecar.headers, family, config, root)
+    for name, tensor in sorted(sidecar.extras.items()):
+        if name not in described or described[name].shape != tensor.shape:
+            what = f"{name}, {list(tensor.shape)}, is not in {HEADERS}/"
+            raise InputError(what, where=root / FOLDER / EXTRAS, hint="remove the file to go without its tensors")
+    return tokens
+
+
+def _described(headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    """What headers say of tensors: stand-ins of their types and shapes."""
+    return {
+        name: Tensor.full(entry.dtype, entry.shape)
+        for header in headers.values()
+        for name, entry in header.entries.items()
+    }
+
+
+def _model_of(
+    headers: Mapping[str, Header], family: Family, config: ModelConfig, root: Path
+) -> tuple[dict[str, Tensor], int | None]:
+    """What headers describe, under canonical names, if a directory of it could be opened; and its number of tokens."""
+    problems, where = Problems(root / FOLDER / HEADERS), root / FOLDER / HEADERS
+    tokens: int | None = None
+    described = _described(headers)
+    check_counts(config, described.values(), where)
+    try:
+        model, _ = family.unfuse(described, config)
+        left = dict(model)
+        for item in family.items(config):
+            for name, shape in item.parts.items():
+                if item.key in (EMBEDDING, HEAD) and name in left and left[name].shape:
+                    tokens = left[name].shape[0] if tokens is None else tokens
+                    shape = (tokens, *shape[1:])
+                problems.take(left, name, shape)
+            for slot in item.slots:
+                if slot.hf in left:
+                    problems.take(left, slot.hf, slot.shape)
+        copies = {copy.hf for copy in family.replicas if copy.when(config)}
+        problems.unknown(name for name in left if name not in copies and not family.is_extra(name, config))
+        problems.check()
+    except InputError as error:
+        raise InputError(error.what, where=where, hint="pass --hf-reference instead") from None
+    return model, tokens
