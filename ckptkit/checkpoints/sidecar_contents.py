@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError
 from ckptkit.formats.safetensors import Header
@@ -88,7 +87,7 @@ def _model_of(
         left = dict(model)
         for item in family.items(config):
             for name, shape in item.parts.items():
-                if item.key in (EMBEDDING, HEAD) and name in left and left[name].shape:
+                if item.row.split.padded and name in left and left[name].shape:
                     tokens = left[name].shape[0] if tokens is None else tokens
                     shape = (tokens, *shape[1:])
                 problems.take(left, name, shape)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ckptkit.verification.verify import verify
+from ckptkit.verification.levels import verify
 
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError
@@ -148,8 +148,8 @@ KINDS: dict[str, tuple[Damage, str]] = {
     ),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"manifest.json: no such file"),
     "no config": (lambda folder: (folder / "hf" / "config.json").unlink(), r"config.json: no such file"),
-    "an origin that is none": (edit("manifest.json", lambda m: m.update(origin="x")), "origin must map strings"),
-    "an origin of numbers": (edit("manifest.json", lambda m: m.update(origin={"a": 1})), "origin must map strings"),
+    "an origin that is none": (edit("manifest.json", lambda m: m.update(origin="x")), "its origin is no repository"),
+    "an origin of numbers": (edit("manifest.json", lambda m: m.update(origin={"a": 1})), "its origin is no repository"),
 }
 
 
