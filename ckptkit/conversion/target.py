@@ -12,6 +12,7 @@ from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid, vo
 from ckptkit.checkpoints.run_config import run_config
 from ckptkit.conversion.options import TEXT, Options
 from ckptkit.errors import UnsupportedError, UsageError
+from ckptkit.formats.json_files import read_json
 from ckptkit.formats.torch_dist import FOLDER
 from ckptkit.io.plan import OutputFile
 from ckptkit.megatron_args.writing import to_args
@@ -145,7 +146,7 @@ class Target:
     def config_json(self) -> OutputFile:
         """config.json, verbatim unless a change has altered what it says."""
         path, config = self.source.sidecar.small.get("config.json"), self.source.sidecar.config
-        if path is not None and json.loads(path.read_bytes()) == config:
+        if path is not None and read_json(path) == config:
             return OutputFile.copy("config.json", str(path), path.stat().st_size)
         return OutputFile.small("config.json", json.dumps(config, indent=2).encode() + b"\n")
 

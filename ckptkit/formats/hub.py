@@ -26,7 +26,7 @@ _REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r'(W/)?"?[\w+=-][\w.+=-]{0,255}"?')  # of a file; the library makes a file name of it
 _FIRST_READ = 1 << 17
-_LARGEST_ANSWER = 32_000_000
+_LARGEST_ANSWER, _LARGEST_READ = 32_000_000, 128_000_000
 _LARGEST_FILE = 1 << 42
 _LONGEST_NAME = 1024
 _THREADS = 4
@@ -71,15 +71,15 @@ def locate(text: str | Path, *, headers_only: bool = False) -> Iterator[Located]
         yield Located(Path(text), {})
         return
     repository, _, revision = str(text).partition("@")
-    with _one_line_errors(str(text)):
-        hub = _Hub(repository, revision or None)
     if not headers_only:
-        with _one_line_errors(str(text)):
+        with _one_line_errors(str(text)), _Watch() as watch:
+            hub = _Hub(repository, revision or None, watch)
             path = hub.download()
         yield Located(path, hub.origin)
         return
     with TemporaryDirectory(prefix="ckptkit-headers-") as folder:
-        with _one_line_errors(str(text)):
+        with _one_line_errors(str(text)), _Watch() as watch:
+            hub = _Hub(repository, revision or None, watch)
             hub.mirror(Path(folder))
         yield Located(Path(folder), hub.origin)
 
@@ -87,7 +87,7 @@ def locate(text: str | Path, *, headers_only: bool = False) -> Iterator[Located]
 class _Hub:
     """One revision of one model repository."""
 
-    def __init__(self, repository: str, revision: str | None) -> None:
+    def __init__(self, repository: str, revision: str | None, watch: _Watch) -> None:
         from huggingface_hub import constants
 
         at = f"/revision/{quote(revision, safe='')}" if revision else ""
@@ -99,7 +99,8 @@ class _Hub:
         if not isinstance(files, list):
             raise InputError("lists no files", where=_ANSWER)
         self.repository = repository
-        self.commit = commit
+        self.commit = watch.commit = commit
+        self._watch = watch
         self.sizes = dict(map(_listed, files))
 
     @property
@@ -117,16 +118,15 @@ class _Hub:
         def fetch(name: str) -> Path | None:
             if stopped.is_set():
                 return None
-            with watch.expecting(self.sizes[name]):
+            with self._watch.expecting(self.sizes[name]):
                 return Path(hf_hub_download(self.repository, name, revision=self.commit))
 
-        with _Watch(self.commit) as watch:
-            crew = Crew(min(_THREADS, len(needed)), "ckptkit-fetch")
-            try:
-                found = list(crew.map(fetch, needed))
-            finally:
-                stopped.set()
-                crew.close()
+        crew = Crew(min(_THREADS, len(needed)), "ckptkit-fetch")
+        try:
+            found = list(crew.map(fetch, needed))
+        finally:
+            stopped.set()
+            crew.close()
         paths = {name: path for name, path in zip(needed, found, strict=True) if path is not None}
         for name, path in paths.items():
             if (size := path.stat().st_size) != self.sizes[name]:
@@ -240,14 +240,15 @@ def _get(url: str, size: int, headers: Mapping[str, str], skip: int = 0) -> byte
     """At most `size` bytes of an answer, from byte `skip` on where all of a file comes in place of the range asked for.
 
     Raises:
-        InputError: An answer that is no range has more.
-        StorageError: It takes too long.
+        InputError: An answer that is no range has more, or it takes too long.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
-    asked = {**build_hf_headers(), **headers, "accept-encoding": "identity"}
-    patience = time.monotonic() + _PATIENCE
+    try:
+        asked = {**build_hf_headers(), **headers, "accept-encoding": "identity"}
+    except (AttributeError, TypeError):  # the library asks the hub something by itself
+        raise InputError("is of another form than the library expects", where=_ANSWER) from None
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=asked, follow_redirects=True, timeout=timeout) as response:
         wanted = size if response.status_code == 206 else skip + size
@@ -256,8 +257,6 @@ def _get(url: str, size: int, headers: Mapping[str, str], skip: int = 0) -> byte
             content += part
             if len(content) > wanted:
                 break
-            if time.monotonic() > patience:
-                raise StorageError("the hub answers too slowly", where=url, hint="try again, or give a local path")
         told = httpx.Response(
             response.status_code,
             headers={key: value for key, value in response.headers.items() if key.lower().startswith("x-")},
@@ -271,10 +270,14 @@ def _get(url: str, size: int, headers: Mapping[str, str], skip: int = 0) -> byte
 
 
 class _Watch:
-    """Looks at every answer that the library gets: it makes file names of tags and commits, and writes what comes."""
+    """Looks at every answer that the library gets: it makes file names of tags and commits, and takes what comes.
 
-    def __init__(self, commit: str) -> None:
-        self._commit = commit
+    Attributes:
+        commit: What answers must be about, once it is known.
+    """
+
+    def __init__(self) -> None:
+        self.commit: str | None = None
         self._expected = threading.local()
         self._hooks: list[Any] = []
 
@@ -298,28 +301,35 @@ class _Watch:
         self._hooks.remove(self._look)
 
     def _look(self, response: Any) -> None:
-        commit = response.headers.get("x-repo-commit", self._commit)
-        if commit != self._commit:
+        commit = response.headers.get("x-repo-commit")
+        if None not in (commit, self.commit) and commit != self.commit:
             raise InputError("is about another commit than the one asked for", where=_ANSWER)
         for name in ("etag", "x-linked-etag"):
             if response.request.method == "HEAD" and not _TAG.fullmatch(response.headers.get(name, "-")):
                 raise InputError(f"has a tag that cannot name a file ({name})", where=_ANSWER)
-        size = getattr(self._expected, "size", None)
-        if size is not None and response.request.method == "GET":
-            response.stream = _bounded(response.stream, size)
+        if response.request.method == "GET":
+            response.stream = _bounded(response.stream, getattr(self._expected, "size", None))
 
 
-def _bounded(stream: Any, size: int) -> Any:
-    """A stream of an answer that ends with an error where it has too many bytes."""
+def _bounded(stream: Any, size: int | None) -> Any:
+    """A stream of an answer that ends with an error where it has too many bytes.
+
+    Args:
+        stream: The stream.
+        size: Bytes of the file that is expected; None for what is read into memory, which may not take long either.
+    """
     from huggingface_hub.utils import httpx
 
     class Bounded(httpx.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
-            left = size + _FIRST_READ  # what is compressed may be a little larger
+            most, patience = _LARGEST_READ if size is None else size, time.monotonic() + _PATIENCE
+            left = most + _FIRST_READ  # what is compressed may be a little larger
             for part in stream:
                 left -= len(part)
                 if left < 0:
-                    raise InputError(f"has more bytes than the {size:,} of the file", where=_ANSWER)
+                    raise InputError(f"has more than the {most:,} bytes that it may have", where=_ANSWER)
+                if size is None and time.monotonic() > patience:
+                    raise InputError("takes too long", where=_ANSWER)
                 yield part
 
         def close(self) -> None:

@@ -21,6 +21,7 @@ from ckptkit.formats.hf import HfFiles
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
+from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
 
 FOLDER = "ckptkit"
@@ -101,7 +102,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     headers = {}
     for file in sorted((folder / "headers").rglob("*")):
         if file.is_file():
-            raw = file.read_bytes()
+            raw = read_bounded(file, safetensors.MAX_HEADER + 8)
             if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
                 raise InputError("damaged header copy", where=file, hint="pass --hf-reference instead")
             name = file.relative_to(folder / "headers").as_posix()

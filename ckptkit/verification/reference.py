@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.split_llama import ARCHITECTURE as SPLIT_LLAMA
+from ckptkit.formats.json_files import read_json
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.rounding import round_model
@@ -132,11 +132,11 @@ def architecture_of(path: Path) -> str:
         InputError: It names none, or is of a layout that does not load by itself.
     """
     try:
-        raw = json.loads((path / "config.json").read_text())
-        names = raw.get("architectures")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"cannot read config.json ({error})", where=path) from None
-    if not names:
+        raw = read_json(path / "config.json")
+    except InputError as error:
+        raise InputError(f"cannot read config.json ({error.what})", where=path) from None
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
         raise InputError("config.json names no architecture", where=path, hint='it needs e.g. "architectures": ["..."]')
     if names[0] == SPLIT_LLAMA and "first_config" not in raw:
         hint = "ckptkit convert it with --to hf, which makes it self-contained"

@@ -22,7 +22,8 @@ class PackedBatch:
 
     Attributes:
         input_ids: Token ids, int64 (total_nnz,).
-        cu_seqlens: Bounds of the sequences, int32 (batch + 1,), from 0 to total_nnz; two alike bound an empty one.
+        cu_seqlens: Bounds of the sequences, (batch + 1,), from 0 to total_nnz; two alike bound an empty one. May be
+            given as int32 or int64, and is kept as int32, which kernels take.
         max_seqlen: Length of the longest sequence, or more.
 
     Raises:
@@ -36,15 +37,18 @@ class PackedBatch:
     def __post_init__(self) -> None:
         if self.input_ids.dim() != 1:
             raise UsageError(f"packed input_ids have one axis, not the shape {list(self.input_ids.shape)}")
-        if self.cu_seqlens.dim() != 1 or self.cu_seqlens.dtype != torch.int32 or not len(self.cu_seqlens):
+        whole = self.cu_seqlens.dtype in (torch.int32, torch.int64)
+        if self.cu_seqlens.dim() != 1 or not whole or not len(self.cu_seqlens):
             raise UsageError(
-                f"cu_seqlens must be int32 (batch + 1,), not {self.cu_seqlens.dtype} {list(self.cu_seqlens.shape)}"
+                "cu_seqlens must be int32 or int64 (batch + 1,),"
+                f" not {self.cu_seqlens.dtype} {list(self.cu_seqlens.shape)}"
             )
         bounds, total = self.bounds, len(self.input_ids)
         if bounds[0] != 0 or bounds[-1] != total or sorted(bounds) != bounds:
             raise UsageError(f"cu_seqlens must rise from 0 to the number of tokens, {total}; they are {_some(bounds)}")
         if self.longest > self.max_seqlen:
             raise UsageError(f"max_seqlen is {self.max_seqlen}, but a sequence has {self.longest} tokens")
+        object.__setattr__(self, "cu_seqlens", self.cu_seqlens.to(torch.int32))  # which holds all values, as checked
 
     @classmethod
     def of_rows(cls, rows: list[list[int]], device: torch.device | None = None) -> PackedBatch:

@@ -61,7 +61,7 @@ class PackedModel(torch.nn.Module):
 
         Args:
             input_ids: Token ids, int64: packed (total_nnz,), or padded (batch, sequence).
-            cu_seqlens: Packed: int32 (batch + 1,), see `PackedBatch`.
+            cu_seqlens: Packed: int32 or int64 (batch + 1,), see `PackedBatch`.
             max_seqlen: Packed: length of the longest sequence, or more; None to let it be counted.
             attention_mask: Padded: 1 where a token counts, 0 where it is padding; None if all count. See `unpad`.
 

@@ -151,6 +151,14 @@ def test_small_batches(tiny: tuple[Any, Any], rows: list[list[int]]) -> None:
         assert relative_error(runtime(*packed(rows)), alone(model, rows)) < EXACT
 
 
+def test_bounds_of_either_type_are_the_same(tiny: tuple[Any, Any]) -> None:
+    """`cumsum` of lengths gives int64, and kernels take int32."""
+    tokens, bounds, longest = packed([[3, 1, 4], [1, 5], [9, 2, 6, 5]])
+    with torch.no_grad():
+        assert torch.equal(tiny[1](tokens, bounds.long(), longest), tiny[1](tokens, bounds, longest))
+        assert torch.equal(tiny[1](tokens, bounds.long()), tiny[1](tokens, bounds, longest))
+
+
 @pytest.mark.parametrize("rows", [[], [[]], [[], []]])
 def test_empty_batches(tiny: tuple[Any, Any], rows: list[list[int]]) -> None:
     tokens, bounds, longest = torch.zeros(0, dtype=torch.int64), torch.zeros(len(rows) + 1, dtype=torch.int32), 0
@@ -193,7 +201,8 @@ def test_sequences_do_not_depend_on_their_neighbours(one_rank: Parallelism) -> N
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((torch.zeros(5).long(), torch.tensor([0, 5]), 5), "int32"),
+        ((torch.zeros(5).long(), torch.tensor([0.0, 5.0]), 5), "int32 or int64"),
+        ((torch.zeros(5).long(), torch.tensor([0, 1 << 32 | 5]), 5), "rise from 0 to the number of tokens, 5"),
         ((torch.zeros(5).long(), torch.tensor([0, 4], dtype=torch.int32), 5), "rise from 0 to the number of tokens, 5"),
         ((torch.zeros(5).long(), torch.tensor([0, 3, 2, 5], dtype=torch.int32), 5), "rise"),
         ((torch.zeros(5).long(), torch.tensor([1, 5], dtype=torch.int32), 5), "rise"),
