@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -141,3 +143,57 @@ def test_any_changed_byte_is_read_or_refused(position: int, value: int) -> None:
     raw[8 + position % (len(raw) - 8)] = value
     with suppress(CkptkitError):
         parse_header(bytes(raw), "fuzz")
+
+
+def header_only(path: Path, count: int) -> Path:
+    """A file that says it holds so many tensors, as large mixtures of experts do; its data are holes."""
+    at, size = 0, 2048 * 7168 * 2
+    entries = []
+    for number in range(count):
+        name = f"model.layers.{number % 61}.mlp.experts.{number // 61}.down_proj.weight_packed_{number}"
+        entries.append(f'"{name}":{{"dtype":"BF16","shape":[2048,7168],"data_offsets":[{at},{at + size}]}}')
+        at += size
+    raw = ("{" + ",".join(entries) + "}").encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + at)
+    return path
+
+
+READ = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
+from ckptkit.formats.hf import read_shard
+tensors, header = read_shard(Path(sys.argv[1]))
+print(len(tensors), len(header.raw), header.data_size)
+"""
+
+
+def test_as_many_tensors_as_the_largest_models_have(tmp_path: Path) -> None:
+    """A model of 2026 has 207,000. They are all read, and within 600 MB of addresses."""
+    path, count = header_only(tmp_path / "model.safetensors", 210_000), 210_000
+    result = subprocess.run(
+        [sys.executable, "-c", READ, str(path), str(600 << 20)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-400:]
+    names, start, size = map(int, result.stdout.split())
+    assert (names, start + size) == (count, path.stat().st_size)
+
+
+@pytest.mark.slow
+def test_a_header_of_half_a_million_tensors(tmp_path: Path) -> None:
+    path = header_only(tmp_path / "model.safetensors", 500_000)
+    assert len(read_header(path).entries) == 500_000
+
+
+@pytest.mark.parametrize(
+    "shape", [[1 << 63, 0], [-1, 0], [1] * 65, [True], ["1"], [1.0], [10**4000, 10**4000], {"0": 1}, None]
+)
+def test_sizes_that_no_tensor_has(shape: object) -> None:
+    if isinstance(shape, list) and shape and shape[0] == 10**4000:
+        text = b'{"a":{"dtype":"U8","shape":[' + b"9" * 4000 + b"," + b"9" * 4000 + b'],"data_offsets":[0,0]}}'
+    else:
+        text = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(InputError, match="the header entry of tensor a is malformed"):
+        parse_header(struct.pack("<Q", len(text)) + text, "x")
