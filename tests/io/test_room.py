@@ -62,7 +62,7 @@ def test_a_file_system_that_does_not_count_inodes(tmp_path: Path, monkeypatch: p
 def test_small_files_take_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(*(f"f{number}" for number in range(10)), size=100)
     pretend(monkeypatch, f_blocks=100, f_bavail=9, f_frsize=4096)
-    with pytest.raises(StorageError, match=r"not enough space: the output needs 40.0 KiB, 36.0 KiB are free"):
+    with pytest.raises(StorageError, match=r"not enough space: the output needs 41.0 kB, 36.9 kB are free"):
         Destination(tmp_path / "out", plan)
     pretend(monkeypatch, f_blocks=100, f_bavail=10, f_frsize=4096)
     Destination(tmp_path / "out", plan).write()
