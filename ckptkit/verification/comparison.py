@@ -113,7 +113,7 @@ def noise_floor(exact: Run, low: Run, found: Run) -> tuple[NoiseFloor, list[list
     """The candidate's error in units of the reference's own, and its ratio at each position of each row.
 
     A second run of the reference, with another implementation of attention, counts only if it passes for a correct
-    one itself: a faulty kernel would else raise the limit for everybody.
+    one itself: a faulty kernel would else raise the limit for every candidate.
 
     Args:
         exact: The reference in fp32.

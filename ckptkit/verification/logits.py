@@ -111,7 +111,7 @@ def _own_ranks(pair: Pair, replicas: int) -> AbstractContextManager[Ranks]:
 
 
 def _remove(ranks: Ranks, folder: Path) -> None:
-    """Removes the files once nobody reads them any more."""
+    """Removes the files once no process reads them any more."""
     ranks.wait_for_all()
     ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
 

@@ -65,7 +65,7 @@ def run_reference(job: LogitsJob) -> Run:
 def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model that config.json's `architectures` names, in evaluation mode, with eager attention and experts.
 
-    `from_pretrained` fills what a file lacks with random values and goes on; here that is an error.
+    `from_pretrained` fills what a file lacks with random values; here that is an error.
 
     Raises:
         InputError: The directory is damaged, or weights are missing, unexpected or mis-shaped.
@@ -129,7 +129,7 @@ def architecture_of(path: Path) -> str:
     """The class that config.json names.
 
     Raises:
-        InputError: It names none, or is of a layout that does not load by itself.
+        InputError: It names none, or the layout does not load by itself.
     """
     try:
         raw = read_json(path / "config.json")

@@ -82,7 +82,7 @@ def check_ran(asked: Mapping[str, Any], seen: Sequence[Seen]) -> None:
         seen: What a `Observer` saw on each rank.
 
     Raises:
-        VerificationError: One did not, or nobody saw it; the logits would say nothing.
+        VerificationError: One did not, or no rank saw it; the logits would say nothing.
     """
     if not any("packed" in facts for facts in seen):
         raise VerificationError("no rank saw what went through its layers", hint=_HINT)

@@ -43,7 +43,7 @@ def write_reports(report: VerificationReport, *, junit: str | None, html: str | 
 
 @contextmanager
 def errors_reported(junit: str | None, reference: str, candidate: str) -> Iterator[None]:
-    """A verification that cannot be made inside becomes a test case in error, and the error goes on."""
+    """A verification that cannot be made inside becomes a test case in error; the error is raised again."""
     try:
         yield
     except CkptkitError as error:
