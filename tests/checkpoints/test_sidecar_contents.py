@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ckptkit.verification.levels import verify
 
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.inspection.hashing import hash_checkpoint
 from ckptkit.inspection.summary import inspect
 from ckptkit.inspection.validation import validate
+from ckptkit.verification.levels import verify
 from fixtures.make_damaged import SOUND, read_safetensors, write_safetensors
 from tests.models import files_of, save_model
 
@@ -144,7 +144,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
     ),
     "headers that the manifest does not know": (
         lambda folder: shutil.rmtree(folder / "headers"),
-        r"headers/ is not what manifest.json was written with; pass --hf-reference",
+        r"headers/ is not what manifest.json was written with; pass --((ref|cand)-)?hf-reference",
     ),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"manifest.json: no such file"),
     "no config": (lambda folder: (folder / "hf" / "config.json").unlink(), r"config.json: no such file"),

@@ -386,11 +386,10 @@ ILL_TYPED = [
     ("num_query_groups", True, "a positive integer"),
     ("kv_channels", "8", "a positive integer"),
     ("ffn_hidden_size", 144.0, "a positive integer"),
-    ("num_experts", 1.5, "an integer of at least 0"),
+    ("num_experts", 1.5, "an integer from 0 to 10,000"),
     ("vocab_size", "250", "an integer of at least 0"),
     ("make_vocab_size_divisible_by", 0, "a positive integer"),
     ("rotary_base", "10000", "a positive number"),
-    ("norm_epsilon", float("inf"), "a number of at least 0"),
     ("layernorm_epsilon", "1e-5", "a number of at least 0"),
     ("softmax_scale", [0.1], "a positive number"),
     ("swiglu", "True", "true or false"),
@@ -431,6 +430,7 @@ class TestTypes:
     ) -> None:
         changes = {name: value, **({"norm_epsilon": ...} if name == "layernorm_epsilon" else {})}
         path = stored(to, **changes)
+        capsys.readouterr()  # the model's own writer draws a progress bar
         shown = name.replace("layernorm_", "norm_")
         for _ in range(2):
             code, error = code_of("convert", path, tmp_path / "out", "--to", "hf", capsys=capsys)
