@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.description import complete
-from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems, check_element_types
+from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import family_of
@@ -41,7 +41,6 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         if all(part is not None for part in parts):
             tensors[key] = item.pack([part for part in parts if part is not None], unused, dtype)
     used = len(files.tensors) - len(left)
-    taken = {name: tensor for name, tensor in files.tensors.items() if name not in left}
     comparisons = []
     for replica in family.replicas:
         if replica.hf in left and replica.when(config) and replica.of in stored:
@@ -51,7 +50,6 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     _refuse_quantised(files.path, left)
     problems.unknown(left)
     problems.check()
-    check_element_types(taken, files.path)
     return Checkpoint(
         path=files.path,
         format="hf",

@@ -8,7 +8,6 @@ from pathlib import Path
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.description import Given, complete
 from ckptkit.checkpoints.locating import Place, find_place
-from ckptkit.checkpoints.problems import check_element_types
 from ckptkit.checkpoints.readers import READERS
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.hf import HfFiles, open_reference
@@ -50,7 +49,6 @@ def open_checkpoint(
     checkpoint = replace(_open(place, given), seen=seen)
     if files is not None:
         checkpoint = _with_extras(checkpoint, files)
-    check_element_types(checkpoint.sidecar.extras, checkpoint.path, weights=False)
     if hf_reference is None and place.reference is not None:
         there = place.reference.relative_to(place.root).name or "the folder itself"
         checkpoint = checkpoint.noting(f"config and tokenizer are those of {there}")

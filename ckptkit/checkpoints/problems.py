@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.errors import InputError
 from ckptkit.tensors import Tensor
-
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Element types whose numbers are the weights; those of all others need scales or a table to be any."""
-
-
-def check_element_types(tensors: Mapping[str, Tensor], where: object, *, weights: bool = True) -> None:
-    """Whether the bytes of tensors are numbers by themselves: FP8 and packed integers are none without their scales.
-
-    Args:
-        tensors: Name -> tensor.
-        where: For messages.
-        weights: Whether they are all weights; among others there may be integers that are not quantised.
-
-    Raises:
-        UnsupportedError: They are not.
-    """
-    odd = {
-        name: tensor.dtype
-        for name, tensor in tensors.items()
-        if tensor.dtype.name not in WEIGHT_DTYPES and (weights or tensor.dtype.name.startswith("F8"))
-    }
-    if odd:
-        name, dtype = min(odd.items())
-        kind = "FP8 without the scales that it is to be multiplied by" if dtype.name.startswith("F8") else "no weights"
-        raise UnsupportedError(
-            f"{len(odd):,} tensors are {dtype}, which is {kind} ({name})",
-            where=where,
-            hint="convert from the unquantised model",
-        )
-
 
 UNTIED_HEAD = (
     "if the head was trained apart from the embedding, set tie_word_embeddings to false in config.json (and"

@@ -12,7 +12,6 @@ from ckptkit.checkpoints.huggingface import open_hf_files
 from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
-from ckptkit.checkpoints.problems import check_element_types
 from ckptkit.checkpoints.recognition import refuse_foreign
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
@@ -245,7 +244,6 @@ def _join(
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
     joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows))
-    check_element_types(joined.tensors, path)
     notes = [*about.notes, *joined.notes]
     if both := sorted(joined.towers.keys() & about.sidecar.extras.keys()):
         what = f"{len(both)} tensors are in the checkpoint and in {FOLDER}/{EXTRAS}: the checkpoint's count"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.element_types import check_element_types
 from ckptkit.conversion.changes import changes
 from ckptkit.conversion.options import Options, check_options
 from ckptkit.conversion.target import Target
@@ -30,6 +31,7 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
             where=source.path,
             hint="pass --hf-reference with the right config.json, which then counts",
         )
+    check_element_types(source)
     lossy: list[str] = []
     for change in changes(options, format):
         source, lost = change(source)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.element_types import check_element_types
 from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.errors import InputError
@@ -221,6 +222,7 @@ def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, Soun
     """Index against shards, config and args against tensors, through the family's table."""
     try:
         checkpoint = opening()
+        check_element_types(checkpoint)
     except InputError as error:
         return None, SoundnessCheck("tensors", "they do not make up the model", [str(error)])
     covered = ", ".join(f"{count:,} {what}" for what, count in checkpoint.coverage.items())

@@ -390,6 +390,7 @@ ILL_TYPED = [
     ("vocab_size", "250", "an integer of at least 0"),
     ("make_vocab_size_divisible_by", 0, "a positive integer"),
     ("rotary_base", "10000", "a positive number"),
+    ("norm_epsilon", -1.0, "a number of at least 0"),
     ("layernorm_epsilon", "1e-5", "a number of at least 0"),
     ("softmax_scale", [0.1], "a positive number"),
     ("swiglu", "True", "true or false"),

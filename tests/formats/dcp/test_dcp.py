@@ -310,14 +310,14 @@ def test_metadata_that_contradicts_itself(tmp_path: Path) -> None:
     good = (tmp_path / METADATA).read_bytes()
     refuses(lambda: change(tmp_path, lost), r"does not say where weight \(the chunk at \[0, 0\]\) is stored")
     for data, match in (
-        (b"", "pickle is damaged"),
+        (b"", "the file is empty"),
         (good[:-40], "pickle is damaged"),
-        (b"not a pickle", "pickle is damaged"),
+        (b"not a pickle", "not a pickle"),
         (pickle.dumps({}, 2), "in place of an object"),
         (good.replace(b"state_dict_metadata", b"state_dict_metadatA"), "no metadata"),
         (good.replace(b"BytesStorageMetadata", b"ChunkStorageMetadata"), "describes object as a ChunkStorageMetadata"),
         (good.replace(b"relative_path", b"relative_pith"), "at no place of a file"),
-        (good.replace(b"sizes", b"sizez"), "describes sizes None"),
+        (good.replace(b"sizes", b"sizez"), r"describes sizes that are none \(a NoneType\)"),
     ):
         (tmp_path / METADATA).write_bytes(data)
         refuses(lambda: open_dcp(tmp_path), match)
