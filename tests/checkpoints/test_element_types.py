@@ -59,7 +59,7 @@ def test_in_megatron_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to
     with monkeypatch.context() as patch:
         patch.setattr("ckptkit.conversion.planning.check_element_types", lambda *args, **options: None)
         convert(source, tmp_path / "megatron", to=to)
-    with pytest.raises(UnsupportedError, match="F8_E4M3, which is FP8 without the scales .*4 such tensors"):
+    with pytest.raises(UnsupportedError, match=r"F8_E4M3, which is FP8 without the scales .*4 such tensors"):
         convert(tmp_path / "megatron", tmp_path / "out", to="hf")
     with pytest.raises(UnsupportedError, match="F8_E4M3"):
         validate(tmp_path / "megatron")
@@ -72,7 +72,7 @@ def test_fused_experts_and_towers(tmp_path: Path) -> None:
         convert(source, tmp_path / "out", to="torch")
     source = save_model(tmp_path / "tower", "gemma3")
     recast(source, "float8_e4m3fn", "vision_tower.encoder.layers.0.mlp.fc1.weight")
-    with pytest.raises(UnsupportedError, match="F8_E4M3, which .*1 such tensors"):
+    with pytest.raises(UnsupportedError, match=r"F8_E4M3, which .*1 such tensors"):
         convert(source, tmp_path / "out", to="torch")
 
 
