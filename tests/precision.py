@@ -11,6 +11,12 @@ import math
 
 import torch
 
+from ckptkit.verification.tokens import default_rows
+
+MANY_ROWS = default_rows(250, rows=8)
+"""Token ids for bf16, where errors are judged in units of other errors: their 99th percentile over so many positions
+is about the same on every processor; over a hundred it would be that of the two worst ones."""
+
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference over the largest |value|; 0 if both are zero, else infinite where nothing is expected."""

@@ -21,6 +21,7 @@ LARGEST = 100_000_000
 
 _MOST_DIGITS = 40
 _OUT_OF_RANGE = 10**_MOST_DIGITS
+_DEEPEST = 100
 _MOST_CONTAINERS, _MOST_VALUES = 4_000_000, 10_000_000
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -109,16 +110,19 @@ def _check_extent(data: bytes) -> None:
 
 def _check_numbers(root: object, where: object) -> None:
     """Refuses numbers that JSON does not have, and those that no field can mean."""
-    pending: list[tuple[str, object]] = [("", root)]
+    pending: list[tuple[str, int, object]] = [("", 0, root)]
     while pending:
-        place, value = pending.pop()
+        place, depth, value = pending.pop()
+        if depth > _DEEPEST:
+            raise InputError("not valid JSON (it is nested too deep)", where=where)
         if isinstance(value, float) and not math.isfinite(value):
             what = "NaN, which JSON does not have" if math.isnan(value) else "infinite, or too large to be a number"
             raise InputError(f"{place} is {what}", where=where)
         if isinstance(value, int) and not -_OUT_OF_RANGE < value < _OUT_OF_RANGE:
             raise InputError(f"{place} is an integer of more than {_MOST_DIGITS} digits", where=where)
         if isinstance(value, dict | list):
-            pending.extend((place + step, inner) for step, inner in _steps(value, "." if place else ""))
+            steps = _steps(value, "." if place else "")
+            pending.extend((place + step, depth + 1, inner) for step, inner in steps)
 
 
 def _steps(value: dict[str, Any] | list[Any], dot: str) -> Iterator[tuple[str, Any]]:

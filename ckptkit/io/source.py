@@ -121,6 +121,7 @@ def sample_of(path: str | Path, size: int, count: int) -> str:
         count: How many pieces of 4 KiB to read, at least 2; a small file is read whole.
 
     Raises:
+        InputError: It is no regular file.
         OSError: It cannot be read.
     """
     if size <= count * _PIECE:
@@ -130,7 +131,7 @@ def sample_of(path: str | Path, size: int, count: int) -> str:
         last, length = size - _PIECE, _PIECE
         starts = sorted({0, last, *(place.randrange(last + 1) for _ in range(count - 2))})
     digest = hashlib.sha256()
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_regular(path)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # otherwise much around each piece is read, too
         for start in starts:

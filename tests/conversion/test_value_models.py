@@ -17,6 +17,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
 from tests.models import LLAMAS, files_of, llama_config, model_config, randomise, save_llama, save_model
+from tests.precision import MANY_ROWS
 
 TOKENS = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(n)] for n in (24, 3, 17, 1, 24)]
 EXACT = 2e-5
@@ -136,8 +137,7 @@ def test_bfloat16_values_are_judged_by_the_noise_floor(
     convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2), spec="local")
     sides = Side(source, "hf"), Side(tmp_path / "meg", "megatron")
     # The error of a row is one figure: of a few values it would be large or small by luck.
-    tokens = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(64)] for n in range(8)]
-    how: dict[str, Any] = {"tokens": tokens, "dtype": "bfloat16", "pool": pool}
+    how: dict[str, Any] = {"tokens": MANY_ROWS, "dtype": "bfloat16", "pool": pool}
     sound = verify_logits(*sides, **how)
     assert sound.passed, sound.summary
     broken = _scaled(source, tmp_path / "broken", {"score.weight": 1.05})

@@ -49,7 +49,8 @@ def test_the_place_of_a_number_that_is_none_is_named(path: list[str | int], numb
     [
         ('{"a": 1, "a": 1}', "the key a appears twice in one object"),
         ('{"x": [{"b": 1, "b": 2}]}', "the key b appears twice in one object"),
-        ('{"a": ' * 3000, "nested too deep"),
+        pytest.param('{"a": ' * 101 + "1" + "}" * 101, "nested too deep", id="101 levels"),
+        pytest.param('{"a": ' * 30000, "nested too deep|Expecting value", id="30,000 levels without an end"),
         ('{"a": ' + "1" * 5000 + "}", "a number of thousands of digits"),
         ('{"a": "\\ud83d"}', "half a character"),
         ('{"\\uDE00": 1}', "half a character"),

@@ -20,13 +20,13 @@ from ckptkit.verification import verify
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import VerificationReport
 from tests.models import LLAMAS, MODELS, save_llama, save_model
+from tests.precision import MANY_ROWS
 
 pytestmark = pytest.mark.gpu
 
 KINDS = ["gqa", "tied", "llama3", *MODELS]
 GRIDS = [Parallelism(2), Parallelism(1, 2), Parallelism(2, 2)]
 EXPERT_GRIDS = [Parallelism(ep=2), Parallelism(2, 1, ep=2)]
-TOKENS = [[(7 * i + 3 * i * i) % 250 for i in range(40)], [(11 * i + 5) % 250 for i in range(40)]]
 DTYPES = ("float32", "bfloat16")
 EXACT = 2e-5
 """Also with experts: routing is replayed."""
@@ -62,7 +62,7 @@ def compared(
     """A tiny model of a kind, converted and verified."""
     source = (save_llama if kind in LLAMAS else save_model)(tmp_path / "hf", kind)
     convert(source, tmp_path / "meg", to="torch", grid=grid, spec="local")
-    return verify(source, tmp_path / "meg", device="cuda", dtype=dtype, tokens=TOKENS, tolerance=EXACT, pool=pool)
+    return verify(source, tmp_path / "meg", device="cuda", dtype=dtype, tokens=MANY_ROWS, tolerance=EXACT, pool=pool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

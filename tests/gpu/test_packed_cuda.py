@@ -18,11 +18,11 @@ from ckptkit.verification import verify
 from ckptkit.verification.ranks.pool import RankPool
 from tests.gpu.test_cuda import EXPERT_GRIDS, GRIDS, KINDS, has_experts, record
 from tests.models import LLAMAS, llama_config, model_classes, model_config, randomise, save_llama, save_model
-from tests.precision import relative_error
+from tests.precision import MANY_ROWS, relative_error
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(n)] for n in (40, 3, 17, 1, 64)]
+TOKENS = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(n)] for n in (40, 3, 17, 1, *[64] * 5)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_value_models(pool: RankPool, tmp_path: Path, kind: str, dtype: str) -> 
         tmp_path / "meg",
         device="cuda",
         dtype=dtype,
-        tokens=TOKENS,
+        tokens=TOKENS if dtype == "float32" else MANY_ROWS,  # in bf16 the error of a row is one figure
         packed=True,
         sequence_parallel=True,
         pool=pool,

@@ -28,7 +28,7 @@ from ckptkit.verification.tokens import default_rows
 from tests.megatron.double_precision import double_precision
 from tests.megatron.gemma4 import KINDS, hf_model, local_state
 from tests.megatron.test_modules import assert_rounded_alike, exactly_normed
-from tests.precision import relative_error, settled
+from tests.precision import MANY_ROWS, relative_error, settled
 from tests.verification.conftest import DEVICE
 
 compat.import_megatron()
@@ -874,4 +874,4 @@ def test_faults_are_located(saved: Saved, tmp_path: Path, pool: RankPool, kind: 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(saved: Saved, tmp_path: Path, pool: RankPool, kind: str) -> None:
-    verified(saved(kind), tmp_path / "meg", Parallelism(2), pool, dtype="bfloat16")
+    verified(saved(kind), tmp_path / "meg", Parallelism(2), pool, dtype="bfloat16", tokens=MANY_ROWS)

@@ -17,6 +17,7 @@ from ckptkit import convert
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.cli import app as cli
 from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError, UsageError
+from ckptkit.io.room import Room
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.surgery import fitting
 from ckptkit.surgery.activations import residual_stream
@@ -370,7 +371,7 @@ def test_a_destination_that_cannot_be_written_is_refused_before_anything_runs(
     elif what == "no parent":
         out = tmp_path / "nowhere" / "out"
     else:
-        monkeypatch.setattr("ckptkit.io.commit.Destination._free", lambda self: setattr(self, "_sized", True) or 10)
+        monkeypatch.setattr("ckptkit.io.room.Room.of", lambda *_: Room(10, 1000, 1, True, False))
     kind: type[CkptkitError] = UsageError if what == "exists" else StorageError
     options = {"calibration": calibration}
     with pytest.raises(kind, match=r"exists|parent directory|not enough space"):

@@ -330,8 +330,8 @@ FAULTS: dict[str, Fault] = {
     "eps of the norms 1e-3 for 1e-5": Fault(
         "gqa", "structure", "layer 0 self_attention", bf16=False, args={"norm_epsilon": 1e-3}
     ),
-    "eps of the norms 1e-6 for 1e-5": Fault(
-        "gqa", "logits", "layer 0 self_attention", bf16=False, config=of_model(norm_eps=1e-6)
+    "eps of the norms 1e-4 for 1e-5": Fault(
+        "gqa", "logits", "layer 0 self_attention", bf16=False, config=of_model(norm_eps=1e-4)
     ),
     "weights of norms not zero-centred": Fault(
         "gemma3_text", "structure", "layer 0 self_attention", args={"apply_layernorm_1p": False}

@@ -13,6 +13,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LogitsReport
+from tests.precision import MANY_ROWS
 from tests.verification.conftest import DEVICE
 from tests.verification.stand_in import OPENER, edit_config, edit_shard, with_rope, write_stand_in
 
@@ -88,7 +89,7 @@ def test_more_tensor_ranks_than_query_groups(pool: RankPool, llama: Saved, tmp_p
 def test_bfloat16_is_judged_by_the_noise_floor(pool: RankPool, llama: Saved, tmp_path: Path) -> None:
     source = llama("gqa", num_hidden_layers=2)
     candidate = write_stand_in(source, tmp_path / "meg", Parallelism(2, 2))
-    good = verify(source, candidate, pool, dtype="bfloat16")
+    good = verify(source, candidate, pool, dtype="bfloat16", tokens=MANY_ROWS)
     assert good.passed and good.noise is not None, good.summary
 
     def coarser(tensors: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ def test_bfloat16_is_judged_by_the_noise_floor(pool: RankPool, llama: Saved, tmp
                 tensors[name] = tensor.to(torch.float8_e4m3fn).float()
 
     edit_shard(candidate, coarser, pp_rank=1, tp_rank=1)
-    bad = verify(source, candidate, pool, dtype="bfloat16")
+    bad = verify(source, candidate, pool, dtype="bfloat16", tokens=MANY_ROWS)
     assert not bad.passed and bad.noise is not None and bad.noise.median > bad.noise.median_limit
     assert bad.location is not None and bad.location.place == "layer 1 self_attention"
 

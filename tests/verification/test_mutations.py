@@ -14,6 +14,7 @@ from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LogitsReport
 from tests.models import LLAMAS, save_llama, save_model
+from tests.precision import MANY_ROWS
 from tests.verification.conftest import DEVICE
 from tests.verification.mutants import FAULTS, OPENER, Fault, damage
 
@@ -53,7 +54,7 @@ class Models(dict[str, Path]):
 
 def logits_of(source: Path, candidate: Path, opener: str, fault: Fault, pool: RankPool, dtype: str) -> LogitsReport:
     sides = Side(source, "hf"), Side(candidate, "megatron")
-    options: Any = {"packed": True} if fault.packed else {}
+    options: Any = {"packed": fault.packed, "tokens": None if dtype == "float32" else MANY_ROWS}
     return verify_logits(
         *sides, dtype=dtype, tolerance=EXACT, greedy=0, pool=pool, device=DEVICE, opener=opener, **options
     )

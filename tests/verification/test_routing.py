@@ -23,7 +23,7 @@ from ckptkit.verification.run_options import RunOptions
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import default_rows
 from tests.models import MODELS, save_model
-from tests.precision import relative_error
+from tests.precision import MANY_ROWS, relative_error
 from tests.verification.conftest import DEVICE
 
 WITH_EXPERTS = [kind for kind, (_, changes) in MODELS.items() if any("experts" in key for key in changes)]
@@ -209,7 +209,7 @@ def test_routers_are_judged_in_both_precisions(tmp_path: Path, pool: RankPool, k
     exact = compared(sides, pool, tolerance=1e-5)
     assert exact.passed and exact.routing is not None, exact.summary
     assert len(exact.routing.layers) == (3 if kind.endswith("mixed") else 4)
-    low = compared(sides, pool, dtype="bfloat16")
+    low = compared(sides, pool, dtype="bfloat16", tokens=MANY_ROWS)
     assert low.passed and low.routing is not None, low.summary
     assert all(layer.noise_ratio is not None for layer in low.routing.layers)
     free = compared(sides, pool, replay=False)
@@ -243,7 +243,7 @@ def test_a_wrong_router_fails_although_its_choice_is_replaced(tmp_path: Path, po
     assert report.location.tensors == [ROUTER]
     if fault != "one per cent larger":
         assert not report.routing.choice_passed
-        low = compared(sides, pool, dtype="bfloat16")
+        low = compared(sides, pool, dtype="bfloat16", tokens=MANY_ROWS)
         assert low.routing is not None and not low.routing.logits_passed and not low.routing.choice_passed
 
 
