@@ -77,7 +77,7 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         with located(root):
             config = from_args(family, args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
-        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.in_args)
+        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary)
         if not cut and tokens not in (None, base.vocab_size) and given.vocab_size != base.vocab_size:
             cut = [f"{FOLDER}/{HEADERS} has {tokens} tokens, config.json says {base.vocab_size}"]
         if reference is None:
@@ -91,17 +91,18 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         return _describe_by_args(root, args, names, given, vocabulary)
 
 
-def _compare_vocabulary(size: int, stated: int | None, in_args: int | None) -> tuple[list[str], list[str]]:
+def _compare_vocabulary(size: int, stated: int | None, vocabulary: Vocabulary) -> tuple[list[str], list[str]]:
     """Contradictions between config.json and `args` about the number of tokens, and notes.
 
     Args:
         size: What config.json says.
         stated: What the user says, or None.
-        in_args: What `args` say, or None.
+        vocabulary: What is stored, and what `args` say.
     """
+    in_args = vocabulary.in_args
     if in_args in (None, size):
         return [], []
-    text = f"args say vocab_size {in_args}, config.json says {size}"
+    text = f"args say {vocabulary.text}, config.json says {size}"
     if in_args is not None and in_args > size:
         return ([text], []) if stated != size else ([], [f"{text}, which --vocab-size confirms"])
     return [], [f"{text}: all its rows are kept"]  # of many a released model, more than its tokenizer has tokens
@@ -120,9 +121,12 @@ def _describe_by_args(
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
     ]
-    if vocabulary.in_args is None and given.vocab_size is None:
+    known = vocabulary.in_args is not None and vocabulary.counted
+    if not known and given.vocab_size is None:
         notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")
-    if vocabulary.in_args not in (None, vocab_size):
+    if known and vocabulary.in_args != args.get("vocab_size") and vocabulary.in_args == vocab_size:
+        notes.append(f"args say {vocabulary.text}")
+    if vocabulary.in_args not in (None, vocab_size) and given.vocab_size is not None:
         notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.in_args}")
     sidecar = Sidecar(family.unparse(config, {}), {})
     return Description(family, config, sidecar, notes, [])

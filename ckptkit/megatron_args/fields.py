@@ -21,6 +21,7 @@ from ckptkit.megatron_args.kinds import (
     FLAG,
     FREQUENCY,
     LAYERS,
+    LAYOUT,
     NUMBER,
     POSITIVE,
     WINDOW,
@@ -282,12 +283,18 @@ class GridField:
         kind: Type of the argument.
         args: Name among Megatron-LM's arguments.
         core: Name in `TransformerConfig` and in Megatron-Bridge's providers.
+        since: Release of Megatron-Core that brought it, so that it is written only where it is set; None for the others.
     """
 
     ours: str
     kind: Kind
     args: str
     core: str
+    since: str | None = None
+
+    def is_written(self, grid: Parallelism) -> bool:
+        """Whether a grid needs it."""
+        return self.since is None or self.value(grid) is not None
 
     def value(self, grid: Parallelism) -> Any:
         """What is written."""
@@ -296,9 +303,9 @@ class GridField:
         return grid.expert_tp if self.ours == "etp" else getattr(grid, self.ours)
 
 
-def of_grid(kind: Kind, ours: str, args: str, core: str = _SAME) -> GridField:
+def of_grid(kind: Kind, ours: str, args: str, core: str = _SAME, since: str | None = None) -> GridField:
     """A field of `Parallelism`; `core` is `args` unless it is given."""
-    return GridField(ours, kind, args, core or args)
+    return GridField(ours, kind, args, core or args, since)
 
 
 GRID_FIELDS = (
@@ -311,13 +318,14 @@ GRID_FIELDS = (
     of_grid(FLAG, "loss_in_split", "account_for_loss_in_pipeline_split"),
     of_grid(COUNT, "ep", "expert_model_parallel_size"),
     of_grid(COUNT, "etp", "expert_tensor_parallel_size"),
+    of_grid(LAYOUT, "pipeline_layout", "pipeline_model_parallel_layout", since="0.13"),
 )
 """The grid."""
 
-GRID_ARGS = {field.ours: field.args for field in GRID_FIELDS if field.kind is COUNT}
-"""Size of a grid -> the argument that records it."""
+GRID_ARGS = {field.ours: field.args for field in GRID_FIELDS if field.kind is not FLAG}
+"""Size or layout of a grid -> the argument that records it."""
 
 
 def core_grid(grid: Parallelism) -> dict[str, Any]:
     """A grid under the names of `TransformerConfig`."""
-    return {field.core: field.value(grid) for field in GRID_FIELDS}
+    return {field.core: field.value(grid) for field in GRID_FIELDS if field.is_written(grid)}

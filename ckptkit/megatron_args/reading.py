@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.megatron_args.contradictions import Mismatch, contradictions
-from ckptkit.megatron_args.fields import CORE_FIELDS, EXPERT_FIELDS, GRID_ARGS, main_rope, read
+from ckptkit.megatron_args.fields import CORE_FIELDS, EXPERT_FIELDS, GRID_ARGS, GRID_FIELDS, main_rope, read
+from ckptkit.megatron_args.kinds import FLAG
 from ckptkit.megatron_args.known import GRID_FLAGS, NEEDED, check_types
 from ckptkit.megatron_args.writing import family_args, model_args
 from ckptkit.sharding.grid import Parallelism
@@ -28,17 +29,20 @@ def grid_of(args: Mapping[str, Any]) -> Parallelism:
     """The grid that a checkpoint's `args` describe.
 
     Raises:
-        InputError: A size is not a positive integer.
+        InputError: A size is not a positive integer, or the pipeline layout makes no sense or contradicts the sizes.
         UnsupportedError: `Parallelism` does not know such a grid.
     """
     check_types(args, (*GRID_ARGS.values(), *GRID_FLAGS.values()))
-    sizes: dict[str, Any] = {size: args[name] for size, name in GRID_ARGS.items() if args.get(name) is not None}
+    stated = [field for field in GRID_FIELDS if field.kind is not FLAG and args.get(field.args) is not None]
     flags = {flag: bool(args.get(name)) for flag, name in GRID_FLAGS.items()}
-    if sizes.get("etp") == sizes.get("tp", 1):
-        sizes.pop("etp", None)
     try:
+        sizes: dict[str, Any] = {field.ours: field.kind.read(args[field.args]) for field in stated}
+        if sizes.get("etp") == sizes.get("tp", 1):
+            sizes.pop("etp", None)
         return Parallelism(**sizes, **flags)
     except UsageError as error:
+        if args.get(GRID_ARGS["pipeline_layout"]) is not None:
+            raise InputError(f"the checkpoint's args contradict themselves: {error.what}") from None
         raise UnsupportedError(f"the checkpoint's args describe an unsupported grid ({error.what})") from None
 
 
