@@ -36,6 +36,7 @@ from ckptkit.formats.trainer_states.fsdp import open_fsdp
 from ckptkit.formats.trainer_states.module_state import ModuleState
 from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
+from ckptkit.megatron_args.unread import refuse_unread_layouts
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.sharding.pipeline_layout import layers_on, stages_of
 from ckptkit.tables.bounds import check_counts
@@ -152,7 +153,8 @@ def _dist_args(files: TorchDistFiles, given: Given) -> tuple[dict[str, Any], lis
     except UnsupportedError as error:
         if given.reference is None:
             raise
-        return {}, [f"the reference outranks run_config.yaml: {error.what}"]
+        args = args_of_run_config(files.path, layout_alone=True)
+        return args, [f"the reference outranks run_config.yaml: {error.what}"]
 
 
 def _read_dcp(place: Place, given: Given) -> Checkpoint:
@@ -247,6 +249,8 @@ def _join(
         grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
+    with located(path):
+        refuse_unread_layouts(args, sharded=format == "torch")
     vocabulary = stored_vocabulary(ranks, args)
     about = describe(place.root, args, names, given, vocabulary)
     family, config = about.family, about.config

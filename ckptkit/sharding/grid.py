@@ -140,7 +140,7 @@ class Parallelism:
 
 @dataclass(frozen=True, slots=True)
 class StatedGrid:
-    """What somebody says of a stored grid that does not describe itself, in fields of a `Parallelism`; None: nothing."""
+    """What the user says of a stored grid that does not describe itself: fields of a `Parallelism`; None: nothing."""
 
     tp: int | None = None
     pp: int | None = None
