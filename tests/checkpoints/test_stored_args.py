@@ -15,7 +15,6 @@ import yaml
 from ckptkit import Parallelism, convert, open_checkpoint
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.llama import LLAMA
-from ckptkit.formats.packed import ARGS
 from ckptkit.inspection.differences import diff
 from ckptkit.megatron_args.contradictions import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN, contradictions
 from ckptkit.megatron_args.fields import GRID_ARGS
