@@ -78,7 +78,7 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
             config = from_args(family, args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
         if reference is not None:
-            _check_layout(differences if args else _differences_of_sidecar(base, root), root)
+            _check_layout(differences if "num_attention_heads" in args else _differences_of_sidecar(base, root), root)
         cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary)
         if not cut and tokens not in (None, base.vocab_size) and given.vocab_size != base.vocab_size:
             cut = [f"{FOLDER}/{HEADERS} has {tokens} tokens, config.json says {base.vocab_size}"]
