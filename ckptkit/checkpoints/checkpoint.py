@@ -17,6 +17,7 @@ from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES, DType
 from ckptkit.errors import UsageError
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.formats.torch_legacy import OptimizerState
+from ckptkit.io.castable import CASTABLE
 from ckptkit.io.plan import Comparison, Dropped
 from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import Parallelism, Rank
@@ -27,7 +28,7 @@ from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import Spelling
-from ckptkit.tensors import Tensor
+from ckptkit.tensors import Tensor, vstack
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,7 @@ class Checkpoint:
         grid: The stored grid; 1 x 1 where nothing is sharded.
         spelling: How its Megatron names are spelled; the canonical spelling for Hugging Face.
         padded_vocab_size: Rows of the stored embedding.
+        padding: Canonical name -> the rows of vocabulary padding that are stored below its tensor.
         args: Megatron's `args`, empty for Hugging Face.
         comparisons: What must be equal for the view to be the whole truth (replicated shards, tied copies).
         coverage: How many stored tensors were used, are replicas, travel in the sidecar, ...
@@ -70,6 +72,7 @@ class Checkpoint:
     spelling: Spelling
     grid: Parallelism = field(default_factory=Parallelism)
     padded_vocab_size: int = 0
+    padding: Mapping[str, Tensor] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     coverage: Mapping[str, int] = field(default_factory=dict)
@@ -178,11 +181,32 @@ class Checkpoint:
             raise UsageError(error.what, where=key, hint=error.hint) from None
 
     def padded(self, key: str, tp: int, divisible_by: int) -> Tensor:
-        """The whole tensor of a canonical name, with vocabulary padding for `tp` ranks where it has a vocabulary."""
+        """The whole tensor of a canonical name, with vocabulary padding for `tp` ranks where it has a vocabulary.
+
+        Stored padding stays as far as there is room; the rest is zeros.
+        """
         tensor = self.tensors[key]
         if not self.items[key].row.split.padded:
             return tensor
-        return pad_rows(tensor, padded_vocab_size(tensor.shape[0], divisible_by, tp))
+        rows, stored = padded_vocab_size(tensor.shape[0], divisible_by, tp), self.padding.get(key)
+        if stored is not None and rows > tensor.shape[0]:
+            kept = stored.rows(0, min(stored.shape[0], rows - tensor.shape[0]))
+            tensor = vstack([tensor, kept if tensor.cast is None else kept.astype(tensor.cast)])
+        return pad_rows(tensor, rows)
+
+    def padding_left_out(self, tp: int, divisible_by: int) -> list[Dropped]:
+        """The rows of stored padding that `padded` has no room for, as parts that are zeros as a rule."""
+        found = []
+        for key, stored in self.padding.items():
+            if key not in self.items or stored.dtype.name not in CASTABLE:
+                continue
+            size = self.tensors[key].shape[0]
+            kept = padded_vocab_size(size, divisible_by, tp) - size
+            if kept < stored.shape[0]:
+                rest = stored.rows(kept, stored.shape[0])
+                zeros = Tensor.full(rest.dtype, rest.shape)
+                found.append(Dropped("rows of vocabulary padding", key, rest, zeros, usual=True))
+        return found
 
     def shard(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, is_layout
 
 NUM_LAYERS = "num_layers"
 """The name under which different numbers of layers are listed."""
@@ -29,9 +29,18 @@ class FieldDifference:
     right: object
     layer: int | None = None
 
+    @property
+    def is_layout(self) -> bool:
+        """Whether stored bytes are cut by it."""
+        if self.name == NUM_LAYERS:
+            return True
+        return is_layout(ModelConfig if self.layer is None else LayerConfig, self.name.split()[0])
+
 
 def differing_fields(left: ModelConfig, right: ModelConfig, ignored: Collection[str] = ()) -> list[FieldDifference]:
     """The fields in which two descriptions differ; of the layers, those of the first that differs.
+
+    If these are no layout facts, those of the first layer that differs in some follow.
 
     Args:
         left: One description.
@@ -41,10 +50,14 @@ def differing_fields(left: ModelConfig, right: ModelConfig, ignored: Collection[
     found = list(_differing(left, right, ignored={*ignored, "layers"}))
     if left.num_layers != right.num_layers:
         return [*found, FieldDifference(NUM_LAYERS, left.num_layers, right.num_layers)]
+    first: list[FieldDifference] = []
     for number, layers in enumerate(zip(left.layers, right.layers, strict=True)):
-        if of_layer := list(_differing(*layers, layer=number)):
-            return [*found, *of_layer]
-    return found
+        of_layer = list(_differing(*layers, layer=number))
+        layout = [field for field in of_layer if field.is_layout]
+        if layout:
+            return [*found, *(first + layout if first else of_layer)]
+        first = first or of_layer
+    return [*found, *first]
 
 
 def _differing(

@@ -77,31 +77,34 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         with located(root):
             config = from_args(family, args, base)
         differences = [*_differences(config, base), *_contradictions(args, base)]
-        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary.in_args)
+        if reference is not None:
+            _check_layout(differences if "num_attention_heads" in args else _differences_of_sidecar(base, root), root)
+        cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary)
         if not cut and tokens not in (None, base.vocab_size) and given.vocab_size != base.vocab_size:
             cut = [f"{FOLDER}/{HEADERS} has {tokens} tokens, config.json says {base.vocab_size}"]
         if reference is None:
-            return Description(family, config, sidecar, notes, [*differences, *cut])
+            return Description(family, config, sidecar, notes, [*(one.text for one in differences), *cut])
         if cut:  # a reference outranks words about the weights, not the weights
             hint = f"give one with the right vocab_size, or --vocab-size {base.vocab_size} if the others are no tokens"
             raise InputError(f"{cut[0]}: weights would be lost", where=root, hint=hint)
-        notes += [f"the reference outranks the checkpoint's args: {text}" for text in differences]
+        notes += [f"the reference outranks the checkpoint's args: {one.text}" for one in differences]
         return Description(family, base, sidecar, notes, [])
     with located(root):
         return _describe_by_args(root, args, names, given, vocabulary)
 
 
-def _compare_vocabulary(size: int, stated: int | None, in_args: int | None) -> tuple[list[str], list[str]]:
+def _compare_vocabulary(size: int, stated: int | None, vocabulary: Vocabulary) -> tuple[list[str], list[str]]:
     """Contradictions between config.json and `args` about the number of tokens, and notes.
 
     Args:
         size: What config.json says.
         stated: What the user says, or None.
-        in_args: What `args` say, or None.
+        vocabulary: What is stored, and what `args` say.
     """
+    in_args = vocabulary.in_args
     if in_args in (None, size):
         return [], []
-    text = f"args say vocab_size {in_args}, config.json says {size}"
+    text = f"args say {vocabulary.text}, config.json says {size}"
     if in_args is not None and in_args > size:
         return ([text], []) if stated != size else ([], [f"{text}, which --vocab-size confirms"])
     return [], [f"{text}: all its rows are kept"]  # of many a released model, more than its tokenizer has tokens
@@ -120,29 +123,70 @@ def _describe_by_args(
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
     ]
-    if vocabulary.in_args is None and given.vocab_size is None:
+    known = vocabulary.in_args is not None and vocabulary.counted
+    if not known and given.vocab_size is None:
         notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")
-    if vocabulary.in_args not in (None, vocab_size):
+    if known and vocabulary.in_args != args.get("vocab_size") and vocabulary.in_args == vocab_size:
+        notes.append(f"args say {vocabulary.text}")
+    if vocabulary.in_args not in (None, vocab_size) and given.vocab_size is not None:
         notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.in_args}")
     sidecar = Sidecar(family.unparse(config, {}), {})
     return Description(family, config, sidecar, notes, [])
 
 
-def _differences(config: ModelConfig, base: ModelConfig) -> list[str]:
-    """Fields in which `args` contradict config.json."""
+@dataclass(frozen=True)
+class _Difference:
+    """A contradiction between a checkpoint and the config.json of its model, in a sentence.
+
+    Attributes:
+        text: The sentence.
+        is_layout: Whether stored bytes are cut by what differs.
+    """
+
+    text: str
+    is_layout: bool
+
+
+def _check_layout(differences: list[_Difference], root: Path) -> None:
+    """Whether a reference leaves alone what decides how stored bytes are cut, even where all shapes would fit.
+
+    Raises:
+        InputError: It contradicts that.
+    """
+    if layout := [one.text for one in differences if one.is_layout]:
+        raise InputError(
+            f"the reference contradicts how the weights are stored: {'; '.join(layout)}",
+            where=root,
+            hint="give the config.json of this very model; where it is the checkpoint that is wrong, correct that",
+        )
+
+
+def _differences(config: ModelConfig, base: ModelConfig, who: str = "args say") -> list[_Difference]:
+    """Fields in which `args`, or another source of a config, contradict config.json."""
 
     def sentence(field: FieldDifference) -> str:
         stored = f"{field.left} layers" if field.name == NUM_LAYERS else f"{field.name} {in_words(field.left)}"
-        return f"args say {stored}, config.json says {in_words(field.right)}"
+        return f"{who} {stored}, config.json says {in_words(field.right)}"
 
-    return [sentence(field) for field in differing_fields(config, base, ignored=("dtype", "init_std"))]
+    found = differing_fields(config, base, ignored=("dtype", "init_std"))
+    return [_Difference(sentence(field), field.is_layout) for field in found]
 
 
-def _contradictions(args: Mapping[str, Any], base: ModelConfig) -> list[str]:
+def _differences_of_sidecar(base: ModelConfig, root: Path) -> list[_Difference]:
+    """Fields in which the checkpoint's own config.json, where one can be read, contradicts that of a reference."""
+    try:
+        own = read_sidecar(root)
+        stored = None if own is None else family_of(own.config, root).parse(own.config)
+    except CkptkitError:  # a reference takes the place of a sidecar that is damaged
+        return []
+    return [] if stored is None else _differences(stored, base, "the checkpoint's own config.json says")
+
+
+def _contradictions(args: Mapping[str, Any], base: ModelConfig) -> list[_Difference]:
     """Arguments with which Megatron-LM computes something else than the model of config.json."""
     return [
-        f"args say {name} {stored!r}, config.json means {expected!r}"
-        for name, stored, expected in contradictions(args, base)
+        _Difference(f"args say {one.name} {one.stored!r}, config.json means {one.expected!r}", one.is_layout)
+        for one in contradictions(args, base)
     ]
 
 

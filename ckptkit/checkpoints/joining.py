@@ -35,6 +35,7 @@ class Shards:
         grid: The grid that they make up.
         ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> written name -> tensor.
         most_rows: Rows that the vocabulary has at most with padding, or None if the user says what is padding.
+        padding_to: Rows that padding explains.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Shards:
     grid: Parallelism
     ranks: Mapping[RankKey, RankFile]
     most_rows: int | None
+    padding_to: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Joined:
         tensors: Canonical name -> tensor without vocabulary padding.
         towers: Hugging Face name -> tensor, for what is no part of the text model but stored beside it.
         padded_vocab_size: Rows of the stored embedding.
+        padding: Canonical name -> the rows of vocabulary padding below a tensor, where there are any.
         comparisons: What must be equal for these tensors to be the whole truth.
         coverage: How many stored tensors were used, and how many are replicas.
         notes: What a user should know.
@@ -63,6 +66,7 @@ class Joined:
     tensors: dict[str, Tensor]
     towers: dict[str, Tensor]
     padded_vocab_size: int
+    padding: dict[str, Tensor]
     comparisons: tuple[Comparison, ...]
     coverage: dict[str, int]
     notes: tuple[str, ...]
@@ -98,6 +102,7 @@ class _Joiner:
         self.tensors: dict[str, Tensor] = {}
         self.comparisons: list[Comparison] = []
         self.padded_vocab_size = 0
+        self.padding: dict[str, Tensor] = {}
         self.bare: list[str] = []
 
     def join(self) -> Joined:
@@ -117,6 +122,7 @@ class _Joiner:
             self.tensors,
             towers,
             self.padded_vocab_size,
+            self.padding,
             tuple(self.comparisons),
             {"used": used, "replicas": self.stored - used},
             tuple(notes),
@@ -162,7 +168,7 @@ class _Joiner:
         if split.padded:
             self.padded_vocab_size = joined.shape[0]
             self._check_padding(key, joined.shape[0], item.shape[0])
-            joined = joined.rows(0, min(joined.shape[0], item.shape[0]))
+            joined = self._without_padding(key, joined, item.shape[0])
         if joined.shape == item.bare_shape != item.shape:
             joined = item.completed(joined)
             self.bare.append(key)
@@ -182,6 +188,15 @@ class _Joiner:
                 where=self.given.path,
                 hint=f"give --hf-reference with the right vocab_size, or --vocab-size {size} if they are padding",
             )
+
+    def _without_padding(self, key: str, tensor: Tensor, size: int) -> Tensor:
+        """The rows of the vocabulary; what is below them is kept aside, unless the user says that it is no padding."""
+        rows = tensor.shape[0]
+        if rows <= size:
+            return tensor
+        if rows <= self.given.padding_to:
+            self.padding[key] = tensor.rows(size, rows)
+        return tensor.rows(0, size)
 
     def _take_towers(self) -> dict[str, Tensor]:
         """Takes what is no part of the text model, but stored beside it."""

@@ -35,7 +35,9 @@ from ckptkit.formats.trainer_states.fsdp import open_fsdp
 from ckptkit.formats.trainer_states.module_state import ModuleState
 from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
+from ckptkit.megatron_args.unread import refuse_unread_layouts
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.sharding.pipeline_layout import layers_on, stages_of
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.megatron_names import norms_from_local_spec
 from ckptkit.tensors import Tensor
@@ -78,14 +80,18 @@ def _grid_of_ranks(files: TorchFiles, given: StatedGrid) -> Parallelism:
     """
     stated = _stated_grid(files, given)
     pp, tp, ep = (1 + max(numbers) for numbers in zip(*files.ranks, strict=True))
-    grid = replace(stated, tp=max(tp, stated.tp), pp=max(pp, stated.pp), ep=max(ep, stated.ep), vpp=files.chunks)
-    for names, who in (
-        ({name for name in ("tp", "pp", "ep") if GRID_ARGS[name] in files.args}, "args"),
-        (given.sizes(), "--src"),
-    ):
+    sizes = {"tp": max(tp, stated.tp), "pp": max(pp, stated.pp), "ep": max(ep, stated.ep), "vpp": files.chunks}
+    layout = stated.pipeline_layout  # which the folders must have as many stages as
+    grid = replace(stated, **sizes, pipeline_layout=None)
+    in_args = {name for name in ("tp", "pp", "ep") if GRID_ARGS[name] in files.args}
+    in_options = {name for name in given.sizes() if name in sizes}
+    if layout is not None:
+        (in_options if given.pipeline_layout is not None else in_args).update({"pp", "vpp"})
+    for names, who in ((in_args, "args"), (in_options, "--src")):
         if any(getattr(grid, name) != getattr(stated, name) for name in names):
             kind = InputError if who == "args" else UsageError
             raise kind(f"{who} say {stated}, the folders make {grid}", where=files.path)
+    grid = replace(grid, pipeline_layout=layout)
     for rank in grid.ranks():
         if (rank.pp, rank.tp, rank.ep) not in files.ranks:
             name = rank_folder((rank.pp, rank.tp, rank.ep), grid.pp, grid.ep)
@@ -101,13 +107,25 @@ def _stated_grid(files: TorchFiles, given: StatedGrid) -> Parallelism:
     """
     with located(files.path):
         stated = grid_of(files.args)
+    recorded = {name for name, arg in GRID_ARGS.items() if files.args.get(arg) is not None}
+    if stated.pipeline_layout is not None:
+        recorded |= {"vpp", "first_stage_layers", "last_stage_layers"}
     for name, size in given.sizes().items():
-        stored = stated.expert_tp if name == "etp" else getattr(stated, name)
-        if files.args.get(GRID_ARGS[name]) is not None and stored != size:
+        stored = _stored_size(stated, name)
+        if name in recorded and stored != size:
             option = f"--src-{name.replace('_', '-')}"
             raise UsageError(f"{option} {size}, but args say {stored}", where=files.path, hint=f"drop {option}")
-    sizes: dict[str, Any] = {**given.sizes()}
+    sizes: dict[str, Any] = {name: size for name, size in given.sizes().items() if name not in recorded}
     return replace(stated, **sizes)
+
+
+def _stored_size(grid: Parallelism, name: str) -> int | str | None:
+    """What a grid says of one of its sizes, with those that follow from others."""
+    layout, rank = grid.pipeline_layout, {"first_stage_layers": 0, "last_stage_layers": grid.pp - 1}.get(name)
+    if layout is not None and rank is not None:
+        return sum(len(layers) for layers in layers_on(stages_of(layout))[rank :: grid.pp])
+    size: int | str | None = grid.expert_tp if name == "etp" else getattr(grid, name)
+    return size
 
 
 def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
@@ -120,7 +138,7 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked).noting(*notes)
     try:
         checkpoint = replace(checkpoint, grid=grid_of(args))
-    except UnsupportedError as error:
+    except (InputError, UnsupportedError) as error:
         checkpoint = checkpoint.noting(f"{error.what}; the tensors are still whole")
     return _without_optimizer(checkpoint, files.optimizer)
 
@@ -134,7 +152,8 @@ def _dist_args(files: TorchDistFiles, given: Given) -> tuple[dict[str, Any], lis
     except UnsupportedError as error:
         if given.reference is None:
             raise
-        return {}, [f"the reference outranks run_config.yaml: {error.what}"]
+        args = args_of_run_config(files.path, layout_alone=True)
+        return args, [f"the reference outranks run_config.yaml: {error.what}"]
 
 
 def _read_dcp(place: Place, given: Given) -> Checkpoint:
@@ -229,6 +248,8 @@ def _join(
         grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
+    with located(path):
+        refuse_unread_layouts(args, sharded=format == "torch")
     vocabulary = stored_vocabulary(ranks, args)
     about = describe(place.root, args, names, given, vocabulary)
     family, config = about.family, about.config
@@ -243,7 +264,7 @@ def _join(
     spelling = family.spelling_of(names, config)
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
-    joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows))
+    joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows, most))
     notes = [*about.notes, *joined.notes]
     if both := sorted(joined.towers.keys() & about.sidecar.extras.keys()):
         what = f"{len(both)} tensors are in the checkpoint and in {FOLDER}/{EXTRAS}: the checkpoint's count"
@@ -263,6 +284,7 @@ def _join(
         spelling=spelling,
         grid=stored_grid,
         padded_vocab_size=joined.padded_vocab_size,
+        padding=joined.padding,
         args=args,
         comparisons=joined.comparisons,
         coverage=joined.coverage,

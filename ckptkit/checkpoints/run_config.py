@@ -11,7 +11,12 @@ from ckptkit.errors import CkptkitError
 from ckptkit.families import family_of
 from ckptkit.formats.run_config import is_reference, lay_out_run_config, read_run_config, reference
 from ckptkit.io.plan import OutputFile
-from ckptkit.megatron_args.bridge_provider import Provider, args_of_provider, provider_of
+from ckptkit.megatron_args.bridge_provider import (
+    Provider,
+    args_of_provider,
+    layout_args_of_provider,
+    provider_of,
+)
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.bridge import Named
 from ckptkit.tables.spelling import GROUPED, Spelling
@@ -45,8 +50,12 @@ def run_config(
     return lay_out_run_config({"_target_": provider.target, **values}, folder)
 
 
-def args_of_run_config(folder: Path) -> dict[str, Any]:
+def args_of_run_config(folder: Path, *, layout_alone: bool = False) -> dict[str, Any]:
     """The model in the file in a folder, as Megatron-LM's `args`; empty if there is no such file.
+
+    Args:
+        folder: The folder of `.metadata`.
+        layout_alone: Give only the arguments by which stored bytes are cut, which exist for every model.
 
     Raises:
         InputError: It is damaged, or makes no sense.
@@ -56,7 +65,8 @@ def args_of_run_config(folder: Path) -> dict[str, Any]:
     if not model:
         return {}
     values = {key: Named(value["_target_"]) if is_reference(value) else value for key, value in model.items()}
+    to_args = layout_args_of_provider if layout_alone else args_of_provider
     try:
-        return args_of_provider(Provider(str(model.get("_target_")), values))
+        return to_args(Provider(str(model.get("_target_")), values))
     except CkptkitError as error:
         raise type(error)(error.what, where=folder, hint=error.hint) from None

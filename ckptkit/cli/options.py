@@ -163,6 +163,15 @@ class Source:
     src_last_stage_layers: Annotated[
         int | None, _size("--src-last-stage-layers", "Layers on the last pipeline stage")
     ] = None
+    src_pipeline_layout: Annotated[
+        str | None,
+        typer.Option(
+            "--src-pipeline-layout",
+            metavar="LAYOUT",
+            help="Pipeline layout, such as Et|ttL, where args do not record it.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of `open_checkpoint`."""
@@ -178,6 +187,7 @@ class Source:
                 self.src_etp,
                 self.src_first_stage_layers,
                 self.src_last_stage_layers,
+                self.src_pipeline_layout,
             ),
         }
 
@@ -272,6 +282,15 @@ class Grid:
             rich_help_panel=GRID,
         ),
     ] = False
+    pipeline_layout: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline-model-parallel-layout",
+            metavar="LAYOUT",
+            help="What each pipeline stage holds, such as Et*3|(tt|)*2tL: the embedding (E), layers (t), the loss (L).",
+            rich_help_panel=GRID,
+        ),
+    ] = None
     adapter_first: Annotated[
         bool,
         typer.Option(

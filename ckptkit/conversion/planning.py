@@ -44,6 +44,8 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     coverage, unused = dict(source.coverage), [] if format.megatron else source.dropped(source.stored_names)
     if unused:
         coverage["unused parts dropped"] = len(unused)
+    tp, divisible_by = (target.grid.tp, target.divisible_by) if format.megatron else (1, 1)
+    unused += source.padding_left_out(tp, divisible_by)
     return Plan(tuple(files), source.comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused))
 
 

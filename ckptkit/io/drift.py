@@ -18,6 +18,8 @@ from ckptkit.tensors import Tensor
 def summarise(dropped: Iterable[Dropped], *, measure: bool) -> list[dict[str, object]]:
     """One record for each kind: how many parts, how many elements, and the largest difference from what is expected.
 
+    Kinds that usually are as expected have one only if they are read and are not.
+
     Args:
         dropped: All parts.
         measure: Whether to read them; otherwise the largest difference (`max_abs_difference`) is None.
@@ -32,6 +34,8 @@ def summarise(dropped: Iterable[Dropped], *, measure: bool) -> list[dict[str, ob
     records: list[dict[str, object]] = []
     for what, parts in kinds.items():
         sizes = [largest_difference(part.found, part.expected) for part in parts] if measure else []
+        if not any(sizes) and all(part.usual for part in parts):
+            continue
         most = max(range(len(sizes)), key=sizes.__getitem__) if measure else None
         records.append(
             {

@@ -100,12 +100,14 @@ class Dropped:
         where: The tensor that it is a part of.
         found: What is stored.
         expected: What a conversion in the other direction would store.
+        usual: Whether the part is not worth a word where it is as expected.
     """
 
     what: str
     where: str
     found: Tensor
     expected: Tensor
+    usual: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ckptkit.families import families
 from ckptkit.megatron_args.contradictions import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN
 from ckptkit.megatron_args.fields import FIELDS, GRID_FIELDS, PRECISION_FIELDS, core_grid, fields_of, written
 from ckptkit.megatron_args.inexpressible import EXPRESSIBLE_BIASES, beyond_gpt
+from ckptkit.megatron_args.unread import LAYOUTS
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.bridge import ACTIVATIONS, LOCAL_SPEC, VERSION, BridgeProvider, Named, OwnAttention
 from ckptkit.tables.family import Family
@@ -166,6 +167,7 @@ _SAME = (
     *(name for name in WRITTEN if name != "swiglu"),
     *NEUTRAL,
     *NEUTRAL_OF_EXPERTS,
+    *LAYOUTS,
 )
 _ARGS_OF: Mapping[str, str] = {
     **{
@@ -175,6 +177,7 @@ _ARGS_OF: Mapping[str, str] = {
     },
     **{field.core: field.args for field in GRID_FIELDS},
     **{name: name for name in _SAME},
+    "gated_linear_unit": "gated_linear_unit",
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "yarn_rotary_scaling_factor": "rotary_scaling_factor",
@@ -196,9 +199,7 @@ def args_of_provider(provider: Provider) -> dict[str, Any]:
     if "seq_length" in values:
         args["max_position_embeddings"] = values["seq_length"]
     try:
-        if "num_query_groups" in values:
-            groups = values["num_query_groups"] or values["num_attention_heads"]
-            args.update(num_query_groups=groups, group_query_attention=groups != values["num_attention_heads"])
+        args.update(_groups(values))
         if "share_embeddings_and_output_weights" in values:
             args["untie_embeddings_and_output_weights"] = not values["share_embeddings_and_output_weights"]
         if "gated_linear_unit" in values and "activation_func" in values:
@@ -209,6 +210,29 @@ def args_of_provider(provider: Provider) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise InputError(f"the model section of run_config.yaml makes no sense ({error!r})") from None
     return args
+
+
+def layout_args_of_provider(provider: Provider) -> dict[str, Any]:
+    """Those of Megatron-LM's `args` by which stored bytes are cut, whether or not `args` can express the model.
+
+    Raises:
+        InputError: A value makes no sense.
+    """
+    facts = {*(field.args or field.provider for field in FIELDS if field.layout), *LAYOUTS}
+    facts.update(name for name, neutral in {**NEUTRAL, **NEUTRAL_OF_EXPERTS}.items() if neutral.is_layout)
+    values = provider.values
+    args = {name: values[field] for field, name in _ARGS_OF.items() if field in values and name in facts}
+    try:
+        return {**args, **_groups(values)}
+    except (TypeError, KeyError) as error:
+        raise InputError(f"the model section of run_config.yaml makes no sense ({error!r})") from None
+
+
+def _groups(values: Mapping[str, Any]) -> dict[str, Any]:
+    if "num_query_groups" not in values:
+        return {}
+    groups = values["num_query_groups"] or values["num_attention_heads"]
+    return {"num_query_groups": groups, "group_query_attention": groups != values["num_attention_heads"]}
 
 
 def _own_attention(provider: Provider) -> OwnAttention | None:

@@ -10,11 +10,39 @@ from ckptkit.tables.model_config import ModelConfig, Rope
 
 
 class Mismatch(NamedTuple):
-    """An argument whose value is not the one that would be written for a model."""
+    """An argument whose value is not the one that would be written for a model.
+
+    Attributes:
+        name: Its name.
+        stored: Its value.
+        expected: What would be written.
+        is_layout: Whether stored bytes are cut by it, or mean something else by it.
+    """
 
     name: str
     stored: Any
     expected: Any
+    is_layout: bool = False
+
+
+class Neutral(NamedTuple):
+    """What an argument may be without an effect.
+
+    Attributes:
+        values: Its values.
+        is_layout: Whether stored bytes are cut by it where it has another value, or mean something else.
+    """
+
+    values: tuple[Any, ...]
+    is_layout: bool = False
+
+
+def _layout(*values: Any) -> Neutral:
+    return Neutral(values, True)
+
+
+def _plain(*values: Any) -> Neutral:
+    return Neutral(values)
 
 
 WRITTEN = (
@@ -28,19 +56,19 @@ WRITTEN = (
 )
 """Arguments that change the mathematics, and that are written for every model although a `ModelConfig` lacks them."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False,),
-    "experimental_attention_variant": (None,),
-    "attention_output_gate": (False,),
-    "softmax_type": ("vanilla",),
-    "qk_l2_norm": (False,),
-    "no_rope_freq": (None, 0),
-    "apply_residual_connection_post_layernorm": (False,),
-    "openai_gelu": (False,),
-    "quick_geglu": (False,),
-    "glu_linear_offset": (0.0,),
-    "activation_func_clamp_value": (None,),
-    "use_mup": (False,),
+NEUTRAL: dict[str, Neutral] = {
+    "multi_latent_attention": _layout(False),
+    "experimental_attention_variant": _layout(None),
+    "attention_output_gate": _layout(False),
+    "softmax_type": _plain("vanilla"),
+    "qk_l2_norm": _plain(False),
+    "no_rope_freq": _plain(None, 0),
+    "apply_residual_connection_post_layernorm": _plain(False),
+    "openai_gelu": _plain(False),
+    "quick_geglu": _plain(False),
+    "glu_linear_offset": _plain(0.0),
+    "activation_func_clamp_value": _plain(None),
+    "use_mup": _plain(False),
 }
 """Arguments that change the mathematics in a way that no convertible model has -> the values that change nothing.
 
@@ -49,16 +77,16 @@ precision of a step or scale and unscale (`apply_query_key_layer_scaling`), or t
 table has.
 """
 
-NEUTRAL_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
-    "moe_router_topk_scaling_factor": (None, 1.0),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_router_group_topk": (None, 0),
-    "moe_router_topk_limited_devices": (None, 0),
-    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
-    "moe_router_force_load_balancing": (False,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_latent_size": (None, 0),
-    "moe_mlp_glu_interleave_size": (None, 0),
+NEUTRAL_OF_EXPERTS: dict[str, Neutral] = {
+    "moe_router_topk_scaling_factor": _plain(None, 1.0),
+    "moe_router_enable_expert_bias": _plain(False),
+    "moe_router_group_topk": _plain(None, 0),
+    "moe_router_topk_limited_devices": _plain(None, 0),
+    "moe_router_load_balancing_type": _plain("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    "moe_router_force_load_balancing": _plain(False),
+    "moe_apply_probs_on_input": _plain(False),
+    "moe_latent_size": _layout(None, 0),
+    "moe_mlp_glu_interleave_size": _layout(None, 0),
 }
 """The same for models with experts; in other models, these arguments have no effect."""
 
@@ -72,9 +100,10 @@ def contradictions(args: Mapping[str, Any], config: ModelConfig) -> list[Mismatc
     """
     expected, rope = written(fields_of(config), "args", config, config.layers[0]), main_rope(config)
     allowed = {**NEUTRAL, **(NEUTRAL_OF_EXPERTS if config.num_experts else {})}
-    allowed.update((name, (expected[name],)) for name in WRITTEN if name in expected)
+    layout = {field.args for field in fields_of(config) if field.layout}
+    allowed.update((name, Neutral((expected[name],), name in layout)) for name in WRITTEN if name in expected)
     if rope.kind == "yarn" and args.get("position_embedding_type") == "yarn":  # as Megatron-LM records it since 0.19
-        allowed.update(_yarn_args(rope))
+        allowed.update((name, Neutral(values)) for name, values in _yarn_args(rope).items())
     return _mismatches(args, allowed)
 
 
@@ -97,17 +126,17 @@ def _yarn_args(rope: Rope) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _mismatches(args: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> list[Mismatch]:
+def _mismatches(args: Mapping[str, Any], allowed: Mapping[str, Neutral]) -> list[Mismatch]:
     """Arguments with a value that is not allowed; one that is absent or None has no value.
 
     Args:
         args: Stored arguments.
-        allowed: Argument -> its allowed values; every item of a list must be one of them.
+        allowed: Argument -> its neutral values; every item of a list must be one of them.
     """
     return [
-        Mismatch(name, args[name], values[0])
-        for name, values in allowed.items()
-        if args.get(name) is not None and not all(item in values for item in _items(args[name]))
+        Mismatch(name, args[name], neutral.values[0], neutral.is_layout)
+        for name, neutral in allowed.items()
+        if args.get(name) is not None and not all(item in neutral.values for item in _items(args[name]))
     ]
 
 

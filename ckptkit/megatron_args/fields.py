@@ -21,13 +21,14 @@ from ckptkit.megatron_args.kinds import (
     FLAG,
     FREQUENCY,
     LAYERS,
+    LAYOUT,
     NUMBER,
     POSITIVE,
     WINDOW,
     Kind,
 )
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
+from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope, is_layout
 
 Place = Literal["args", "core", "provider"]
 Value = Callable[[ModelConfig, LayerConfig], Any]
@@ -50,6 +51,7 @@ class Field:
         ours: Field of `ModelConfig` or `LayerConfig` that it is read into, or None.
         of: The class of `ours`.
         opposite: Whether it is true where `ours` is false.
+        layout: Whether it is a layout fact: stored bytes are cut by it, or mean something else by it.
     """
 
     args: Name
@@ -60,6 +62,7 @@ class Field:
     ours: str | None = None
     of: type[ModelConfig] | type[LayerConfig] | None = None
     opposite: bool = False
+    layout: bool = False
 
     def read(self, value: Any) -> Any:
         """An argument's value -> that of our field."""
@@ -71,13 +74,22 @@ class Field:
 def of_model(kind: Kind, ours: str, args: Name = _SAME, core: Name = _SAME, provider: Name = _SAME) -> Field:
     """A field of `ModelConfig`. A name that is left out is that of the place before; None leaves out the place."""
     names = _names(ours, args, core, provider)
-    return Field(*names, kind, lambda config, layer: getattr(config, ours), ours, ModelConfig)
+    return Field(
+        *names,
+        kind,
+        lambda config, layer: getattr(config, ours),
+        ours,
+        ModelConfig,
+        layout=is_layout(ModelConfig, ours),
+    )
 
 
 def of_layer(kind: Kind, ours: str, args: Name = _SAME, core: Name = _SAME, provider: Name = _SAME) -> Field:
     """A field of `LayerConfig`; names as in `of_model`."""
     names = _names(ours, args, core, provider)
-    return Field(*names, kind, lambda config, layer: getattr(layer, ours), ours, LayerConfig)
+    return Field(
+        *names, kind, lambda config, layer: getattr(layer, ours), ours, LayerConfig, layout=is_layout(LayerConfig, ours)
+    )
 
 
 def opposite(ours: str, args: str, core: Name = _SAME, provider: Name = _SAME) -> Field:
@@ -86,14 +98,16 @@ def opposite(ours: str, args: str, core: Name = _SAME, provider: Name = _SAME) -
     return Field(*names, FLAG, lambda config, layer: not getattr(config, ours), ours, ModelConfig, opposite=True)
 
 
-def derived(kind: Kind, args: str, value: Value, core: Name = _SAME, provider: Name = _SAME) -> Field:
+def derived(
+    kind: Kind, args: str, value: Value, core: Name = _SAME, provider: Name = _SAME, *, layout: bool = False
+) -> Field:
     """What follows from several of our fields: written by a rule, and read by code. Names as in `of_model`."""
-    return Field(*_names(args, args, core, provider), kind, value)
+    return Field(*_names(args, args, core, provider), kind, value, layout=layout)
 
 
-def constant(value: Any, args: str, core: Name = _SAME, provider: Name = _SAME) -> Field:
+def constant(value: Any, args: str, core: Name = _SAME, provider: Name = _SAME, *, layout: bool = False) -> Field:
     """What is the same for every model that is converted. Names as in `of_model`."""
-    return Field(*_names(args, args, core, provider), None, lambda config, layer: value)
+    return Field(*_names(args, args, core, provider), None, lambda config, layer: value, layout=layout)
 
 
 def _names(ours: str, args: Name, core: Name, provider: Name) -> tuple[Name, Name, Name]:
@@ -150,7 +164,7 @@ def _layers_with_experts(config: ModelConfig, layer: LayerConfig) -> int | list[
 
 
 CORE_FIELDS = (
-    derived(LAYERS, "num_layers", lambda config, layer: config.num_layers),
+    derived(LAYERS, "num_layers", lambda config, layer: config.num_layers, layout=True),
     of_model(COUNT, "hidden_size"),
     of_layer(COUNT, "ffn_hidden_size"),
     derived(
@@ -158,7 +172,13 @@ CORE_FIELDS = (
     ),
     of_model(COUNT, "max_position_embeddings", core=None),
     of_layer(COUNT, "num_heads", "num_attention_heads"),
-    derived(FLAG, "group_query_attention", lambda config, layer: layer.num_kv_heads != layer.num_heads, core=None),
+    derived(
+        FLAG,
+        "group_query_attention",
+        lambda config, layer: layer.num_kv_heads != layer.num_heads,
+        core=None,
+        layout=True,
+    ),
     of_layer(COUNT, "num_kv_heads", "num_query_groups"),
     of_layer(COUNT, "head_dim", "kv_channels"),
     constant("rope", "position_embedding_type", core=None, provider="position_embedding_type"),
@@ -166,7 +186,7 @@ CORE_FIELDS = (
     constant(True, "use_rotary_position_embeddings", core=None),
     derived(POSITIVE, "rotary_base", _rotary_base, core=None),
     constant(1.0, "rotary_percent", core=None, provider="rotary_percent"),
-    constant(False, "rotary_interleaved", core=None),
+    constant(False, "rotary_interleaved", core=None, layout=True),
     derived(NUMBER, "rotary_seq_len_interpolation_factor", _interpolation, core=None),
     derived(FLAG, "use_rope_scaling", _llama3_scaling, core=None),
     derived(POSITIVE, "rope_scaling_factor", _llama3_factor, core=None),
@@ -188,12 +208,12 @@ CORE_FIELDS = (
     derived(POSITIVE, "softmax_scale", lambda config, layer: config.softmax_scale, provider=None),
     derived(WINDOW, "window_size", _window_size, core=None),
     derived(FREQUENCY, "window_attn_skip_freq", _layers_with_window, core=None),
-    derived(EXPERTS, "num_experts", lambda config, layer: config.num_experts or None, "num_moe_experts"),
+    derived(EXPERTS, "num_experts", lambda config, layer: config.num_experts or None, "num_moe_experts", layout=True),
 )
 """What every model has."""
 
 EXPERT_FIELDS = (
-    derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None),
+    derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None, layout=True),
     of_model(COUNT_OR_ZERO, "moe_ffn_hidden_size"),
     of_model(COUNT, "experts_per_token", "moe_router_topk"),
     constant("softmax", "moe_router_score_function", provider=None),
@@ -211,6 +231,7 @@ DENSE_BESIDE_EXPERTS = (
         "moe_shared_expert_intermediate_size",
         lambda config, layer: layer.ffn_hidden_size,
         provider=None,
+        layout=True,
     ),
 )
 """What a model with a dense MLP beside its experts has besides."""
@@ -282,12 +303,19 @@ class GridField:
         kind: Type of the argument.
         args: Name among Megatron-LM's arguments.
         core: Name in `TransformerConfig` and in Megatron-Bridge's providers.
+        since: Release of Megatron-Core that brought it, and before which it must not be written unless it is set; None
+            for the others.
     """
 
     ours: str
     kind: Kind
     args: str
     core: str
+    since: str | None = None
+
+    def is_written(self, grid: Parallelism) -> bool:
+        """Whether a grid needs it."""
+        return self.since is None or self.value(grid) is not None
 
     def value(self, grid: Parallelism) -> Any:
         """What is written."""
@@ -296,9 +324,9 @@ class GridField:
         return grid.expert_tp if self.ours == "etp" else getattr(grid, self.ours)
 
 
-def of_grid(kind: Kind, ours: str, args: str, core: str = _SAME) -> GridField:
+def of_grid(kind: Kind, ours: str, args: str, core: str = _SAME, since: str | None = None) -> GridField:
     """A field of `Parallelism`; `core` is `args` unless it is given."""
-    return GridField(ours, kind, args, core or args)
+    return GridField(ours, kind, args, core or args, since)
 
 
 GRID_FIELDS = (
@@ -311,13 +339,14 @@ GRID_FIELDS = (
     of_grid(FLAG, "loss_in_split", "account_for_loss_in_pipeline_split"),
     of_grid(COUNT, "ep", "expert_model_parallel_size"),
     of_grid(COUNT, "etp", "expert_tensor_parallel_size"),
+    of_grid(LAYOUT, "pipeline_layout", "pipeline_model_parallel_layout", since="0.13"),
 )
 """The grid."""
 
-GRID_ARGS = {field.ours: field.args for field in GRID_FIELDS if field.kind is COUNT}
-"""Size of a grid -> the argument that records it."""
+GRID_ARGS = {field.ours: field.args for field in GRID_FIELDS if field.kind is not FLAG}
+"""Size or layout of a grid -> the argument that records it."""
 
 
 def core_grid(grid: Parallelism) -> dict[str, Any]:
     """A grid under the names of `TransformerConfig`."""
-    return {field.core: field.value(grid) for field in GRID_FIELDS}
+    return {field.core: field.value(grid) for field in GRID_FIELDS if field.is_written(grid)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.sharding.pipeline_layout import in_letters
 from ckptkit.tables.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 
 
@@ -41,6 +42,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, int) for item in value)
 
 
+def _is_layout(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and all(isinstance(stage, list | tuple) for stage in value)
+    )
+
+
+def _layout(value: Any) -> str:
+    return value if isinstance(value, str) else in_letters(value)
+
+
 COUNT = Kind("a positive integer", lambda value: _is_whole(value) and value > 0)
 COUNT_OR_ZERO = Kind("an integer of at least 0", lambda value: _is_whole(value) and value >= 0)
 LAYERS = Kind(f"a positive integer of at most {MAX_LAYERS:,}", lambda value: COUNT.holds(value) and value <= MAX_LAYERS)
@@ -53,3 +64,4 @@ FLAG = Kind("true or false", lambda value: value in (0, 1), bool)
 NAME = Kind("a name", lambda value: isinstance(value, str))
 WINDOW = Kind("two integers", lambda value: _is_list(value) and len(value) == 2)
 FREQUENCY = Kind("a positive integer or a list of integers", lambda value: COUNT.holds(value) or _is_list(value))
+LAYOUT = Kind("a pipeline layout such as Et|tL, or a list of lists", _is_layout, _layout)

@@ -39,8 +39,9 @@ _NEVER_NONE = (
     "init_method_std",
     "moe_router_topk",
     "moe_layer_freq",
+    "ffn_hidden_size",
 )
-"""Arguments for which None means "not recorded"."""
+"""Arguments for which None means "not recorded", besides all that are true or false."""
 
 _RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 """Argument -> its name since Megatron-Core 0.19."""
@@ -59,7 +60,8 @@ def read_args(stored: Mapping[str, Any]) -> dict[str, Any]:
     if args.get("add_bias_linear") is None and args.get("disable_bias_linear") is not None:  # the oldest releases
         args["add_bias_linear"] = not args["disable_bias_linear"]
     check_types(args)
-    return {name: value for name, value in args.items() if value is not None or name not in _NEVER_NONE}
+    unrecorded = {*_NEVER_NONE, *(name for name, kind in _KIND_OF.items() if kind is FLAG)}
+    return {name: value for name, value in args.items() if value is not None or name not in unrecorded}
 
 
 def check_types(args: Mapping[str, Any], names: Iterable[str] = tuple(_KIND_OF)) -> None:

@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.megatron_args.contradictions import Mismatch, contradictions
-from ckptkit.megatron_args.fields import CORE_FIELDS, EXPERT_FIELDS, GRID_ARGS, main_rope, read
+from ckptkit.megatron_args.fields import CORE_FIELDS, EXPERT_FIELDS, GRID_ARGS, GRID_FIELDS, main_rope, read
+from ckptkit.megatron_args.kinds import FLAG
 from ckptkit.megatron_args.known import GRID_FLAGS, NEEDED, check_types
 from ckptkit.megatron_args.writing import family_args, model_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig, Rope
 
+_GATED = "gated_linear_unit"
 _Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
 
 
@@ -28,17 +30,20 @@ def grid_of(args: Mapping[str, Any]) -> Parallelism:
     """The grid that a checkpoint's `args` describe.
 
     Raises:
-        InputError: A size is not a positive integer.
+        InputError: A size is not a positive integer, or the pipeline layout makes no sense or contradicts the sizes.
         UnsupportedError: `Parallelism` does not know such a grid.
     """
     check_types(args, (*GRID_ARGS.values(), *GRID_FLAGS.values()))
-    sizes: dict[str, Any] = {size: args[name] for size, name in GRID_ARGS.items() if args.get(name) is not None}
+    stated = [field for field in GRID_FIELDS if field.kind is not FLAG and args.get(field.args) is not None]
     flags = {flag: bool(args.get(name)) for flag, name in GRID_FLAGS.items()}
-    if sizes.get("etp") == sizes.get("tp", 1):
-        sizes.pop("etp", None)
     try:
+        sizes: dict[str, Any] = {field.ours: field.kind.read(args[field.args]) for field in stated}
+        if sizes.get("etp") == sizes.get("tp", 1):
+            sizes.pop("etp", None)
         return Parallelism(**sizes, **flags)
     except UsageError as error:
+        if args.get(GRID_ARGS["pipeline_layout"]) is not None:
+            raise InputError(f"the checkpoint's args contradict themselves: {error.what}") from None
         raise UnsupportedError(f"the checkpoint's args describe an unsupported grid ({error.what})") from None
 
 
@@ -59,6 +64,10 @@ def from_args(family: Family, args: Mapping[str, Any], base: ModelConfig) -> Mod
     expected = model_args(family, base)
     of_experts = (field.args for field in EXPERT_FIELDS if field.args is not None)
     stored = {**expected, **{name: args[name] for name in (*expected, *of_experts) if name in args}}
+    if _GATED in args:
+        stored[_GATED] = args[_GATED]
+    if "num_query_groups" in args and "group_query_attention" not in args:
+        stored["group_query_attention"] = args["num_query_groups"] is not None
     with _sense():
         before, after = _config(expected, base), _config(stored, base)
     layers = after.layers
@@ -130,7 +139,7 @@ def _raw_config(family: Family, args: Mapping[str, Any], vocab_size: int) -> dic
         "num_attention_heads": heads,
         "num_key_value_heads": args.get("num_query_groups") if args.get("group_query_attention", True) else heads,
         "head_dim": args.get("kv_channels") or hidden // heads,
-        "intermediate_size": args.get("ffn_hidden_size") or 4 * hidden,
+        "intermediate_size": _ffn_hidden_size({"ffn_hidden_size": None, "swiglu": False, **args}),
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
     }
     if family.quirks.from_args is not None:
@@ -177,7 +186,8 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
         "mlp_bias": biased,
         "softmax_scale": _softmax_scale(args),
         "activation": "silu" if args["swiglu"] else base.activation,
-        "gated": bool(args["swiglu"]) or base.gated,
+        # Megatron-LM has no argument for other gated activations than SiLU; Megatron-Bridge has a field for all.
+        "gated": bool(args["swiglu"] or args.get(_GATED)) or (base.gated and base.activation != "silu"),
         "dtype": "bfloat16" if args["bf16"] else "float16" if args["fp16"] else "float32",
         "adapter": _adapter(args),
     }
@@ -192,7 +202,7 @@ def _experts(args: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_experts": 0, **{row.ours: defaults[row.ours] for row in rows if row.ours is not None}}
     stated = {name: value for name, value in read(rows, args, ModelConfig).items() if value is not None}
     found = {"experts_per_token": 2, "norm_topk_prob": True, **stated, "num_experts": args["num_experts"]}
-    return {**found, "moe_ffn_hidden_size": found.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]}
+    return {**found, "moe_ffn_hidden_size": found.get("moe_ffn_hidden_size") or _ffn_hidden_size(args)}
 
 
 def _adapter(args: Mapping[str, Any]) -> Adapter | None:
@@ -210,7 +220,7 @@ def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConf
         **read(CORE_FIELDS, args, LayerConfig),
         "num_kv_heads": kv_heads or heads,
         "head_dim": _head_dim(args),
-        "ffn_hidden_size": args["ffn_hidden_size"] or 4 * args["hidden_size"],
+        "ffn_hidden_size": _ffn_hidden_size(args),
         "rope": _rope(args) if known.rope == main_rope(base) else known.rope,
         "window": _window(args, number),
         "moe": bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number),
@@ -226,6 +236,12 @@ def _softmax_scale(args: Mapping[str, Any]) -> float | None:
 
 def _head_dim(args: Mapping[str, Any]) -> int:
     return int(args["kv_channels"] or args["hidden_size"] // args["num_attention_heads"])
+
+
+def _ffn_hidden_size(args: Mapping[str, Any]) -> int:
+    """Source: `validate_args` of Megatron-LM, which makes a gated MLP about as large as one that is not."""
+    hidden = args["hidden_size"]
+    return int(args["ffn_hidden_size"] or (8 * hidden // 3 // 64 * 64 if args["swiglu"] else 4 * hidden))
 
 
 def _window(args: Mapping[str, Any], number: int) -> int | None:

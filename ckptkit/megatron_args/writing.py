@@ -70,7 +70,7 @@ def _adapter_args(config: ModelConfig) -> dict[str, Any]:
 
 def _grid_args(grid: Parallelism) -> dict[str, Any]:
     args: dict[str, Any] = {}
-    for field in GRID_FIELDS:
+    for field in (field for field in GRID_FIELDS if field.is_written(grid)):
         args[field.args] = field.value(grid)
         if field.ours == "vpp":  # the other way to ask for virtual stages
             args["num_layers_per_virtual_pipeline_stage"] = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from ckptkit.errors import UsageError
+from ckptkit.sharding.pipeline_layout import stages_of
 
 
 class Rank(NamedTuple):
@@ -41,6 +42,8 @@ class Parallelism:
         etp: Expert tensor parallel size, or None for `tp`.
         adapter_first: Where two stages part at an adapter between layers of two widths, whether it ends the first one
             (and the wide stream is sent) or begins the second (and the narrow one is).
+        pipeline_layout: Which part of the model is on which stage, as `--pipeline-model-parallel-layout` has it (see
+            `pipeline_layout`), or None. It gives `vpp`, and takes the place of the four fields about uneven stages.
     """
 
     tp: int = 1
@@ -53,6 +56,7 @@ class Parallelism:
     ep: int = 1
     etp: int | None = None
     adapter_first: bool = False
+    pipeline_layout: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "ep"):
@@ -62,6 +66,8 @@ class Parallelism:
         for name, value in {**optional, "layers of the last stage": self.last_stage_layers}.items():
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.pipeline_layout is not None:
+            self._check_layout(self.pipeline_layout)
         if self.tp % self._expert_ranks and self._expert_ranks % self.tp:
             raise UsageError(
                 f"--tp {self.tp} and {self._expert_ranks} expert ranks (--ep times --etp): one must be a multiple of"
@@ -69,6 +75,33 @@ class Parallelism:
             )
         if self.vpp > 1 and self.pp == 1:
             raise UsageError("--vpp needs --pp above 1", hint="virtual stages exist only inside a pipeline")
+
+    def _check_layout(self, layout: str) -> None:
+        """Whether a layout fits the rest of the grid; its number of stages gives `vpp`."""
+        stages = len(stages_of(layout))
+        if self.pp == 1 < stages:
+            raise UsageError(
+                f"a pipeline layout of {stages} stages needs --pp above 1", hint=f"--pp {stages} has one each"
+            )
+        if stages % self.pp:
+            raise UsageError(
+                f"a pipeline layout of {stages} stages does not divide over --pp {self.pp}",
+                hint="a multiple of --pp is needed: one stage for each virtual stage of each pipeline rank",
+            )
+        if self.vpp not in (1, stages // self.pp):
+            raise UsageError(
+                f"a pipeline layout of {stages} stages on --pp {self.pp} makes --vpp {stages // self.pp}, not"
+                f" {self.vpp}",
+                hint="drop --vpp",
+            )
+        uneven = (self.first_stage_layers, self.last_stage_layers) != (None, None)
+        if uneven or self.embedding_in_split or self.loss_in_split:
+            raise UsageError(
+                "a pipeline layout cannot be combined with sizes of the first and last stage, or with accounting for"
+                " the embedding or the loss in the split",
+                hint="the layout alone says it all",
+            )
+        object.__setattr__(self, "vpp", stages // self.pp)
 
     @property
     def expert_tp(self) -> int:
@@ -101,12 +134,13 @@ class Parallelism:
 
     def __str__(self) -> str:
         sizes = [("VPP", self.vpp), ("EP", self.ep), ("ETP", self.etp or 1)]
-        return " x ".join([f"TP{self.tp}", f"PP{self.pp}", *(f"{name}{size}" for name, size in sizes if size > 1)])
+        grid = " x ".join([f"TP{self.tp}", f"PP{self.pp}", *(f"{name}{size}" for name, size in sizes if size > 1)])
+        return grid if self.pipeline_layout is None else f"{grid} ({self.pipeline_layout})"
 
 
 @dataclass(frozen=True, slots=True)
 class StatedGrid:
-    """What somebody says of a stored grid that does not describe itself, in sizes of a `Parallelism`; None: nothing."""
+    """What the user says of a stored grid that does not describe itself: fields of a `Parallelism`; None: nothing."""
 
     tp: int | None = None
     pp: int | None = None
@@ -115,7 +149,8 @@ class StatedGrid:
     etp: int | None = None
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    pipeline_layout: str | None = None
 
-    def sizes(self) -> dict[str, int]:
-        """What is said: name of a size in `Parallelism` -> size."""
+    def sizes(self) -> dict[str, int | str]:
+        """What is said: name of a field of `Parallelism` -> its value."""
         return {field.name: size for field in fields(self) if (size := getattr(self, field.name)) is not None}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.sharding.pipeline_layout import PREDICTION, layers_on, stages_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +35,50 @@ def split_layers(num_layers: int, grid: Parallelism) -> list[Stage]:
     Raises:
         UsageError: The layers do not divide over the grid.
     """
+    layers = (
+        _by_size(num_layers, grid) if grid.pipeline_layout is None else _by_layout(num_layers, grid.pipeline_layout)
+    )
+    stages = [
+        Stage(
+            number % grid.pp,
+            number // grid.pp,
+            held,
+            first=number == 0,
+            last=number == grid.pp * grid.vpp - 1,
+        )
+        for number, held in enumerate(layers)
+    ]
+    return sorted(stages, key=lambda stage: (stage.pp_rank, stage.vp_stage))
+
+
+def _by_layout(num_layers: int, layout: str) -> list[range]:
+    """The layers of every stage of a custom layout, in the order in which data passes them."""
+    stages = stages_of(layout)
+    layers = layers_on(stages)
+    if layers[-1].stop != num_layers:
+        raise UsageError(
+            f"the pipeline layout {layout!r} has {layers[-1].stop} layers, the model has {num_layers}",
+            hint=f"write t {num_layers} times in all",
+        )
+    if any(PREDICTION in stage for stage in stages):
+        raise UsageError(
+            f"the pipeline layout {layout!r} has multi-token prediction ({PREDICTION}), the model has none",
+            hint=f"leave out {PREDICTION}",
+        )
+    return layers
+
+
+def _by_size(num_layers: int, grid: Parallelism) -> list[range]:
+    """The layers of every stage by sizes, in the order in which data passes them."""
     sizes = _chunk_sizes(num_layers, grid)
-    stages: dict[tuple[int, int], Stage] = {}
+    layers = []
     at = -int(
         grid.embedding_in_split
     )  # a counted embedding takes the slot before layer 0, a counted loss the one after
-    for vp_stage in range(grid.vpp):
-        for pp_rank in range(grid.pp):
-            start, at = at, at + sizes[pp_rank]
-            stages[pp_rank, vp_stage] = Stage(
-                pp_rank,
-                vp_stage,
-                range(max(start, 0), min(at, num_layers)),
-                first=(pp_rank, vp_stage) == (0, 0),
-                last=(pp_rank, vp_stage) == (grid.pp - 1, grid.vpp - 1),
-            )
-    return [stages[key] for key in sorted(stages)]
+    for number in range(grid.pp * grid.vpp):
+        start, at = at, at + sizes[number % grid.pp]
+        layers.append(range(max(start, 0), min(at, num_layers)))
+    return layers
 
 
 def holds_cut(stage: Stage, cut: int, grid: Parallelism) -> bool:
@@ -105,5 +134,6 @@ def _suggest(slots: int, pp: int) -> str:
     nearest = sorted(sizes, key=lambda size: abs(size - pp))[:2]
     return (
         f"--pp {' or '.join(str(size) for size in sorted(nearest))} would, or set the sizes of the first and last stage"
-        " (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)"
+        " (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers), or of all of them"
+        " (--pipeline-model-parallel-layout)"
     )

@@ -60,7 +60,12 @@ def sharing_problem(config: ModelConfig, grid: Parallelism) -> str | None:
 
 def _together(num_layers: int, first: int, grid: Parallelism) -> str:
     """A split that has the layers from `first` on on one stage."""
-    given = {"--vpp": grid.vpp > 1, "--decoder-first-pipeline-num-layers": grid.first_stage_layers is not None}
+    by_layout = grid.pipeline_layout is not None
+    given = {
+        "--pipeline-model-parallel-layout": by_layout,
+        "--vpp": grid.vpp > 1 and not by_layout,
+        "--decoder-first-pipeline-num-layers": grid.first_stage_layers is not None,
+    }
     less = " and ".join(option for option, there in given.items() if there)
     without = f" (without {less})" if less else ""
     for stages in range(min(grid.pp - 1, first), 0, -1):

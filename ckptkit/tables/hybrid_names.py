@@ -97,7 +97,7 @@ def hybrid_args(args: Mapping[str, Any], moe: Sequence[bool], stages: Iterable[S
     segments = ("".join(ATTENTION + (MOE if moe[layer] else MLP) for layer in stage) for stage in stages)
     skip = args.get("window_attn_skip_freq")
     return {
-        **args,
+        **{name: value for name, value in args.items() if name != "pipeline_model_parallel_layout"},
         "num_layers": 2 * len(moe),
         PATTERN: "|".join(segments),
         "is_hybrid_model": True,

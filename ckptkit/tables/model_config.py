@@ -7,7 +7,16 @@ between layers is in `LayerConfig`, so a uniform model is simply one whose layer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+_LAYOUT = {"layout": True}
+"""Marks a layout fact: by this field stored bytes are cut into tensors, so that another value yields other weights."""
+
+
+def is_layout(of: type[Any], name: str) -> bool:
+    """Whether a field of one of these classes is a layout fact."""
+    return any(one.name == name and one.metadata.get("layout", False) for one in fields(of))
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Rope:
 class LayerConfig:
     """One decoder layer. Sizes are global (before tensor parallelism), in elements.
 
+    Fields marked as layout facts say how stored bytes are cut into tensors.
+
     Attributes:
         num_heads: Query heads.
         num_kv_heads: Key/value heads (query groups in Megatron's words).
@@ -64,16 +75,16 @@ class LayerConfig:
         norm_eps: Epsilon of the norms of this layer, or None for the model's.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
+    num_heads: int = field(metadata=_LAYOUT)
+    num_kv_heads: int = field(metadata=_LAYOUT)
+    head_dim: int = field(metadata=_LAYOUT)
+    ffn_hidden_size: int = field(metadata=_LAYOUT)
     rope: Rope
     window: int | None = None
-    moe: bool = False
-    k_eq_v: bool = False
-    kv_donor: int | None = None
-    hidden_size: int | None = None
+    moe: bool = field(default=False, metadata=_LAYOUT)
+    k_eq_v: bool = field(default=False, metadata=_LAYOUT)
+    kv_donor: int | None = field(default=None, metadata=_LAYOUT)
+    hidden_size: int | None = field(default=None, metadata=_LAYOUT)
     norm_eps: float | None = None
 
 
@@ -96,6 +107,9 @@ class Adapter:
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only language model.
+
+    Fields marked as layout facts say how stored bytes are cut into tensors, or what they mean; nothing outranks what a
+    checkpoint says of them. The number of `layers` is one.
 
     Attributes:
         family: Name of the family that owns the table, e.g. `llama`.
@@ -140,9 +154,9 @@ class ModelConfig:
 
     family: str
     architecture: str
-    hidden_size: int
+    hidden_size: int = field(metadata=_LAYOUT)
     vocab_size: int
-    layers: tuple[LayerConfig, ...]
+    layers: tuple[LayerConfig, ...] = field(metadata=_LAYOUT)
     tied: bool
     norm_eps: float
     max_position_embeddings: int
@@ -151,26 +165,26 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     activation: str = "silu"
-    gated: bool = True
+    gated: bool = field(default=True, metadata=_LAYOUT)
     init_std: float = 0.02
     dtype: str | None = None
-    num_experts: int = 0
+    num_experts: int = field(default=0, metadata=_LAYOUT)
     experts_per_token: int = 0
-    moe_ffn_hidden_size: int = 0
+    moe_ffn_hidden_size: int = field(default=0, metadata=_LAYOUT)
     norm_topk_prob: bool = True
-    zero_centered_norms: bool = False
+    zero_centered_norms: bool = field(default=False, metadata=_LAYOUT)
     post_norms: bool = False
     scaled_embedding: bool = False
     softmax_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     value_norm: bool = False
-    parallel_dense: bool = False
+    parallel_dense: bool = field(default=False, metadata=_LAYOUT)
     router_scales: bool = False
     layer_scalars: bool = False
-    per_layer_input_size: int = 0
+    per_layer_input_size: int = field(default=0, metadata=_LAYOUT)
     per_layer_vocab_size: int = 0
-    adapter: Adapter | None = None
+    adapter: Adapter | None = field(default=None, metadata=_LAYOUT)
     value_head: bool = False
     value_bias: bool = False
 

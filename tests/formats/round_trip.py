@@ -17,7 +17,8 @@ WRITER = Parallelism(2, 2)
 
 
 def label(job: Job) -> str:
-    return f"{job.model}-{job.action}-tp{job.tp}-pp{job.pp}-vpp{job.vpp}-ep{job.ep}"
+    layout = "" if job.layout is None else f"-{job.layout}"
+    return f"{job.model}-{job.action}-tp{job.tp}-pp{job.pp}-vpp{job.vpp}-ep{job.ep}{layout}"
 
 
 def check(ranks: RankProcesses, folder: Path, job: Job) -> None:
@@ -30,7 +31,7 @@ def check(ranks: RankProcesses, folder: Path, job: Job) -> None:
             source,
             megatron,
             to="torch_dist" if distributed else "torch",
-            grid=WRITER if distributed else Parallelism(job.tp, job.pp, job.vpp, ep=job.ep),
+            grid=WRITER if distributed else Parallelism(job.tp, job.pp, job.vpp, ep=job.ep, pipeline_layout=job.layout),
             spec="local",
             make_vocab_size_divisible_by=8,
             megatron_model=job.schema,

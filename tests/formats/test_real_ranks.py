@@ -7,6 +7,7 @@ or 0.19.2 is; ranks are gloo processes, on CUDA devices where there are any.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,17 @@ from tests.formats.round_trip import check, label
 pytest.importorskip("megatron.core")
 pytestmark = pytest.mark.slow
 
-GRIDS: dict[str, list[dict[str, int]]] = {
-    "qwen3": [{}, {"tp": 2, "pp": 2, "vpp": 2}, {"tp": 4}, {"pp": 4}, {"tp": 2, "pp": 2}],
-    "qwen3_tied": [{}, {"tp": 2, "pp": 2}],
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "qwen3": [
+        {},
+        {"pp": 2, "layout": "Et|tttL"},
+        {"tp": 2, "pp": 2, "vpp": 2, "layout": "Et||tt|tL"},
+        {"tp": 2, "pp": 2, "vpp": 2},
+        {"tp": 4},
+        {"pp": 4},
+        {"tp": 2, "pp": 2},
+    ],
+    "qwen3_tied": [{}, {"tp": 2, "pp": 2}, {"pp": 4, "layout": "E||ttt|tL"}],
     "qwen3_moe": [{}, {"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2, "ep": 2}, {"ep": 4}],
 }
 JOBS = [

@@ -66,6 +66,8 @@ UNEVEN = {
     "first and last stage": (4, Parallelism(1, 3, first_stage_layers=1, last_stage_layers=1)),
     "embedding counted": (5, Parallelism(1, 2, embedding_in_split=True)),
     "both counted, virtual stages": (6, Parallelism(1, 2, 2, embedding_in_split=True, loss_in_split=True)),
+    "a custom layout": (4, Parallelism(1, 3, pipeline_layout="Et|t*2|tL")),
+    "a custom layout with empty and virtual stages": (4, Parallelism(1, 2, pipeline_layout="Et||ttt|L")),
     "stage with the embedding only": (2, Parallelism(1, 3, embedding_in_split=True)),
 }
 
