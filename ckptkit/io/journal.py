@@ -1,7 +1,8 @@
-"""The journal of a run: one line per finished file, so that a killed run can be taken up again.
+"""The journal of a run: one line per finished file, so that a killed run can be resumed.
 
-The first line names the plan and its sources as they were. Each other line is written and synced only after the file it
-speaks of is durable; it says what that file was like. A line that a crash cut short does not count.
+The first line holds the digest of the plan and the fingerprints of its sources. Each further line is written and synced
+only after its file is durable, and holds the facts by which a change of the file is noticed. A line that a crash cut
+short does not count.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class FileJournal:
         return dict(self._finished)
 
     def record(self, path: str, size: int, sha256: str | None) -> None:
-        """Notes that a file is durable.
+        """Records that a file is durable.
 
         Raises:
             StorageError: The file is not what it should be, or the line cannot be written.
@@ -224,7 +225,7 @@ class FileJournal:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line, or None if it was cut short or damaged."""
+    """The content of a line, or None if it is cut short or damaged."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):

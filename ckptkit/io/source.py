@@ -35,7 +35,7 @@ class TouchedError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What tells that a file was not touched.
+    """The facts by which a change of a file is noticed.
 
     Attributes:
         path: Absolute.
@@ -190,8 +190,8 @@ class Seen:
 class Sources:
     """The open source files of one thread.
 
-    Reads go through `preadv` and not through a memory map: a file that somebody truncates meanwhile is
-    then a short read, and not a signal that kills the process.
+    Reads use `preadv` and not a memory map. A file that another program truncates meanwhile is then a short read, and
+    not a signal that kills the process.
     """
 
     def __init__(self) -> None:

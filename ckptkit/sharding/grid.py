@@ -106,7 +106,7 @@ class Parallelism:
 
 @dataclass(frozen=True, slots=True)
 class StatedGrid:
-    """What somebody says of a stored grid that does not describe itself, in sizes of a `Parallelism`; None: nothing."""
+    """Sizes the user gives for a stored grid without `args`. None: not given. The names are those of `Parallelism`."""
 
     tp: int | None = None
     pp: int | None = None
@@ -117,5 +117,5 @@ class StatedGrid:
     last_stage_layers: int | None = None
 
     def sizes(self) -> dict[str, int]:
-        """What is said: name of a size in `Parallelism` -> size."""
+        """The given sizes: name in `Parallelism` -> size."""
         return {field.name: size for field in fields(self) if (size := getattr(self, field.name)) is not None}
