@@ -40,7 +40,7 @@ from ckptkit.sizes import human_size
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
-_LARGEST_SEAL = 1 << 26  # it says something of each source
+_LARGEST_SEAL = 1 << 26  # it has an entry for each source
 _OWN_ENTRIES = 4  # lock, partial directory, journal and seal
 
 
@@ -269,7 +269,7 @@ class Destination:
             os.close(fd)
 
     def _seal_of(self, sources: Iterable[Fingerprint], number: int) -> dict[str, object]:
-        """What is noted of the directory of this inode, which holds what the plan gives from these sources."""
+        """The content of the seal, for the directory with this inode, made from these sources."""
         known = list(sources)
         versions = [list(source.version) for source in known]
         return {"plan": self._plan.digest(known), "sources": versions, "output": number}
@@ -444,7 +444,7 @@ class Destination:
         self._journal = FileJournal(journal, self.directory, digest, self._fingerprints, kept or ())
 
     def _kept(self, digest: str) -> list[Finished] | None:
-        """What an earlier run finished and still counts, or None where it left nothing to go on with."""
+        """Files of an earlier run that still count, or None if there is nothing to resume from."""
         recorded = read_journal(self._partial / _JOURNAL)
         if recorded is None or not self.directory.is_dir():
             return None
@@ -471,7 +471,7 @@ class Destination:
             found = next(strangers(self.directory, {file.path for file in self._plan.files}), None)
         if found is not None:
             hint = "run again with --resume, which removes it"
-            raise StorageError("something that this conversion did not write", where=found, hint=hint)
+            raise StorageError("an entry that this conversion did not write", where=found, hint=hint)
 
 
 @contextmanager
