@@ -39,13 +39,13 @@ DEFAULT_DIVISIBLE_BY = 128
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of any format, opened. It does not change: what makes another of it copies it (`replace`).
+    """An opened checkpoint of any format. It is frozen; a change makes a copy (`replace`).
 
     Attributes:
         path: Where it is.
         format: `hf`, `packed`, `torch`, `torch_dist`, `dcp` or `fsdp`.
         family: The family whose table it follows.
-        config: What it describes; for Megatron formats stored `args` override the sidecar's config.json.
+        config: The model; for Megatron formats stored `args` override the sidecar's config.json.
         sidecar: The Hugging Face side: config.json and small files, headers, tensors without a Megatron slot.
         items: Canonical name -> table item, in table order.
         tensors: Canonical name -> tensor without vocabulary padding.
@@ -54,12 +54,12 @@ class Checkpoint:
         padded_vocab_size: Rows of the stored embedding.
         padding: Canonical name -> the rows of vocabulary padding that are stored below its tensor.
         args: Megatron's `args`, empty for Hugging Face.
-        comparisons: What must be equal for the view to be the whole truth (replicated shards, tied copies).
-        coverage: How many stored tensors were used, are replicas, travel in the sidecar, ...
-        notes: What a user should know.
+        comparisons: Copies that must be equal, because only one of them is used (replicated shards, tied copies).
+        coverage: Number of stored tensors that are used, are replicas, go into the sidecar, ...
+        notes: Notes for the user.
         disagreements: Fields in which `args` contradict config.json, as sentences.
         optimizer: The optimizer's state beside the model, which is left out.
-        seen: The files that it was read from, as they were before.
+        seen: Fingerprints of its files from before they were read.
     """
 
     path: Path
@@ -87,23 +87,23 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, each counted once; what travels in the sidecar is not counted."""
+        """Number of parameters, each counted once; tensors in the sidecar do not count."""
         return sum(item.parameters for item in self.items.values())
 
     @property
     def main_dtype(self) -> str:
-        """What torch calls the element type that most bytes have."""
+        """The element type that most bytes have, as torch names it."""
         return TORCH_DTYPE_NAMES[most_common_dtype(self.tensors.values())]
 
     @property
     def stored_names(self) -> set[str]:
-        """What the Hugging Face model it came from called its tensors; empty if that is not known."""
+        """Names of the tensors in the original Hugging Face model; empty if they are not known."""
         return {name for header in self.sidecar.headers.values() for name in header.entries}
 
     @property
     def towers_are_missing(self) -> bool:
-        """Whether this is a multimodal model of which there is no more than the text part."""
-        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory is what it is
+        """Whether this is a multimodal model of which the checkpoint holds the text part only."""
+        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory counts as complete
             return False
         towers = {name for name in self.stored_names if self.family.is_extra(name, self.config)}
         return bool(towers - self.sidecar.extras.keys()) if self.stored_names else not self.sidecar.extras
@@ -112,7 +112,7 @@ class Checkpoint:
         """Everything that the Hugging Face model holds.
 
         Args:
-            names: What the model it came from called its tensors, to be named so again; empty for canonical names.
+            names: Names of the tensors in the original model, to get the same spelling; empty for canonical names.
         """
         family, config = self.family, self.config
         spelling = family.hf_spelling(names, config) if names else family.hf_spellings[0]
@@ -130,7 +130,9 @@ class Checkpoint:
         return family.fuse(tensors, config, spelling.name)
 
     def dropped(self, names: Collection[str]) -> list[Dropped]:
-        """What `hf_tensors` leaves behind because the model does not use it, unless this very opening put it there.
+        """Stored parts that `hf_tensors` drops, because the model does not use them.
+
+        Parts that were filled in by opening this checkpoint do not count.
 
         Args:
             names: As for `hf_tensors`.
@@ -279,16 +281,16 @@ def is_on(item: Item, stage: Stage, grid: Parallelism) -> bool:
 
 
 def vocabulary_multiple(vocab_size: int, tp: int, spelling: Spelling, asked: int | None) -> int:
-    """What the vocabulary is padded to a multiple of, times `tp`.
+    """The vocabulary is padded to a multiple of this number times `tp`.
 
     Args:
-        vocab_size: Its size.
+        vocab_size: Size of the vocabulary.
         tp: Tensor parallel size.
-        spelling: Whose names are written.
-        asked: What the user asks for, or None.
+        spelling: Spelling of the output.
+        asked: The number that the user asks for, or None.
 
     Raises:
-        UsageError: It is no multiple, or this writer pads nothing, and padding is asked for or needed.
+        UsageError: The number is not positive; or the spelling does not pad, and padding is asked for or needed.
     """
     if asked is not None and asked < 1:
         raise UsageError(f"--make-vocab-size-divisible-by must be at least 1, got {asked}")
@@ -306,10 +308,10 @@ def vocabulary_multiple(vocab_size: int, tp: int, spelling: Spelling, asked: int
 
 
 def check_grid(config: ModelConfig, grid: Parallelism) -> None:
-    """Whether a model can be written for a grid.
+    """Checks that a model can be written for a grid.
 
     Raises:
-        UsageError: Its sizes do not divide over the grid, or experts are to be split and there are none.
+        UsageError: Its sizes do not divide over the grid, or `--etp` is given for a model without experts.
     """
     if grid.etp is not None and not config.num_experts:
         raise UsageError("--etp needs a model with experts, and this one has none")

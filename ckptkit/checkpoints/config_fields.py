@@ -14,13 +14,13 @@ NUM_LAYERS = "num_layers"
 
 @dataclass(frozen=True)
 class FieldDifference:
-    """A field, and what either description says.
+    """A field in which two descriptions differ.
 
     Attributes:
         name: Its name in `ModelConfig`, or in `LayerConfig` if it belongs to a layer; a field inside of a field
             follows it, as in `rope theta`.
-        left: What one says.
-        right: What the other says.
+        left: Value in the first description.
+        right: Value in the second.
         layer: Number of the layer, or None.
     """
 

@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint says about its model, apart from the weights: reference, sidecar or `args`."""
+"""The description of the model in a Megatron checkpoint: from a reference, the sidecar or `args`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ckptkit.tables.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says of a Megatron checkpoint."""
+    """Facts that the user states about a Megatron checkpoint."""
 
     reference: HfFiles | None
     grid: StatedGrid
@@ -56,7 +56,7 @@ def complete(files: HfFiles) -> tuple[HfFiles, list[str]]:
 
 @dataclass(frozen=True)
 class Description:
-    """What a Megatron checkpoint says of its model, apart from the weights."""
+    """The description of the model in a Megatron checkpoint."""
 
     family: Family
     config: ModelConfig
@@ -97,9 +97,9 @@ def _compare_vocabulary(size: int, stated: int | None, vocabulary: Vocabulary) -
     """Contradictions between config.json and `args` about the number of tokens, and notes.
 
     Args:
-        size: What config.json says.
-        stated: What the user says, or None.
-        vocabulary: What is stored, and what `args` say.
+        size: The number in config.json.
+        stated: The number that the user states, or None.
+        vocabulary: The stored rows, and the number in `args`.
     """
     in_args = vocabulary.in_args
     if in_args in (None, size):

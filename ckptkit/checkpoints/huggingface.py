@@ -18,7 +18,7 @@ from ckptkit.tables.bounds import check_counts
 
 
 def open_hf_files(files: HfFiles) -> Checkpoint:
-    """Opens what a Hugging Face directory holds, or what would be in one.
+    """Opens the content of a Hugging Face directory, or of a module's state with the same names.
 
     Raises:
         InputError: Tensors are missing, mis-shaped or unknown.

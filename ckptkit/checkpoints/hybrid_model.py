@@ -1,6 +1,6 @@
-"""Checkpoints of a HybridModel as those of the GPTModel with the same tensors, which is what the tables know.
+"""Turns checkpoints of a HybridModel into those of the GPTModel with the same tensors, which the tables know.
 
-The stages become one, because a HybridModel may part its stages in the middle of what GPTModel calls a layer.
+The stages become one. The reason: a stage of HybridModel may end in the middle of a layer of GPTModel.
 """
 
 from __future__ import annotations

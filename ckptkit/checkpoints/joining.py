@@ -24,7 +24,7 @@ from ckptkit.tensors import Tensor, vstack
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of a checkpoint's ranks, and what is known of the model in them.
+    """The files of a checkpoint's ranks, and facts about the model in them.
 
     Attributes:
         path: Where they are, for messages.
@@ -55,12 +55,12 @@ class Joined:
 
     Attributes:
         tensors: Canonical name -> tensor without vocabulary padding.
-        towers: Hugging Face name -> tensor, for what is no part of the text model but stored beside it.
+        towers: Hugging Face name -> tensor, for tensors stored beside the text model.
         padded_vocab_size: Rows of the stored embedding.
         padding: Canonical name -> the rows of vocabulary padding below a tensor, where there are any.
-        comparisons: What must be equal for these tensors to be the whole truth.
+        comparisons: Copies that must be equal, because only one of them is used.
         coverage: How many stored tensors were used, and how many are replicas.
-        notes: What a user should know.
+        notes: Notes for the user.
     """
 
     tensors: dict[str, Tensor]
@@ -86,7 +86,7 @@ def join_shards(shards: Shards) -> Joined:
 
 
 class _Joiner:
-    """One joining: what it has taken of the shards, and what it has found so far."""
+    """One joining: the tensors taken from the shards so far, and the results so far."""
 
     def __init__(self, shards: Shards) -> None:
         self.given = shards
@@ -199,7 +199,7 @@ class _Joiner:
         return tensor.rows(0, size)
 
     def _take_towers(self) -> dict[str, Tensor]:
-        """Takes what is no part of the text model, but stored beside it."""
+        """Takes the tensors that are stored beside the text model."""
         towers = self.given.family.towers
         found: dict[str, Tensor] = {}
         for _, chunk in sorted(self.left.items()):

@@ -1,4 +1,4 @@
-"""Where in a folder the checkpoint is: a root with iterations, one iteration, or what a trainer put around it."""
+"""Finds the checkpoint in a folder: in a root with iterations, one iteration, or the folders of a trainer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ckptkit.formats.trainer_states.dcp import DCP
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint is.
+    """The folders of a checkpoint.
 
     Attributes:
-        folder: What holds the weights.
-        root: What holds the sidecar and the tracker file: the folder itself, or what is around it.
+        folder: The folder with the weights.
+        root: The folder with the sidecar and the tracker file: `folder` itself, or its parent.
         reference: A Hugging Face directory that its writer put beside the weights, or None.
     """
 
@@ -88,11 +88,11 @@ def _readable_roots(path: Path) -> tuple[Path, ...]:
 
 
 def _around(folder: Path, wanted: str) -> Path:
-    """The directory around a folder, also where that is called `.` or `..`, or is a link from somewhere else.
+    """The parent directory of a folder, also if the folder is called `.` or `..`, or is a link from somewhere else.
 
     Args:
-        folder: What is in it.
-        wanted: What else should be in it; the directory around the link comes first, then that of what it links to.
+        folder: The folder.
+        wanted: An entry that the parent should have. The parent of the link comes first, then that of its target.
     """
     named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
     real = folder.resolve().parent

@@ -38,7 +38,7 @@ def open_checkpoint(
     Raises:
         InputError: It is damaged, incomplete, or holds tensors that the family does not have.
         UnsupportedError: No family or format of ours.
-        UsageError: What is said of it contradicts what it says itself, or has no meaning for it.
+        UsageError: The options contradict the checkpoint, or do not apply to it.
     """
     place = find_place(Path(path), iteration)
     reference = place.reference if hf_reference is None else Path(hf_reference)

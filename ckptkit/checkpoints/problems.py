@@ -12,7 +12,7 @@ UNTIED_HEAD = (
     "if the head was trained apart from the embedding, set tie_word_embeddings to false in config.json (and"
     " untie_embeddings_and_output_weights in args); else the checkpoint is inconsistent"
 )
-"""What to do if the head of a tied model is not the embedding."""
+"""Hint for a tied model whose head is not the embedding."""
 
 
 class Problems:
@@ -27,7 +27,7 @@ class Problems:
     def take(
         self, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...] | None, where: str = ""
     ) -> Tensor | None:
-        """Removes and returns a tensor of `shape` (None: any), or notes what is wrong with it."""
+        """Removes and returns a tensor of `shape` (None: any), or records a problem with it."""
         tensor = tensors.pop(name, None)
         if tensor is None:
             self.missing.append(name + where)
@@ -42,7 +42,7 @@ class Problems:
         self.extra.extend(sorted(names))
 
     def check(self) -> None:
-        """Raises what was noted.
+        """Raises the recorded problems as one error.
 
         Raises:
             InputError: Anything was.

@@ -43,7 +43,7 @@ from ckptkit.tables.megatron_names import norms_from_local_spec
 from ckptkit.tensors import Tensor
 
 Reader = Callable[[Place, Given], Checkpoint]
-"""Opens what is at a place, with what the user says about it."""
+"""Opens the checkpoint at a place, with the facts that the user states about it."""
 
 
 def _read_shards(place: Place, given: Given) -> Checkpoint:
@@ -129,7 +129,7 @@ def _stored_size(grid: Parallelism, name: str) -> int | str | None:
 
 
 def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
-    """Distributed checkpoints hold whole tensors: they are joined as one rank's, and the grid is what `args` say."""
+    """Distributed checkpoints hold whole tensors: they are joined like one rank's, and the grid comes from `args`."""
     files = open_torch_dist(place.folder, place.root)
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)

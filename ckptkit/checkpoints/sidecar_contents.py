@@ -1,4 +1,4 @@
-"""Whether a sidecar is one of the model beside it: it is input like any other, and may hold anything."""
+"""Checks that a sidecar belongs to the model beside it. A sidecar is input like any other file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckptkit.tensors import Tensor
 
 
 def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConfig, root: Path) -> None:
-    """Checks that the tensors of a sidecar are those that a model has beside Megatron's.
+    """Checks that the tensors of a sidecar are those of the model that have no place in Megatron.
 
     Args:
         extras: Hugging Face name -> tensor.
@@ -25,7 +25,7 @@ def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConf
         root: What holds the sidecar.
 
     Raises:
-        InputError: One is a tensor of the model itself, of which there would be two, or of no such model.
+        InputError: One is a tensor that the checkpoint also has, or that the model does not have.
     """
     others = sorted(name for name in extras if not family.is_extra(name, config))
     if not others:
@@ -41,7 +41,7 @@ def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConf
 def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: Path) -> int | None:
     """Checks the headers of a sidecar against the model that its config.json describes.
 
-    The number of tokens is left to whoever compares it with `args` and with what the user says.
+    The number of tokens is not checked here: the caller compares it with `args` and with `--vocab-size`.
 
     Args:
         sidecar: As it was read.
@@ -66,7 +66,7 @@ def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: P
 
 
 def _described(headers: Mapping[str, Header]) -> dict[str, Tensor]:
-    """What headers say of tensors: stand-ins of their types and shapes."""
+    """Name in the headers -> a placeholder tensor with the type and shape."""
     return {
         name: Tensor.full(entry.dtype, entry.shape)
         for header in headers.values()
@@ -77,7 +77,7 @@ def _described(headers: Mapping[str, Header]) -> dict[str, Tensor]:
 def _model_of(
     headers: Mapping[str, Header], family: Family, config: ModelConfig, root: Path
 ) -> tuple[dict[str, Tensor], int | None]:
-    """What headers describe, under canonical names, if a directory of it could be opened; and its number of tokens."""
+    """The tensors in the headers under canonical names, checked like an opened directory, and the number of tokens."""
     problems, where = Problems(root / FOLDER / HEADERS), root / FOLDER / HEADERS
     tokens: int | None = None
     described = _described(headers)

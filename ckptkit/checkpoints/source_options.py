@@ -1,4 +1,4 @@
-"""What a user says about a checkpoint that does not describe itself in full, as one record."""
+"""Facts that a user states about a checkpoint that does not describe itself in full, as one record."""
 
 from __future__ import annotations
 

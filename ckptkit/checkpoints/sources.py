@@ -18,7 +18,7 @@ def open_source(
     """Opens a checkpoint, a path or a hub reference, and notes in its sidecar where it came from.
 
     Args:
-        stack: What keeps fetched files until they are no longer needed.
+        stack: Keeps fetched files until it closes.
         src: A directory, or `org/model@revision` on the hub.
         hf_reference: The same, for what supplies config.json, tokenizer and shard map.
         headers_only: Fetch no more than a plan needs.

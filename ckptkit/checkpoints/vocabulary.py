@@ -45,7 +45,7 @@ class Vocabulary:
         """Its size where no config.json says it: as `args` say, if padding explains the rows beyond, or as stated.
 
         Args:
-            stated: What the user says.
+            stated: The number of tokens that the user states, or None.
             where: The checkpoint.
 
         Raises:
@@ -77,8 +77,8 @@ def stored_vocabulary(ranks: Mapping[RankKey, RankFile], args: Mapping[str, Any]
         for chunk in chunks.values():
             shards.update((tp_rank, tensor) for name, tensor in chunk.items() if name.endswith(_EMBEDDINGS))
     rows = sum(size for shard in shards.values() for size in shard.shape[:1])
-    # Where nothing says what it was padded for, it is taken for a multiple of Megatron-LM's 128 times the ranks that
-    # wrote it: a distributed checkpoint has one piece for each, so that less than one such step may be padding.
+    # Without a record of the padding, assume a multiple of Megatron-LM's 128 times the ranks that wrote it. A
+    # distributed checkpoint has one piece for each of these ranks. Fewer rows than one such step may be padding.
     pieces = sum(len(shard.bands) for shard in shards.values())
     divisible_by = args.get("make_vocab_size_divisible_by") or DEFAULT_DIVISIBLE_BY
     multiple = divisible_by * (args.get("tensor_model_parallel_size") or max(pieces, 1))

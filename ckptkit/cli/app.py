@@ -1,4 +1,4 @@
-"""The command `ckptkit`: its commands put together. What a command does is imported only when it runs."""
+"""The command `ckptkit`, with all its subcommands. A subcommand imports its implementation only when it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 _split_llama = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Join the first layers of a narrow Llama and the last ones of a wide Llama, with an adapter between them.",
+    help="Join the first layers of a narrow Llama and the last layers of a wide Llama, with an adapter between them.",
 )
 
 
@@ -30,7 +30,7 @@ _split_llama = typer.Typer(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Model checkpoints between Hugging Face and Megatron layouts: converted byte for byte, and verified."""
+    """Convert model checkpoints between Hugging Face and Megatron layouts, byte for byte, and verify the result."""
     if version:
         typer.echo(f"ckptkit {__version__}")
         raise typer.Exit

@@ -20,7 +20,7 @@ HINTS = {
     **dict.fromkeys(("huggingface", "hugging-face", "transformers", "safetensors"), "Hugging Face's format is hf"),
     **dict.fromkeys(("dist", "torch-dist", "dcp", "torchdist"), "distributed checkpoints are torch_dist"),
 }
-"""Words that people try for `--to`."""
+"""Words that users try for `--to`, and the hint they get."""
 
 EXAMPLES = """\b
 Examples:
@@ -41,8 +41,8 @@ def convert(
         choice(
             "--to",
             FORMATS,
-            "Format to write: Hugging Face, unsharded Megatron names in safetensors, Megatron-LM's mp_rank files, or"
-            " Megatron-Core's distributed checkpoint.",
+            "Format to write: Hugging Face; packed, Megatron's names in unsharded safetensors files; Megatron-LM's"
+            " mp_rank files; or Megatron-Core's distributed checkpoint.",
             panel=FORMAT,
             hints=HINTS,
         ),
@@ -73,8 +73,8 @@ def convert(
         choice(
             "--layout",
             LAYOUTS,
-            "All of a multimodal model, or its text part under a text model's names; legacy: the published layout of a"
-            " split Llama.",
+            "The full model; the text part of a multimodal model, under the names of a text model; or the published"
+            " layout of a split Llama.",
             panel=FORMAT,
         ),
     ] = FULL,
@@ -94,8 +94,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="zeros|normal|file:PATH",
-            help="What a new head holds: zeros (the default), normal with the deviation that the model was initialised"
-            " with, or the head in a safetensors file.",
+            help="Weights of the new head: zeros (the default), normal with the standard deviation in config.json, or"
+            " those in a safetensors file.",
             rich_help_panel=FORMAT,
         ),
     ] = None,
@@ -104,8 +104,8 @@ def convert(
         choice(
             "--megatron-model",
             MODELS,
-            "Whose names and arguments Megatron's formats get: GPTModel's, or HybridModel's, which succeeds it in"
-            " megatron-core 0.19. Either is recognised on reading.",
+            "The model class whose names and arguments Megatron formats get: GPTModel, or its successor since"
+            " megatron-core 0.19, HybridModel. Reading recognises both.",
             panel=FORMAT,
         ),
     ] = GPT,
@@ -123,7 +123,7 @@ def convert(
         int | None,
         typer.Option(
             metavar="N",
-            help="Pad the vocabulary to a multiple of this times TP, as Megatron-LM does. Default: 128 (packed: 1).",
+            help="Pad the vocabulary to a multiple of N times TP, as Megatron-LM does. Default: 128 (--to packed: 1).",
             rich_help_panel=FORMAT,
         ),
     ] = None,
@@ -139,7 +139,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format or parallel grid.
 
-    Nothing is loaded: the headers say which byte goes where, the plan is checked, and the bytes are copied.
+    The headers alone decide which byte goes where. The plan is checked, and then the bytes are copied: no model is
+    loaded.
     """
     from ckptkit.cli import rendering
     from ckptkit.conversion import convert as conversion

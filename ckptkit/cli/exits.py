@@ -1,4 +1,4 @@
-"""Every way that a command can end: signals, errors and bugs become one line and an exit code here."""
+"""All ways in which a command ends. Signals, errors and bugs become one line and an exit code here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Exit codes:
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception: nothing on the way up may take it for a failure and continue."""
+    """SIGINT or SIGTERM arrived. It is no Exception, so that no handler takes it for a failure and continues."""
 
     def __init__(self, signum: int) -> None:
         self.exit_code = 128 + signum
@@ -59,7 +59,7 @@ class Commands(TyperGroup):
         try:
             with _signals_raise():
                 code = self._run(arguments, prog_name, complete_var, **extra)
-        except Interrupted as error:  # between the work and here
+        except Interrupted as error:  # a signal after the work, before the handlers are restored
             code = error.exit_code
         if standalone_mode:
             sys.exit(code)
@@ -73,20 +73,22 @@ class Commands(TyperGroup):
             except Exception as error:
                 return _failed(output, error)
             except Interrupted as error:
-                return _fail(output, None, f"stopped by {error}{_what_stands(error, arguments)}", error.exit_code)
+                return _fail(
+                    output, None, f"stopped by {error}{_state_of_destination(error, arguments)}", error.exit_code
+                )
         except SystemExit as end:
             return _own_code(end)
-        except Exception:  # the error could not be told; that must not look like a difference
+        except Exception:  # the error could not be printed; exit code 1 would mean that checkpoints differ
             return EXIT_INTERNAL
 
 
 def _own_code(end: SystemExit) -> int:
-    """The code of an end that this package asked for; that of a library, which may mean anything, is a bug."""
+    """The exit code of a SystemExit that this package raised. Any other SystemExit counts as a bug."""
     return end.code if end.code in (0, SIGPIPE_EXIT) and isinstance(end.code, int) else EXIT_INTERNAL
 
 
 def _failed(output: Output, error: Exception) -> int:
-    """One line and an exit code for what went wrong."""
+    """Prints an error as one line and returns its exit code."""
     if isinstance(error, CkptkitError):
         return _fail(output, error, str(error), error.exit_code)
     if isinstance(error, OSError):
@@ -100,7 +102,7 @@ def _failed(output: Output, error: Exception) -> int:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """In here SIGINT and SIGTERM become `Interrupted`; a second one, should cleaning up hang, acts as it always did."""
+    """Turns SIGINT and SIGTERM into `Interrupted`. A second signal acts as usual, in case the clean-up hangs."""
 
     def interrupt(signum: int, frame: object) -> None:
         restore()
@@ -127,14 +129,14 @@ def _fail(output: Output, error: CkptkitError | None, message: str, exit_code: i
     return exit_code
 
 
-def _what_stands(error: Interrupted, arguments: list[str]) -> str:
-    """What is at the destination now, and how to continue: as the work noted it, or else it was not touched."""
+def _state_of_destination(error: Interrupted, arguments: list[str]) -> str:
+    """A sentence about the destination after a signal, from the notes of the error. No note: it was not touched."""
     notes = getattr(error, "__notes__", [])
     return f"; {'; '.join(notes)}" if notes else how_to_resume(arguments)
 
 
 def how_to_resume(arguments: list[str]) -> str:
-    """What to type next after a stopped conversion: the same line with --resume."""
+    """The command that continues a stopped conversion: the same line with --resume."""
     resumable = arguments[0] == "convert" or arguments[:2] == ["split-llama", "build"]
     if not resumable or "--dry-run" in arguments:
         return ""
@@ -143,14 +145,14 @@ def how_to_resume(arguments: list[str]) -> str:
 
 
 def _usage_message(error: Any) -> str:
-    """What typer says about a command line, with the command whose help explains it."""
+    """Typer's message about a command line, with the command whose help explains it."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "ckptkit"
     return f"{str(error.format_message()).rstrip('.')}; see {path} --help"
 
 
 def _json_file(arguments: list[str]) -> str | None:
-    """Where JSON is wanted, read from the raw command line: it may be too wrong for typer to parse."""
+    """The file for JSON, read from the raw command line, because typer may not be able to parse it."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for index, argument in enumerate(options):
         if argument.startswith("--json="):

@@ -1,4 +1,4 @@
-"""`ckptkit families`: what is supported."""
+"""`ckptkit families`: the supported architectures."""
 
 from __future__ import annotations
 

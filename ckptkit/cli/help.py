@@ -1,4 +1,4 @@
-"""Help in groups: options stand under the headings that they name, as plain text, which takes no time to print."""
+"""Help in groups: each option is listed under its heading. The help is plain text, because rich is slow to import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that look at checkpoints: their options, and where the work is done."""
+"""`ckptkit inspect`, `diff`, `validate` and `hash`: their options, and the calls."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def diff(
         typer.Option(
             "--hf-reference",
             metavar="DIR",
-            help="Hugging Face directory that describes the Megatron sides.",
+            help="Hugging Face directory with the config and tokenizer of the Megatron sides.",
         ),
     ] = None,
     threads: Threads = None,

@@ -22,11 +22,11 @@ def choice(
     """An option that takes one of some words.
 
     Args:
-        name: The option, as `--to`.
+        name: The option, for example `--to`.
         values: The words.
-        help: What it does.
+        help: Its help text.
         panel: Its heading in the help.
-        hints: Words that it does not take -> what to write instead.
+        hints: Wrong words -> the hint that the error gives.
     """
 
     def parse(text: str) -> str:
@@ -47,7 +47,7 @@ def choice(
 
 
 def alternatives(values: Sequence[str]) -> str:
-    """Words as a sentence lists them: `a, b or c`."""
+    """Words as a list in a sentence: `a, b or c`."""
     *others, last = values
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -71,7 +71,7 @@ ShardSize = Annotated[
     typer.Option(
         "--shard-size",
         metavar="SIZE",
-        help="Largest safetensors file, e.g. 5GB. The default keeps the files of a source that has some, or is 5GB.",
+        help="Largest safetensors file, e.g. 5GB. Default: the source's own files, or 5GB if it has none.",
         rich_help_panel=FORMAT,
     ),
 ]
@@ -114,14 +114,14 @@ def _size(option: str, what: str) -> Any:
         option,
         min=1,
         metavar="N",
-        help=f"{what} of mp_rank files whose args do not record it.",
+        help=f"{what} of mp_rank files without it in their args.",
         rich_help_panel=SOURCE,
     )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the user says about a checkpoint that does not describe itself in full."""
+    """Facts that the user states about a checkpoint that does not describe itself in full."""
 
     hf_reference: Annotated[
         str | None,
@@ -138,7 +138,7 @@ class Source:
             "--iteration",
             min=0,
             metavar="N",
-            help="Iteration to read. Default: what the tracker file names.",
+            help="Iteration to read. Default: the one in the tracker file.",
             rich_help_panel=SOURCE,
         ),
     ] = None
@@ -148,7 +148,7 @@ class Source:
             "--vocab-size",
             min=1,
             metavar="N",
-            help="True size of the vocabulary, where nothing else tells it from its padding.",
+            help="True size of the vocabulary, for a checkpoint that does not record it beside the padding.",
             rich_help_panel=SOURCE,
         ),
     ] = None
@@ -174,7 +174,7 @@ class Source:
     ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """Arguments of `open_checkpoint`."""
+        """The keyword arguments of `open_checkpoint`."""
         return {
             "hf_reference": self.hf_reference,
             "iteration": self.iteration,
@@ -242,7 +242,7 @@ class Grid:
             "--etp",
             "--expert-tensor-parallel-size",
             metavar="N",
-            help="Tensor parallel size of experts. Default: that of everything else.",
+            help="Tensor parallel size of experts. Default: the value of --tp.",
             rich_help_panel=GRID,
         ),
     ] = None
@@ -295,8 +295,8 @@ class Grid:
         bool,
         typer.Option(
             "--adapter-first",
-            help="Where two stages part at a split Llama's adapter, it ends the first one; it begins the second by"
-            " default, and the narrower stream is sent.",
+            help="Where two stages meet at a split Llama's adapter, put it at the end of the earlier stage. By default"
+            " it begins the later stage, and the narrow stream is sent.",
             rich_help_panel=GRID,
         ),
     ] = False

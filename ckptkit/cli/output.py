@@ -1,4 +1,4 @@
-"""The one place that writes to the terminal: data on stdout, chatter on stderr, JSON where asked for."""
+"""The one place that writes to the terminal: results on stdout, messages on stderr, and JSON on request."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class _Result(Protocol):
 
 
 class Output:
-    """Where a command's results go.
+    """The output of a command.
 
     Attributes:
-        json_file: Where JSON goes: `-` is stdout, None: no JSON.
+        json_file: The file for JSON. `-` is stdout; None means no JSON.
     """
 
     def __init__(self, json_file: str | None = None) -> None:
@@ -59,12 +59,12 @@ class Output:
         return self.json_file == "-"
 
     def result(self, result: T, render: Callable[[T, Console], None], data: object = None) -> None:
-        """Gives a command's result: as JSON where asked for, and to people unless stdout carries the JSON.
+        """Writes the result of a command: as JSON on request, and as text unless stdout carries the JSON.
 
         Args:
-            result: What was found.
-            render: Prints it for people.
-            data: What the JSON holds; `result.to_dict()` by default.
+            result: The result.
+            render: Prints it as text.
+            data: Content of the JSON; `result.to_dict()` by default.
 
         Raises:
             StorageError: The JSON file cannot be written.
@@ -76,7 +76,7 @@ class Output:
                 render(result, console)
 
     def json(self, data: object) -> None:
-        """Writes one JSON document to stdout or to the file asked for.
+        """Writes one JSON document to stdout or to the JSON file.
 
         Raises:
             StorageError: The file cannot be written.
@@ -131,12 +131,12 @@ class Output:
         columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Bar(*columns, console=_console(sys.stderr, sys.stderr), transient=True) as bar:
             task = bar.add_task(what, total=None)
-            # A full bar goes away: what follows it (syncing, starting ranks) is not measured in bytes.
+            # A full bar disappears: the work after it (syncing, starting ranks) is not measured in bytes.
             yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
 
 
 def say(text: str, *, label: str = "", style: str = "") -> None:
-    """Chatter on stderr, each line made printable. A reader that went away, or a full disk, is no reason to fail."""
+    """Prints a message on stderr, each line made printable. A closed stderr or a full disk is no reason to fail."""
     text = "\n".join(map(printable, text.split("\n")))
     try:
         if label and sys.stderr.isatty():
@@ -151,7 +151,7 @@ def say(text: str, *, label: str = "", style: str = "") -> None:
 
 
 class _Buffer(io.StringIO):
-    """Text for a stream, which says what that stream can encode: tables are drawn with ASCII where it must be."""
+    """A buffer with the encoding of a stream, so that rich draws tables in ASCII if the stream needs it."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class _Buffer(io.StringIO):
 
 
 def _console(stream: Any, file: Any) -> Console:
-    """A console that writes to `file` what suits `stream`."""
+    """A console that writes to `file`, formatted for `stream`."""
     from rich.console import Console
 
     terminal = stream.isatty()
@@ -175,8 +175,8 @@ def _write_stdout(text: str) -> None:
     """Writes to stdout.
 
     Raises:
-        StorageError: It is full, or closed behind us.
-        SystemExit: Its reader went away (`| head`): the process leaves as the signal would.
+        StorageError: It is full, or was closed.
+        SystemExit: Its reader has ended (`| head`). The exit code is that of SIGPIPE.
     """
     try:
         sys.stdout.write(text)

@@ -1,4 +1,4 @@
-"""Options that commands share, as dataclasses: a parameter of such a type stands for all options of the class.
+"""Shared options as dataclasses. A command with a parameter of such a type has all options of the class.
 
     @dataclass(frozen=True)
     class Execution:
@@ -8,8 +8,8 @@
     @with_records
     def convert(src: str, execution: Execution) -> None: ...
 
-declares `--dry-run` and `--threads`, and hands `convert` one `Execution`. Annotated with a `Prefix`, the same class
-declares its options a second time under other names: `--ref-iteration` and `--cand-iteration`.
+declares `--dry-run` and `--threads`, and passes one `Execution` to `convert`. An annotation `Prefix` declares the
+options of a class under other names. So a command can have them twice: `--ref-iteration` and `--cand-iteration`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Prefix:
     """Declares a record's options under other names.
 
     Attributes:
-        name: What stands before each name: `ref` makes `--ref-iteration` of `--iteration`.
+        name: The prefix: `ref` turns `--iteration` into `--ref-iteration`.
         panel: Heading of these options in the help.
     """
 
@@ -43,7 +43,7 @@ class _Record:
 
     Attributes:
         kind: Its class.
-        names: Parameter of the command line -> field of the class.
+        names: Name of the option's parameter -> field of the class.
     """
 
     kind: type
@@ -51,7 +51,7 @@ class _Record:
 
 
 def with_records(function: Callable[..., None]) -> Callable[..., None]:
-    """A function for typer whose parameters are single options; it calls `function` with records made of them."""
+    """Wraps `function` for typer: each option becomes a parameter of its own. A call fills the records from them."""
     hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
     records: dict[str, _Record] = {}
@@ -77,7 +77,7 @@ def with_records(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _kind(hint: Any) -> tuple[Any, Prefix | None]:
-    """The type that an annotation is about, and how its options are named."""
+    """The type in an annotation, and its `Prefix` if it has one."""
     if get_origin(hint) is not Annotated:
         return hint, None
     kind, *extras = get_args(hint)
@@ -98,7 +98,10 @@ def _options(kind: Any, prefix: Prefix | None) -> list[tuple[inspect.Parameter, 
 
 
 def _renamed(hint: Any, prefix: Prefix) -> Any:
-    """An option under other names and another heading; the first name of an annotated option is its `default`."""
+    """An option with a prefix before its names, under the prefix's heading.
+
+    Typer keeps the first name of an annotated option in the field `default`.
+    """
     kind, *extras = get_args(hint)
     info: OptionInfo
     (info,) = (extra for extra in extras if isinstance(extra, OptionInfo))

@@ -1,4 +1,4 @@
-"""Results as people read them."""
+"""Prints results as text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def human_count(count: int) -> str:
 
 
 def conversion(result: ConversionResult, console: Console) -> None:
-    """The plan of a conversion, and what became of it."""
+    """The plan of a conversion, its losses and notes, and its outcome."""
     source, target = result.source, result.target
     title = f"{source['architecture']} ({source['family']}): {_layout(source)} -> {_layout(target)}"
     console.print(line((title, "bold")))
@@ -79,7 +79,7 @@ def _share(part: int, total: int) -> str:
 
 
 def _dropped(record: dict[str, Any]) -> str:
-    """What was stored, is not used by the model, and stays behind."""
+    """A line about parts that are stored, but not used by the model, and therefore dropped."""
     size = record["max_abs_difference"]
     moved = "not measured" if size is None else f"{size:g}" + (f" in {record['where']}" if record["where"] else "")
     return f"{record['what']}: {record['parts']:,} parts, moved at most by {moved}"
@@ -97,7 +97,7 @@ def _closing_line(result: ConversionResult) -> Text:
 
 
 def inspection(result: Inspection, console: Console) -> None:
-    """What a checkpoint holds, by layer role."""
+    """The content of a checkpoint, by layer role."""
     console.print(line((f"{result.architecture} ({result.family}), {result.format}, {result.grid}", "bold")))
     console.print(line((result.path, "dim")), soft_wrap=True)
     rows = [
@@ -115,7 +115,7 @@ def inspection(result: Inspection, console: Console) -> None:
 
 
 def differences(result: Differences, console: Console) -> None:
-    """In what two checkpoints differ."""
+    """The differences between two checkpoints."""
     for name, side in (("A", result.a), ("B", result.b)):
         about = f"  {side['architecture']}, {side['format']}, {side['grid']}"
         console.print(line((f"{name}  ", "bold"), side["path"], (about, "dim")), soft_wrap=True)
@@ -130,7 +130,7 @@ def differences(result: Differences, console: Console) -> None:
 
 
 def _structure(structure: Structure) -> list[str]:
-    """What differs in the headers, as sentences."""
+    """The differences in the headers, as sentences."""
     return [
         *structure.config,
         *(f"only A has {name}" for name in structure.only_in_a),
@@ -202,7 +202,7 @@ def architectures(supported: Iterable[Architecture], console: Console) -> None:
 
 
 def verification(report: VerificationReport, console: Console) -> None:
-    """The answer of every level, and what is behind it."""
+    """The answer of every level, and the reason."""
     console.print(line((f"{report.candidate} against {report.reference}", "bold")), soft_wrap=True)
     rows = [
         (level.name, "same" if level.passed else "DIFFERS", "\n".join([level.summary, *level.messages]))

@@ -1,4 +1,4 @@
-"""The commands of `ckptkit split-llama`. What they do is done elsewhere, and imported only when they run."""
+"""`ckptkit split-llama build` and `fit`: their options, and the calls."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ADAPTER = "Adapter"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What an adapter is fitted to, and where."""
+    """The text that an adapter is fitted to, and the device that runs the models."""
 
     calibration: Annotated[
         Path | None,
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="What an adapter is fitted to: a text, or lists of token ids in a .json file.",
+            help="Text to fit the adapter to, or lists of token ids in a .json file.",
             rich_help_panel=ADAPTER,
         ),
     ] = None
@@ -48,7 +48,7 @@ class Calibration:
             "--calibration-tokens",
             min=2,
             metavar="N",
-            help="How many tokens of it; 32768 by default.",
+            help="Number of tokens to use. Default: 32768.",
             rich_help_panel=ADAPTER,
         ),
     ] = None
@@ -58,7 +58,7 @@ class Calibration:
             "--calibration-length",
             min=2,
             metavar="N",
-            help="Tokens of a sequence; 512 by default.",
+            help="Tokens in a sequence. Default: 512.",
             rich_help_panel=ADAPTER,
         ),
     ] = None
@@ -66,13 +66,13 @@ class Calibration:
         str,
         typer.Option(
             metavar="cpu|cuda",
-            help="Where the models run that an adapter is fitted to, layer by layer.",
+            help="Device that runs both models for a fit, layer by layer.",
             rich_help_panel=ADAPTER,
         ),
     ] = "cpu"
 
     def options(self) -> dict[str, object]:
-        """What fitted initialisations take."""
+        """The options of a fitted initialisation."""
         return {
             "calibration": self.calibration,
             "tokens": self.calibration_tokens,
@@ -101,8 +101,8 @@ def build(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="In place of FIRST, LAST, both numbers and --adapter: a JSON file with path8b, path70b, num_layers_8,"
-            " num_layers_70 and mlp.",
+            help="JSON file with path8b, path70b, num_layers_8, num_layers_70 and mlp. It replaces FIRST, LAST, both"
+            " numbers and --adapter.",
         ),
     ] = None,
     adapter: Annotated[
@@ -117,38 +117,39 @@ def build(
         str,
         typer.Option(
             metavar="NAME[:ARGUMENT]",
-            help="How the adapter starts: kaiming, orthogonal, identity-pad, file:PATH of a safetensors file, or"
-            " fitted to --calibration: lstsq, ridge[:STRENGTH], procrustes.",
+            help="Initial adapter: kaiming, orthogonal, identity-pad, file:PATH of a safetensors file, or fitted to"
+            " --calibration: lstsq, ridge[:STRENGTH], procrustes.",
             rich_help_panel=ADAPTER,
         ),
     ] = "kaiming",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of a random adapter.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Seed of a random adapter.")] = 0,
     accept_differences: Annotated[
         bool,
         typer.Option(
-            "--accept-differences", help="Build it although rope, caches, dtypes or tokenizers of the two differ."
+            "--accept-differences", help="Build even if rope, caches, dtypes or tokenizers of the two models differ."
         ),
     ] = False,
     legacy: Annotated[
         bool,
-        typer.Option("--legacy", help="Write the published layout, which cannot be loaded without FIRST and LAST."),
+        typer.Option("--legacy", help="Write the published layout. Loading it needs FIRST and LAST."),
     ] = False,
     shard_size: ShardSize = None,
     json: Json = False,
 ) -> None:
     """Build a split Llama: embedding and first layers of FIRST, an adapter, last layers, norm and head of LAST.
 
-    A plan of byte copies: nothing is loaded, only the adapter is made. OUT loads by itself with trust_remote_code.
+    Bytes are copied and only the adapter is computed: no model is loaded. transformers loads OUT with
+    trust_remote_code.
     """
     from ckptkit.cli import rendering
     from ckptkit.surgery import build as building
 
     if config is not None:
         if any(value is not None for value in (first, last, num_layers_8, num_layers_70, adapter)):
-            raise UsageError("--config stands in place of FIRST, LAST, --num-layers-* and --adapter", hint="drop them")
+            raise UsageError("--config replaces FIRST, LAST, --num-layers-* and --adapter", hint="drop them")
         recipe = building.read_schema(config)
     elif first is None or last is None or num_layers_8 is None or num_layers_70 is None:
-        raise UsageError("it takes FIRST, LAST, --num-layers-8 and --num-layers-70, or --config FILE")
+        raise UsageError("build needs FIRST, LAST, --num-layers-8 and --num-layers-70, or --config FILE")
     else:
         recipe = building.SplitRecipe(first, last, num_layers_8, num_layers_70, adapter or "linear")
     output = Output("-" if json else None)
@@ -173,18 +174,16 @@ def build(
 def fit(
     execution: Execution,
     calibration: Calibration,
-    hybrid: Annotated[str, typer.Argument(metavar="HYBRID", help="A split Llama of any format, or org/model.")],
+    split: Annotated[str, typer.Argument(metavar="SPLIT", help="A split Llama of any format, or org/model.")],
     out: Annotated[
         str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
     ],
     last: Annotated[
-        str, typer.Option("--last", metavar="LAST", help="The wide Llama that HYBRID has its last layers of.")
+        str, typer.Option("--last", metavar="LAST", help="The wide Llama that the last layers of SPLIT come from.")
     ],
     first: Annotated[
         str | None,
-        typer.Option(
-            "--first", metavar="FIRST", help="The narrow Llama; without it, the first layers of HYBRID itself count."
-        ),
+        typer.Option("--first", metavar="FIRST", help="The narrow Llama. Default: the first layers of SPLIT itself."),
     ] = None,
     adapter_init: Annotated[
         str,
@@ -193,7 +192,7 @@ def fit(
     shard_size: ShardSize = None,
     json: Json = False,
 ) -> None:
-    """Fit the adapter of a split Llama to calibration text; all other tensors pass through.
+    """Fit the adapter of a split Llama to calibration text. All other tensors are copied.
 
     Both models run over the text, one layer in memory at a time. OUT is a Hugging Face directory.
     """
@@ -203,7 +202,7 @@ def fit(
     output = Output("-" if json else None)
     with output.progress("fitting") as progress:
         result = refit(
-            hybrid,
+            split,
             out,
             last=last,
             first=first,

@@ -1,4 +1,7 @@
-"""The three standard streams, made safe: closed, full or too narrow for a character, they never decide an exit code."""
+"""Makes the three standard streams safe: a closed, full or ASCII-only stream does not change the exit code.
+
+(A result that cannot be written is the exception: see `output.py`.)
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ _NAMES = ("stdin", "stdout", "stderr")
 
 
 def prepare() -> None:
-    """Replaces closed streams by the null device, and lets no character fail.
+    """Replaces closed streams by the null device, and escapes characters that a stream cannot encode.
 
-    A closed descriptor must not stay free: the next file that is opened, an output file perhaps, would get its number,
-    and what a library prints would land in it.
+    A closed descriptor must not stay free. The next opened file, perhaps an output file, would get its number, and text
+    that a library prints would land in that file.
     """
     for number in range(len(_NAMES)):
         try:
@@ -31,7 +34,7 @@ def prepare() -> None:
 
 
 def silence(stream: Any) -> None:
-    """Sends the rest of a stream, what is buffered included, to the null device: Python flushes it when it ends."""
+    """Sends the rest of a stream, its buffer included, to the null device. Python flushes streams when it ends."""
     with suppress(AttributeError, OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -1,4 +1,4 @@
-"""Tables and lines as people read them. Every text goes through `printable`, and names break between words only."""
+"""Tables and lines of text. Every text goes through `printable`, and lines break between words."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rich.text import Text
 from ckptkit.printable import printable
 
 SHOWN = 40
-"""Lines of one kind that are shown."""
+"""The number of lines of one kind that are printed."""
 
 _BREAKS = tuple(re.compile(rf"[^{after}]*[{after}]+|[^{after}]+") for after in (r"\s", "/.", "_-"))
-"""Where a text may break: after spaces; in a word that is wider than a line after `/` and `.`, or `_` and `-`."""
+"""Places to break a line, in order of preference: after spaces, after `/` and `.`, after `_` and `-`."""
 
 
 class Cell:
-    """A text in a column; several lines stay several.
+    """The text of a table cell. Its line breaks are kept.
 
     Args:
         text: The text.
-        style: How it looks.
-        right: Whether it stands at the right of its column.
+        style: A style of rich.
+        right: Whether it is aligned to the right.
     """
 
     def __init__(self, text: str, style: str = "", *, right: bool = False) -> None:
@@ -58,7 +58,7 @@ def broken(text: str, width: int) -> list[str]:
 
 
 def _pieces(text: str, width: int, level: int = 0) -> Iterator[str]:
-    """What stays together: words, their parts where they are wider than a line, and lines of parts that still are."""
+    """Pieces of a text that fit on a line: words; parts of longer words; slices of longer parts."""
     for part in _BREAKS[level].findall(text):
         if cell_len(part.rstrip()) <= width:
             yield part
@@ -74,7 +74,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: boo
     Args:
         headers: Names of the columns.
         rows: The cells.
-        numbers: Whether they are numbers; the first column is then the one that breaks, and else the last.
+        numbers: Whether the columns after the first hold numbers. Then the first column breaks its lines, otherwise the
+            last one does.
     """
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     breaks = 0 if numbers else len(headers) - 1
@@ -87,7 +88,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: boo
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names and what they are, in two columns."""
+    """Names and values in two columns."""
     made = Table.grid(padding=(0, 2))
     made.add_column(no_wrap=True)
     made.add_column()
@@ -97,7 +98,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def line(*parts: str | tuple[str, str]) -> Text:
-    """A line of texts, each alone or with its style."""
+    """A line of texts; each part is a text or a (text, style) pair."""
     pairs = (part if isinstance(part, tuple) else (part, "") for part in parts)
     return Text.assemble(*((printable(text), style) for text, style in pairs))
 
@@ -109,6 +110,6 @@ def sentences(console: Console, texts: Iterable[str], label: str, style: str) ->
 
 
 def cut(texts: Sequence[str]) -> list[str]:
-    """As many as people read."""
+    """The first `SHOWN` texts, and a line that counts the others."""
     more = len(texts) - SHOWN
     return [*texts[:SHOWN], *([f"... and {more:,} more (--json has all)"] if more > 0 else [])]

@@ -31,12 +31,12 @@ QUESTION, RUN = "Question", "How the models run"
 
 
 def _grid_size(option: str, what: str) -> Any:
-    """An option for a size of the grid that a candidate without one is run on."""
+    """An option for a size of the grid for a candidate without a grid of its own."""
     return typer.Option(
         option,
         min=1,
         metavar="N",
-        help=f"{what} parallel size of a candidate that has no grid of its own (hf, packed): megatron-core runs it so.",
+        help=f"{what} parallel size for a candidate without a grid of its own (formats hf and packed).",
         rich_help_panel=RUN,
     )
 
@@ -45,14 +45,14 @@ def _grid_size(option: str, what: str) -> Any:
 class Run:
     """How the models run: the fields of `RunOptions`."""
 
-    device: Annotated[str, choice("--device", DEVICES, "Where both models run.", panel=RUN)] = "cpu"
-    dtype: Annotated[str, choice("--dtype", DTYPES, "What the candidate runs in.", panel=RUN)] = "float32"
+    device: Annotated[str, choice("--device", DEVICES, "Device that runs both models.", panel=RUN)] = "cpu"
+    dtype: Annotated[str, choice("--dtype", DTYPES, "Type that the candidate computes in.", panel=RUN)] = "float32"
     tolerance: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             metavar="X",
-            help="Largest float32 difference of two logits that passes, over the largest logit."
+            help="Largest float32 difference of two logits that passes, relative to the largest logit."
             f" Default: {TOLERANCE:g}.",
             rich_help_panel=RUN,
         ),
@@ -61,7 +61,7 @@ class Run:
         bool,
         typer.Option(
             "--replay/--no-replay",
-            help="Send the candidate's tokens to the experts that the reference chose, and judge routers apart.",
+            help="Send the candidate's tokens to the experts that the reference chose, and judge routers separately.",
             rich_help_panel=RUN,
         ),
     ] = True
@@ -71,7 +71,9 @@ class Run:
     packed: Annotated[
         bool,
         typer.Option(
-            "--packed", help="Run the candidate on rows packed together, as models are trained.", rich_help_panel=RUN
+            "--packed",
+            help="Run the candidate on packed inputs: sequences joined in one row without padding, as in training.",
+            rich_help_panel=RUN,
         ),
     ] = False
     sequence_parallel: Annotated[
@@ -86,7 +88,7 @@ class Run:
         int,
         typer.Option(
             metavar="N",
-            help="Run N replicas of the candidate's grid, which must compute the same.",
+            help="Run N replicas of the candidate's grid. All must compute the same.",
             rich_help_panel=RUN,
         ),
     ] = 1
@@ -95,7 +97,7 @@ class Run:
         choice(
             "--dp-kind",
             DP_KINDS,
-            "What makes replicas: megatron-core's DistributedDataParallel, or FSDP2.",
+            "Wrapper of the replicas: megatron-core's DistributedDataParallel, or FSDP2.",
             panel=RUN,
         ),
     ] = DDP
@@ -112,7 +114,7 @@ class Run:
         typer.Option(
             min=1.0,
             metavar="SECONDS",
-            help=f"Longest that a side may run on Megatron ranks, loading included. Default: {TIMEOUT:g}.",
+            help=f"Time limit for a side on Megatron ranks, loading included. Default: {TIMEOUT:g}.",
             rich_help_panel=RUN,
         ),
     ] = None
@@ -129,7 +131,7 @@ def verify(
         choice(
             "--level",
             LEVELS,
-            "Names and shapes; or also every byte; or also what the loaded models compute.",
+            "Compare names and shapes; also every byte; or also the logits of the loaded models.",
             panel=QUESTION,
         ),
     ] = "logits",
@@ -137,7 +139,7 @@ def verify(
         bool,
         typer.Option(
             "--keep-going",
-            help="Ask the further levels although one has shown a difference.",
+            help="Run the remaining levels even after one has found a difference.",
             rich_help_panel=QUESTION,
         ),
     ] = False,
@@ -174,10 +176,11 @@ def verify(
 ) -> None:
     """Prove that two checkpoints are the same model.
 
-    The exit code is 0 if they are and 1 if they differ.
+    The exit code is 0 if they are the same, and 1 if they differ.
 
-    The candidate's shards are loaded strictly into megatron-core's own modules, one process for each rank of its
-    grid (or in the ranks of the torchrun that started this), and compared with transformers at every position.
+    The candidate's shards are loaded strictly into megatron-core's own modules, with one process for each rank of its
+    grid (or in the ranks of the torchrun that started this command). The logits are compared with those of transformers
+    at every position.
     """
     from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
@@ -188,8 +191,8 @@ def verify(
         raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
     output = Output(json)
     check_places(json, junit, html, run.save_logits)
-    speaks = os.environ.get("RANK", "0") == "0"
-    with errors_reported(junit if speaks else None, reference, candidate), output.progress("verifying") as progress:
+    first_rank = os.environ.get("RANK", "0") == "0"
+    with errors_reported(junit if first_rank else None, reference, candidate), output.progress("verifying") as progress:
         report = levels.verify(
             reference,
             candidate,
@@ -202,7 +205,7 @@ def verify(
             progress=progress,
             **vars(run),
         )
-    if speaks:
+    if first_rank:
         write_reports(report, junit=junit, html=html)
         output.result(report, rendering.verification)
     if not report.passed:

@@ -1,4 +1,4 @@
-"""What can be converted: the architectures of all families, and the formats that each can be written in."""
+"""The architectures of all families, and the formats that each can be written in."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ class Architecture:
 
 
 def supported_architectures() -> list[Architecture]:
-    """What can be converted, by Hugging Face class name."""
+    """Every architecture that can be converted, by Hugging Face class name."""
     return [Architecture(name, family.name, NAMES) for family in families() for name in family.architectures]

@@ -1,7 +1,7 @@
-"""Changes of the model on its way: its text part alone, an older layout, another dtype, another head.
+"""Changes of the model during a conversion: text part alone, published layout, another dtype, another head.
 
-A `Change` makes a checkpoint of a checkpoint, and says in sentences what that loses. `changes` lists those that a
-conversion makes; a further one is a function, and a line there.
+A `Change` takes a checkpoint and returns the changed one, with a sentence for each loss. `changes` lists the changes of
+a conversion. A new change is a function and a line in `changes`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tensors import Tensor
 
 Change = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
-"""A checkpoint -> the changed one, and what that loses, as sentences."""
+"""A checkpoint -> the changed one, and a sentence for each loss."""
 
 
 def changes(options: Options, format: WritableFormat) -> list[Change]:
     """The changes that a conversion makes, in order.
 
-    Megatron formats write the text part of a model, or its older layout, by other names and not by another model.
+    `--layout text` changes the model only for a Hugging Face output. A Megatron output has the text part's names
+    instead, and keeps the towers in its sidecar.
     """
     found: list[Change] = []
     if not format.megatron:
@@ -45,7 +46,7 @@ def changes(options: Options, format: WritableFormat) -> list[Change]:
 
 
 def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """The text part of a multimodal model as a model of its own, and what that leaves behind."""
+    """Makes the text part of a multimodal model a model of its own. Its other tensors are left out."""
     if source.family.text_only is None:
         raise UsageError(f"--layout text: {source.config.architecture} is a text model already", where=source.path)
     raw = source.family.text_only(source.sidecar.config)
@@ -53,16 +54,16 @@ def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
     sidecar = replace(source.sidecar, config=raw, headers={}, extras={})
     config = family.parse(raw)
     items = {item.key: item for item in family.items(config)}
-    dropped = len(source.sidecar.extras)
+    left_out = len(source.sidecar.extras)
     text = replace(source, family=family, config=config, items=items, sidecar=sidecar, spelling=family.spellings[0])
-    return text, [f"{dropped} tensors outside the text model are left out (--layout text)"]
+    return text, [f"{left_out} tensors outside the text model are left out (--layout text)"]
 
 
 def with_towers(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """The same model, all of which must be there: nothing is written that lacks the towers of its config.json."""
+    """Returns the model as it is. A multimodal model without the towers that its config.json describes is an error."""
     if source.towers_are_missing:
         raise InputError(
-            f"{source.config.architecture} has tensors outside of the text model, and they are not here",
+            f"{source.config.architecture} has tensors outside of the text model, which the source lacks",
             where=source.path,
             hint="--hf-reference with the original's weights supplies them, --layout text leaves them out",
         )
@@ -70,7 +71,7 @@ def with_towers(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
 
 
 def legacy_layout(source: Checkpoint, format: WritableFormat) -> tuple[Checkpoint, list[str]]:
-    """A model under its family's older layout, and what that loses."""
+    """Writes the model in its family's published layout (`--layout legacy`)."""
     if format.megatron or source.family.directory.legacy_config is None:
         which = f"--to {format.name}" if format.megatron else source.config.architecture
         raise UsageError(f"--layout legacy: {which} has none", where=source.path, hint="drop --layout legacy")
@@ -80,12 +81,12 @@ def legacy_layout(source: Checkpoint, format: WritableFormat) -> tuple[Checkpoin
         config=source.family.directory.legacy_config(source.sidecar.config),
         small={name: path for name, path in source.sidecar.small.items() if name not in names},
     )
-    what = "the legacy layout does not describe the model by itself, and transformers takes it for another one"
-    return replace(source, sidecar=sidecar), [what]
+    loss = "the legacy layout does not describe the model by itself, and transformers takes it for another one"
+    return replace(source, sidecar=sidecar), [loss]
 
 
 def cast_floats(source: Checkpoint, dtype: DType) -> tuple[Checkpoint, list[str]]:
-    """A model with its floats cast to `dtype`, as its config.json then says, and what that loses."""
+    """Casts the floating-point tensors to `dtype` and enters it in config.json. Narrower types round: a loss."""
     lost: Counter[str] = Counter()
 
     def cast(tensor: Tensor) -> Tensor:

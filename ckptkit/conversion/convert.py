@@ -1,8 +1,8 @@
 """The main job on one page: open -> change -> lay out -> plan -> move -> commit.
 
-`open_source` gives the canonical view of any checkpoint; changes may make another model of it; a format lays that out
-as files (`conversion/target.py`). The plan is then complete and can be shown, checked against the disk, and carried
-out. Nothing on the way loads a tensor.
+`open_source` reads the headers of any checkpoint and gives its canonical view. `make_plan` applies the changes, lets
+the output format lay out its files (`conversion/target.py`), and returns the complete plan. `carry_out` checks the plan
+against the disk, moves the bytes and commits the result. No step loads a tensor.
 """
 
 from __future__ import annotations
@@ -49,21 +49,23 @@ def convert(
         dst: The directory to create.
         to: `hf`, `packed`, `torch` or `torch_dist`.
         grid: The grid of a `torch` or `torch_dist` output.
-        spec: Megatron names as the `te` or the `local` layer spec has them, or as another writer that the family knows.
+        spec: Whose Megatron names to write: those of the `te` or the `local` layer spec, or of another writer that the
+            family knows.
         dtype: Casts floating point tensors (`bfloat16`, `float16`, `float32`, `float64`).
         shard_size: Largest safetensors shard in bytes.
         make_vocab_size_divisible_by: As Megatron-LM's option; 128 for sharded formats, 1 for `packed`.
         hf_reference: Hugging Face directory that supplies config.json, tokenizer and shard map.
         iteration: Number of the source's iteration, if `src` is the root of several.
-        stored_grid: The grid of `mp_rank_*` files whose `args` do not say it.
-        vocab_size: The true size of the source's vocabulary, where nothing else tells it from its padding.
+        stored_grid: The grid of `mp_rank_*` files whose `args` do not record it.
+        vocab_size: True size of the source's vocabulary, for a checkpoint that does not record it beside the padding.
         strict_config: Refuse config features that Megatron's arguments cannot express.
-        experts: Naming of Megatron's experts, `grouped` or `sequential`; by default what goes with `spec`.
-        layout: `full`, or `text`: the text part of a multimodal model alone. Its other tensors stay in the sidecar of
-            a Megatron output, and stay behind in a Hugging Face one. Or `legacy`: a split Llama's published layout.
+        experts: Naming of Megatron's experts, `grouped` or `sequential`. The default goes with `spec`.
+        layout: `full`; `text`, the text part of a multimodal model alone; or `legacy`, the published layout of a split
+            Llama. With `text`, the other tensors go into the sidecar of a Megatron output, and are left out of a
+            Hugging Face output.
         head: `value` turns a language model into a value model: one output per token in place of the logits.
-        head_init: Its weights: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
-        megatron_model: Megatron-Core's model whose names and arguments are written: `gpt` or `hybrid`.
+        head_init: Weights of the new head: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
+        megatron_model: The model class of Megatron-Core whose names and arguments are written: `gpt` or `hybrid`.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`.
 
@@ -99,6 +101,6 @@ def convert(
             vocab_size=vocab_size,
         )
         plan = make_plan(source, to, options)
-        about = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
-        target = {"path": str(dst), "format": to, "grid": str(grid)}
-        return carry_out(plan, [source], about, target, execution, started)
+        source_facts = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
+        target_facts = {"path": str(dst), "format": to, "grid": str(grid)}
+        return carry_out(plan, [source], source_facts, target_facts, execution, started)

@@ -23,8 +23,8 @@ class Execution:
     Attributes:
         dry_run: Plan only; nothing is written.
         overwrite: Replace an existing destination, atomically.
-        resume: Continue from what a killed run left.
-        threads: Threads that move bytes; None for as many as the machine has use for.
+        resume: Continue a killed run from its partial directory.
+        threads: Threads that move bytes; None for one per core, at most 4.
         hash: Also compute the SHA-256 of every output file.
         progress: Called with (bytes done, bytes in all).
     """
@@ -50,11 +50,12 @@ class How(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion did, or with `dry_run` would do. Sizes in bytes, time in seconds.
+    """The outcome of a conversion, or with `dry_run` its plan. Sizes in bytes, time in seconds.
 
-    `dropped` lists stored things that the model does not use and that stay behind, one record for each kind: `what`,
-    `parts`, `elements`, and how far they have moved from what a conversion puts there (`max_abs_difference`, with the
-    tensor in `where`); that is None in a dry run, which reads no weights.
+    `lossy` holds sentences about the losses that the user asked for (casts, a head or towers left out). `dropped` lists
+    parts of Megatron tensors that the model does not use and the output does not hold, one record for each kind:
+    `what`, `parts`, `elements`, and the largest difference from the values that a conversion to Megatron puts there
+    (`max_abs_difference`, with the tensor in `where`). A dry run reads no weights, so its difference is None.
     """
 
     source: dict[str, Any]
@@ -81,19 +82,19 @@ class ConversionResult:
 
 def carry_out(
     plan: Plan,
-    read: Sequence[Checkpoint],
-    source: dict[str, Any],
-    target: dict[str, Any],
+    sources: Sequence[Checkpoint],
+    source_facts: dict[str, Any],
+    target_facts: dict[str, Any],
     execution: Execution,
     started: float,
 ) -> ConversionResult:
-    """Writes what a plan says and sums it up; a dry run only sums it up.
+    """Carries a plan out and sums it up. A dry run only sums it up.
 
     Args:
-        plan: What to write.
-        read: What the plan was made from; the destination must not overlap it.
-        source: Facts about what is read, for the result.
-        target: The same about what is written; `path` is the destination.
+        plan: The plan.
+        sources: The checkpoints that the plan reads; the destination must not overlap them.
+        source_facts: `source` of the result.
+        target_facts: `target` of the result; its `path` is the destination.
         execution: How to do it.
         started: When the whole command started, as `time.monotonic` gives it.
 
@@ -102,14 +103,14 @@ def carry_out(
         InputError: A source is gone, damaged or changed, or two tensors that must be equal differ.
         StorageError: The destination cannot be written.
     """
-    # With NumPy, which commands that look at headers do not wait for.
+    # Imported here because they import NumPy: header-only commands start faster without it.
     from ckptkit.io.drift import summarise
     from ckptkit.io.engine import MEMORY_LIMIT
 
     dropped = summarise(plan.dropped, measure=not execution.dry_run)
     hashes: dict[str, str] = {}
     try:
-        destination = _destination(plan, read, target["path"], execution)
+        destination = _destination(plan, sources, target_facts["path"], execution)
         free = destination.free
         if not execution.dry_run:
             hashes = destination.write(threads=execution.threads, hash=execution.hash, progress=execution.progress)
@@ -119,8 +120,8 @@ def carry_out(
         plan, free = replace(plan, notes=(*plan.notes, f"it could not be written here: {error}")), 0
     through, rearranged = plan.traffic()
     return ConversionResult(
-        source=source,
-        target=target,
+        source=source_facts,
+        target=target_facts,
         files=[{"path": file.path, "bytes": file.size, "tensors": file.tensors} for file in plan.files],
         bytes_total=plan.nbytes,
         bytes_through=through,
@@ -138,27 +139,27 @@ def carry_out(
     )
 
 
-def _destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, execution: Execution) -> Destination:
+def _destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> Destination:
     from ckptkit.io.commit import Destination
 
     return Destination(
         out,
         plan,
-        sources=[folder for checkpoint in read for folder in (checkpoint.path, *checkpoint.seen.folders)],
-        seen=[checkpoint.seen for checkpoint in read],
+        sources=[folder for checkpoint in sources for folder in (checkpoint.path, *checkpoint.seen.folders)],
+        seen=[checkpoint.seen for checkpoint in sources],
         overwrite=execution.overwrite,
         resume=execution.resume,
     )
 
 
-def check_destination(plan: Plan, read: Sequence[Checkpoint], out: str | Path, execution: Execution) -> None:
-    """Whether a plan could be carried out, asked before work that only changes which bytes it has; as `carry_out`.
+def check_destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> None:
+    """Checks the destination early, before long work that only decides the values to write (the fit of an adapter).
 
-    It does nothing in a dry run, nor for `resume`, which already owns its directory.
+    No-op for dry runs, and for `resume`, which already owns its directory. Arguments as for `carry_out`.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
         StorageError: The destination cannot be written, or has no room.
     """
     if not (execution.dry_run or execution.resume):
-        _destination(plan, read, out, execution)  # which looks at the place and the room
+        _destination(plan, sources, out, execution)  # its constructor checks the place and the free space

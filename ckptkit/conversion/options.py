@@ -1,4 +1,4 @@
-"""What can be asked of a conversion."""
+"""The options of a conversion: their choices, and which formats take them."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ _SAFETENSORS = {"only": "safetensors files"}
 
 @dataclass(frozen=True)
 class Options:
-    """What the output is asked to be. The names, and more about each, are those of `convert`.
+    """The requested output. `convert` has arguments of the same names, and describes them in full.
 
-    An option that not every format takes says here what it applies to (`only`), and a format names those that it takes;
-    `choices` are the values besides the default.
+    Some options apply to some formats only: the metadata `only` names these formats for error messages, and each
+    `WritableFormat` lists the options that it takes. The metadata `choices` lists the allowed values.
 
     Attributes:
         grid: The parallel grid of a sharded output.
-        spec: Spelling of Megatron names.
-        experts: Naming of experts, `grouped` or `sequential`, or None for what goes with `spec`.
+        spec: Name of the `Spelling` of Megatron names.
+        experts: Naming of experts, `grouped` or `sequential`, or None for the default of `spec`.
         make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
-        megatron_model: Megatron-Core's model whose names are written, `gpt` or `hybrid`.
-        shard_size: Largest safetensors shard in bytes, or None for the source's own files (or the default).
+        megatron_model: Model class of Megatron-Core whose names are written, `gpt` or `hybrid`.
+        shard_size: Largest safetensors shard in bytes. None keeps the source's files, or is `DEFAULT_SHARD_SIZE`.
         dtype: Type that floats are cast to, or None.
-        strict_config: Refuse what Megatron's arguments cannot express.
-        layout: `full`; `text` for a multimodal model's text part under a text model's names; `legacy` for an older
-            layout of the family.
+        strict_config: Refuse config features that Megatron's arguments cannot express.
+        layout: `full`; `text` for a multimodal model's text part under a text model's names; `legacy` for the published
+            layout of a split Llama.
         head: `value` for a value head in place of the language model head, or None.
-        head_init: What a new head holds, see `value_head.to_value_model`.
+        head_init: Initialisation of the new head, see `value_head.to_value_model`.
     """
 
     grid: Parallelism = field(default_factory=Parallelism, metadata=_SHARDED)
@@ -73,10 +73,10 @@ _FLAGS = {"grid": "a parallel size such as --tp"}
 
 
 def check_options(options: Options, format: WritableFormat) -> None:
-    """Whether each option has a value that exists, and the format takes it: nothing is left out in silence.
+    """Checks that each option has an allowed value and that the format takes it. No option is ignored in silence.
 
     Raises:
-        UsageError: An option is not one of its choices, or means nothing for this format.
+        UsageError: An option is not one of its choices, or does not apply to this format.
     """
     for option in fields(Options):
         value = getattr(options, option.name)

@@ -19,8 +19,8 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     """The complete plan of a conversion.
 
     Raises:
-        UsageError: `to` is no format, an option means nothing for it, or the grid cannot hold the model.
-        InputError: Stored `args` contradict config.json, or what is to be written is not in the source.
+        UsageError: `to` is no format, an option does not apply to it, or the grid cannot hold the model.
+        InputError: Stored `args` contradict config.json, or the source lacks tensors that the output needs.
         UnsupportedError: A cast that does not exist, or (strict) a config that Megatron cannot express.
     """
     format = format_called(to)
@@ -29,7 +29,7 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
         raise InputError(
             f"the checkpoint contradicts itself: {'; '.join(source.disagreements)}",
             where=source.path,
-            hint="pass --hf-reference with the right config.json, which then counts",
+            hint="pass --hf-reference with the right config.json, which outranks the stored one",
         )
     check_element_types(source)
     lossy: list[str] = []
@@ -50,11 +50,11 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
 
 
 def _megatron_notes(target: Target) -> list[str]:
-    """What the config says and Megatron's arguments cannot.
+    """Notes about config features that Megatron's arguments cannot express.
 
     Raises:
-        UsageError: There are no such names.
-        UnsupportedError: There is something, and `--strict-config` forbids it.
+        UsageError: The family has no spelling of the requested name.
+        UnsupportedError: There is such a feature, and `--strict-config` refuses it.
     """
     config = target.source.config
     features = inexpressible(config)

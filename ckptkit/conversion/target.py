@@ -29,11 +29,11 @@ class WritableFormat:
     """A format that can be written: a module of `conversion/targets/` holds one.
 
     Attributes:
-        name: What `--to` calls it.
-        lay_out: The files of an output.
-        takes: The options that it takes beyond those that every format takes: names of `Options`.
-        fits: Whether it can be written under a spelling of Megatron's names.
-        notes: What a user should know about this output.
+        name: Its value of `--to`.
+        lay_out: Target -> output files.
+        takes: Fields of `Options` that the format takes, beyond the fields that every format takes.
+        fits: Spelling of Megatron's names -> whether the format can be written with it.
+        notes: Target -> notes for the user about this output.
     """
 
     name: str
@@ -55,21 +55,21 @@ class WritableFormat:
 
 @dataclass(frozen=True)
 class NoRunConfig:
-    """Why Megatron-Bridge gets no description of a model."""
+    """The reason why an output gets no `run_config.yaml`."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a conversion writes.
+    """The output of a conversion.
 
-    Every property is resolved once, when the first file asks for it; all others are handed the same value. A format
-    that does not hold Megatron's names asks for none of them.
+    Each property is resolved once, on first use, so all files share one value. The properties about Megatron (spelling,
+    stages, padding, `args`, ...) stay unused by a Hugging Face output.
 
     Attributes:
         source: The model, after all changes.
-        options: What is asked for.
+        options: The requested output.
         format: The format.
     """
 
@@ -84,10 +84,10 @@ class Target:
 
     @cached_property
     def spelling(self) -> Spelling:
-        """How Megatron's names are written.
+        """The spelling of Megatron's names that `--spec`, `--experts` and `--megatron-model` ask for.
 
         Raises:
-            UsageError: The family, the format or Megatron's model has no such names.
+            UsageError: The family, the format or the Megatron model does not have these names.
         """
         options = self.options
         if options.megatron_model == HYBRID and self.source.config.adapter is not None:
@@ -109,10 +109,12 @@ class Target:
 
     @cached_property
     def divisible_by(self) -> int:
-        """What the vocabulary is padded to a multiple of, times TP; without ranks it is padded only where asked.
+        """The vocabulary is padded to a multiple of this number times TP.
+
+        A format that is not sharded pads only if the option is given.
 
         Raises:
-            UsageError: It is no multiple, or this spelling pads nothing.
+            UsageError: The option does not fit the model, or this spelling does not pad.
         """
         asked = self.options.make_vocab_size_divisible_by
         if asked is None and not self.format.sharded:
@@ -133,9 +135,9 @@ class Target:
 
     @cached_property
     def run_config(self) -> OutputFile | NoRunConfig:
-        """The file from which Megatron-Bridge builds the model of a distributed checkpoint, or why there is none."""
+        """The `run_config.yaml` from which Megatron-Bridge builds the model, or the reason why there is none."""
         if self.spelling.hybrid:
-            return NoRunConfig("only GPTModel is described to it")
+            return NoRunConfig("a run_config.yaml can describe GPTModel only")
         text = self.options.layout == TEXT
         try:
             return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text)
@@ -144,7 +146,7 @@ class Target:
 
     @cached_property
     def config_json(self) -> OutputFile:
-        """config.json, verbatim unless a change has altered what it says."""
+        """config.json: a copy of the source's file, unless a change has altered its content."""
         path, config = self.source.sidecar.small.get("config.json"), self.source.sidecar.config
         if path is not None and read_json(path) == config:
             return OutputFile.copy("config.json", str(path), path.stat().st_size)
@@ -152,7 +154,7 @@ class Target:
 
     @cached_property
     def sidecar(self) -> list[OutputFile]:
-        """The files of the sidecar: what the way back needs, and a manifest of what is written here."""
+        """The files of the sidecar: everything that the way back to Hugging Face needs, and a manifest."""
         source, spelling = self.source, self.spelling
         manifest = {
             "tool": f"ckptkit {__version__}",

@@ -1,4 +1,4 @@
-"""A language model becomes a value model: the same body with a new head, of given or made weights."""
+"""Turns a language model into a value model: the same layers with a new head, whose weights are given or generated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckptkit.tensors import Tensor
 
 ZEROS, NORMAL, FILE = "zeros", "normal", "file:"
 SEED = 0
-"""The same model and the same initialisation give the same bytes."""
+"""Fixed, so that the same model and the same initialisation give the same bytes."""
 OUTPUT = "output_layer."
 WEIGHTS = ("score.weight", "output_layer.weight", "reward_head.weight", "value_head.weight", "v_head.summary.weight")
 """Names under which files hold a value head."""
@@ -31,12 +31,12 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
             that holds the head alone, under one of `WEIGHTS` and perhaps a bias.
 
     Returns:
-        The value model, and what that leaves behind, as sentences.
+        The value model, and a sentence if the head of the language model is left out.
 
     Raises:
-        UsageError: It is a value model already, or `init` is none of these.
+        UsageError: The source is a value model already, or `init` is none of these.
         InputError: The file does not hold a head of this width.
-        UnsupportedError: There is no value model of this architecture.
+        UnsupportedError: ckptkit knows no value model of this architecture.
     """
     if source.config.value_head:
         raise UsageError("--head value: it is a value model already", where=source.path)
@@ -58,8 +58,8 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
         sidecar=replace(source.sidecar, config=raw, headers={}),
         spelling=family.spellings[0],
     )
-    left = [] if source.config.tied else ["the language model head is left out (--head value)"]
-    return model, left
+    lossy = [] if source.config.tied else ["the language model head is left out (--head value)"]
+    return model, lossy
 
 
 def _made(head: dict[str, tuple[int, ...]], init: str, std: float, dtype: DType) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def _normal(shape: tuple[int, ...], std: float, dtype: DType) -> Tensor:
 
 
 def _from_file(path: Path, head: dict[str, tuple[int, ...]], dtype: DType) -> dict[str, Tensor]:
-    """The head that a file holds; a bias that it lacks is zero."""
+    """Reads the head from a file. A bias that the file lacks is zero."""
     if not path.is_file():
         raise InputError("no such file", where=path, hint=f"--head-init {FILE}PATH names a safetensors file")
     stored = safetensors.tensors_of(path, safetensors.read_header(path))

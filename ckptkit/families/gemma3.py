@@ -118,9 +118,9 @@ def _values(config: ModelConfig) -> dict[str, Any]:
 def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
     """The raw config.json of a text model: `base` with the fields that differ, or all fields where there is no base."""
     raw = CONFIG.unparse(config, base, parse_text, _values)
-    told = _ropes(base)
-    ropes = {**told, **{FULL if one.window is None else SLIDING: one.rope for one in config.layers}}
-    if base and ropes == told:
+    old = _ropes(base)
+    ropes = {**old, **{FULL if one.window is None else SLIDING: one.rope for one in config.layers}}
+    if base and ropes == old:
         return raw
     for key in (*_OLD_THETAS.values(), "rope_scaling"):
         raw.pop(key, None)

@@ -282,9 +282,9 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
 
 
 def _set_ropes(raw: dict[str, Any], config: ModelConfig, base: Raw) -> None:
-    told = _ropes(base)
-    ropes = {**told, **{_kind(layer): layer.rope for layer in config.layers}}
-    if not base or ropes != told:
+    old = _ropes(base)
+    ropes = {**old, **{_kind(layer): layer.rope for layer in config.layers}}
+    if not base or ropes != old:
         raw["rope_parameters"] = {kind: rope_fields(rope) for kind, rope in ropes.items()}
 
 

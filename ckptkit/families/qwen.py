@@ -81,7 +81,7 @@ def parse_qwen3(raw: Raw) -> ModelConfig:
 
 
 def parse_qwen3_moe(raw: Raw) -> ModelConfig:
-    """Translates a Qwen3-MoE config.json. Unlike the dense ones, its window is that of all layers.
+    """Translates a Qwen3-MoE config.json. Unlike in the dense models, all layers share one window.
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
@@ -102,7 +102,7 @@ def parse_qwen3_moe(raw: Raw) -> ModelConfig:
 
 
 def _last_layers_windowed(config_json: ConfigJson, raw: Raw) -> ModelConfig:
-    """The window counts only if `use_sliding_window`, and only for layers from `max_window_layers` on."""
+    """Only with `use_sliding_window` there is a window, and only in layers numbered `max_window_layers` or higher."""
     fields, config = config_json.fields(raw), config_json.decoder(raw)
     first = fields.get("max_window_layers")
     if type(first) is not int:
@@ -117,7 +117,7 @@ def _window(fields: Fields) -> int | None:
 
 
 def _dense_layers(fields: Fields, num_layers: int) -> set[int]:
-    """Layers that keep a dense MLP: those named, and those that the step skips."""
+    """Layers with a dense MLP: those in `mlp_only_layers`, and those that `decoder_sparse_step` skips."""
     named = fields.get("mlp_only_layers") or []
     if not isinstance(named, list) or any(type(number) is not int for number in named):
         raise InputError(f"config.json: mlp_only_layers must be a list of layer numbers, not {named!r}")
@@ -158,7 +158,7 @@ _unparse_qwen3_moe = translation(QWEN3_MOE_CONFIG, parse_qwen3_moe, _values_qwen
 
 
 def unparse_qwen3_moe(config: ModelConfig, base: Raw) -> dict[str, Any]:
-    """The raw config.json of `config`; where dense layers differ from those of `base` they are named one by one."""
+    """The raw config.json of `config`. If its dense layers differ from those of `base`, they are listed one by one."""
     raw = _unparse_qwen3_moe(config, base)
     if base and _dense_of(parse_qwen3_moe(base)) != _dense_of(config):
         raw["decoder_sparse_step"] = 1

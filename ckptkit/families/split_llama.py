@@ -209,9 +209,9 @@ def _unparse_half(model: ModelConfig, config: ModelConfig, base: Raw, key: str) 
     """The config.json of a half; fields that the whole model does not determine stay as in `base`."""
     if not base:
         return llama.unparse(model, {})
-    told, whole = half(base, key), parse(base)
+    old, whole = half(base, key), parse(base)
     unchanged = [n for n in ("max_position_embeddings", "init_std") if getattr(config, n) == getattr(whole, n)]
-    kept = {name: getattr(told, name) for name in ("dtype", "tied", *unchanged)}
+    kept = {name: getattr(old, name) for name in ("dtype", "tied", *unchanged)}
     return llama.unparse(replace(model, **kept), object_in(base, key))
 
 

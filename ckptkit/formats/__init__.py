@@ -1,1 +1,1 @@
-"""What lies on disk: one module for each container."""
+"""Containers on disk: one module each. No module here knows a model."""

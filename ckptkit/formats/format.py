@@ -1,4 +1,4 @@
-"""What a format on disk says of itself. It knows files and bytes, and no model."""
+"""The description of a format on disk. It knows files and bytes, and no model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Format:
     """A format that can be read.
 
     Attributes:
-        name: What results and options call it.
+        name: Its name in results and options.
         recognise: Whether a folder holds it, by the names of its files.
         checks: One check for each part of a folder that can be damaged by itself (a file, or a stored tensor): it
             reads headers, and raises an InputError. They are run as they come: which are next may follow from one.

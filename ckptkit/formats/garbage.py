@@ -1,4 +1,7 @@
-"""Reading headers makes millions of small objects without a cycle, and looking for cycles doubles the time."""
+"""Pauses the garbage collector while headers are read.
+
+Reading headers makes millions of small objects, and the search for cycles among them doubles the time.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """In here the garbage collector does not look for cycles, unless somebody had stopped it before."""
+    """Stops the search for cycles inside the context, and restores the previous state at its end."""
     was_on = gc.isenabled()
     gc.disable()
     try:

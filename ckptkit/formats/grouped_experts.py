@@ -26,7 +26,7 @@ def ungrouped_experts(ranks: Mapping[RankKey, RankFile]) -> dict[RankKey, RankFi
     """Ranks whose experts are tensors of their own, `experts.linear_fc1.weight0`, ...: the rank's own, counted from 0.
 
     Raises:
-        InputError: The shapes do not fit together, or nothing tells the number of experts.
+        InputError: The shapes do not fit together, or there is no router to count the experts by.
     """
     ep = 1 + max(ep_rank for _, _, ep_rank in ranks)
     return {
@@ -44,7 +44,7 @@ def _ungrouped(tensors: dict[str, Tensor], ep: int) -> dict[str, Tensor]:
         block, number = match[1], match[2]
         router = tensors.get(f"{block}.router.weight")
         if router is None:
-            raise InputError(f"{name} is of grouped experts, and there is no {block}.router.weight to count them by")
+            raise InputError(f"{name} holds grouped experts, but there is no {block}.router.weight to count them by")
         for expert, weight in enumerate(_experts(name, tensor, number == "1", router.shape, ep)):
             found[f"{block}.experts.linear_fc{number}.weight{expert}"] = weight
     return found

@@ -72,7 +72,7 @@ def open_hf(path: Path, shards: Shards | None = None) -> HfFiles:
 
     Args:
         path: The directory.
-        shards: What `read_shards` gave for it, if that was asked before: large models have large headers.
+        shards: The result of `read_shards`, if it is known already: large models have large headers.
 
     Raises:
         InputError: A file is missing or damaged, or index and shards disagree.
@@ -83,7 +83,7 @@ def open_hf(path: Path, shards: Shards | None = None) -> HfFiles:
     small, unused = small_files(path)
     used = _index_in_use(path)
     for index in (INDEX, BIN_INDEX):
-        # An index speaks of weights: it comes along only with those of its own.
+        # An index belongs to its weights, so it is kept only with them.
         if index in small and (index != used or not headers):
             del small[index]
             unused += [index] if index != used else []
@@ -102,7 +102,7 @@ def open_reference(path: Path) -> HfFiles:
 
 
 def _holds_weights(path: Path) -> bool:
-    """Whether all weights that a directory speaks of are there."""
+    """Whether a directory has all weights that its index lists."""
     for index_name, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / single).is_file():
             return True
@@ -256,9 +256,9 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def small_files(path: Path) -> tuple[dict[str, Path], list[str]]:
-    """What lies below a folder: small files (relative path -> file), and what stays behind.
+    """The small files below a folder (relative path -> file), and the names that are left out.
 
-    That is files of weights, and folders that are links: what is in them has its own place in the folder.
+    Files of weights are left out, and so are links to folders: their content is listed at its own place in the folder.
 
     Raises:
         InputError: A link leads out of the folder, or nowhere.

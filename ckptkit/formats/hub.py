@@ -1,6 +1,7 @@
 """Hub references, `org/model@revision`: only the files that a conversion needs, or for a plan only their headers.
 
-What a hub answers is input: of bounded size, checked before it is used, and never a reason to write outside the cache.
+The answers of a hub are input. Their size is bounded, they are checked before use, and they cannot cause a write
+outside the cache.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LARGEST_ANSWER, _LARGEST_READ = 32_000_000, 128_000_000
 _LARGEST_FILE = 1 << 42
 _LONGEST_NAME = 1024
 _THREADS = 4
-_PATIENCE = 120.0  # seconds for what is read into memory
+_PATIENCE = 120.0  # seconds for an answer that is read into memory
 
 
 @dataclass(frozen=True)
@@ -257,20 +258,20 @@ def _get(url: str, size: int, headers: Mapping[str, str], skip: int = 0) -> byte
             content += part
             if len(content) > wanted:
                 break
-        told = httpx.Response(
+        failure = httpx.Response(
             response.status_code,
             headers={key: value for key, value in response.headers.items() if key.lower().startswith("x-")},
             content=bytes(content[: 1 << 16]),
             request=response.request,
         )
-    hf_raise_for_status(told)
+    hf_raise_for_status(failure)
     if not headers and len(content) > size:
         raise InputError(f"has more than {size:,} bytes", where=_ANSWER)
     return bytes(content[wanted - size : wanted])
 
 
 class _Watch:
-    """Looks at every answer that the library gets: it makes file names of tags and commits, and takes what comes.
+    """Checks every answer that the hub library gets, because it turns tags and commits into file names.
 
     Attributes:
         commit: What answers must be about, once it is known.

@@ -1,8 +1,8 @@
-"""Unsharded Megatron tensors (fused QKV, fused gate/up) in safetensors: one model, no ranks.
+"""The packed format: unsharded Megatron tensors (fused QKV, fused gate/up) in safetensors files, without ranks.
 
-The weights are named as Hugging Face names them (`model.safetensors`, or shards with an index), beside
-`megatron_args.json` with what Megatron-LM would keep as `args`. There is no config.json, so nothing takes it for a
-Hugging Face model.
+The files are called as in a Hugging Face directory (`model.safetensors`, or shards with an index). Beside them,
+`megatron_args.json` holds the `args` of Megatron-LM. There is no config.json, so no program takes it for a Hugging Face
+model. (The packed format has nothing to do with packed inputs, which are sequences joined in one row.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ARGS = "megatron_args.json"
 
 @dataclass(frozen=True)
 class PackedFiles:
-    """An opened packed directory: Megatron names with global layer numbers -> tensors, and the stored arguments."""
+    """An opened directory of the packed format: Megatron names with global layer numbers -> tensors, and the `args`."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -36,11 +36,11 @@ def is_packed(names: Iterable[str]) -> bool:
 
 
 def open_packed(path: Path, shards: Shards | None = None) -> PackedFiles:
-    """Opens a packed directory; only headers are read.
+    """Opens a directory of the packed format; only headers are read.
 
     Args:
         path: The directory.
-        shards: What `read_shards` gave for it, if that was asked before.
+        shards: The result of `read_shards`, if it is known already.
 
     Raises:
         InputError: A file is missing or damaged.
@@ -50,7 +50,7 @@ def open_packed(path: Path, shards: Shards | None = None) -> PackedFiles:
 
 
 def lay_out_packed(tensors: Mapping[str, Tensor], args: Mapping[str, Any], shard_size: int) -> list[OutputFile]:
-    """The files of a packed model.
+    """The files of a model in the packed format.
 
     Args:
         tensors: Megatron name -> whole tensor.

@@ -27,7 +27,7 @@ RUN_CONFIG = "run_config.yaml"
 _LARGEST = 512 << 10
 _LONGEST_NUMBER = 64
 
-# What a run that goes on from the checkpoint asks for: there is no optimizer, and no state of random numbers.
+# For a run that continues from the checkpoint: there is no optimizer state, and no state of random numbers.
 _CHECKPOINT = {
     "ckpt_format": "torch_dist",
     "fully_parallel_save": True,
@@ -61,7 +61,7 @@ def lay_out_run_config(model: Mapping[str, Any], folder: str) -> OutputFile:
 
 @cache
 def _loader() -> type[SafeLoader]:
-    """PyYAML's safe loader without what can take endless time: merged mappings double, long numbers are squared."""
+    """PyYAML's safe loader without its two slow features: merged mappings and very long numbers take endless time."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]

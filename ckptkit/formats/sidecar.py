@@ -1,9 +1,12 @@
-"""What the way back needs, kept in `ckptkit/` inside a Megatron output.
+"""The sidecar: everything that the way back to Hugging Face needs, in `ckptkit/` inside a Megatron output.
 
-`manifest.json` says what was written and how; `hf/` holds config.json, tokenizer and all other small files verbatim;
-`headers/` the raw safetensors headers, so that the same files come out byte for byte, each named `SHARD.header`: they
-hold no tensors, and `**/*.safetensors` must not find them; `extras.safetensors` the tensors that Megatron has no slot
-for. Nothing in it depends on time, paths or the number of threads.
+- `manifest.json` describes the output.
+- `hf/` holds config.json, the tokenizer and all other small files, unchanged.
+- `headers/` holds the raw safetensors headers, so that the way back gives the same files byte for byte. Their names are
+  `SHARD.header`: they hold no tensors, so `**/*.safetensors` must not find them.
+- `extras.safetensors` holds the tensors that have no place in Megatron.
+
+Its bytes do not depend on time, paths or the number of threads.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ckptkit.tensors import Tensor
 
 FOLDER = "ckptkit"
 SCHEMA = 2
-"""What is written. Schema 1, which is still read, named each header as its shard."""
+"""The schema that is written. Schema 1 gave a header the name of its shard; it can still be read."""
 
 MANIFEST, SMALL, HEADERS, EXTRAS = "manifest.json", "hf", "headers", "extras.safetensors"
 

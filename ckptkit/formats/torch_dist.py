@@ -1,8 +1,9 @@
 """Megatron-Core's distributed checkpoint, `--ckpt-format torch_dist`: whole tensors in chunks, whatever the grid.
 
-Keys carry no ranks. Layers that are all alike are stacked on a new first axis (`decoder.layers.mlp.linear_fc2.weight`,
-[layers, ...]), others keep their number; experts are stacked behind the layers. Both come out, and go in, under names
-with numbers: `decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}`.
+Keys have no ranks. If all layers are alike, they are stacked on a new first axis
+(`decoder.layers.mlp.linear_fc2.weight`, [layers, ...]); otherwise each key has its layer number. Experts are stacked on
+the axis after the layers. The functions here take and return names with numbers:
+`decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}`.
 
 Source: `sharded_state_dict` and `apply_swiglu_sharded_factory` of megatron-core 0.16.1 and 0.19.2; `common_state` and
 the two forms of metadata.json were measured on files of both.
@@ -114,7 +115,7 @@ def holds_model(path: Path) -> bool:
 
 
 def optimizer_state(files: DcpFiles, keys: Iterable[str]) -> OptimizerState:
-    """What `.metadata` says of tensors that are not of the model; their chunks are not looked at."""
+    """The size of tensors that do not belong to the model, from `.metadata` alone; their chunks are not read."""
     found = [files.tensors[key] for key in keys]
     sizes = (prod(stored.shape) * stored.dtype.dtype.itemsize for stored in found if stored.dtype.dtype is not None)
     return OptimizerState(len(found), sum(sizes))
@@ -134,21 +135,21 @@ def _canonical(files: DcpFiles, key: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def without_group(name: str) -> str:
-    """A name without what says that the layer's attention is stacked apart (`self_attention_sliding`)."""
+    """A name without the suffix of attention that is stacked separately (`self_attention_sliding`)."""
     return _GROUPED.sub(r"\1.", name)
 
 
 def ungrouped(tensors: Mapping[str, Tensor], groups: Sequence[str], stacked: bool, where: Path) -> dict[str, Tensor]:
-    """Tensors of attention that was stacked apart, by kind, under their layers' own numbers and names.
+    """Tensors of attention that was stacked separately for each kind -> the names and numbers of their layers.
 
     Args:
         tensors: Names as `open_torch_dist` gives them -> tensors.
-        groups: What each layer's keys add to `self_attention`.
-        stacked: Whether layers were stacked, and so counted within their kind.
+        groups: Suffix of `self_attention` in the keys of each layer.
+        stacked: Whether layers were stacked, so that their numbers count within their kind.
         where: For messages.
 
     Raises:
-        InputError: A layer is of another kind than its keys say.
+        InputError: The kind of a layer is not the one in its keys.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -245,7 +246,7 @@ def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any], group
 
 
 def _group(rest: str, groups: Sequence[str], layer: int) -> str:
-    """What keys add to `self_attention` for a name behind its layer number, or nothing."""
+    """The suffix of `self_attention` for a name (without its layer number), or an empty string."""
     return groups[layer] if groups and rest.startswith(_ATTENTION) else ""
 
 
@@ -313,7 +314,7 @@ _BACKEND = {
 
 
 def _content(stacked: bool) -> dict[str, object]:
-    """What a loading model is told about the keys: with it, layers that are alike can be found one by one as well."""
+    """Metadata for a model that loads the keys. With it, a model that does not stack its layers finds each one, too."""
     content: dict[str, object] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     return content if stacked else {**content, "non_homogeneous_layers": True}
 
@@ -379,7 +380,7 @@ def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[Ne
         )
         return
     if not item.blocks:
-        raise UnsupportedError(f"{item.name}: its parts are of unequal sizes, and have no torch_dist form here")
+        raise UnsupportedError(f"{item.name}: its parts have unequal sizes, and torch_dist has no form for them")
     size = grid.expert_tp if place.expert else grid.tp
     axis = item.axis % len(tensor.shape)
     share, rest = divmod(tensor.shape[axis], item.blocks * size)
@@ -406,7 +407,7 @@ def _cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
 
 
 def _file(item: GlobalTensor, place: _Place, grid: Parallelism, tp_rank: int) -> str:
-    """The file of the rank that writes a chunk: the first of those that hold it."""
+    """The file of the rank that writes a chunk: the first rank that holds it."""
     rank = tp_rank
     if place.expert:
         expert, count = place.at[-1], place.counts[-1]

@@ -35,7 +35,7 @@ _ITERATION = re.compile(r"release|(?:iter|global_step)_(\d+)")
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 
 RankKey = tuple[int, int, int]
-"""(pp_rank, tp_rank, ep_rank), which the name of a rank's folder tells."""
+"""(pp_rank, tp_rank, ep_rank), as in the name of a rank's folder."""
 
 RankFile = dict[str, dict[str, Tensor]]
 """Chunk (`model`, or `model0`, `model1`, ...) -> local tensor name -> tensor."""
@@ -43,10 +43,10 @@ RankFile = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """How much of a checkpoint is the optimizer's, and therefore left out.
+    """The size of the optimizer state in a checkpoint, which is left out.
 
     Attributes:
-        tensors: How many tensors, as far as they can be counted from headers.
+        tensors: Number of tensors, as far as the headers show it.
         nbytes: Their size.
     """
 
@@ -168,7 +168,7 @@ def open_torch_legacy(path: Path, root: Path, *, pp: int | None = None, ep: int 
 
 
 def _size(args: Mapping[str, Any], name: str) -> int | None:
-    """A size that the arguments state; what is no number is refused by those who read the others."""
+    """A size in the arguments, or None. Values that are no numbers are refused where all arguments are read."""
     size = args.get(name)
     return size if isinstance(size, int) else None
 

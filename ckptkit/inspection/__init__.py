@@ -1,1 +1,1 @@
-"""Looking at checkpoints of any layout: what they hold, whether they are sound, and where two differ."""
+"""Looks at checkpoints of any layout: their content, their soundness, and the differences between two of them."""

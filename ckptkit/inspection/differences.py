@@ -26,7 +26,7 @@ SIDES = ("A", "B")
 
 @dataclass(frozen=True)
 class Structure:
-    """In what the headers of two checkpoints differ.
+    """The differences between the headers of two checkpoints.
 
     Attributes:
         config: Sentences about the two configs, and where a side contradicts itself.
@@ -73,17 +73,17 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Differences:
-    """In what two checkpoints differ.
+    """The differences between two checkpoints.
 
     Attributes:
-        a: What A is: path, format, architecture, grid.
-        b: What B is.
-        structure: In what their headers differ.
+        a: Facts about A: path, format, architecture, grid.
+        b: Facts about B.
+        structure: Differences between their headers.
         values_compared: Whether values were compared, too.
-        compared: How many tensors were.
-        equal: How many of them have equal bits.
-        tensors: The others, and those that are not finite, in order of their names.
-        inconsistent: Copies inside one side that should be equal and are not, as sentences.
+        compared: Number of compared tensors.
+        equal: Number of those with equal bits.
+        tensors: Tensors that differ or are not finite, in order of their names.
+        inconsistent: Sentences about copies within one side that should be equal and differ.
         bytes: Bytes read.
         seconds: Time it took.
     """
@@ -129,8 +129,8 @@ def diff(
         threads: How many read; by default one for each core.
         progress: Called with (bytes done, bytes in all).
         hf_reference: Hugging Face directory that describes the Megatron sides.
-        a_source: What A does not record itself.
-        b_source: What B does not record itself.
+        a_source: Facts about A that it does not record itself.
+        b_source: Facts about B that it does not record itself.
 
     Raises:
         InputError: A side is damaged or incomplete.
@@ -176,7 +176,7 @@ def _open(
     *,
     headers_only: bool,
 ) -> Checkpoint:
-    """Opens a side; a Hugging Face directory, or what comes from the hub, describes itself."""
+    """Opens a side. Hugging Face directories and models on the hub describe themselves, others by `hf_reference`."""
     described = is_reference(path) or (Path(path) / "config.json").is_file()
     options = source.keywords()
     reference = options.pop("hf_reference", None if described else hf_reference)
@@ -244,7 +244,7 @@ def _compare(readers: Readers, pair: _Pair) -> TensorDifference:
 
 
 def _check_copy(readers: Readers, item: tuple[str, Comparison]) -> str:
-    """What is wrong with a copy that should be equal to its original, or nothing."""
+    """A sentence about a copy that differs from its original, or an empty string."""
     side, comparison = item
     try:
         compare(comparison)

@@ -50,7 +50,7 @@ class FileHash:
 
 @dataclass(frozen=True)
 class Hashes:
-    """What a checkpoint hashes to.
+    """The hashes of a checkpoint.
 
     Attributes:
         path: Where it is.

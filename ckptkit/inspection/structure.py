@@ -1,4 +1,4 @@
-"""In what two models differ before any weight is read."""
+"""Differences between two models that show before any weight is read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _NOT_THE_MODEL = ("dtype", "init_std", "max_position_embeddings")
 
 
 def config_differences(left: ModelConfig, right: ModelConfig, sides: tuple[str, str]) -> list[str]:
-    """Fields in which two descriptions of a model differ, as sentences; of the layers, the first field that differs.
+    """Sentences about the fields in which two configs differ. Of all layers, only the first difference is listed.
 
     Args:
         left: One model.
         right: The other.
-        sides: What to call the two.
+        sides: Names for the two.
     """
 
     def sentence(field: FieldDifference) -> str:

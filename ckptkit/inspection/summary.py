@@ -1,4 +1,4 @@
-"""`inspect`: what the headers of a checkpoint say, summed up by role."""
+"""`inspect`: the headers of a checkpoint, summed up by role."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckptkit.sharding.grid import StatedGrid
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the headers of a checkpoint say. Sizes in bytes."""
+    """A summary of the headers of a checkpoint. Sizes in bytes."""
 
     path: str
     format: str

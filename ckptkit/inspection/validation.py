@@ -1,7 +1,7 @@
 """`validate`: whether a checkpoint is whole and agrees with itself. It may read headers only, or every byte.
 
-The questions are asked in order: each file alone, then tensors against config, checksums, values. All files that are
-damaged are named; what comes later needs them, and is not asked then.
+The checks run in order: each file alone, then tensors against config, then checksums, then values. All damaged files
+are named. Later checks need sound files, so they do not run after a damaged one.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class SoundnessCheck:
     Attributes:
         name: `files`, `tensors`, `checksums` or `values`.
         summary: One line.
-        problems: What is wrong; the checkpoint should not be used.
-        warnings: What is odd.
+        problems: Errors; the checkpoint should not be used.
+        warnings: Oddities.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Validation:
         architecture: Hugging Face class name, or None.
         grid: The stored grid, or None.
         checks: The questions that were asked, in order.
-        not_asked: Those that were not, as an earlier answer was no or they were not wanted.
-        notes: What a user should know.
+        not_asked: Checks that did not run, after a failed one or because the options exclude them.
+        notes: Notes for the user.
         seconds: Time it took.
     """
 
@@ -118,9 +118,9 @@ def validate(
         source: Further options of `open_checkpoint`.
 
     Raises:
-        InputError: There is nothing that looks like a checkpoint.
-        UnsupportedError: It may be sound, but no family or format of ours.
-        UsageError: What is said of it contradicts what it says itself.
+        InputError: The path holds no checkpoint.
+        UnsupportedError: The checkpoint may be sound, but no family or format here fits it.
+        UsageError: The options contradict the checkpoint.
         StorageError: A file cannot be read.
     """
     started = time.monotonic()
@@ -195,7 +195,7 @@ def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[],
 
 
 def _check_small(name: str, file: Path) -> None:
-    """A small file must be what its name says, as far as that can be told."""
+    """Checks that the start of a small file fits the kind in its name."""
     with open(open_regular(file), "rb") as stream:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -255,7 +255,7 @@ class _Records:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What the checksums of records say."""
+    """The outcome of checking the checksums of records."""
 
     checked: int
     without: int

@@ -1,4 +1,4 @@
-"""What the numbers in raw bytes are: which are not finite, and how far two rows of them are apart."""
+"""Reads raw bytes as numbers: counts those that are not finite, and measures how far two rows are apart."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _WORDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class _Bits(NamedTuple):
-    """How a floating-point type says that a number is none: by its bits without the sign, as an integer.
+    """The encoding of NaN and infinity in a floating-point type, as integers of the bits without the sign.
 
     Attributes:
-        magnitude: All bits but the sign.
+        magnitude: Mask of all bits except the sign.
         largest: The largest finite number.
-        infinity: Infinity, for types that have it; what is larger is not a number.
+        infinity: Infinity, for types that have it. Larger integers are NaN.
     """
 
     magnitude: int
@@ -46,12 +46,12 @@ _PARTS = {"C64": DTYPES["F32"]}
 
 
 _BLOCK = 16384
-"""Elements at a time: what is made of them fits into a cache, and into memory that malloc hands out again at once."""
+"""Elements at a time. Arrays of this size fit into a cache, and into memory that malloc reuses at once."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What there is in some numbers; both parts of a complex one count.
+    """Counts of special values in an array. Both parts of a complex number count.
 
     Attributes:
         nan: How many are not a number.
@@ -68,7 +68,7 @@ class Survey:
 
 
 def survey(data: Bytes, dtype: DType) -> Survey:
-    """Counts what is not finite.
+    """Counts the values that are not finite.
 
     Args:
         data: Whole elements, contiguous.

@@ -1,17 +1,17 @@
 """All or nothing: the destination changes in one step, after everything is written, checked and durable.
 
-Beside a destination `NAME` lie, while a run lives or after it was killed:
+During a run, and after a killed one, these lie beside a destination `NAME`:
 
     .NAME.ckptkit-lock              held (flock) by the run that writes
     .NAME.ckptkit-partial/
-        journal.jsonl               the plan, and the files that are durable
-        sealed.json                 the plan and the finished directory, once it is about to become NAME
-        output/                     what becomes NAME
+        journal.jsonl               digest of the plan, and the files that are durable
+        sealed.json                 digest of the plan, and inode of `output` just before it becomes NAME
+        output/                     the directory that becomes NAME
     .NAME.ckptkit-old/              only where the system cannot exchange two directories
 
-A killed run leaves the destination as it was. It leaves its partial directory too, from which
-`resume` goes on. A run killed after that one step has done its work, and `resume` only cleans up: it sees that by
-the seal, or where that is gone too, by comparing every byte of the destination with what the plan gives.
+A killed run leaves the destination as it was. Its partial directory stays, and `resume` continues from there. A run
+that was killed after the one step has done its work, and `resume` only cleans up. It recognises this case by the seal.
+If the seal is gone, too, it compares every byte of the destination with the plan.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from ckptkit.sizes import human_size
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
-_LARGEST_SEAL = 1 << 26  # it says something of each source
+_LARGEST_SEAL = 1 << 26  # it has an entry for each source
 _OWN_ENTRIES = 4  # lock, partial directory, journal and seal
 
 
 class Destination:
     """A directory to be made from a plan.
 
-    Nothing is touched before the context is entered, and only `commit` touches the destination itself:
-    leaving the context, with or without an exception, never does.
+    Nothing is written before the context is entered. Only `commit` changes the destination itself; leaving the context,
+    with or without an exception, does not.
 
         destination = Destination(path, plan, sources=[source])
         with destination:
@@ -74,11 +74,11 @@ class Destination:
 
         Args:
             path: The destination: absent, or an empty directory, or any with `overwrite`.
-            plan: What it will hold.
+            plan: Its content.
             sources: Directories or files that the user named as input.
-            seen: What these were like before they were read.
-            overwrite: Replace what is there.
-            resume: Go on from what a killed run left.
+            seen: Fingerprints of the sources from before they were read.
+            overwrite: Replace an existing directory.
+            resume: Continue a killed run from its partial directory.
 
         Raises:
             UsageError: The destination is in use for something else, or overlaps a source.
@@ -102,7 +102,7 @@ class Destination:
         self._sealed: int | None = None
         self._check_overlap(sources)
         with _storage(self.path):
-            # By names and sizes for now; `__enter__` looks closer, once nobody else can write there.
+            # By names and sizes for now; `__enter__` looks closer, under the lock.
             self._done = resume and (self._is_sealed() or (not self._unfinished() and resembles(plan, self.path)))
             self._check_place()
         self.free = self._free()
@@ -116,19 +116,19 @@ class Destination:
 
     @property
     def journal(self) -> FileJournal:
-        """The journal of this run; there is one inside the context only."""
+        """The journal of this run. It exists inside the context only."""
         if self._journal is None:
             raise RuntimeError("the destination is not open")
         return self._journal
 
     @property
     def resume_hint(self) -> str | None:
-        """What to tell a user whose run was stopped, or None if nothing is left of it."""
+        """A hint for the user of a stopped run, or None if the run left nothing."""
         if self._in_place or not self._partial.is_dir():
             return None
         if (stands := self._what_stands()) is not None:
             return stands
-        return f"{self._partial} keeps what is written: run again with --resume to go on, or remove it"
+        return f"{self._partial} keeps the finished files: run again with --resume to continue, or remove it"
 
     def write(
         self,
@@ -148,7 +148,7 @@ class Destination:
             SHA-256 by output path, if asked for.
 
         Raises:
-            UsageError: Another run writes to this destination, or somebody has filled it meanwhile.
+            UsageError: Another run writes to this destination, or another program has filled it meanwhile.
             InputError: A source is gone, damaged or changed, or two tensors that must be equal differ.
             StorageError: The disk is full or answers with an error.
         """
@@ -172,7 +172,7 @@ class Destination:
 
     @contextmanager
     def _resumable(self) -> Iterator[None]:
-        """Adds to an error of the storage how to go on once it is mended."""
+        """Adds the way to continue to a storage error."""
         try:
             yield
         except StorageError as error:
@@ -196,9 +196,10 @@ class Destination:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Lets go of the lock; what is not committed stays in the partial directory.
+        """Releases the lock. Finished files that are not committed stay in the partial directory.
 
-        Unless the sources are at fault: a run over better ones is another run, which could not go on from there.
+        After an InputError the partial directory is removed: a corrected source makes a different plan, so nothing
+        could be resumed.
         """
         if isinstance(error, InputError) and not isinstance(error, TouchedError):
             with suppress(OSError):
@@ -208,11 +209,11 @@ class Destination:
         self._release()
 
     def commit(self) -> None:
-        """Puts the finished output in its place, in one step, and makes that durable.
+        """Moves the finished output to the destination in one step, and makes that durable.
 
         Raises:
             InputError: A source changed while it was read.
-            UsageError: Somebody has filled the destination meanwhile.
+            UsageError: Another program has filled the destination meanwhile.
             StorageError: A file is missing or has another size, or the disk answers with an error.
         """
         self._check_complete()
@@ -224,8 +225,8 @@ class Destination:
         with _storage(self.path):
             self._check_place()
             self._seal()
-            # Without its journal, a partial directory is never taken for a resumable one: after the
-            # exchange it holds the old files, and some may have the sizes of the new.
+            # Without a journal, a partial directory is not resumable. After the exchange it holds the old files, and
+            # some of them may have the sizes of the new ones.
             faults.step("drop-journal")
             self.journal.close()
             self.journal.path.unlink()
@@ -236,9 +237,9 @@ class Destination:
         self._clean_up()
 
     def _what_stands(self) -> str | None:
-        """Which model is at the destination, if the run ends once its output was about to go there; else None.
+        """A sentence about the model at the destination, for a run that ends during or after the one step; else None.
 
-        It asks the file system: a signal may arrive between a rename and the next line of Python.
+        The answer comes from the file system, because a signal may arrive between a rename and the next line of Python.
         """
         if self._sealed is None:
             return None
@@ -256,7 +257,7 @@ class Destination:
         return f"the new model is complete at {self.path}{rest}"
 
     def _seal(self) -> None:
-        """Notes which directory is about to become the destination: renaming keeps its number."""
+        """Records the inode of the directory that is about to become the destination. A rename keeps it."""
         self._sealed = self.directory.stat().st_ino
         seal = self._seal_of(self._fingerprints, self._sealed)
         path = self._partial / _SEAL
@@ -268,13 +269,13 @@ class Destination:
             os.close(fd)
 
     def _seal_of(self, sources: Iterable[Fingerprint], number: int) -> dict[str, object]:
-        """What is noted of the directory of this inode, which holds what the plan gives from these sources."""
+        """The content of the seal, for the directory with this inode, made from these sources."""
         known = list(sources)
         versions = [list(source.version) for source in known]
         return {"plan": self._plan.digest(known), "sources": versions, "output": number}
 
     def _is_sealed(self) -> bool:
-        """Whether the destination is what an earlier run of this very plan put there, whole."""
+        """Whether the destination is the complete output of an earlier run of this very plan."""
         try:
             seal = json.loads(read_bounded(self._partial / _SEAL, _LARGEST_SEAL, follow=False))
             number = self.path.stat().st_ino
@@ -286,7 +287,7 @@ class Destination:
         return bool(seal == self._seal_of(fingerprints(self._plan.sources()), number))
 
     def _unfinished(self) -> bool:
-        """Whether an earlier run left something to go on with: after a commit there is no journal any more."""
+        """Whether there is a partial directory to resume from. `commit` removes its journal."""
         return (self._partial / _JOURNAL).is_file()
 
     def _put_in_place(self) -> None:
@@ -299,9 +300,10 @@ class Destination:
         sync_directory(self._partial)
 
     def _replace_in_two_steps(self) -> None:
-        """For systems that cannot exchange: between the two renames there is no model at the destination.
+        """The replacement on systems that cannot exchange two directories.
 
-        A run killed there leaves the old one under a name that the next run moves back.
+        Between the two renames there is no model at the destination. A run killed there leaves the old model under
+        another name, and the next run moves it back.
         """
         old = self._beside("old")
         os.rename(self.path, old)
@@ -317,7 +319,7 @@ class Destination:
         except OSError as error:
             cause = error.strerror or str(error)
             raise StorageError(
-                f"the output is complete, but what it replaced could not be removed ({cause})",
+                f"the output is complete, but the replaced directory could not be removed ({cause})",
                 where=self._partial,
                 hint="remove it by hand",
             ) from error
@@ -362,7 +364,7 @@ class Destination:
                 raise UsageError("the destination holds the home or the current directory", where=self.path)
 
     def _free(self) -> int:
-        """What is free, with what an earlier run left: that is used again or removed."""
+        """Free bytes. The partial directory of an earlier run counts as free: it is used again or removed."""
         with _storage(self.path.parent):
             self._room = Room.of(self.path.parent, self._partial)
         return self._room.nbytes
@@ -384,14 +386,14 @@ class Destination:
             )
 
     def _take_lock(self) -> None:
-        """Takes the lock; a lock file without a living owner is no lock."""
+        """Takes the lock. A lock file without a living owner does not count."""
         path = self._beside("lock")
         while self._lock < 0:
             with _storage(path):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # The owner before us may have removed the file between our open and our lock.
+                    # The previous owner may have removed the file between our open and our lock.
                     with suppress(FileNotFoundError):
                         if os.stat(path).st_ino == os.fstat(fd).st_ino:
                             self._lock = fd
@@ -414,7 +416,7 @@ class Destination:
             self._lock = -1
 
     def _recover(self) -> None:
-        """Undoes a replacement in two steps that was killed half way."""
+        """Undoes a replacement in two steps that was killed between its renames."""
         old = self._beside("old")
         if not old.is_dir():
             return
@@ -422,7 +424,7 @@ class Destination:
             shutil.rmtree(old)  # the second rename was made, too
             return
         with suppress(FileNotFoundError):
-            os.rmdir(self.path)  # somebody made an empty one meanwhile; the model is the old one
+            os.rmdir(self.path)  # an empty directory, made meanwhile by another program
         os.rename(old, self.path)
 
     def _prepare(self) -> None:
@@ -442,7 +444,7 @@ class Destination:
         self._journal = FileJournal(journal, self.directory, digest, self._fingerprints, kept or ())
 
     def _kept(self, digest: str) -> list[Finished] | None:
-        """What an earlier run finished and still counts, or None where it left nothing to go on with."""
+        """Files of an earlier run that still count, or None if there is nothing to resume from."""
         recorded = read_journal(self._partial / _JOURNAL)
         if recorded is None or not self.directory.is_dir():
             return None
@@ -451,12 +453,12 @@ class Destination:
         return still_finished(self._plan, self.directory, recorded.files, touched)
 
     def _refuse_links(self, resumable: bool) -> None:
-        """What is written through a link would land in a place that nobody named."""
+        """Refuses symbolic links in the partial directory: files written through them would land elsewhere."""
         inside = os.walk(self._partial) if resumable else ()
         names = (Path(folder, name) for folder, folders, files in inside for name in (*folders, *files))
         for place in (self._partial, *names):
             if place.is_symlink():
-                raise InputError("a symbolic link in place of what an earlier run left", where=place, hint="remove it")
+                raise InputError("a symbolic link among the files of an earlier run", where=place, hint="remove it")
 
     def _check_complete(self) -> None:
         finished = self.journal.finished()
@@ -469,12 +471,12 @@ class Destination:
             found = next(strangers(self.directory, {file.path for file in self._plan.files}), None)
         if found is not None:
             hint = "run again with --resume, which removes it"
-            raise StorageError("something that this conversion did not write", where=found, hint=hint)
+            raise StorageError("an entry that this conversion did not write", where=found, hint=hint)
 
 
 @contextmanager
 def _storage(where: Path) -> Iterator[None]:
-    """Turns what the operating system answers into one clear line."""
+    """Turns an error of the operating system into one clear line."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is dropped because a model does not use it: how far it is from what would be put in its place."""
+"""Measures dropped parts of tensors: how far their content is from the content that a conversion would put there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckptkit.tensors import Tensor
 
 
 def summarise(dropped: Iterable[Dropped], *, measure: bool) -> list[dict[str, object]]:
-    """One record for each kind: how many parts, how many elements, and the largest difference from what is expected.
+    """One record for each kind: number of parts and elements, and the largest difference from the expected content.
 
     Kinds that usually are as expected have one only if they are read and are not.
 

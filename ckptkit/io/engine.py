@@ -1,7 +1,7 @@
-"""Carrying out a plan: a few threads, reused buffers, reads and writes overlapped.
+"""Carries out a plan with a few threads and reused buffers; reads and writes overlap.
 
-Memory does not grow with the model: a thread holds one staging and one scratch buffer (and what a cast
-needs), and units of work are made one at a time.
+Memory does not grow with the model. Each thread has one staging and one scratch buffer (and room for a cast), and units
+of work are made one at a time.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Journal(Protocol):
-    """What remembers finished files."""
+    """A record of finished files."""
 
     def finished(self) -> Mapping[str, str | None]:
-        """Paths that earlier runs finished, with the SHA-256 that they recorded, if they did."""
+        """Paths of files that earlier runs finished -> their recorded SHA-256, or None."""
 
     def record(self, path: str, size: int, sha256: str | None) -> None:
-        """Called once a file is durable; may come from any thread."""
+        """Records a file. The engine calls it once the file is durable, from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
         written: Bytes written.
         kept: Bytes in files that an earlier run had finished.
-        compared: Bytes compared, counted once for both sides.
+        compared: Bytes compared; the two sides of a comparison count once.
         seconds: Time of the whole run.
         hashes: SHA-256 by output path, if asked for.
     """
@@ -96,15 +96,14 @@ def run(
     hash: bool = False,
     limits: Limits = _DEFAULT,
 ) -> EngineResult:
-    """Writes every file of a plan under `directory` and makes it durable; the comparisons come first.
+    """Makes the comparisons of a plan, then writes every file under `directory` and makes it durable.
 
     Args:
-        plan: What to write.
-        directory: Where to; sub-directories are created.
-        threads: How many move bytes; by default one per core, at most 4.
-        progress: Called in this thread with the bytes that came to be finished since the last call; in
-            all `plan.nbytes`.
-        journal: Knows which files are finished already and hears of those that become so.
+        plan: The plan.
+        directory: The folder to write into; sub-directories are created.
+        threads: Threads that move bytes; by default one per core, at most 4.
+        progress: Called in this thread with the bytes finished since the last call. The sum is `plan.nbytes`.
+        journal: Names the files that are finished already, and records those that this run finishes.
         hash: Also compute the SHA-256 of every file.
         limits: Sizes of buffers.
 
@@ -123,7 +122,7 @@ def run(
 
 
 class _Output:
-    """One output file while it is written: opened when its first bytes come, by whichever thread has them."""
+    """One output file while it is written. The first thread that has bytes for it opens it."""
 
     def __init__(self, spec: OutputFile, path: Path) -> None:
         self.spec = spec
@@ -153,7 +152,7 @@ class _Output:
             return self._fd
 
     def write(self, data: NDArray[np.uint8], offset: int) -> None:
-        """Writes bytes and takes them into the checksums that cover them.
+        """Writes bytes and adds them to the checksums that cover them.
 
         Raises:
             StorageError: The disk is full or answers with an error.
@@ -163,10 +162,10 @@ class _Output:
         self._put(view, offset)
 
     def copy(self, source: int, start: int, size: int, offset: int) -> int:
-        """Copies inside the kernel and returns how much: less than `size` where the kernel cannot.
+        """Copies inside the kernel and returns the number of bytes: less than `size` where the kernel cannot copy.
 
-        An error of the source and one of this file look alike here, so only a full disk is raised; for
-        all else the caller goes on by reading and writing, which tells the two apart.
+        An error of the source and an error of this file look the same here, so only a full disk is raised. After any
+        other error the caller copies by reading and writing, which shows the file at fault.
 
         Raises:
             StorageError: The disk is full.
@@ -186,13 +185,13 @@ class _Output:
         return done
 
     def settle(self, size: int) -> bool:
-        """Notes that `size` bytes more are in place; True when these were the last."""
+        """Counts `size` more bytes as written. Returns True if these were the last."""
         with self._lock:
             self._pending -= size
             return not self._pending
 
     def complete(self) -> None:
-        """Writes the checksums, after which the file is whole; an empty one is created.
+        """Writes the checksums, which completes the file. An empty file is created here.
 
         Raises:
             StorageError: The disk is full or answers with an error.
@@ -268,7 +267,7 @@ class _Job:
         """Carries everything out with `count` threads."""
         live = self._unfinished(progress)
         schedule = Schedule([output.spec for output in self._outputs], live, self._limits)
-        # Syncing waits for the disk: it goes on in the background while the next files are written.
+        # Syncing waits for the disk, so it runs in the background while the next files are written.
         finisher = Crew(count, "ckptkit-sync")
         workers: list[threading.Thread] = []
         try:
@@ -278,7 +277,7 @@ class _Job:
             works = [partial(self._work, index, schedule, finisher) for index in range(count)]
             workers = start_threads(works, "ckptkit")
             if not workers:
-                works[0]()  # the system has no thread to give: this one does the work
+                works[0]()  # the system allows no further thread, so this one does the work
             running = len(workers) or 1
             while running:
                 message = self._mailbox.get()
@@ -345,19 +344,19 @@ class _Job:
             return None
 
     def _settle(self, unit: Unit, finisher: Crew) -> None:
-        for target in unit.targets:
-            output, size = self._outputs[target.file], unit.written(target)
+        for write in unit.writes:
+            output, size = self._outputs[write.file], unit.written(write)
             if output.settle(size):
                 finisher.submit(partial(self._finish, output))
             self._mailbox.put(size)
 
     def _finish(self, output: _Output) -> None:
-        """Makes a file durable; only then it is a finished one."""
+        """Completes a file and makes it durable; only then it counts as finished."""
         try:
             if self._stop.is_set():
                 return
             output.complete()
-            # Before the sync: the disk goes on writing meanwhile.
+            # Hashed before the sync, because the disk writes in the meantime.
             sha256 = hash_file(output.path) if self._hash else None
             output.sync()
             if sha256 is not None:
@@ -375,7 +374,7 @@ class _Job:
 
 
 class _Mover:
-    """The buffers of one thread, and what is done with them."""
+    """Moves bytes in one thread, with the buffers of that thread."""
 
     def __init__(self, outputs: Sequence[_Output], sources: Sources, limits: Limits) -> None:
         self._outputs = outputs
@@ -385,26 +384,26 @@ class _Mover:
         self._kernel_copies = True
 
     def move(self, unit: Unit) -> None:
-        """Reads what a unit names and writes it where it belongs."""
+        """Reads the pieces of a unit and makes its writes."""
         if unit.direct:
             self._pass_through(unit)
             return
         self._gatherer.fill(unit.placements, self._staging[: unit.size])
-        for target in unit.targets:
-            data = self._staging[target.start : target.stop]
+        for write in unit.writes:
+            data = self._staging[write.start : write.stop]
             if unit.cast is not None:
                 data = convert(data, *unit.cast)
-            self._outputs[target.file].write(data, target.offset)
+            self._outputs[write.file].write(data, write.offset)
 
     def _pass_through(self, unit: Unit) -> None:
-        region, target = unit.placements[0].piece, unit.targets[0]
+        region, write = unit.placements[0].piece, unit.writes[0]
         assert isinstance(region, Region)
-        output, done = self._outputs[target.file], 0
+        output, done = self._outputs[write.file], 0
         if self._kernel_copies:
-            done = output.copy(self._sources.fd(region.file), region.offset, unit.size, target.offset)
+            done = output.copy(self._sources.fd(region.file), region.offset, unit.size, write.offset)
             self._kernel_copies = done == unit.size
         while done < unit.size:
             data = self._staging[: unit.size - done]
             self._sources.read(region.file, data.data, region.offset + done)
-            output.write(data, target.offset + done)
+            output.write(data, write.offset + done)
             done += len(data)

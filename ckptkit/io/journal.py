@@ -1,7 +1,8 @@
-"""The journal of a run: one line per finished file, so that a killed run can be taken up again.
+"""The journal of a run: one line per finished file, so that a killed run can be resumed.
 
-The first line names the plan and its sources as they were. Each other line is written and synced only after the file it
-speaks of is durable; it says what that file was like. A line that a crash cut short does not count.
+The first line holds the digest of the plan and the fingerprints of its sources. Each further line is written and synced
+only after its file is durable, and holds the facts by which a change of the file is noticed. A line that a crash cut
+short does not count.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ _START_OVER = "run without --resume to start over"
 
 @dataclass(frozen=True)
 class Finished:
-    """A file that is durable, as it was then.
+    """A durable file, with facts by which later changes are noticed.
 
     Attributes:
         path: Relative to the output, with forward slashes.
         size: Bytes.
-        sha256: Of all of it in hexadecimal, if that was asked for.
+        sha256: SHA-256 of the whole file in hexadecimal, if requested.
         sample: SHA-256 of some of its bytes in hexadecimal.
-        version: mtime, ctime (nanoseconds) and inode: whoever writes to it or puts another in its place changes them.
+        version: mtime, ctime (nanoseconds) and inode. A write to the file or a replacement changes them.
     """
 
     path: str
@@ -46,7 +47,7 @@ class Finished:
 
     @classmethod
     def of(cls, directory: Path, path: str, sha256: str | None) -> Finished:
-        """What a file below `directory` is like.
+        """The facts about a file below `directory`.
 
         Raises:
             StorageError: It cannot be read.
@@ -72,12 +73,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an earlier run wrote down.
+    """The content of an earlier run's journal.
 
     Attributes:
         plan: The digest of its plan.
-        sources: Absolute path -> identity and version, as `Fingerprint` has them, in one list.
-        files: Path -> file that was durable.
+        sources: Absolute path of a source -> its `identity` and `version` (see `Fingerprint`) in one list.
+        files: Path -> durable file.
     """
 
     plan: str
@@ -85,11 +86,11 @@ class Recorded:
     files: Mapping[str, Finished]
 
     def touched(self, digest: str, sources: Iterable[Fingerprint], where: Path) -> set[str]:
-        """Sources of which only inode or ctime differ from those of the earlier run.
+        """Sources that differ from those of the earlier run in inode or ctime only.
 
         Args:
-            digest: Of the plan that is to be carried out.
-            sources: As they are now.
+            digest: Digest of the plan that is carried out.
+            sources: Present fingerprints of its sources.
             where: For messages.
 
         Raises:
@@ -99,7 +100,7 @@ class Recorded:
         for now in sources:
             before = self.sources.get(now.path)
             if before is None or len(before) != _FIELDS:
-                touched.add(now.path)  # nobody knows
+                touched.add(now.path)  # the journal does not say
                 continue
             changed = [
                 what
@@ -113,7 +114,7 @@ class Recorded:
                 touched.add(now.path)
         if digest != self.plan:
             raise InputError(
-                "what an earlier run left belongs to another conversion (the sources or options changed)",
+                "the files of an earlier run belong to another conversion (the sources or options changed)",
                 where=where,
                 hint=_START_OVER,
             )
@@ -121,10 +122,10 @@ class Recorded:
 
 
 def read_journal(path: Path) -> Recorded | None:
-    """What a journal says, or None if it says nothing: it is empty, or was cut short in its first line.
+    """Reads a journal. None if it is empty, or cut short in its first line.
 
     Raises:
-        InputError: Another version of ckptkit wrote it, or it is none.
+        InputError: Another version of ckptkit wrote it, or the file is no journal.
         StorageError: It cannot be read.
     """
     try:
@@ -135,7 +136,7 @@ def read_journal(path: Path) -> Recorded | None:
     if first is None:
         return None
     if first.get("ckptkit_journal") != _VERSION:
-        raise InputError("another version of ckptkit wrote what is to be resumed", where=path, hint=_START_OVER)
+        raise InputError("another version of ckptkit wrote this journal", where=path, hint=_START_OVER)
     files: dict[str, Finished] = {}
     for line in lines[1:]:
         entry = _finished(_parse(line)) if len(line) <= _LONGEST_LINE else None
@@ -158,14 +159,14 @@ class FileJournal:
         sources: Iterable[Fingerprint] = (),
         finished: Iterable[Finished] = (),
     ) -> None:
-        """Starts a journal; one that is there is replaced in one step.
+        """Starts a journal. An existing one is replaced in one step.
 
         Args:
             path: The file; its directory exists.
-            directory: What the paths of finished files are relative to.
-            digest: Of the plan that is to be carried out.
-            sources: What it reads.
-            finished: Files that an earlier run of it finished.
+            directory: The paths of finished files are relative to this folder.
+            digest: Digest of the plan that is carried out.
+            sources: Fingerprints of its sources.
+            finished: Files that an earlier run of the plan finished.
 
         Raises:
             StorageError: The file cannot be written.
@@ -198,10 +199,10 @@ class FileJournal:
         return dict(self._finished)
 
     def record(self, path: str, size: int, sha256: str | None) -> None:
-        """Notes that a file is durable.
+        """Records that a file is durable.
 
         Raises:
-            StorageError: The file is not what it should be, or the line cannot be written.
+            StorageError: The file cannot be read, or the line cannot be written.
         """
         entry = Finished.of(self._directory, path, sha256)
         with self._lock:
@@ -224,7 +225,7 @@ class FileJournal:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line, or None if it was cut short or damaged."""
+    """The content of a line, or None if it is cut short or damaged."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -233,7 +234,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _finished(entry: Mapping[str, Any] | None) -> Finished | None:
-    """The file that a line speaks of, or None if it is no such line."""
+    """The finished file in a line, or None if the line has another content."""
     match entry:
         case {
             "path": str() as path,

@@ -1,4 +1,4 @@
-"""What an earlier run left in its partial directory: what of it counts, and what must go."""
+"""The partial directory of an earlier run: which of its files still count, and which must be removed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ckptkit.io.present import holds_file
 def still_finished(
     plan: Plan, directory: Path, recorded: Mapping[str, Finished], touched: Collection[str]
 ) -> list[Finished]:
-    """Files that an earlier run of this plan finished and that are still what they were.
+    """Files that an earlier run of this plan finished and that have not changed since.
 
-    Size, times, inode and sampled bytes say so. Where times or inode differ (after a crash of the machine some file
-    systems have older times, a copied directory has new ones), all bytes are compared with the sources.
+    Size, times, inode and sampled bytes show that. Where only times or inode differ, all bytes are compared with the
+    sources: some file systems have older times after a crash of the machine, and a copied directory has new ones.
 
     Args:
-        plan: What is to be written.
-        directory: Where the files are; it holds no links.
-        recorded: What the journal says, by path.
-        touched: Sources from which everything is to be copied again.
+        plan: The plan.
+        directory: The folder of the files; it holds no links.
+        recorded: Path -> entry in the journal.
+        touched: Sources whose files are all written again.
 
     Raises:
         InputError: A source is gone or ends early.
@@ -48,7 +48,7 @@ def _is_whole(file: OutputFile, now: Finished, before: Finished, directory: Path
 
 
 def strangers(directory: Path, expected: Collection[str]) -> Iterator[Path]:
-    """What lies below a directory and is none of the expected files: other files, links, folders without any of these.
+    """Unexpected entries below a directory: other files, links, and folders without expected files.
 
     Args:
         directory: The directory.
@@ -70,7 +70,7 @@ def strangers(directory: Path, expected: Collection[str]) -> Iterator[Path]:
 
 
 def remove_strangers(directory: Path, expected: Collection[str]) -> None:
-    """Removes what `strangers` finds; links go, not what they lead to.
+    """Removes the entries that `strangers` finds. Of a link, only the link is removed.
 
     Raises:
         OSError: Something cannot be removed.

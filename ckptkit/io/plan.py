@@ -1,4 +1,4 @@
-"""A plan: which bytes go to which place of which file. Exact before anything is written."""
+"""A plan: for every output file, which source bytes go to which offset. It is complete before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ckptkit.io.castable import check_cast
 from ckptkit.io.source import Fingerprint
 from ckptkit.tensors import Const, Literal, Piece, Region, Tensor
 
-_RECIPE = 1  # to be raised when the same recipe comes to mean other bytes
+_RECIPE = 1  # raise it when the same recipe starts to give other bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """The CRC-32 of bytes `start:stop` of a file, written little-endian at each offset in `at`."""
+    """The CRC-32 of bytes `start:stop` of a file. It is written little-endian at each offset in `at`."""
 
     start: int
     stop: int
@@ -44,10 +44,10 @@ class OutputFile:
 
     Attributes:
         path: Relative to the destination, with forward slashes.
-        size: Bytes; every one of them belongs to a segment or is zero.
+        size: Bytes; every byte belongs to a segment or is zero.
         segments: In order of offset, without overlaps.
-        checksums: What to fill in once the bytes it covers are known.
-        tensors: How many model tensors it holds, for people.
+        checksums: Checksums to fill in once the bytes they cover are written.
+        tensors: Number of model tensors in it, for display.
     """
 
     path: str
@@ -58,7 +58,7 @@ class OutputFile:
 
     @classmethod
     def small(cls, path: str, data: bytes) -> OutputFile:
-        """A file whose bytes are at hand."""
+        """A file whose bytes are in memory."""
         segments = (Segment(0, literal(data)),) if data else ()
         return cls(path, len(data), segments)
 
@@ -70,7 +70,7 @@ class OutputFile:
 
 
 def literal(data: bytes) -> Tensor:
-    """Bytes at hand as one row."""
+    """Bytes in memory, as a tensor of one row."""
     return Tensor.from_bytes(data, DTYPES["U8"], (1, len(data)))
 
 
@@ -81,7 +81,7 @@ class Comparison:
     Attributes:
         left: One.
         right: The other.
-        what: What the two are, for messages.
+        what: Description of the two, for messages.
         hint: What to do if they differ, or None if only a better checkpoint helps.
     """
 
@@ -93,14 +93,14 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A part of a stored tensor that a conversion leaves behind.
+    """A part of a stored tensor that a conversion drops, because the model does not use it.
 
     Attributes:
-        what: What it is, the same for all of its kind.
-        where: The tensor that it is a part of.
-        found: What is stored.
-        expected: What a conversion in the other direction would store.
-        usual: Whether the part is not worth a word where it is as expected.
+        what: Description; parts with the same description are counted together.
+        where: Name of the stored tensor.
+        found: The stored content.
+        expected: The content that a conversion in the other direction would store.
+        usual: Whether the part needs no report where it is as expected.
     """
 
     what: str
@@ -112,15 +112,15 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion does.
+    """Everything that a conversion does.
 
     Attributes:
-        files: What to write.
-        comparisons: What must hold before the output is committed.
-        lossy: Sentences about what does not survive (casts, dropped tensors).
-        notes: Sentences a user should read (config features without a Megatron argument, ...).
-        coverage: How many stored tensors were used, are replicas, travel in the sidecar, ...
-        dropped: Parts of stored tensors that the model does not use and that stay behind.
+        files: The files to write.
+        comparisons: Tensors that must be equal before the output is committed.
+        lossy: Sentences about losses that the user asked for (casts, tensors left out).
+        notes: Sentences for the user (config features without a Megatron argument, ...).
+        coverage: Number of stored tensors that are used, are replicas, go into the sidecar, ...
+        dropped: Parts of stored tensors that the model does not use and the output does not hold.
     """
 
     files: tuple[OutputFile, ...]
@@ -140,12 +140,12 @@ class Plan:
         return source_files(self._tensors())
 
     def check(self) -> None:
-        """Whether it can be carried out at all; reads nothing.
+        """Checks that the plan is consistent. Reads no file.
 
         Raises:
-            InputError: An output path leaves the destination, or two files want the same one.
+            InputError: An output path leaves the destination, or two files have the same path.
             UnsupportedError: A cast that does not exist.
-            ValueError: Segments overlap or leave their file: whoever planned this made a mistake.
+            ValueError: Segments overlap or leave their file. This is a bug in the code that made the plan.
         """
         taken: set[str] = set()
         for file in self.files:
@@ -157,7 +157,7 @@ class Plan:
             check_cast(tensor.dtype, tensor.out_dtype)
 
     def digest(self, sources: Iterable[Fingerprint]) -> str:
-        """A SHA-256 that changes with every output byte that this plan and these sources give."""
+        """A SHA-256 that identifies the output: equal digests mean equal output bytes."""
         recipe = hashlib.sha256(f"ckptkit plan {_RECIPE}".encode())
         for source in sources:
             recipe.update(json.dumps(source.identity).encode())
@@ -181,7 +181,7 @@ class Plan:
             yield comparison.right
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that pass through as whole runs, and bytes that are rearranged, filled or cast."""
+        """(bytes that are copied as whole runs, bytes that are rearranged, filled in or cast)."""
         through = rearranged = 0
         for segment in (s for file in self.files for s in file.segments):
             direct = segment.tensor.cast is None and all(
@@ -221,11 +221,16 @@ def _check_spans(file: OutputFile) -> None:
     for at in (at for checksum in sums for at in checksum.at):
         following = bisect_right(stops, at)
         if at + 4 > file.size or (following < len(sums) and sums[following].start < at + 4):
-            raise ValueError(f"{file.path}: a checksum is to be written into bytes {at}:{at + 4}, which one covers")
+            raise ValueError(
+                f"{file.path}: bytes {at}:{at + 4} are to hold a checksum, and another checksum covers them"
+            )
 
 
 def _recipe(piece: Piece, known: dict[int, str]) -> tuple[object, ...]:
-    """What a piece is; `known` keeps the digests of bytes at hand by identity, as many pieces share them."""
+    """A description of a piece for the digest of the plan.
+
+    Many pieces share the same bytes in memory, so `known` keeps the digests of these by identity.
+    """
     match piece:
         case Region(path, offset, rows, pitch, width):
             return (os.path.abspath(path), offset, rows, pitch, width)

@@ -1,4 +1,4 @@
-"""Whether a directory already holds what a plan would write: what is left to do after a run that finished unheard."""
+"""Whether a directory already holds the output of a plan: a run may be killed after its commit, before it says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _U8 = DTYPES["U8"]
 
 
 def resembles(plan: Plan, directory: Path) -> bool:
-    """Whether a directory holds just the files of a plan, by name and size; reads none of them.
+    """Whether a directory holds exactly the files of a plan, by name and size. Reads none of them.
 
     Raises:
         OSError: It cannot be looked at.
@@ -24,7 +24,7 @@ def resembles(plan: Plan, directory: Path) -> bool:
 
 
 def holds(plan: Plan, directory: Path) -> bool:
-    """Whether a directory holds just the files of a plan, to the last byte. Reads them and the sources once.
+    """Whether a directory holds exactly the files of a plan, byte for byte. Reads them and the sources once.
 
     Raises:
         InputError: A source is gone or ends early.
@@ -35,9 +35,9 @@ def holds(plan: Plan, directory: Path) -> bool:
 
 
 def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
-    """Path and size of everything below a directory but directories; nothing where there is none.
+    """Path and size of everything below a directory except directories. Empty if there is no such directory.
 
-    A link has the size -1, as no file has: what it points to is not part of the output.
+    A link gets the size -1, which no file has, because the file behind it is not part of the output.
     """
     for folder, folders, files in os.walk(directory):
         for name in (*files, *(name for name in folders if os.path.islink(os.path.join(folder, name)))):
@@ -57,7 +57,7 @@ def holds_file(file: OutputFile, path: Path) -> bool:
 
 
 def _expected(file: OutputFile, sums: dict[int, bytes]) -> Iterator[tuple[int, Tensor]]:
-    """What a file consists of: its segments with the checksums filled in, and zeros between them."""
+    """The content of a file: its segments with the checksums filled in, and zeros between them."""
     end = 0
     for segment in file.segments:
         yield from _zeros(end, segment.offset)
@@ -80,7 +80,7 @@ def _filled_in(tensor: Tensor, sums: dict[int, bytes]) -> Tensor:
 
 
 def _crc32(place: str, checksum: Checksum) -> bytes:
-    """The checksum over bytes of the file as it is: whether they are the right ones, the segments say."""
+    """The checksum of the bytes in the file. Whether these bytes are right is checked segment by segment."""
     with TensorReader() as reader:
         value = reader.crc32(Path(place), checksum.start, checksum.stop - checksum.start)
     return value.to_bytes(4, "little")

@@ -28,7 +28,7 @@ _DEFAULT = Limits()
 
 
 class TensorReader:
-    """What one thread reads tensors with: its open files and its buffers, used again from one tensor to the next.
+    """Reads tensors in one thread. Open files and buffers are reused from one tensor to the next.
 
     A reader gives one stream at a time; two tensors side by side take two readers.
     """
@@ -89,7 +89,7 @@ def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT) -> Bytes:
     with Sources() as sources:
         gatherer = Gatherer(sources, limits.scratch)
         for unit in tensor_units(tensor, limits):
-            start = unit.targets[0].offset
+            start = unit.writes[0].offset
             if unit.cast is None:
                 gatherer.fill(unit.placements, out[start : start + unit.size])
                 continue

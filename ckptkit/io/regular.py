@@ -1,7 +1,7 @@
-"""The one way to open a file for reading: regular files only, and never more of them than asked for.
+"""The one way to open a file for reading: regular files only, and a bounded number of bytes.
 
-A path may lead to a pipe that nobody writes to, or to a device without an end. Opening the first blocks, reading the
-second never stops; so nothing is read before the kind of the open file is known.
+A path may lead to a pipe without a writer, or to a device without an end. Opening the first blocks, and reading the
+second never stops. So the kind of an open file is checked before any byte is read.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def walk(
         check: Called with every entry before it is looked at.
 
     Raises:
-        InputError: A link leads to a folder that it is in.
+        InputError: A link leads to a folder that contains the link.
         OSError: A folder cannot be read.
     """
     pending = [folder]

@@ -1,4 +1,4 @@
-"""Whether a file system has room: blocks, which files use whole, and entries, of which there may be none left."""
+"""Free space of a file system: bytes, which files use in whole blocks, and entries (inodes)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LARGEST_BLOCK = 1 << 16  # network file systems call the size of their messages
 
 @dataclass(frozen=True)
 class Room:
-    """What a file system has for a run.
+    """The free space of a file system.
 
     Attributes:
         nbytes: Free bytes.
         entries: Free entries for files and folders.
-        block: Bytes that a file uses at least, and in multiples of which it grows.
-        counts_bytes: Whether it says how many bytes are free; some network file systems do not.
-        counts_entries: Whether it says how many entries are free; where they grow on demand, it does not.
+        block: Size of a block in bytes; a file uses whole blocks.
+        counts_bytes: Whether `nbytes` is known; some network file systems do not report it.
+        counts_entries: Whether `entries` is known; file systems that add entries on demand do not report it.
     """
 
     nbytes: int
@@ -33,11 +33,11 @@ class Room:
 
     @classmethod
     def of(cls, folder: Path, reused: Path) -> Room:
-        """The room in the file system of a folder.
+        """The free space in the file system of a folder.
 
         Args:
-            folder: A folder of it.
-            reused: What an earlier run left there, which is used again or removed.
+            folder: A folder in it.
+            reused: The partial directory of an earlier run. It counts as free: it is used again or removed.
 
         Raises:
             OSError: It cannot be looked at.
@@ -58,7 +58,7 @@ class Room:
 
 
 def entries_of(files: Iterable[OutputFile]) -> int:
-    """How many files and folders there are to be made for an output."""
+    """Number of files and folders of an output."""
     paths = [PurePosixPath(file.path) for file in files]
     return len(paths) + len({folder for path in paths for folder in path.parents})
 

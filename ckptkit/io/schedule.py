@@ -1,8 +1,8 @@
-"""From a plan to units of work: small, lazily made, each enough for one staging buffer.
+"""Divides a plan into units of work. Units are made lazily, and each fits into one staging buffer.
 
-A unit reads some pieces and writes runs of bytes. Mostly it has one target. Where several outputs take
-columns of the same source rows (a row-parallel weight on its tensor-parallel ranks), one unit serves
-them all, so that every byte of the source is read once whatever the number of ranks.
+A unit reads some pieces and writes runs of bytes. Most units have one write. Where several outputs take columns of the
+same source rows (a row-parallel weight on its tensor parallel ranks), one unit serves all of them. So every byte of the
+source is read once, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Limits:
     """Sizes in bytes, measured with `benchmarks/engine.py`; each is a multiple of 8.
 
     Attributes:
-        staging: Of the buffer that a unit fills; half of a core's cache is best.
-        scratch: Of the buffer for rows from which columns are taken.
-        direct: From here on, a run that nobody needs to see is copied inside the kernel.
-        extent: At most this much is copied inside the kernel in one go.
+        staging: Size of the buffer that a unit fills; half of a core's cache is best.
+        scratch: Size of the buffer for rows from which columns are taken.
+        direct: A run of at least this size is copied inside the kernel, unless a cast or a checksum needs its bytes.
+        extent: Largest copy inside the kernel in one call.
     """
 
     staging: int = 1 << 20
@@ -39,7 +39,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Write:
     """Bytes `start:stop` of the staging buffer, before a cast, go to `offset` of a file.
 
     Attributes:
@@ -54,17 +54,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Pieces to bring together in `size` bytes of staging, and where these go."""
+    """Pieces to gather in `size` bytes of staging, and the writes that empty it."""
 
     placements: Sequence[Placement]
-    targets: Sequence[Target]
+    writes: Sequence[Write]
     size: int
     cast: Cast | None = None
     direct: bool = False
 
-    def written(self, target: Target) -> int:
-        """Bytes that this unit writes to a target."""
-        return _written(target.stop - target.start, self.cast)
+    def written(self, write: Write) -> int:
+        """Bytes of one of its writes, after the cast."""
+        return _written(write.stop - write.start, self.cast)
 
 
 class _Run(NamedTuple):
@@ -81,7 +81,7 @@ class _Run(NamedTuple):
 
     @property
     def region(self) -> Region | None:
-        """The single run of a file that it is, if it is one."""
+        """The region of the source, if the run is a single contiguous one."""
         piece = self.band.pieces[0]
         return piece if isinstance(piece, Region) and self.band.rows == 1 and len(self.band.pieces) == 1 else None
 
@@ -96,7 +96,7 @@ class _Column(NamedTuple):
 
 @dataclass
 class _Block:
-    """Columns of the same source rows that different places take."""
+    """Columns of the same source rows that go to different places."""
 
     columns: list[_Column]
     cast: Cast | None
@@ -107,7 +107,7 @@ class _Block:
         return sum(column.region.width for column in self.columns)
 
     def units(self, limit: int) -> Iterator[Unit]:
-        """The units of the whole block, for whoever comes first."""
+        """The units of the whole block for the first caller, and none for later ones."""
         if self.taken:
             return
         self.taken = True
@@ -118,18 +118,18 @@ class _Block:
 
     def _unit(self, top: int, bottom: int) -> Unit:
         placements: list[Placement] = []
-        targets: list[Target] = []
+        writes: list[Write] = []
         start = 0
         for file, offset, region in self.columns:
             stop = start + (bottom - top) * region.width
             placements.append(Placement(region.cut(top, bottom, 0, region.width), start, region.width))
-            targets.append(Target(file, offset + _written(top * region.width, self.cast), start, stop))
+            writes.append(Write(file, offset + _written(top * region.width, self.cast), start, stop))
             start = stop
-        return Unit(placements, targets, start, self.cast)
+        return Unit(placements, writes, start, self.cast)
 
 
-class _Packer:
-    """Packs runs that follow one another in a file into units."""
+class _Filler:
+    """Fills units with runs that follow one another in a file."""
 
     def __init__(self, file: int, limits: Limits, direct: bool) -> None:
         self._file = file
@@ -160,8 +160,8 @@ class _Packer:
         for start in range(0, size, self._limits.extent):
             stop = min(size, start + self._limits.extent)
             piece = run.band.pieces[0].cut(0, 1, start, stop)
-            target = Target(self._file, run.offset + start, 0, stop - start)
-            yield Unit([Placement(piece, 0, stop - start)], [target], stop - start, direct=True)
+            write = Write(self._file, run.offset + start, 0, stop - start)
+            yield Unit([Placement(piece, 0, stop - start)], [write], stop - start, direct=True)
 
     def _add(self, run: _Run) -> Iterator[Unit]:
         if run.cast != self._cast:
@@ -195,17 +195,16 @@ class _Packer:
 
     def _flush(self) -> Iterator[Unit]:
         if self._placements:
-            target = Target(self._file, self._offset, 0, self._used)
-            yield Unit(self._placements, [target], self._used, self._cast)
+            write = Write(self._file, self._offset, 0, self._used)
+            yield Unit(self._placements, [write], self._used, self._cast)
         self._placements, self._used = [], 0
 
 
 class Schedule:
     """Hands out the units of some files to several workers.
 
-    A worker keeps to a file of its own while there are enough (writers to one file wait for each
-    other in the kernel), then helps with those of others. What is written where does not depend on
-    who does it.
+    A worker has a file of its own while there are enough, because writers to one file wait for each other in the
+    kernel. After that it helps with the files of other workers. The output does not depend on the division of work.
     """
 
     def __init__(self, files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits) -> None:
@@ -239,20 +238,20 @@ class Schedule:
 
 
 def tensor_units(tensor: Tensor, limits: Limits) -> Iterator[Unit]:
-    """The units of one tensor, in order; their targets count from 0."""
+    """The units of one tensor, in order; the offsets of their writes count from 0."""
     segments = (Segment(0, tensor),) if tensor.nbytes else ()
-    return _Packer(0, limits, False).units(_layout(0, OutputFile("", tensor.nbytes, segments), {}, limits))
+    return _Filler(0, limits, False).units(_layout(0, OutputFile("", tensor.nbytes, segments), {}, limits))
 
 
 def _units(index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits) -> Iterator[Unit]:
-    direct = not file.checksums  # the bytes of a checksum have to pass through our hands
-    return _Packer(index, limits, direct).units(_layout(index, file, blocks, limits))
+    direct = not file.checksums  # a checksum needs to see the bytes that it covers
+    return _Filler(index, limits, direct).units(_layout(index, file, blocks, limits))
 
 
 def _layout(
     index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits
 ) -> Iterator[_Run | _Block]:
-    """What a file consists of, in order; neighbours that continue one another in their source are one run."""
+    """The runs and blocks of a file, in order. Neighbours that are also neighbours in their source become one run."""
     last: _Run | None = None
     for item in _items(index, file, blocks, limits):
         if isinstance(item, _Run) and last is not None and (joined := _joined(last, item)) is not None:

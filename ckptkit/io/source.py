@@ -19,7 +19,7 @@ from ckptkit.io.system import storage_error
 _OPEN_FILES = 32
 _PIECE = 4096
 MOST_SAMPLES = 26
-"""Pieces that are sampled of a file where there are not many files."""
+"""Pieces that are sampled from a file, unless there are many files."""
 _FEWEST_SAMPLES, _SAMPLES_IN_ALL = 4, 4096
 
 
@@ -30,21 +30,21 @@ def _unreadable(error: OSError, path: str) -> CkptkitError:
 
 
 class TouchedError(InputError):
-    """A source was replaced or written to, and neither its size, its time nor its sampled bytes say so."""
+    """A source was replaced or written to, but its size, its time and its sampled bytes are the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What tells that a file was not touched.
+    """The facts by which a change of a file is noticed.
 
     Attributes:
         path: Absolute.
         size: Bytes.
-        mtime_ns: Time of the last change, nanoseconds; who changes a file may set it back.
-        ctime_ns: Time of the last change of content, name or mode, nanoseconds; nobody sets it.
+        mtime_ns: Time of the last change, nanoseconds. Programs can set it back.
+        ctime_ns: Time of the last change of content, name or mode, nanoseconds. Programs cannot set it.
         inode: File number on its device; a file replaced by a copy gets another one.
         device: The device.
-        sample: SHA-256 of some of its bytes in hexadecimal, or empty where nobody asked for it.
+        sample: SHA-256 of some of its bytes in hexadecimal, or empty if not requested.
     """
 
     path: str
@@ -84,22 +84,22 @@ class Fingerprint:
 
     @property
     def identity(self) -> tuple[str, int, int, str]:
-        """What must be the same for a later run to go on from an earlier one: path, size, time, sampled bytes."""
+        """The facts that must be equal for a later run to resume an earlier one: path, size, time, sampled bytes."""
         return (self.path, self.size, self.mtime_ns, self.sample)
 
     @property
     def version(self) -> tuple[int, int]:
-        """What tells copies and writes apart that `identity` does not: inode and ctime.
+        """Inode and ctime, which show copies and writes that `identity` does not show.
 
-        The device is left out: some file systems get another number with each mount.
+        The device does not count: some file systems get another number with each mount.
         """
         return (self.inode, self.ctime_ns)
 
     def check(self) -> None:
-        """Whether the file is still the same.
+        """Checks that the file is still the same.
 
         Raises:
-            TouchedError: It is another file, or was written to, of equal size and time.
+            TouchedError: It was replaced or written to, and has the same size and time.
             InputError: It changed or is gone.
         """
         now = Fingerprint.of(self.path)
@@ -107,13 +107,13 @@ class Fingerprint:
             return
         what = "source changed while converting"
         if (now.size, now.mtime_ns) == (self.size, self.mtime_ns):
-            hint = "run again with --resume: what came from this file is copied again"
+            hint = "run again with --resume: the tensors of this file are copied again"
             raise TouchedError(what, where=self.path, hint=hint)
         raise InputError(what, where=self.path, hint="run again once it is complete")
 
 
 def sample_of(path: str | Path, size: int, count: int) -> str:
-    """SHA-256 of `count` pieces of a file: its start, its end, and others at places that its size decides.
+    """SHA-256 of `count` pieces of a file: its start, its end, and pieces at places that depend on its size.
 
     Args:
         path: The file.
@@ -191,8 +191,8 @@ class Seen:
 class Sources:
     """The open source files of one thread.
 
-    Reads go through `preadv` and not through a memory map: a file that somebody truncates meanwhile is
-    then a short read, and not a signal that kills the process.
+    Reads use `preadv` and not a memory map. A file that another program truncates meanwhile is then a short read, and
+    not a signal that kills the process.
     """
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ _ADVICE = {
 
 
 def storage_error(error: OSError, where: object) -> StorageError:
-    """One clear line for what the operating system answered."""
+    """The error of the operating system as one clear line."""
     what, hint = _ADVICE.get(error.errno or 0, (error.strerror or str(error), None))
     return StorageError(what, where=where, hint=hint)
 
@@ -132,7 +132,7 @@ def sync_file(path: Path) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a file that somebody asked for.
+    """Writes a small text file, such as a report.
 
     Raises:
         StorageError: It cannot be written.

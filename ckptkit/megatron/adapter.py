@@ -1,4 +1,4 @@
-"""The adapter of a split Llama: what takes the residual stream of the narrow layers to the width of the wide ones."""
+"""The adapter of a split Llama: it maps the residual stream of the narrow layers to the width of the wide ones."""
 
 from __future__ import annotations
 

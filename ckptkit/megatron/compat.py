@@ -1,4 +1,4 @@
-"""What depends on the release of megatron-core (0.16.1 to 0.19.2) or on running it without a GPU.
+"""Code that depends on the release of megatron-core (0.16.1 to 0.19.2), or on running it without a GPU.
 
 Nothing else in the package asks for a version. The releases differ in this much:
 

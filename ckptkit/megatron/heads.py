@@ -1,4 +1,4 @@
-"""What takes the place of the language model head: a value for each token."""
+"""The value head, which replaces the language model head: one value for each token."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Memory:
 
         Args:
             tensors: Name -> tensor, all on one device.
-            place: What tells names of several calls apart.
+            place: Distinguishes equal names of several calls.
 
         Raises:
             UnsupportedError: An element type that checkpoints do not have.

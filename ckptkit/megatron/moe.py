@@ -52,15 +52,15 @@ class Routing:
 
 
 class ExpertChoice:
-    """Chooses the experts of a router: the ones that are prescribed, else the most likely ones.
+    """Chooses the experts of a router: the prescribed ones, otherwise the most likely ones.
 
-    It stands where megatron-core asks for a `RouterReplay` and is asked in its stead.
+    megatron-core takes it for its own `RouterReplay`.
 
     Attributes:
         prescribed: int64 [tokens, experts per token] of the tokens of this call, or None. A token with a negative
             number is left to the router.
-        chosen: What was chosen last, in that shape.
-        own: What the router would have chosen without being told, in that shape.
+        chosen: The last choice, in that shape.
+        own: The choice that the router would have made by itself, in that shape.
     """
 
     prescribed: torch.Tensor | None = None

@@ -25,7 +25,7 @@ from ckptkit.tables.model_config import ModelConfig, Rope
 
 @dataclass(frozen=True)
 class Provider:
-    """What Megatron-Bridge builds a model from.
+    """A model provider, from which Megatron-Bridge builds a model.
 
     Attributes:
         target: Dotted name of the class.
@@ -74,7 +74,7 @@ def provider_of(
 
 
 def _problem(bridge: BridgeProvider, config: ModelConfig, local: bool) -> str | None:
-    """What of a model a provider cannot build."""
+    """A feature of the model that the provider cannot build, or None."""
     if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         return "model with biases on some linear layers only"
     if config.value_head:
@@ -126,7 +126,7 @@ def _rope(rope: Rope) -> dict[str, Any]:
 
 
 def _experts(grouped: bool) -> dict[str, Any]:
-    """How experts run: what a bridge sets besides their sizes."""
+    """The fields that a bridge sets for running experts, besides their sizes."""
     return {
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 1e-3,

@@ -1,4 +1,4 @@
-"""Arguments that change the mathematics, and for which a `ModelConfig` has no field: what they may be."""
+"""Allowed values of arguments that change the mathematics and have no field in a `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def contradictions(args: Mapping[str, Any], config: ModelConfig) -> list[Mismatc
 
 
 def _yarn_args(rope: Rope) -> dict[str, tuple[Any, ...]]:
-    """What Megatron-LM's arguments may be for a yarn rope.
+    """Allowed values of Megatron-LM's arguments for a yarn rope.
 
-    Without an attention factor, transformers and Megatron-Core derive the same from the two mscales; where config.json
-    has none, the defaults of Megatron-LM's arguments, 1 and 0, give what transformers does then.
+    Without an attention factor, transformers and Megatron-Core derive the same factor from the two mscales. If
+    config.json has no mscales, the defaults of Megatron-LM's arguments, 1 and 0, give the factor of transformers.
     """
     given = rope.mscale is not None and rope.mscale_all_dim is not None
     return {

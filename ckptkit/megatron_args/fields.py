@@ -1,9 +1,9 @@
-"""What Megatron records about a model, one row per field: our name, and the name in each of Megatron's three places.
+"""Megatron's fields of a model, one row each: our name, and the name in each of Megatron's three places.
 
 The places are Megatron-LM's `args`, megatron-core's `TransformerConfig`, and Megatron-Bridge's model providers, which
 are classes derived from `TransformerConfig`. A row is written to each place in which it has a name. `of_model` and
-`of_layer` rows are also read back, so a field that has one meaning everywhere costs one line. What differs between the
-places is code: `writing.py`, `reading.py`, `bridge_provider.py` and `ckptkit/megatron/config.py`.
+`of_layer` rows are also read back, so a field that has one meaning everywhere costs one line. Differences between the
+places are code: `writing.py`, `reading.py`, `bridge_provider.py` and `ckptkit/megatron/config.py`.
 
 The rows stand in the order in which `args` are written.
 """
@@ -40,14 +40,14 @@ _SAME = ""
 
 @dataclass(frozen=True)
 class Field:
-    """One thing that Megatron records about a model.
+    """One fact that Megatron records about a model.
 
     Attributes:
         args: Name among Megatron-LM's arguments, or None.
         core: Name in `TransformerConfig`, or None.
         provider: Name in Megatron-Bridge's providers, or None.
         kind: Type of the argument; None for a constant, whose type is not checked.
-        value: (model, the layer that stands for all of them) -> what is written.
+        value: (model, the layer that stands for all layers) -> the value to write.
         ours: Field of `ModelConfig` or `LayerConfig` that it is read into, or None.
         of: The class of `ours`.
         opposite: Whether it is true where `ours` is false.
@@ -72,7 +72,7 @@ class Field:
 
 
 def of_model(kind: Kind, ours: str, args: Name = _SAME, core: Name = _SAME, provider: Name = _SAME) -> Field:
-    """A field of `ModelConfig`. A name that is left out is that of the place before; None leaves out the place."""
+    """A field of `ModelConfig`. By default a place has the name of the place before it; None: it has no name there."""
     names = _names(ours, args, core, provider)
     return Field(
         *names,
@@ -101,12 +101,12 @@ def opposite(ours: str, args: str, core: Name = _SAME, provider: Name = _SAME) -
 def derived(
     kind: Kind, args: str, value: Value, core: Name = _SAME, provider: Name = _SAME, *, layout: bool = False
 ) -> Field:
-    """What follows from several of our fields: written by a rule, and read by code. Names as in `of_model`."""
+    """A field that follows from several of ours: a rule writes it, and code reads it. Names as in `of_model`."""
     return Field(*_names(args, args, core, provider), kind, value, layout=layout)
 
 
 def constant(value: Any, args: str, core: Name = _SAME, provider: Name = _SAME, *, layout: bool = False) -> Field:
-    """What is the same for every model that is converted. Names as in `of_model`."""
+    """A field with the same value for every model that is converted. Names as in `of_model`."""
     return Field(*_names(args, args, core, provider), None, lambda config, layer: value, layout=layout)
 
 
@@ -210,7 +210,7 @@ CORE_FIELDS = (
     derived(FREQUENCY, "window_attn_skip_freq", _layers_with_window, core=None),
     derived(EXPERTS, "num_experts", lambda config, layer: config.num_experts or None, "num_moe_experts", layout=True),
 )
-"""What every model has."""
+"""Fields of every model."""
 
 EXPERT_FIELDS = (
     derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None, layout=True),
@@ -219,10 +219,10 @@ EXPERT_FIELDS = (
     constant("softmax", "moe_router_score_function", provider=None),
     opposite("norm_topk_prob", "moe_router_pre_softmax"),
 )
-"""What a model with experts has besides.
+"""Further fields of a model with experts.
 
-A softmax over the chosen experts equals one over all of them, renormalised: what Megatron does unless
-`moe_router_pre_softmax` is set is `norm_topk_prob`.
+A softmax over the chosen experts equals a softmax over all experts that is renormalised over the chosen ones. So
+`norm_topk_prob` is Megatron's order unless `moe_router_pre_softmax` is set.
 """
 
 DENSE_BESIDE_EXPERTS = (
@@ -234,7 +234,7 @@ DENSE_BESIDE_EXPERTS = (
         layout=True,
     ),
 )
-"""What a model with a dense MLP beside its experts has besides."""
+"""Further fields of a model with a dense MLP beside its experts."""
 
 PRECISION_FIELDS = (
     derived(FLAG, "bf16", lambda config, layer: config.dtype == "bfloat16", core=None, provider="bf16"),
@@ -256,11 +256,11 @@ def fields_of(config: ModelConfig) -> Iterator[Field]:
 
 
 def written(fields: Iterable[Field], place: Place, config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
-    """What a place records of a model.
+    """The names and values that a place records about a model.
 
     Args:
         fields: The rows.
-        place: Whose names to use; rows without one are left out.
+        place: The place; rows without a name there are skipped.
         config: The model.
         layer: The layer whose sizes stand for those of all layers.
     """
@@ -268,7 +268,7 @@ def written(fields: Iterable[Field], place: Place, config: ModelConfig, layer: L
 
 
 def core_sizes(layer: LayerConfig) -> dict[str, Any]:
-    """What one layer has of its own, under the names of `TransformerConfig`."""
+    """The sizes of one layer, under the names of `TransformerConfig`."""
     return {
         field.core: getattr(layer, field.ours)
         for field in CORE_FIELDS
@@ -318,7 +318,7 @@ class GridField:
         return self.since is None or self.value(grid) is not None
 
     def value(self, grid: Parallelism) -> Any:
-        """What is written."""
+        """The value to write."""
         if self.ours == "vpp":
             return grid.vpp if grid.vpp > 1 else None
         return grid.expert_tp if self.ours == "etp" else getattr(grid, self.ours)

@@ -1,4 +1,4 @@
-"""What of a model stock Megatron has no argument for."""
+"""Features of a model that stock Megatron has no argument for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ckptkit.tables.model_config import ModelConfig, Rope
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
-    """What Megatron-LM's arguments cannot express about a model, as sentences."""
+    """Sentences about features of a model that Megatron-LM's arguments cannot express."""
     notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := _rope_note(rope))]
     if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         notes.append("biases on some linear layers only: Megatron-LM has --add-qkv-bias or all of them")
@@ -21,7 +21,7 @@ EXPRESSIBLE_BIASES = ((False, False, False), (True, False, False), (True, True, 
 
 
 def beyond_gpt(config: ModelConfig) -> dict[str, str]:
-    """What of a model Megatron's GPTModel cannot be given by arguments: feature -> what Megatron has instead."""
+    """Features that no argument gives to Megatron's GPTModel: feature -> the form that Megatron has instead."""
     found = {}
     if len({layer.rope for layer in config.layers}) > 1:
         found["layers with different rotary embeddings"] = "Megatron-LM has one for all"

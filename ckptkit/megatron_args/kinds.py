@@ -20,8 +20,8 @@ class Kind:
     """A type of arguments.
 
     Attributes:
-        text: What a value must be, in words.
-        holds: Whether a value is of this type.
+        text: Description of valid values.
+        holds: Whether a value has this type.
         read: Value -> the same as a field of `ModelConfig`.
     """
 

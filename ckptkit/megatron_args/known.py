@@ -30,7 +30,7 @@ _KIND_OF: dict[str, Kind] = {
 }
 
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
-"""What every Megatron checkpoint records; any other argument may be None or absent."""
+"""Arguments in every Megatron checkpoint; all others may be None or absent."""
 
 _NEVER_NONE = (
     "rotary_base",
@@ -51,7 +51,7 @@ def read_args(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a checkpoint of any release of Megatron-LM, each under one name and checked.
 
     Raises:
-        InputError: An argument is of the wrong type, or out of range.
+        InputError: An argument has the wrong type, or is out of range.
     """
     args = dict(stored)
     for name, renamed in _RENAMED.items():
@@ -72,7 +72,7 @@ def check_types(args: Mapping[str, Any], names: Iterable[str] = tuple(_KIND_OF))
         names: Which of them to check.
 
     Raises:
-        InputError: An argument is of another type.
+        InputError: An argument has another type.
     """
     for name in names:
         if name not in args or (args[name] is None and name not in NEEDED):

@@ -105,13 +105,13 @@ def model_from_args(family: Family, args: Mapping[str, Any], vocab_size: int) ->
     """Builds the model from `args` alone. Anything they do not record gets the config class's default.
 
     Args:
-        family: The model's family; the model is of its first architecture.
+        family: The model's family; the model gets its first architecture.
         args: Stored arguments.
         vocab_size: Rows of the embedding, without padding.
 
     Raises:
         InputError: An argument that every Megatron checkpoint records is absent, or makes no sense.
-        UnsupportedError: A config.json of the family cannot say what they say.
+        UnsupportedError: No config.json of the family can describe this model.
     """
     if missing := [name for name in NEEDED if not isinstance(args.get(name), int)]:
         raise InputError(f"the checkpoint's args lack {', '.join(missing)}", hint="give --hf-reference")

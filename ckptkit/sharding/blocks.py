@@ -1,7 +1,7 @@
-"""Tensors whose parts are cut each for itself: a rank's share of the first part, then its share of the next.
+"""Tensors whose parts are cut separately: a rank holds its share of the first part, then its share of the next, ...
 
-What lies inside a shard then depends on how many shards there are. Where ranks outnumber the heads of a part, the ranks
-that share a head may each hold a copy of it.
+So the order of rows inside a shard depends on the number of shards. Where ranks outnumber the heads of a part, the
+ranks that share a head may each hold a copy of it.
 
 Source: `load_state_dict_to_megatron_llama` and `merge_megatron_ckpt_llama` of verl, for queries, keys and values; the
 `in_proj` of Megatron-Core's linear attention, for parts that no two ranks share.
@@ -22,9 +22,9 @@ class Block:
     """A part of a fused tensor.
 
     Attributes:
-        heads: Pieces of it that no rank divides.
-        rows: Rows of each.
-        name: What the pieces are, for messages.
+        heads: Number of its heads; a head is never divided between ranks.
+        rows: Rows of each head.
+        name: Word for the heads in messages.
     """
 
     heads: int

@@ -140,7 +140,7 @@ class Parallelism:
 
 @dataclass(frozen=True, slots=True)
 class StatedGrid:
-    """What the user says of a stored grid that does not describe itself: fields of a `Parallelism`; None: nothing."""
+    """Fields of a `Parallelism` that the user gives for a stored grid without `args`. None: not given."""
 
     tp: int | None = None
     pp: int | None = None
@@ -152,5 +152,5 @@ class StatedGrid:
     pipeline_layout: str | None = None
 
     def sizes(self) -> dict[str, int | str]:
-        """What is said: name of a field of `Parallelism` -> its value."""
+        """The given fields: name in `Parallelism` -> value."""
         return {field.name: size for field in fields(self) if (size := getattr(self, field.name)) is not None}

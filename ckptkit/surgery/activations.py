@@ -22,7 +22,7 @@ EMBEDDING_ROWS = 8192
 def residual_stream(
     model: Checkpoint, num_layers: int, sequences: Sequence[Sequence[int]], *, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """What goes into layer `num_layers` of a Llama, or comes out of its last one, before the norm.
+    """The input of layer `num_layers` of a Llama; or the output of its last layer, before the norm.
 
     The layers are those of transformers. Beside one of them, only the streams are in memory: tokens x width x 4 bytes.
 

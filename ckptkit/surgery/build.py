@@ -41,12 +41,12 @@ _KEPT_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""What comes along from the first model, whose embedding reads the tokens."""
+"""Files that are copied from the first model, because its embedding reads the tokens."""
 
 
 @dataclass(frozen=True)
 class SplitRecipe:
-    """What a split Llama is made of.
+    """The recipe of a split Llama.
 
     Attributes:
         first: The narrow model: a checkpoint of any format, or `org/model@revision` on the hub.
@@ -55,9 +55,9 @@ class SplitRecipe:
         num_last: Layers taken from the end of the last one.
         adapter: `linear`, `two-linear` or `mlp`.
         init: How the adapter starts: the name of an initialisation, perhaps with `:` and an argument.
-        seed: Of what is random.
-        stated: What a file with the original schema says besides, to be checked against the models.
-        options: What only some initialisations know.
+        seed: Seed of a random adapter.
+        stated: Further entries of a file with the original schema, to be checked against the models.
+        options: Options of single initialisations.
     """
 
     first: str
@@ -119,10 +119,10 @@ def build(
     """Builds a split Llama as a Hugging Face directory that loads by itself.
 
     Args:
-        recipe: What it is made of.
+        recipe: The models and the adapter.
         out: The directory to create.
-        accept_differences: Go on although the two models differ in what had better agree.
-        layout: `full`, or `legacy` for the published layout, which needs the directories of both models to be loaded.
+        accept_differences: Continue even if settings differ that should match.
+        layout: `full`, or `legacy` for the published layout. Loading that needs the directories of both models.
         shard_size: Largest safetensors shard in bytes.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`.
@@ -163,7 +163,7 @@ def build(
 
 
 def _check(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, accept: bool) -> list[str]:
-    """What a user should know of the two models, if they can become one at all."""
+    """Notes about the two models. An error if they cannot become one."""
     counts = (("--num-layers-8", recipe.num_first, first), ("--num-layers-70", recipe.num_last, last))
     for option, count, model in counts:
         if not 1 <= count <= model.config.num_layers:
@@ -195,15 +195,15 @@ def assemble(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: li
     """The split Llama of two opened models as a checkpoint that can be laid out in any format.
 
     Args:
-        recipe: What to take of them.
+        recipe: The layers to take, and the adapter.
         first: The narrow model.
         last: The wide one.
         notes: Sentences about the two that a user should read.
 
     Raises:
         UsageError: The adapter cannot be initialised so.
-        InputError: What initialises it is damaged.
-        UnsupportedError: The two differ in what a split Llama has to have in common.
+        InputError: The file that initialises the adapter is damaged.
+        UnsupportedError: The two models differ in a setting that both halves share.
     """
     raw = compose(first.sidecar.config, last.sidecar.config, recipe.num_first, recipe.num_last, recipe.adapter)
     name, _, argument = recipe.init.partition(":")
@@ -250,7 +250,7 @@ def assemble(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: li
 
 
 def _taken(key: str, recipe: SplitRecipe, first: Checkpoint, last: Checkpoint) -> Tensor:
-    """The tensor of one of the two models that stands in the place `key` of the split one."""
+    """The tensor of one of the two models that becomes `key` of the split Llama."""
     if key == EMBEDDING:
         return first.tensors[key]
     if not key.startswith(_LAYERS):
@@ -264,7 +264,7 @@ def _taken(key: str, recipe: SplitRecipe, first: Checkpoint, last: Checkpoint) -
 
 
 def _recipe(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, init: dict[str, Any]) -> dict[str, Any]:
-    """What config.json keeps about a build."""
+    """The record of a build for config.json."""
     start = last.config.num_layers - recipe.num_last
     halves = {
         "first": (recipe.first, first, range(recipe.num_first)),

@@ -14,14 +14,14 @@ from ckptkit.errors import InputError, UsageError
 from ckptkit.surgery.matching import TOKENIZER
 
 TOKENS, LENGTH = 32768, 512
-"""How many tokens are taken by default, and in sequences of what length."""
+"""Default number of tokens, and default length of a sequence."""
 HELD_OUT = 10
-"""One in so many sequences is not fitted on, but judged by."""
+"""One sequence in so many is held out: the fit does not use it, and is judged on it."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a user asks for.
+    """The calibration text and its limits, as the user requests them.
 
     Attributes:
         path: A text file in UTF-8, or a `.json` file with a list of lists of token ids.
@@ -64,7 +64,7 @@ def read_sequences(calibration: Calibration, model: Checkpoint) -> list[list[int
     """Token ids of the calibration, sequence by sequence; each of a text begins with the model's BOS, if it has one.
 
     Args:
-        calibration: What to read.
+        calibration: The file and its limits.
         model: Whose tokenizer and vocabulary count.
 
     Raises:
@@ -85,7 +85,7 @@ def read_sequences(calibration: Calibration, model: Checkpoint) -> list[list[int
 
 
 def split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """What is fitted on, and what is held out: every `HELD_OUT`th, at least the last one of several."""
+    """(sequences to fit, sequences held out): every `HELD_OUT`th is held out, and of several at least the last one."""
     held = set(range(HELD_OUT - 1, len(sequences), HELD_OUT)) or ({len(sequences) - 1} if len(sequences) > 1 else set())
     return (
         [row for number, row in enumerate(sequences) if number not in held],

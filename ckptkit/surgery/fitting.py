@@ -35,7 +35,7 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Moments:
-    """What a fit needs to know of all tokens.
+    """The sums over all tokens that a fit needs.
 
     Attributes:
         gram: X^T X, fp64 [narrow, narrow].
@@ -56,7 +56,7 @@ def moments(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: str = "c
     """Sums over pairs of [tokens, narrow] and [tokens, wide] in fp64.
 
     Args:
-        pairs: What enters the adapter, and what is to come out; at least one pair.
+        pairs: (input of the adapter, wanted output); at least one pair.
         device: Where to compute.
     """
     import torch
@@ -152,9 +152,9 @@ class Fit:
 
     Attributes:
         weight: fp64 [wide, narrow].
-        fitted: On what it was fitted on.
-        held_out: On sequences that it was not fitted on, or None where there was only one.
-        first: At the first position of all sequences, which is left out of the fit.
+        fitted: Quality on the sequences of the fit.
+        held_out: Quality on the sequences held out, or None if there was only one sequence.
+        first: Quality at the first position of all sequences, which the fit does not use.
     """
 
     weight: Array
@@ -168,7 +168,7 @@ class Fit:
         return {name: {k: _rounded(v) for k, v in asdict(q).items()} for name, q in found.items() if q is not None}
 
     def notes(self, name: str, narrow: int) -> list[str]:
-        """What a user should read."""
+        """Notes for the user."""
         told = [("fitted on", self.fitted), ("held out", self.held_out), ("at the first position", self.first)]
         texts = [
             f"{q.tokens} tokens {what}: residual {q.residual:.3f}, R^2 {'-' if q.r2 is None else f'{q.r2:.3f}'},"
@@ -188,10 +188,10 @@ def fit(solve: Solver, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], h
     """Fits a map to the streams of two models.
 
     Args:
-        solve: How.
-        xs: What enters the adapter, for each sequence [tokens, narrow], two tokens or more.
-        ys: What is to come out of it, [tokens, wide].
-        held: How many sequences at the end are held out.
+        solve: Computes the map from the sums.
+        xs: Inputs of the adapter, for each sequence [tokens, narrow], two tokens or more.
+        ys: Wanted outputs, [tokens, wide].
+        held: Number of sequences at the end that are held out.
         device: Where to compute, other than the solution.
 
     Raises:
@@ -245,7 +245,7 @@ def _fitted(name: str, request: Request, solve: Solver, parameters: dict[str, An
     first, last = request.first, request.last
     assert first is not None and last is not None
     shape = matrices.zeros(request.wide, request.narrow)
-    realise(request, shape)  # what cannot be written is refused before the models run
+    realise(request, shape)  # refuses an impossible adapter before the models run
     told = {"name": name, **parameters, **_told(calibration)}
     sequences = read_sequences(calibration, first)
     if request.options.get("dry_run"):

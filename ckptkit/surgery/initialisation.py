@@ -39,10 +39,10 @@ INITIALISATIONS: dict[str, str] = {
 """Name -> `module:function`, which takes a `Request` and gives an `Initialised`; imported when it is used."""
 
 WITH_ARGUMENT = ("ridge", "file")
-"""Those that take something behind a colon."""
+"""Initialisations that take an argument after a colon."""
 
 FITTED = ("lstsq", "ridge", "procrustes")
-"""Those that need calibration text and both models."""
+"""Initialisations that need calibration text and both models."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Request:
         kind: `linear`, `two-linear` or `mlp`.
         narrow: Width before it.
         wide: Width after it.
-        seed: Of what is random.
-        argument: What stood behind the name and a colon, e.g. the PATH of `file:PATH`.
+        seed: Seed of a random adapter.
+        argument: The text after the name and a colon, e.g. the PATH of `file:PATH`.
         first: The narrow model, whole; None where there is none.
         last: The wide model, whole; None where there is none.
         num_first: Layers taken from the front of `first`.
         num_last: Layers taken from the end of `last`.
-        options: What only some initialisations know: calibration text, device, ...
+        options: Options of single initialisations: calibration text, device, ...
     """
 
     kind: str
@@ -101,7 +101,7 @@ def initialise(name: str, request: Request) -> Initialised:
 
     Raises:
         UsageError: There is no such initialisation, or it cannot make this adapter.
-        InputError: What it reads is damaged.
+        InputError: The file that it reads is damaged.
     """
     if name not in INITIALISATIONS:
         raise UsageError(f"--adapter-init {name}", hint=f"one of {', '.join(INITIALISATIONS)}")

@@ -1,4 +1,4 @@
-"""Whether two Llamas can become the halves of one: what must agree, and what had better agree."""
+"""Checks whether two Llamas can become the halves of one: settings that must match, and settings that should."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Differences:
     """How two models differ, as sentences.
 
     Attributes:
-        fatal: What no split Llama can have.
-        risky: What works, but was hardly meant.
-        notes: What is worth knowing.
+        fatal: Differences that no split Llama can have.
+        risky: Differences that work, but are probably a mistake.
+        notes: Other differences.
     """
 
     fatal: list[str]
@@ -35,7 +35,7 @@ class Differences:
 
 
 def differences(first: Checkpoint, last: Checkpoint) -> Differences:
-    """What keeps `first` and `last` from becoming the narrow and the wide half of a split Llama.
+    """Differences between the narrow model `first` and the wide model `last` that matter for a split Llama.
 
     Raises:
         UnsupportedError: One of them is no Llama.
@@ -67,7 +67,7 @@ def differences(first: Checkpoint, last: Checkpoint) -> Differences:
 
 
 def _sizes(first: Checkpoint, last: Checkpoint) -> Iterator[str]:
-    """Differences in what the caches and the positions of both halves are made of."""
+    """Differences in settings of the cache and of the positions."""
     one, other = first.config.layers[0], last.config.layers[0]
     for name, text in (("num_kv_heads", "key/value heads"), ("head_dim", "head_dim")):
         if getattr(one, name) != getattr(other, name):
@@ -98,7 +98,7 @@ def _tokenizers(first: Path, last: Path) -> tuple[list[str], list[str]]:
 
 
 def _read(part: Callable[[Mapping[str, Any]], T], tokenizer: Mapping[str, Any], path: Path) -> T:
-    """A part of a tokenizer.json, whose inner structure nobody has checked."""
+    """A part of a tokenizer.json, whose inner structure is not checked before."""
     try:
         return part(tokenizer)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -37,10 +37,10 @@ def refit(
     Args:
         hybrid: The split Llama: a checkpoint of any format, or `org/model@revision` on the hub.
         out: The Hugging Face directory to create.
-        last: The wide Llama, whole: what enters its first layer that the split one has is what the adapter aims at.
+        last: The whole wide Llama. The adapter is fitted to the input of its first layer that the split Llama has.
         first: The narrow Llama, whose first layers then feed the adapter; None for those of `hybrid` itself.
         init: `lstsq`, `ridge`, `ridge:STRENGTH` or `procrustes`.
-        options: `calibration` and what else `Calibration` takes.
+        options: `calibration` and the other fields of `Calibration`.
         shard_size: Largest safetensors shard in bytes.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`.
@@ -48,7 +48,7 @@ def refit(
     Raises:
         UsageError: The request cannot work.
         InputError: A source is damaged or incomplete.
-        UnsupportedError: One of the models is of another kind, or is not what the split one was made of.
+        UnsupportedError: One of the models has another architecture, or the split Llama was not made from it.
         StorageError: The destination cannot be written.
     """
     started = time.monotonic()
@@ -79,7 +79,7 @@ def refit(
 
 
 def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> None:
-    """Whether `model` can have given a half of `split`: its layers are of the same sizes, and it reads the same tokens.
+    """Checks that `model` can be the origin of a half of `split`: equal sizes of layers, and the same tokens.
 
     Raises:
         UnsupportedError: It cannot.
@@ -101,7 +101,7 @@ def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> 
 
 
 def _fitted(split: Checkpoint, first: Checkpoint, last: Checkpoint, init: str, options: dict[str, Any]) -> Checkpoint:
-    """`split` with another adapter, and told so in its config.json."""
+    """`split` with another adapter, recorded in its config.json."""
     adapter = split.config.adapter
     assert adapter is not None
     name, _, argument = init.partition(":")

@@ -72,7 +72,7 @@ class CustomSplitLLamaModel(nn.Module):
         residual: Any = None
         for layer in self.layers_first:
             hidden_states, residual = layer(positions, hidden_states, residual)
-        # A layer leaves what it adds to the stream apart from it: the adapter takes the sum.
+        # A layer of vLLM returns its addition and the stream separately. The adapter takes their sum.
         hidden_states, residual = self.adapt(hidden_states + residual), None
         for layer in self.layers_last:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -81,7 +81,7 @@ class CustomSplitLLamaModel(nn.Module):
 
 
 def _layers(vllm_config: VllmConfig, config: Any, prefix: str, start: int) -> nn.ModuleList:
-    """The layers of one half. vLLM tells layers apart by the number in their prefix, so they count through."""
+    """The layers of one half. vLLM identifies layers by the number in their prefix, so numbering continues."""
     names = [maybe_prefix(prefix, f"layers.{start + number}") for number in range(config.num_hidden_layers)]
     return nn.ModuleList(LlamaDecoderLayer(vllm_config, name, config) for name in names)
 

@@ -1,7 +1,7 @@
-"""The largest numbers that a description of a model may state: what it says is believed only as far as tensors go.
+"""Upper bounds for the numbers in a description of a model.
 
-Layers and experts are counted out into one object each, so a stated number takes time and memory before it is compared
-with what is stored.
+ckptkit makes an object for each layer and expert. So a config.json with a huge number would take endless time and
+memory before the comparison with the stored tensors could refuse it. These bounds refuse it first.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ MAX_SIZE = 1 << 53
 
 
 def check_counts(config: ModelConfig, tensors: Collection[Tensor], where: object) -> None:
-    """Whether stored tensors can make up the layers and experts that a config states, asked before these are counted.
+    """Checks that there are enough stored tensors for the layers and experts that a config states.
 
     Args:
         config: The model.
-        tensors: What is stored; those with a leading axis of three may hold an expert in each of its indices.
+        tensors: The stored tensors. One with three axes may hold an expert at each index of the first axis.
         where: For messages.
 
     Raises:
-        InputError: There are more layers than tensors, or more experts than tensors and their leading indices.
+        InputError: There are fewer tensors than layers, or too few for the experts.
     """
     if config.num_layers > len(tensors):
         raise InputError(
-            f"the config has {config.num_layers:,} layers, and there are no more than {len(tensors):,} tensors",
+            f"the config has {config.num_layers:,} layers, but there are only {len(tensors):,} tensors",
             where=where,
         )
     experts = config.num_experts * sum(layer.moe for layer in config.layers)

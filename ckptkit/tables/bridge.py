@@ -1,4 +1,4 @@
-"""How Megatron-Bridge builds a family's models: the class of its model providers, and what is special about it."""
+"""How Megatron-Bridge builds a family's models: the class of its model provider, and the fields special to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCAL_SPEC = "megatron.bridge.models.gpt_provider.local_layer_spec"
 
 @dataclass(frozen=True)
 class Named:
-    """A value that is a Python object: its dotted name."""
+    """The dotted name of a Python object, as a value of a field."""
 
     name: str
 
@@ -31,14 +31,14 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """What a provider has in place of `GPTModelProvider`'s fields for ropes and windows.
+    """Fields for ropes and windows of a provider that does not use those of `GPTModelProvider`.
 
     Attributes:
         mark: A field that only this provider and classes derived from it have.
-        problem: (model, whether its layers are those of the local spec) -> what of the model the class lacks, or None.
+        problem: (model, whether its layers are those of the local spec) -> a feature that the class lacks, or None.
         values: Model -> the fields.
-        args: All fields of a stored provider -> Megatron-LM's arguments with the meaning of these. May raise
-            UnsupportedError, and TypeError, ValueError or KeyError where the fields make no sense.
+        args: All fields of a stored provider -> Megatron-LM's arguments with the same meaning. May raise
+            UnsupportedError; raises TypeError, ValueError or KeyError if the fields make no sense.
     """
 
     mark: str
@@ -49,14 +49,14 @@ class OwnAttention:
 
 @dataclass(frozen=True)
 class BridgeProvider:
-    """The class that Megatron-Bridge makes of a family's config.json.
+    """The class of model provider that Megatron-Bridge makes from a family's config.json.
 
     Attributes:
         target: Dotted name of the class.
         activation: Hugging Face's name of the MLP's activation that the family's bridge sets, a key of `ACTIVATIONS`.
         ropes: Kinds of rotary embeddings that the family's bridge sets.
-        with_windows: Fields that it sets besides where layers have windows.
-        attention: Ropes and windows of a class that is not like `GPTModelProvider` there, or None.
+        with_windows: Further fields that it sets for a model with windows.
+        attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
     """
 
     target: str = GPT_PROVIDER

@@ -127,8 +127,8 @@ class ConfigJson:
             values: The family's translation of a model to keys of config.json, defaults included.
         """
         raw = deepcopy(dict(base)) or {"architectures": [self.architecture], "model_type": self.model_type}
-        told, new = values(parse(base)) if base else {}, values(config)
-        changed = {key for key, value in new.items() if key not in told or told[key] != value}
+        old, new = values(parse(base)) if base else {}, values(config)
+        changed = {key for key, value in new.items() if key not in old or old[key] != value}
         if changed & {"hidden_size", "num_attention_heads"}:  # absent, these two follow from those
             changed |= {key for key in ("head_dim", "num_key_value_heads") if key in new and raw.get(key) is None}
         for key in (key for key in new if key in changed):

@@ -1,4 +1,4 @@
-"""Symbolic sizes, of which tables build shapes."""
+"""Symbolic sizes: the tables write shapes with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 @dataclass(frozen=True, eq=False)
 class Dim:
-    """A size that a config decides, with a name for messages."""
+    """A size that depends on the config. Its name is for messages."""
 
     name: str
     of: Callable[[ModelConfig, LayerConfig], int]

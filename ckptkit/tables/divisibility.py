@@ -1,4 +1,4 @@
-"""Whether the sizes of a model divide over a grid: asked before a conversion, and before Megatron-Core is built."""
+"""Checks that the sizes of a model divide over a grid, before a conversion and before a model is built."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 
 def check_divides(config: ModelConfig, grid: Parallelism, padded_vocab_size: int | None = None) -> None:
-    """Whether Megatron-Core can run a model on a grid.
+    """Checks that Megatron-Core can run a model on a grid.
 
     Args:
         config: The model.
         grid: The grid.
-        padded_vocab_size: Rows of the embedding over all ranks, where they are known.
+        padded_vocab_size: Rows of the embedding over all ranks, if known.
 
     Raises:
-        UsageError: Heads, key/value heads, MLP widths, experts, layers or vocabulary do not divide, with the size to
-            blame.
+        UsageError: Heads, key/value heads, MLP widths, experts, layers or vocabulary do not divide. The message names
+            the size.
     """
     for number, layer in enumerate(config.layers):
         _check_heads(layer, grid.tp, f"layer {number}")
@@ -36,12 +36,13 @@ def check_divides(config: ModelConfig, grid: Parallelism, padded_vocab_size: int
 
 
 def sharing_problem(config: ModelConfig, grid: Parallelism) -> str | None:
-    """Why layers that use the keys and values of another need more than Megatron's stages send, or None if they do not.
+    """The problem of a layer that uses the keys and values of a layer on another pipeline stage.
 
-    A stage sends the residual stream. Keys and values stay within a model chunk, unless a runtime adds them to it.
+    Megatron's stages send the residual stream alone. Keys and values stay in their model chunk, unless a runtime sends
+    them, too.
 
     Returns:
-        The reason and the nearest split of the layers that works, in one sentence.
+        The problem and the nearest split of the layers without it, in one sentence; None if there is no problem.
     """
     home = {number: stage for stage in split_layers(config.num_layers, grid) for number in stage.layers}
     apart = [
@@ -59,7 +60,7 @@ def sharing_problem(config: ModelConfig, grid: Parallelism) -> str | None:
 
 
 def _together(num_layers: int, first: int, grid: Parallelism) -> str:
-    """A split that has the layers from `first` on on one stage."""
+    """A split that keeps layer `first` and all later layers on one stage."""
     by_layout = grid.pipeline_layout is not None
     given = {
         "--pipeline-model-parallel-layout": by_layout,
@@ -95,7 +96,7 @@ def _check_heads(layer: LayerConfig, tp: int, where: str) -> None:
 def _check_experts(config: ModelConfig, grid: Parallelism) -> None:
     if not config.num_experts:
         if grid.ep > 1:
-            raise UsageError("--ep needs a model with experts, and this one has none")
+            raise UsageError("--ep needs a model with experts, but this model has none")
         return
     expert_home(0, config.num_experts, grid.ep)
     if config.moe_ffn_hidden_size % grid.expert_tp:

@@ -1,4 +1,4 @@
-"""A family: everything that ckptkit knows of the models of one kind, as data."""
+"""A family: everything that ckptkit knows about one kind of model, as data."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpell
 from ckptkit.tensors import Tensor
 
 Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
+"""See `HfDirectory.complete`."""
 
 
 @dataclass(frozen=True)
 class MegatronQuirks:
-    """How Megatron writes a family differently from all others.
+    """Differences between Megatron's form of a family and its form of all others.
 
     Attributes:
-        to_args: A model -> entries of Megatron's `args` that only this family has.
+        to_args: Model -> entries of Megatron's `args` that only this family has.
         from_args: (`args`, window of each layer) -> the keys of config.json that `to_args` covers.
-        attention_of: A layer -> the suffix that torch_dist keys add to `self_attention`, where layers whose attention
-            differs are stacked apart.
-        local_only: Whether a model is always built from the local layer spec, whatever the names of its norms.
+        attention_of: Layer -> the suffix that torch_dist keys add to `self_attention`. Megatron stacks layers with
+            different attention separately, and the suffix keeps these stacks apart.
+        local_only: Whether Megatron builds a model from the local layer spec even if the norms have the names of `te`.
         plain: Endings of modules that no layer spec builds from Transformer Engine.
-        parallel: Endings of parallel linear layers beyond those that all families have.
-        foreign: Pieces of Megatron names -> the layout that they belong to, which no table reads.
+        parallel: Endings of parallel linear layers that only this family has.
+        foreign: Piece of a Megatron name -> the layout it gives away. Such a layout is refused by this name: no table
+            reads it.
     """
 
     to_args: Callable[[ModelConfig], dict[str, Any]] | None = None
@@ -46,13 +48,14 @@ class MegatronQuirks:
 
 @dataclass(frozen=True)
 class HfDirectory:
-    """How a Hugging Face directory of a family differs from all others.
+    """Differences between the Hugging Face directories of a family and those of all others.
 
     Attributes:
-        complete: (raw config.json, names and shapes of the tensors beside it, a reader of the config.json in a
-            directory that it names) -> a config.json that describes the model by itself, and notes for the user.
-        legacy_config: Raw config.json -> that of an older layout of the same tensors.
-        code: Files with the model's Python code, which belong into every directory.
+        complete: Makes a config.json self-contained. Arguments: the raw config.json; names and shapes of the tensors
+            beside it; a function that reads the config.json of another directory. Returns: the complete config.json,
+            and notes for the user.
+        legacy_config: Raw config.json -> the config.json of the published layout of the same tensors.
+        code: Files with the model's Python code. Every output directory gets a copy.
     """
 
     complete: Complete | None = None
@@ -71,22 +74,22 @@ class Family:
         parse: Raw config.json -> `ModelConfig`.
         unparse: (`ModelConfig` read from Megatron's `args`, base config.json) -> raw config.json with these values.
         replicas: Redundant copies that some Hugging Face files hold.
-        extras: Hugging Face tensors without a Megatron slot; they travel in the sidecar. Names with `{i}` for every
-            layer, or with a `*` at the end for all names that begin so.
-        buffers: Extras that can be made anew where the source lacks them.
-        marks: Canonical Megatron names (without numbers) that a checkpoint of this family is recognised by.
+        extras: Hugging Face tensors without a place in Megatron; they go into the sidecar. `{i}` in a name stands for
+            every layer, a `*` at its end for any ending.
+        buffers: Extras that can be made again where the source lacks them.
+        marks: Canonical Megatron names (without numbers) by which a checkpoint of this family is recognised.
         spellings: Megatron names of different writers; the first is canonical.
-        hf_spellings: Hugging Face names of different writers; the first is that of a new model.
-        value_architectures: Hugging Face class names of the same body with a value head; a language model becomes the
-            first.
-        prefix: Beginning of all Megatron names of this family's models, unless only the text part is wanted.
-        towers: Where other writers keep extras in a Megatron checkpoint, each whole on every rank that has it:
-            beginning of their Megatron names -> beginning of the extras' names.
-        text_only: Multimodal families: raw config.json -> raw config.json of the text model alone. The canonical names
-            of both are the same.
+        hf_spellings: Hugging Face names of different writers; a new model gets the first.
+        value_architectures: Hugging Face class names of the same layers with a value head. `--head value` turns a
+            language model into the first.
+        prefix: Beginning of all Megatron names of this family's models. `--layout text` writes none.
+        towers: Extras that other writers keep in a Megatron checkpoint, each whole on every rank that has it: beginning
+            of their Megatron names -> beginning of the extras' names.
+        text_only: Multimodal families: raw config.json -> raw config.json of the text model alone. Both models have the
+            same canonical names.
         sizes_in: Key of config.json that holds the sizes of the text model, or None for the top level.
-        quirks: How Megatron writes the family differently from all others.
-        directory: How its Hugging Face directories differ from all others.
+        quirks: Differences in Megatron's form of the family.
+        directory: Differences in its Hugging Face directories.
         bridge: How Megatron-Bridge builds this family's models, or None if it does not.
     """
 
@@ -111,7 +114,7 @@ class Family:
     bridge: BridgeProvider | None = None
 
     def items(self, config: ModelConfig) -> Iterator[Item]:
-        """Every tensor that a model of this config has, in table order, layer by layer, expert by expert."""
+        """Every Megatron tensor of a model with this config: those outside of layers, then layer by layer."""
         for row in self.rows:
             if "{i}" not in row.megatron and row.when(config, config.layers[0]):
                 yield resolve(row, config, None, None)
@@ -127,12 +130,12 @@ class Family:
         return [] if suffix is None else [suffix(layer) for layer in config.layers]
 
     def is_extra(self, name: str, config: ModelConfig) -> bool:
-        """Whether a Hugging Face tensor belongs to the model, although Megatron has no slot for it."""
+        """Whether a Hugging Face tensor belongs to the model although Megatron has no place for it."""
         patterns = [*self.extras, *(buffer.hf for buffer in self.buffers if buffer.when(config))]
         return any(_matches(pattern, name, config.num_layers) for pattern in patterns)
 
     def missing_buffers(self, present: Collection[str], config: ModelConfig, dtype: DType) -> dict[str, Tensor]:
-        """The buffers that a model has and `present` does not, with the values of the class.
+        """The buffers of a model that `present` lacks, with the values of the class of transformers.
 
         Args:
             present: Hugging Face names at hand.
@@ -151,7 +154,7 @@ class Family:
         return {name: number(value, dtype) for name, value in names.items() if name not in present}
 
     def unfuse(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], str]:
-        """Hugging Face tensors as some writer names them -> canonical names, and the name of the writer's spelling.
+        """Hugging Face tensors under the names of any writer -> canonical names, and the name of the writer's spelling.
 
         Raises:
             InputError: Stacked experts are missing, or their shape contradicts the config.
@@ -175,7 +178,7 @@ class Family:
         return dict(tensors) if found.canonical_as_is else found.join(tensors, config)
 
     def hf_spelling(self, names: Collection[str], config: ModelConfig) -> HfSpelling:
-        """The spelling of Hugging Face names: the one that has most of them in common."""
+        """The spelling in which most of these Hugging Face names occur."""
         if len(self.hf_spellings) == 1:
             return self.hf_spellings[0]
         canonical = [name for item in self.items(config) for name in item.parts]
@@ -195,13 +198,13 @@ class Family:
         """
         found = next((found for found in self.spellings if found.name == name), None)
         if found is None or experts not in (None, GROUPED, SEQUENTIAL):
-            wrong = f"spelling {name!r}" if found is None else f"naming of experts {experts!r}"
+            wrong = f"spec {name!r}" if found is None else f"naming of experts {experts!r}"
             hint = _names(self.spellings) if found is None else f"{GROUPED} or {SEQUENTIAL}"
             raise UsageError(f"{self.name} has no {wrong}", hint=hint)
         return replace(found, experts=experts or found.experts, prefix="" if text else found.prefix or self.prefix)
 
     def spelling_of(self, names: Iterable[str], config: ModelConfig | None = None) -> Spelling:
-        """The spelling that Megatron names are written in: the one that knows most of them.
+        """The spelling of Megatron names: the one in which most of these names occur.
 
         Args:
             names: The names.
@@ -214,7 +217,7 @@ class Family:
         return min(self._variants(), key=lambda spelling: len(written ^ self._templates(spelling, rows)))
 
     def fits(self, names: Iterable[str]) -> bool:
-        """Whether all of these Megatron names are in the table, and the marks of the family among them."""
+        """Whether the table has all of these Megatron names, and they include the marks of the family."""
         written = {template(name) for name in names}
         spelling = self.spelling_of(written)
         marks = {spelling.written(mark) for mark in self.marks}

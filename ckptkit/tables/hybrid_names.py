@@ -1,8 +1,9 @@
-"""HybridModel's schema: every layer of a GPT model is two, one of attention and one MLP, dense or of experts.
+"""The names of Megatron-Core's HybridModel, in which attention and MLP are layers of their own.
 
-Megatron-Core deprecates GPTModel in favour of HybridModel since 0.19. The tensors are the same; layer `i` becomes the
-layers `2i` (`*`) and `2i + 1` (`-` with a dense MLP, `E` with experts), and the last norm is `decoder.final_norm`. A
-pattern of these symbols is the one argument that describes the layers; `|` parts pipeline stages, chunk by chunk.
+Since 0.19, Megatron-Core deprecates GPTModel in favour of HybridModel. The tensors are the same. Layer `i` of GPTModel
+becomes layer `2i` (attention, symbol `*`) and layer `2i + 1` (symbol `-` for a dense MLP, `E` for experts). The last
+norm is `decoder.final_norm`. One argument describes all layers: a pattern of these symbols, with `|` between model
+chunks.
 
 Source: `HybridStack`, `HybridModel` and `select_pipeline_segment` of megatron-core 0.19.2; `MambaModel` of 0.16.1 has
 the same names.
@@ -28,10 +29,10 @@ _IN_MLP = re.compile(r"(mlp|pre_mlp_layernorm)\.")
 
 
 def hybrid_name(name: str) -> str:
-    """The name in HybridModel of a tensor of GPTModel; layers may be counted within a stage or over all.
+    """A name of GPTModel -> the name in HybridModel. Layer numbers may be local to a stage or global.
 
     Raises:
-        UsageError: HybridModel has no place for it.
+        UsageError: HybridModel has no such tensor.
     """
     match = _LAYER.fullmatch(name)
     if match is None:
@@ -50,19 +51,19 @@ def is_hybrid(names: Iterable[str]) -> bool:
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """How many layers a chunk of a HybridModel has, by the highest number in its names."""
+    """The number of layers of a model chunk of HybridModel: its highest layer number plus 1."""
     return max((int(match[2]) + 1 for name in names if (match := _LAYER.fullmatch(name))), default=0)
 
 
 def gpt_name(name: str, first: int = 0) -> str:
-    """The name in GPTModel, with the layer counted over all stages, of a tensor of HybridModel.
+    """A name of HybridModel -> the name in GPTModel, with the global layer number.
 
     Args:
         name: The name, its layer counted from `first`.
         first: Layers of HybridModel on the stages before.
 
     Raises:
-        UnsupportedError: The layer is neither attention nor an MLP, or not where GPTModel has it.
+        UnsupportedError: Attention and MLP do not take turns, or a layer is neither.
     """
     match = _LAYER.fullmatch(name)
     if match is None:
@@ -70,14 +71,14 @@ def gpt_name(name: str, first: int = 0) -> str:
     block, number, rest = match[1], first + int(match[2]), match[3]
     if not (_IN_MLP if number % 2 else _IN_ATTENTION).match(rest):
         raise UnsupportedError(
-            f"layer {number} of the hybrid model holds {rest}",
-            hint="attention and MLP must take turns, as in a model that Hugging Face has",
+            f"layer {number} of the HybridModel holds {rest}",
+            hint="attention and MLP must take turns: Hugging Face has no other models of this kind",
         )
     return f"{block}{number // 2}.{rest}"
 
 
 def pattern_of(names: Iterable[str]) -> str:
-    """The pattern, without stages, of a model with these names of GPTModel."""
+    """The pattern, without `|`, of a model with these names of GPTModel."""
     moe: dict[int, bool] = {}
     for name in names:
         if match := _LAYER.fullmatch(name):
@@ -87,12 +88,12 @@ def pattern_of(names: Iterable[str]) -> str:
 
 
 def hybrid_args(args: Mapping[str, Any], moe: Sequence[bool], stages: Iterable[Sequence[int]]) -> dict[str, Any]:
-    """The arguments of a HybridModel.
+    """The arguments of GPTModel -> those of the same model as a HybridModel.
 
     Args:
-        args: Those of the same model as a GPTModel.
+        args: The arguments of GPTModel.
         moe: For each layer of GPTModel, whether it has experts.
-        stages: Its layers on each stage, in the order in which data passes them.
+        stages: Its layers on each stage, in the order in which data passes through the stages.
     """
     segments = ("".join(ATTENTION + (MOE if moe[layer] else MLP) for layer in stage) for stage in stages)
     skip = args.get("window_attn_skip_freq")
@@ -111,11 +112,11 @@ def hybrid_args(args: Mapping[str, Any], moe: Sequence[bool], stages: Iterable[S
 
 
 def gpt_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
-    """The arguments of a GPTModel.
+    """The arguments of HybridModel -> those of the same model as a GPTModel.
 
     Args:
-        args: Those of the same model as a HybridModel; none at all stay none.
-        pattern: The pattern that its tensors make, without stages.
+        args: The arguments of HybridModel; empty if the checkpoint has none, and then the result is empty, too.
+        pattern: The pattern of its tensors, without `|`.
 
     Raises:
         InputError: The arguments give another pattern.
@@ -123,13 +124,13 @@ def gpt_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
     """
     if not args:
         return {}
-    told = args.get(PATTERN) or args.get(OLD_PATTERN)
-    if isinstance(told, str):
-        main, *prediction = told.split("/")
+    stated = args.get(PATTERN) or args.get(OLD_PATTERN)
+    if isinstance(stated, str):
+        main, *prediction = stated.split("/")
         if any(prediction):
-            raise UnsupportedError(f"hybrid layer pattern {told[:60]!r} with multi-token prediction")
+            raise UnsupportedError(f"hybrid layer pattern {stated[:60]!r} with multi-token prediction")
         if main.replace("|", "") != pattern:
-            raise InputError(f"args give the layer pattern {told[:60]!r}, but the tensors form {pattern[:60]!r}")
+            raise InputError(f"args give the layer pattern {stated[:60]!r}, but the tensors form {pattern[:60]!r}")
     moe = [int(symbol == MOE) for symbol in pattern[1::2]]
     return {
         **args,
@@ -147,7 +148,7 @@ def _skip(skip: Any, layers: int) -> Any:
 
 
 def inexpressible_as_hybrid(rope_kinds: Iterable[str]) -> list[str]:
-    """Settings that GPTModel has an argument for and HybridModel has none, as sentences."""
+    """Sentences about settings that the arguments of GPTModel can express and those of HybridModel cannot."""
     if "llama3" in rope_kinds:
         return ["llama3 rope: HybridModel does not scale it (GPTModel does)"]
     return []

@@ -1,4 +1,4 @@
-"""A row resolved for one model, layer and expert: names, shapes, and the way to and from Megatron's tensor."""
+"""A row resolved for one model, layer and expert: its names, its shapes, and the translation in both directions."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class ResolvedSlot:
     hf: str | None
 
     def filled(self, parts: Sequence[Tensor], dtype: DType) -> Tensor:
-        """The tensor that a conversion puts into the slot.
+        """The tensor with which a conversion to Megatron fills the slot.
 
         Args:
             parts: The Hugging Face tensors of the row.
-            dtype: Element type, where the row has no Hugging Face tensors.
+            dtype: Element type for a row without Hugging Face tensors.
         """
         if self.slot.repeats is not None:
             return parts[self.slot.repeats]
@@ -69,18 +69,18 @@ class ResolvedSlot:
 
 @dataclass(frozen=True)
 class Item:
-    """A row for one model, layer and expert.
+    """One Megatron tensor of a model: a row for one layer and expert.
 
     Attributes:
-        row: The row it comes from.
+        row: The row.
         key: Canonical Megatron name with the global layer and expert numbers.
         layer: Global layer number, or None.
         parts: Hugging Face names -> shapes in elements.
         config: The layer's sizes.
         model: The model.
         expert: Global expert number, or None.
-        cut: Number of the layer that it stands before, or None unless it stands at the model's adapter.
-        slots: Its parts that the model does not use.
+        cut: For a tensor of an adapter, the number of the layer after it; None for all others.
+        slots: Parts that the model does not use.
     """
 
     row: Row
@@ -98,7 +98,7 @@ class Item:
         return self.row.megatron.format(i=layer, e=expert)
 
     def split(self, spelling: Spelling) -> Split:
-        """The rule by which it splits over tensor parallel ranks for a writer."""
+        """The rule that splits it over tensor parallel ranks in a spelling."""
         split = self.row.split
         if split.by_part or (spelling.blocks and self.row.layout.heads):
             return replace(self._layout.by_part(shared=spelling.blocks), expert=split.expert)
@@ -133,7 +133,7 @@ class Item:
         return dict(zip(self.parts, self._layout.unpack(tensor), strict=False))
 
     def dropped(self, tensor: Tensor) -> list[tuple[ResolvedSlot, Tensor, Tensor]]:
-        """The slots of the Megatron tensor: (slot, its content, the content that a conversion puts there)."""
+        """The slots of the Megatron tensor: (slot, its content, the content that `pack` would put there)."""
         pieces = self._layout.unpack(tensor)
         parts, slots = pieces[: len(self.parts)], pieces[len(self.parts) :]
         filled = [slot.filled(parts, tensor.dtype) for slot in self.slots]
@@ -144,7 +144,7 @@ class Item:
         ]
 
     def completed(self, tensor: Tensor) -> Tensor:
-        """The Megatron tensor of a writer that leaves out the slots, with them."""
+        """Adds the slots to the Megatron tensor of a writer that leaves them out."""
         return self.pack(self._sized(list(self.parts.values())).unpack(tensor), dtype=tensor.dtype)
 
     @cached_property
@@ -161,14 +161,14 @@ class Item:
 
     @cached_property
     def bare_shape(self) -> tuple[int, ...] | None:
-        """Shape of the Megatron tensor without slots that repeat a part, or None where it has none of those."""
+        """Shape of the Megatron tensor without its slots; None if no slot repeats a Hugging Face tensor."""
         if not any(slot.slot.repeats is not None for slot in self.slots):
             return None
         return _stacked(list(self.parts.values()))
 
     @cached_property
     def parameters(self) -> int:
-        """Elements that the model has in it."""
+        """Elements of its Hugging Face tensors: slots are no parameters."""
         return sum(prod(shape) for shape in self.parts.values())
 
 
@@ -177,7 +177,7 @@ def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def resolve(row: Row, config: ModelConfig, index: int | None, expert: int | None) -> Item:
-    """A row for one model.
+    """Resolves a row for one model.
 
     Args:
         row: The row.

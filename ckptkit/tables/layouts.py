@@ -1,13 +1,15 @@
-"""How Hugging Face tensors lie in the rows of a Megatron tensor, in words that tables put together.
+"""Layouts: how Hugging Face tensors lie in the rows of a Megatron tensor.
 
-A Megatron tensor is made of *parts*. `stack` puts one part behind another; `interleave` cuts every part into as many
-blocks as there are groups, and lets the blocks take turns. Most Hugging Face tensors are one part; one that is several
-itself is declared with `by_head` (its parts take turns, head by head) or `flat` (they follow one another):
+A Megatron tensor consists of *parts*. `stack` puts one part after another. `interleave` cuts every part into one block
+for each group; then the first block of each part comes, then the second of each, and so on. Most Hugging Face tensors
+are one part. A Hugging Face tensor that itself holds several parts is declared with `by_head` (its parts take turns,
+head by head) or with `flat` (they follow one another):
 
     qkv = interleave("qkv", GROUPS, heads=(HEADS, GROUPS, GROUPS), split=COLUMN)
     linear_attention = stack("in_proj", by_head(NK, KEYS, KEYS, VALUES, VALUES), by_head(NK, NV, NV), split=BY_PART)
 
-A layout is also a word of a row: `qkv("self_attn.*_proj.weight", q=(Q, D), k=(KV, D), v=(KV, D))`.
+Rows call a layout with the names and shapes of their tensors:
+`qkv("self_attn.*_proj.weight", q=(Q, D), k=(KV, D), v=(KV, D))`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Fused:
     """A Hugging Face tensor that holds several parts.
 
     Attributes:
-        by: Into how many groups its rows fall; each holds a block of every part.
+        by: Number of groups of its rows; each group holds a block of every part.
         heights: Rows of each part, over all groups.
     """
 
@@ -46,7 +48,7 @@ def by_head(heads: Dim, *heights: Dim) -> Fused:
 
 
 def flat(*heights: Dim) -> Fused:
-    """A Hugging Face tensor that holds one part behind another.
+    """A Hugging Face tensor that holds one part after another.
 
     Args:
         heights: Rows of each part.
@@ -56,14 +58,15 @@ def flat(*heights: Dim) -> Fused:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How the parts of a Megatron tensor take turns in its rows.
+    """The order of the parts in the rows of a Megatron tensor.
 
     Attributes:
         name: For reports.
-        by: Into how many groups the rows fall; each holds a block of every part.
-        inside: The parts inside of the first Hugging Face tensors: None for a single part. The others have one each.
-        heads: How many heads each part has, where rows of one head belong together. No rank divides a head.
-        split: How such a tensor splits over tensor parallel ranks, unless its row says otherwise.
+        by: Number of groups of the rows; each group holds a block of every part.
+        inside: For each Hugging Face tensor, in order: the parts inside it, or None for a single part. Tensors beyond
+            the end of this list are single parts.
+        heads: Number of heads of each part, if its rows belong to heads. A head is never divided between ranks.
+        split: The default rule that splits such a tensor over tensor parallel ranks.
     """
 
     name: str
@@ -87,7 +90,7 @@ class Layout:
         Args:
             config: The model.
             layer: The layer.
-            heights: Rows of each Hugging Face tensor, and of each slot behind them.
+            heights: Rows of each Hugging Face tensor, then of each slot.
         """
         inside = [*self.inside, *(None for _ in heights)][: len(heights)]
         return SizedLayout(
@@ -104,7 +107,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Parts:
-    """Hugging Face tensors of a row: names with shapes, in a layout."""
+    """The Hugging Face tensors of a row: names -> shapes, and their layout."""
 
     layout: Layout
     shapes: Mapping[str, Shape]
@@ -115,9 +118,9 @@ class SizedLayout:
     """A layout for one layer of a model.
 
     Attributes:
-        groups: Into how many groups the rows of the Megatron tensor fall.
-        tensors: For each Hugging Face tensor into how many groups its own rows fall, and the rows of its parts.
-        heads: For each part the number of its heads and their name; empty: every row is a head.
+        groups: Number of groups of the Megatron tensor's rows.
+        tensors: For each Hugging Face tensor: (number of groups of its rows, rows of each of its parts).
+        heads: For each part: (number of its heads, their name in messages). Empty: every row is a head of its own.
     """
 
     groups: int
@@ -133,7 +136,7 @@ class SizedLayout:
         """Hugging Face tensors -> the Megatron tensor.
 
         Raises:
-            ValueError: They differ in dtype or columns, or have other rows than the layout.
+            ValueError: They differ in dtype or columns, or their numbers of rows do not fit the layout.
         """
         pairs = zip(tensors, self.tensors, strict=True)
         return _together(
@@ -144,16 +147,16 @@ class SizedLayout:
         """The Megatron tensor -> its Hugging Face tensors.
 
         Raises:
-            ValueError: It has other rows than the layout.
+            ValueError: Its number of rows does not fit the layout.
         """
         parts = iter(_apart(tensor, self.groups, self.heights))
         return [_together([next(parts) for _ in heights], groups) for groups, heights in self.tensors]
 
     def by_part(self, *, shared: bool) -> Split:
-        """The rule by which every part is cut for itself: a rank's rows are its share of each, one behind another.
+        """A rule that cuts every part separately. A rank holds its share of the first part, then of the second, ...
 
         Args:
-            shared: Whether ranks may outnumber the heads of a part, and then hold copies of one.
+            shared: Whether ranks may outnumber the heads of a part. Then several ranks hold a copy of one head.
         """
         heights = self.heights
         heads = self.heads or tuple((height, "rows") for height in heights)
@@ -167,7 +170,7 @@ class SizedLayout:
 
 
 def _together(parts: Sequence[Tensor], groups: int) -> Tensor:
-    """The blocks of parts, in turns."""
+    """Cuts each part into `groups` blocks, and puts the blocks together in turns."""
     if len(parts) == 1:
         return parts[0]
     return vstack(list(_blocks(parts, groups)))
@@ -181,7 +184,7 @@ def _blocks(parts: Iterable[Tensor], groups: int) -> Iterable[Tensor]:
 
 
 def _apart(tensor: Tensor, groups: int, heights: Sequence[int]) -> list[Tensor]:
-    """The parts whose blocks take turns in a tensor."""
+    """The inverse of `_together`."""
     if len(heights) == 1:
         return [tensor]
     if not tensor.shape or tensor.shape[0] != sum(heights) or any(height % groups for height in heights):
@@ -198,21 +201,21 @@ def _apart(tensor: Tensor, groups: int, heights: Sequence[int]) -> list[Tensor]:
 
 
 def stack(name: str, *inside: Fused | None, heads: tuple[Dim, ...] = (), split: Split | None = None) -> Layout:
-    """One part behind another."""
+    """A layout with one part after another."""
     return Layout(name, ONE, inside, heads, split)
 
 
 def interleave(
     name: str, by: Dim, *inside: Fused | None, heads: tuple[Dim, ...] = (), split: Split | None = None
 ) -> Layout:
-    """For each group its block of every part."""
+    """A layout with, for each group, its block of every part."""
     return Layout(name, by, inside, heads, split)
 
 
 copy = stack("copy")
 gate_up = stack("gate/up", split=GATED_COLUMN)
 qkv = interleave("qkv", GROUPS, heads=(HEADS, GROUPS, GROUPS), split=COLUMN)
-"""Per key/value head: the query heads that share it, then its key, then its value.
+"""For each key/value head: the query heads that share it, then its key, then its value.
 
-Source: `Attention.get_query_key_value_tensors` of Megatron-Core, which views the rows so.
+Source: the view of the rows in `Attention.get_query_key_value_tensors` of Megatron-Core.
 """

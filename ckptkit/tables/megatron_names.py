@@ -1,8 +1,8 @@
-"""The states of Megatron's modules, and the names that its layer specs give the norm before experts.
+"""The extra states of Megatron's modules, and the names of the norm before experts in each layer spec.
 
-A module may have an `_extra_state`: an object beside its tensors, empty unless it computes in FP8, which strict loading
-asks for. In the files of ranks only modules of Transformer Engine have one. In a distributed checkpoint every
-parallel linear layer has one, from whatever layer spec.
+A module may have an `_extra_state`: an object beside its tensors. It is empty unless the module computes in FP8, but
+strict loading asks for it. In per-rank files only modules of Transformer Engine have one. In a distributed checkpoint
+every parallel linear layer has one, whatever its layer spec.
 
 Source: `get_extra_state` of Transformer Engine's modules, and `sharded_state_dict` of Megatron-Core's
 `ColumnParallelLinear`, `RowParallelLinear` and `TransformerLayer`, 0.16.1 and 0.19.2.
@@ -26,11 +26,11 @@ _EXPERTS = re.compile(r"(.+\.mlp)\.experts\..+")
 
 
 def rank_states(name: str, quirks: MegatronQuirks) -> list[str]:
-    """The states beside a tensor in the file of a rank, for a model of Transformer Engine's modules.
+    """Names of the extra states beside a tensor in a per-rank file, for a model of Transformer Engine's modules.
 
     Args:
         name: The tensor, as the file names it.
-        quirks: Those of its family.
+        quirks: The quirks of its family.
     """
     module = name.rpartition(".")[0]
     modules = [module] if module.endswith((*_TE_LINEAR, *_NORMS)) and not module.endswith(quirks.plain) else []
@@ -39,12 +39,12 @@ def rank_states(name: str, quirks: MegatronQuirks) -> list[str]:
 
 
 def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str]:
-    """The states beside a tensor of a distributed checkpoint, as names with the same layer and expert numbers.
+    """Names of the extra states beside a tensor of a distributed checkpoint, with its layer and expert numbers.
 
     Args:
-        name: Canonical name of the tensor; in a HybridModel its name there.
-        spec: `te`, or another layer spec, whose norms and attention have no state.
-        quirks: Those of its family.
+        name: Canonical name of the tensor, or its name in HybridModel.
+        spec: `te`, or another layer spec. Only in `te` norms and attention have a state.
+        quirks: The quirks of its family.
     """
     match = _WEIGHT.fullmatch(name)
     if match is None or match[1].endswith(quirks.plain):
@@ -67,8 +67,8 @@ def _core(module: str) -> str:
 def norms_of_local_spec(names: Iterable[str]) -> dict[str, str]:
     """Canonical names of the norms before experts -> their names in a distributed checkpoint of the local layer spec.
 
-    Transformer Engine keeps `pre_mlp_layernorm.weight` in a layer with experts. The local spec writes it as if it were
-    fused into a dense MLP.
+    In a layer with experts, the `te` spec names this norm `pre_mlp_layernorm.weight`. The local spec gives it the name
+    of a norm that is fused into a dense MLP.
     """
     names = set(names)
     blocks = {match[1].removesuffix("mlp") for name in names if (match := _EXPERTS.fullmatch(name))}

@@ -1,7 +1,7 @@
-"""The description of a model, independent of its writer, which tables, plans and the runtime read.
+"""`ModelConfig`: the one description of a model that tables, plans and the runtime read.
 
-A family translates its raw config.json (and Megatron's `args`) to a `ModelConfig`. Everything that may differ
-between layers is in `LayerConfig`, so a uniform model is simply one whose layers are all equal.
+A family translates its raw config.json to a `ModelConfig`, and `megatron_args/` does so with Megatron's `args`.
+Everything that may differ between layers is in `LayerConfig`. A uniform model has equal layers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LayerConfig:
         ffn_hidden_size: Width of the dense MLP.
         rope: Rotary embedding.
         window: Visible tokens including the current one, or None for all of them.
-        moe: Whether experts take the place of the dense MLP (beside it, if the model has `parallel_dense`).
+        moe: Whether experts replace the dense MLP (or stand beside it, if the model has `parallel_dense`).
         k_eq_v: Whether values are the raw key projection, before its norm and rotation; there is no value projection.
         kv_donor: Number of the layer whose keys and values this one attends to, or None for its own.
         hidden_size: Width of the residual stream in this layer, or None for the model's.
@@ -131,9 +131,8 @@ class ModelConfig:
         num_experts: Experts of each layer that has them; 0 in a dense model.
         experts_per_token: Experts that a token is routed to.
         moe_ffn_hidden_size: Width of one expert.
-        norm_topk_prob: Whether the weights of the chosen experts are scaled to sum up to 1. Then a softmax over all
-            experts before the choice equals one over the chosen after it, as in Megatron-Core unless
-            `moe_router_pre_softmax` is set.
+        norm_topk_prob: Whether the weights of the chosen experts are scaled to a sum of 1. The result equals a softmax
+            over the chosen experts alone, which is Megatron-Core's order unless `moe_router_pre_softmax` is set.
         zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
@@ -147,7 +146,7 @@ class ModelConfig:
         layer_scalars: Whether every layer multiplies its whole output by a learned number.
         per_layer_input_size: Width of the per-layer embeddings; 0 without them.
         per_layer_vocab_size: Rows of the per-layer embedding.
-        adapter: Between two groups of layers of different width, or None.
+        adapter: The adapter of a split Llama, between its narrow and its wide layers, or None.
         value_head: Whether the head gives one value per token instead of logits.
         value_bias: Whether that head has a bias.
     """

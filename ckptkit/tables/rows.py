@@ -1,9 +1,10 @@
 """The rows of the family tables.
 
-A family is a table. Each `Row` names one Megatron tensor, the Hugging Face tensors it is made of with their shapes, how
-they are laid out inside it, and how it splits over tensor parallel ranks. Everything that converts, checks
-or counts reads these rows, in both directions. Rows use canonical names on both sides; the
-names of other writers of the same model are in `spelling.py`.
+A family is a table. Each `Row` names one Megatron tensor and the Hugging Face tensors it consists of. It gives their
+shapes, their layout inside the Megatron tensor, and the rule that splits it over tensor parallel ranks. Conversion,
+checks and counts all read these rows, in both directions. Rows use canonical names on both sides: Megatron's names as
+the Transformer Engine spec has them, and the names of a directory on the hub. Names of other writers of the same model
+are in `spelling.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from ckptkit.tables.layouts import Layout, Parts, copy
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 Raw = Mapping[str, Any]
-"""A config.json (or the text part of one) as parsed, never passed through transformers."""
-
+"""A parsed config.json, or the text part of one. It never passes through transformers, which rewrites fields."""
 
 When = Callable[[ModelConfig, LayerConfig], bool]
 """Whether a model, or a layer of it, has a tensor."""
@@ -36,7 +36,7 @@ def untied(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 def qkv_bias(config: ModelConfig, layer: LayerConfig) -> bool:
-    """Whether queries, keys and values have biases."""
+    """Whether query, key and value projections have biases."""
     return config.qkv_bias
 
 
@@ -51,7 +51,7 @@ def mlp_bias(config: ModelConfig, layer: LayerConfig) -> bool:
 
 
 def dense(config: ModelConfig, layer: LayerConfig) -> bool:
-    """Whether a layer has a dense MLP, and nothing else."""
+    """Whether a layer has a dense MLP and no experts."""
     return not layer.moe
 
 
@@ -62,14 +62,16 @@ def sparse(config: ModelConfig, layer: LayerConfig) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """A part of a Megatron tensor that the model does not use: filled on the way in, dropped on the way out.
+    """A part of a Megatron tensor that the model does not use.
+
+    A conversion to Megatron fills it, a conversion to Hugging Face drops it.
 
     Attributes:
-        name: Its content, for reports.
+        name: A description of its content, for reports.
         shape: Its shape.
-        value: The value of every element, unless it repeats a part.
-        repeats: Index of the row's Hugging Face tensor that it repeats, or None.
-        hf: Name of the tensor that some Hugging Face files hold for it although nothing uses it; then that fills it.
+        value: The value of every element, unless the slot repeats a Hugging Face tensor.
+        repeats: Index of the Hugging Face tensor of the row that fills it with a copy, or None.
+        hf: Some Hugging Face files hold an unused tensor of this name. Where it is present, it fills the slot.
     """
 
     name: str
@@ -85,14 +87,15 @@ class Row:
 
     Attributes:
         megatron: Canonical Megatron name (Transformer Engine spec); `{i}` is the global layer, `{e}` the global expert.
-        hf: Hugging Face names -> shapes, in the order of the layout. `{i}` is the global layer, `{j}` the layer
-            counted on its side of the adapter.
-        layout: How the Hugging Face tensors lie inside the Megatron one.
-        split: How it splits over tensor parallel ranks.
+        hf: Hugging Face names -> shapes, in the order of the layout. `{i}` is the global layer. `{j}` is the layer
+            number within one half of a split Llama.
+        layout: How the Hugging Face tensors lie inside the Megatron tensor.
+        split: The rule that splits it over tensor parallel ranks.
         when: Whether a model, or one of its layers, has it.
-        at_cut: Whether it stands where the model's adapter does, between two layers, and not at an end of the model.
-        slots: Parts without a Hugging Face tensor, which the layout puts behind those that have one.
-        first: Whether the first pipeline stage holds it; without a layer and a cut the last one does by default.
+        at_cut: Whether the tensor is part of a split Llama's adapter, which stands between two layers.
+        slots: Parts without a Hugging Face tensor. The layout puts them after the Hugging Face tensors.
+        first: Whether the first pipeline stage holds it. Any other tensor outside of layers, except the adapter, is on
+            the last stage.
     """
 
     megatron: str
@@ -119,20 +122,22 @@ def once(
     first: bool = False,
     at_cut: bool = False,
 ) -> Row:
-    """A row of a tensor that a model has once, outside of its layers.
+    """A row for a tensor that a model has once, outside of its layers.
 
     Args:
         megatron: Canonical Megatron name.
-        hf: The Hugging Face name of a tensor that is copied; or several tensors in a layout; None for slots alone.
-        shape: The shape of the one tensor.
-        split: How it splits over tensor parallel ranks; by default by the rule of its layout; a vector does not split.
+        hf: The Hugging Face name, if the Megatron tensor is a copy of one tensor; or several tensors in a layout; or
+            None for a tensor of slots alone.
+        shape: The shape of the single Hugging Face tensor.
+        split: The rule that splits it over tensor parallel ranks. The default is the rule of the layout; without one, a
+            vector is replicated, and a matrix needs a rule.
         when: Whether a model has it.
         slots: Parts without a Hugging Face tensor.
         first: Whether the first pipeline stage holds it.
-        at_cut: Whether it stands where the model's adapter does.
+        at_cut: Whether it is part of a split Llama's adapter.
 
     Raises:
-        ValueError: The one tensor has no shape, or is a matrix without a rule to split it.
+        ValueError: The single tensor has no shape, or is a matrix without a rule to split it.
     """
     parts = _parts(hf, shape)
     split = split or parts.layout.split
@@ -152,7 +157,7 @@ def layer(
     when: When = always,
     slots: tuple[Slot, ...] = (),
 ) -> Row:
-    """A row of a tensor that every layer has; `{e}` in its names stands for the number of an expert.
+    """A row for a tensor in every layer. `{e}` in its names stands for the number of an expert.
 
     Args:
         megatron: Canonical Megatron name inside a layer.
@@ -182,7 +187,12 @@ def _parts(hf: str | Parts | None, shape: Shape | None) -> Parts:
 
 
 def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
-    """Rows for a model whose Hugging Face names differ: (old, new) pieces of names, the first that fits counts."""
+    """Rows for a model whose Hugging Face names differ.
+
+    Args:
+        rows: The rows.
+        pairs: (old, new) pieces of names. For each name the first pair whose old piece occurs in it is used.
+    """
     return tuple(
         replace(
             row,
@@ -198,17 +208,17 @@ def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def without(rows: Iterable[Row], *endings: str) -> tuple[Row, ...]:
-    """Rows except those whose Megatron name ends so."""
+    """All rows except those whose Megatron name has one of these endings."""
     return tuple(row for row in rows if not row.megatron.endswith(endings))
 
 
 def choose(rows: Iterable[Row], *endings: str) -> tuple[Row, ...]:
-    """Rows whose Megatron name ends so."""
+    """The rows whose Megatron name has one of these endings."""
     return tuple(row for row in rows if row.megatron.endswith(endings))
 
 
 def only(rows: Iterable[Row], condition: When) -> tuple[Row, ...]:
-    """Rows that a layer has only if `condition` holds as well."""
+    """The same rows with a further condition: a layer has them only if `condition` holds, too."""
     return tuple(replace(row, when=_both(row.when, condition)) for row in rows)
 
 
@@ -218,7 +228,7 @@ def _both(first: When, second: When) -> When:
 
 @dataclass(frozen=True)
 class Replica:
-    """A Hugging Face tensor that repeats another one, allowed but not needed."""
+    """A redundant Hugging Face tensor: a copy of another one that files may hold, and that a reader does not need."""
 
     hf: str
     of: str
@@ -227,11 +237,13 @@ class Replica:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A single number in Hugging Face files that Megatron keeps in code: it travels as an extra, or is made anew.
+    """A single number that Hugging Face files store and Megatron has in its code.
+
+    It goes into the sidecar as an extra. Where no sidecar has it, it is made again.
 
     Attributes:
         hf: Name, with `{i}`.
-        value: The value that the class gives it; stored without a dimension, in the dtype of the weights.
+        value: Its value in the class of transformers. It is stored without a dimension, in the dtype of the weights.
         when: Whether a model has it.
     """
 

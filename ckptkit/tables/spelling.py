@@ -1,7 +1,8 @@
-"""Other names for the same tensors, by different writers of one model, as data.
+"""Spellings: the names that different writers give to the same tensors, as data.
 
-The tables use one canonical name for each tensor on either side. A `Spelling` turns canonical Megatron names into those
-of another writer, an `HfSpelling` does the same for Hugging Face names, where experts may also be stacked.
+The tables use one canonical name for each tensor on either side. A `Spelling` translates canonical Megatron names to
+those of another writer (`--spec` chooses one by its name). An `HfSpelling` does the same for Hugging Face names, and
+for files that stack all experts in one tensor.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ class Spelling:
         experts: `grouped` (canonical: `experts.linear_fc1.weight3`, as `TEGroupedMLP` writes) or `sequential`
             (`experts.local_experts.3.linear_fc1.weight`, as `SequentialMLP` does).
         prefix: Beginning of every name, e.g. `language_model.` inside a multimodal model.
-        tied_head: Whether a tied head is stored even where the embedding is.
-        hybrid: Whether names are written as HybridModel has them; they are read through `checkpoints/hybrid_model.py`.
+        tied_head: Whether a stage that holds the embedding also stores a copy as its tied head.
+        hybrid: Whether to write the names of HybridModel. Reading them is the job of `checkpoints/hybrid_model.py`.
         starts: (canonical start, written start) pairs.
-        blocks: Whether a rank's fused queries, keys and values lie one behind the other, and not by query group.
+        blocks: Whether a rank stores its queries, then its keys, then its values, instead of query group by query
+            group.
         padded: Whether the vocabulary is padded before it is split.
-        extra_states: Whether its modules have an `_extra_state` where they are Transformer Engine's.
+        extra_states: Whether the modules of Transformer Engine have an `_extra_state` in its files.
     """
 
     name: str
@@ -56,17 +58,17 @@ class Spelling:
     extra_states: bool = True
 
     def written(self, name: str) -> str:
-        """The name as this writer spells it."""
+        """The canonical name -> the name in this spelling."""
         name = _swap_start(_swap(name, self.endings), self.starts)
         if self.experts == SEQUENTIAL:
             name = _GROUPED_NAME.sub(r".experts.local_experts.\2.\1.weight", name)
         return self.prefix + (hybrid_name(name) if self.hybrid else name)
 
     def canonical(self, name: str) -> str:
-        """The canonical name of a name of this writer.
+        """The name in this spelling -> the canonical name.
 
-        One written name has two canonical ones: `local` names the norm before a dense MLP as every writer names the
-        one before experts. Such a name is taken to belong to a dense layer; reading by the table needs no guess.
+        One name is ambiguous: in `local`, the norm before a dense MLP has the name that all spellings give to the norm
+        before experts. This function assumes a dense layer. Code that has the table of the model need not assume.
         """
         name = name.removeprefix(self.prefix)
         name = _SEQUENTIAL_NAME.sub(r".experts.\2.weight\1", name)
@@ -108,7 +110,7 @@ VERL = Spelling(
     padded=False,
     extra_states=False,
 )
-"""The models of verl's own that are parallel but not Megatron-Core's.
+"""verl's own parallel Llama and Qwen2, which do not use the modules of Megatron-Core.
 
 Source: `verl/models/llama/megatron` and `verl/models/qwen2/megatron`, up to verl 0.5.
 """
@@ -130,7 +132,7 @@ def _swap_start(name: str, starts: Sequence[tuple[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class Stack:
-    """One Hugging Face tensor `[experts, rows, columns]` in place of the tensors of all experts of a layer.
+    """One Hugging Face tensor `[experts, rows, columns]` that replaces the tensors of all experts of a layer.
 
     Attributes:
         fused: Its name, with `{i}`.
@@ -157,19 +159,19 @@ class HfSpelling:
 
     @property
     def canonical_as_is(self) -> bool:
-        """Whether its names are the canonical ones."""
+        """Whether its names are the canonical names."""
         return not (self.renames or self.stacks)
 
     def written(self, name: str) -> str:
-        """The name of a tensor that is not stacked, as this writer spells it."""
+        """The canonical name of a tensor that is not stacked -> the name in this spelling."""
         return _replace(name, self.renames)
 
     def canonical(self, name: str) -> str:
-        """The canonical name of a tensor that is not stacked."""
+        """The name of a tensor that is not stacked in this spelling -> the canonical name."""
         return _replace(name, tuple((written, canonical) for canonical, written in self.renames))
 
     def names(self, canonical: Sequence[str], config: ModelConfig) -> set[str]:
-        """The names in this spelling of a model with these canonical names."""
+        """All names that a model with these canonical names has in this spelling."""
         stacked = self._stacked(config)
         gone = {part for parts in stacked.values() for expert in parts for part in expert}
         return stacked.keys() | {self.written(name) for name in canonical if name not in gone}
@@ -189,7 +191,8 @@ class HfSpelling:
         """
         stacked = self._stacked(config)
         if missing := sorted(stacked.keys() - tensors.keys()):
-            raise InputError(f"{len(missing)} missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+            names = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            raise InputError(f"{len(missing)} missing: {names}")
         result = {self.canonical(name): tensor for name, tensor in tensors.items() if name not in stacked}
         for name, experts in stacked.items():
             heights = [shapes[part][0] for part in experts[0]]

@@ -1,4 +1,4 @@
-"""What two runs over the same tokens say: figures, the questions of the level logits, and where the models part."""
+"""Judges two runs over the same tokens: the figures, the checks of the level logits, and the first difference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Runs:
-    """What the two sides made of the same tokens.
+    """The runs of the two sides over the same tokens.
 
     Attributes:
         exact: The reference in float32.
@@ -50,13 +50,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the runs say.
+    """The judgement of the runs.
 
     Attributes:
         agreement: Candidate against the reference in float32.
         greedy: The greedy continuation.
         noise: Below float32: the noise floor.
-        routing: With experts and replayed routing: what the routers did.
+        routing: With experts and replayed routing: the agreement of the routers.
         growth: Error of the hidden states, layer by layer.
         checks: The questions, with their answers.
         bad: (row, position) of logits that are too far off.
@@ -167,7 +167,7 @@ def _checks(
 
 
 def _final_norm(growth: list[StateError], options: RunOptions) -> Check:
-    """What the head is fed, for a head that makes the same of everything."""
+    """Compares the inputs of the head, for a head whose outputs are all equal (a value head of zeros)."""
     from ckptkit.verification.comparison import MEDIAN_LIMIT
 
     if options.packed:

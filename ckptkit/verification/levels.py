@@ -55,9 +55,9 @@ def verify(
         level: The last question to ask: `structure`, `weights` or `logits`.
         prompts: Texts to compare on; a side must have a tokenizer.
         tokens: Token ids to compare on; pseudo-random ones where neither is given.
-        keep_going: Ask the further levels although one has shown a difference.
-        reference_source: What the reference does not record itself.
-        candidate_source: What the candidate does not record itself.
+        keep_going: Run the remaining levels even after one has found a difference.
+        reference_source: Facts about the reference that it does not record itself.
+        candidate_source: Facts about the candidate that it does not record itself.
         progress: Called with (bytes compared, bytes in all) at the weights level.
         pool: Ranks to use instead of starting some.
         run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
@@ -237,7 +237,7 @@ def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
 
 
 def _messages(sides: tuple[Side, Side]) -> list[str]:
-    """What a verification of these two cannot show."""
+    """Sentences about differences that a verification of these two cannot show."""
     kinds = {side.kind for side in sides}
     if kinds == {MEGATRON}:
         return ["both sides ran in megatron-core: a mistake in the family's table would show in neither"]

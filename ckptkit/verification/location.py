@@ -56,7 +56,7 @@ def _errors(reference: Run, candidate: Run) -> dict[str, float]:
 
 
 def _router_states(run: Run) -> dict[str, list[torch.Tensor]]:
-    """Router logits of the only row as states, so that a router is told from its experts."""
+    """Router logits of the only row as states, so that a router can be distinguished from its experts."""
     return {
         f"layers.{layer}.router": [copy[-KEPT:] for copy in copies]
         for layer, copies in read_router_logits(run.routing).items()

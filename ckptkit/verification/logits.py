@@ -111,13 +111,13 @@ def _own_ranks(pair: Pair, replicas: int) -> AbstractContextManager[Ranks]:
 
 
 def _remove(ranks: Ranks, folder: Path) -> None:
-    """Removes the files once no process reads them any more."""
+    """Removes the files, after all ranks have finished reading them."""
     ranks.wait_for_all()
     ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _notes(pair: Pair, runs: Runs, options: RunOptions) -> list[str]:
-    """What the tokens could not show, and how the candidate ran if that was unusual."""
+    """Notes about features that the tokens could not show, and about a candidate that ran in a special way."""
     notes = []
     window, longest = pair.reference.window, max(map(len, runs.exact.rows))
     if window >= longest:

@@ -16,7 +16,7 @@ from ckptkit.verification.sides import HF, OpenedSide
 
 @dataclass(frozen=True)
 class Passes:
-    """Runs sides, and keeps what comes out in one folder.
+    """Runs sides, and keeps their results in one folder.
 
     Attributes:
         ranks: The processes.
@@ -45,7 +45,7 @@ class Passes:
         Args:
             opened: The side.
             rows: Token ids.
-            name: What its files are called.
+            name: Name of its files.
             options: How it runs.
             greedy: Tokens to append to every row.
             whole_layers: Keep hidden states between layers only, not within them.

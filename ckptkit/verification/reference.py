@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint in transformers: the other opinion on what a model computes."""
+"""A Hugging Face checkpoint in transformers: the reference for the logits of a model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_reference(job: LogitsJob) -> Run:
 def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model that config.json's `architectures` names, in evaluation mode, with eager attention and experts.
 
-    `from_pretrained` fills what a file lacks with random values; here that is an error.
+    `from_pretrained` fills missing weights with random values and continues. Here a missing weight is an error.
 
     Raises:
         InputError: The directory is damaged, or weights are missing, unexpected or mis-shaped.
@@ -93,7 +93,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
             )
             model.to(device)
         except Exception as error:  # what config.json may hold makes transformers raise anything
-            # torch tells a lack of memory from a tensor of the wrong shape only in the text.
+            # Only the text of torch's error distinguishes a lack of memory from a tensor of the wrong shape.
             kind = VerificationError if isinstance(error, MemoryError) or "memory" in str(error) else InputError
             raise kind(f"transformers cannot load it ({_line(error)})", where=path) from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -108,7 +108,7 @@ _PYTHON = re.compile(r"\b[A-Z]\w*(?:Error|Exception): |\bValue error, |\. Errors
 
 
 def _line(error: BaseException) -> str:
-    """What a library says, in one line and without the names of Python's classes."""
+    """The message of a library's error, in one line and without the names of Python's classes."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = _PYTHON.sub(lambda match: match["name"] or "", " ".join(text.split()))
     return text[:300] or type(error).__name__
@@ -129,7 +129,7 @@ def architecture_of(path: Path) -> str:
     """The class that config.json names.
 
     Raises:
-        InputError: It names none, or the layout does not load by itself.
+        InputError: It names no class, or has a layout that does not load by itself.
     """
     try:
         raw = read_json(path / "config.json")
@@ -228,7 +228,10 @@ class _ReferenceRun:
 
 
 def _outputs(model: Any, batch: torch.Tensor) -> torch.Tensor:
-    """What the head makes of every position, [batch, sequence, outputs]; classifiers of sequences keep one of them."""
+    """The outputs of the head at every position, [batch, sequence, outputs].
+
+    Classifiers of sequences themselves return one position only.
+    """
     if not hasattr(model, "score"):
         logits: torch.Tensor = model(input_ids=batch, use_cache=False).logits
         return logits

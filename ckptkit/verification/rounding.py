@@ -47,7 +47,7 @@ def loses(source: DType, target: DType) -> bool:
 
 
 def rounding_of(reference: Checkpoint, candidate: Checkpoint, *, hf_names: bool) -> Rounding:
-    """What the candidate's types do to the reference's weights.
+    """The rounding of the reference's weights to the candidate's types.
 
     Args:
         reference: The side that is trusted.
@@ -79,10 +79,11 @@ def round_model(model: torch.nn.Module, dtypes: Mapping[str, str], where: object
     Args:
         model: The model, in float32.
         dtypes: As `Rounding.dtypes`.
-        where: What to call the model in an error.
+        where: Name of the model in an error.
 
     Raises:
-        VerificationError: The model does not call its weights as its files do, so that they cannot be told apart.
+        VerificationError: The weights of the model have other names than in its files, so the narrower ones among them
+            cannot be found.
     """
     import torch
 

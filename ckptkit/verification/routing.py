@@ -30,7 +30,7 @@ Experts = dict[int, torch.Tensor]
 
 
 class Record:
-    """What the routers saw and chose, for rows of each length.
+    """The inputs and choices of the routers, for rows of each length.
 
     Attributes:
         tensors: `logits.<layer>.<length>`, fp32 [rows, length, experts], `experts.<layer>.<length>`, int64 [rows,
@@ -277,7 +277,7 @@ def _ratio(theirs: float, own: float) -> float:
 
 
 def _margins(logits: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How sure a router is of its choice against another one; -1 where both are the same.
+    """The margin by which a router prefers its choice to another one; -1 where both are the same.
 
     Args:
         logits: [tokens, experts].

@@ -48,20 +48,20 @@ class RunOptions:
 
     Attributes:
         device: `cpu` or `cuda`.
-        dtype: What the candidate runs in: `float32` (judged absolutely), `bfloat16` or `float16` (judged by the noise
-            floor, see `results.NoiseFloor`).
+        dtype: Type that the candidate computes in: `float32` (judged absolutely), `bfloat16` or `float16` (judged by
+            the noise floor, see `results.NoiseFloor`).
         tolerance: Largest float32 error that passes, relative to the largest |logit|.
         replay: With experts: send the candidate's tokens to the experts that the reference chose, and judge routers by
             themselves.
-        packed: Take the candidate's logits from rows packed together, without padding between them; hidden states and
-            routing stay those of plain rows.
+        packed: Take the candidate's logits from packed inputs, sequences joined in one row without padding. Hidden
+            states and routing stay those of plain rows.
         sequence_parallel: Split the candidate's sequence over its tensor parallel ranks outside of the linears.
         dp: Replicas of the candidate's grid; all must compute the same.
-        dp_kind: What makes them replicas: `ddp` (megatron-core's DistributedDataParallel) or `fsdp2`.
+        dp_kind: Wrapper of the replicas: `ddp` (megatron-core's DistributedDataParallel) or `fsdp2`.
         save_logits: Safetensors file for `reference` and `candidate`, float32 [batch, seq, vocab], or None.
         timeout: Seconds that a run of a Megatron side may take, loading included, and that a collective may wait.
-        tp: Tensor parallel size of the grid that megatron-core runs a candidate on that has no grid of its own (a
-            Hugging Face directory, a packed one, a module's state); None, and all three None: it runs as it is.
+        tp: Tensor parallel size for a candidate without a grid of its own (a Hugging Face directory, the packed format,
+            a module's state), which megatron-core then runs. If all three sizes are None, the candidate runs as it is.
         pp: Pipeline parallel size of that grid.
         ep: Expert parallel size of that grid.
     """

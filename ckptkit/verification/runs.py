@@ -1,4 +1,4 @@
-"""One side's run over the tokens, and the files that hold what came out."""
+"""One side's run over the tokens, and the files with its results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What a side made of the tokens.
+    """The results of a side's run over the tokens.
 
     Attributes:
         rows: Token ids that went in, greedy continuation included.
@@ -29,7 +29,7 @@ class Run:
         modules: Class of module -> how many of them ran.
         versions: Package -> version.
         seconds: Phase -> wall-clock seconds.
-        seen: What a `what_ran.Observer` saw on each rank, in order; of transformers nothing.
+        seen: Facts that a `what_ran.Observer` recorded on each rank, in order; empty for transformers.
     """
 
     rows: list[list[int]]

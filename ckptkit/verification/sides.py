@@ -1,4 +1,4 @@
-"""The two sides of a comparison of logits, and what is known of a side before it runs."""
+"""The two sides of a comparison of logits, and the facts known about a side before it runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenedSide:
-    """A side, and what its headers say.
+    """A side, and the content of its headers.
 
     Attributes:
         side: The side.

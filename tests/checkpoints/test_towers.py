@@ -63,7 +63,7 @@ def test_without_them_nothing_is_written(tmp_path: Path, kind: str) -> None:
     convert(source, tmp_path / "meg", to="torch", grid=GRID)
     bare = without_weights(source, tmp_path / "bare")
     alone(tmp_path / "meg")
-    with pytest.raises(InputError, match="outside of the text model, and they are not here; --hf-reference"):
+    with pytest.raises(InputError, match="outside of the text model, which the source lacks; --hf-reference"):
         convert(tmp_path / "meg", tmp_path / "back", to="hf", hf_reference=bare)
     assert not (tmp_path / "back").exists()
     convert(tmp_path / "meg", tmp_path / "text", to="hf", hf_reference=bare, layout="text")

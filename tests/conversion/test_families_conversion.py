@@ -130,7 +130,7 @@ def test_experts_need_a_grid_that_divides(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="would collide"):
         convert(source, tmp_path / "meg", to="torch", grid=Parallelism(1, etp=2))
     dense = save_model(tmp_path / "dense", "qwen3")
-    with pytest.raises(UsageError, match="this one has none"):
+    with pytest.raises(UsageError, match="but this model has none"):
         convert(dense, tmp_path / "meg", to="torch", grid=Parallelism(ep=2))
 
 

@@ -176,7 +176,7 @@ def test_what_it_has_not(models: Any, tmp_path: Path) -> None:
     save_llama(tmp_path / "odd", "mqa", vocab_size=250)
     with pytest.raises(UsageError, match="a vocabulary of 250 does not divide over --tp 4"):
         convert(tmp_path / "odd", tmp_path / "out", to="torch", spec="verl", grid=Parallelism(4))
-    with pytest.raises((UsageError, UnsupportedError), match="has no spelling 'verl'"):
+    with pytest.raises((UsageError, UnsupportedError), match="has no spec 'verl'"):
         attempt("qwen3")
     assert not (tmp_path / "out").exists()
 

@@ -68,9 +68,9 @@ def test_a_window_on_every_nth_layer_counts_layers_of_the_hybrid_model() -> None
 
 
 def test_layers_that_hugging_face_has_not() -> None:
-    with pytest.raises(UnsupportedError, match="layer 1 of the hybrid model holds self_attention"):
+    with pytest.raises(UnsupportedError, match="layer 1 of the HybridModel holds self_attention"):
         gpt_name("decoder.layers.1.self_attention.linear_qkv.weight")
-    with pytest.raises(UnsupportedError, match="layer 0 of the hybrid model holds mixer"):
+    with pytest.raises(UnsupportedError, match="layer 0 of the HybridModel holds mixer"):
         gpt_name("decoder.layers.0.mixer.in_proj.weight")
     with pytest.raises(UnsupportedError, match="multi-token prediction"):
         gpt_args({"hybrid_layer_pattern": "*-*-/*-"}, "*-*-")

@@ -502,7 +502,7 @@ class TestKilled:
         destination = Destination(out, plan, overwrite=True)
         with faults.inject(fault), pytest.raises(StorageError, match=r"input/output|no space") as caught:
             destination.write()
-        assert "\n" not in str(caught.value) and "--resume to go on" in str(caught.value)
+        assert "\n" not in str(caught.value) and "--resume to continue" in str(caught.value)
         assert destination.resume_hint is not None
         assert contents(out) == OLD
         Destination(out, plan, overwrite=True, resume=True).write()

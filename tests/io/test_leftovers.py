@@ -206,7 +206,7 @@ class TestForeignFiles:
             elsewhere.mkdir()
         before = contents(elsewhere)
         place.symlink_to(elsewhere)
-        with pytest.raises(InputError, match="a symbolic link in place of what an earlier run left"):
+        with pytest.raises(InputError, match="a symbolic link among the files of an earlier run"):
             Destination(out, plan, resume=True).write()
         assert contents(elsewhere) == before and not out.exists()
 

@@ -313,7 +313,7 @@ def test_bad_requests(tmp_path: Path, pair: tuple[Path, Path], more: tuple[str, 
 
 def test_missing_arguments(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     code, result = run(pair[0], "-o", tmp_path / "split")
-    assert code == 2 and "it takes FIRST, LAST" in result["error"]["message"]
+    assert code == 2 and "build needs FIRST, LAST" in result["error"]["message"]
     code, result = run(*options((pair[0], tmp_path / "absent"), tmp_path / "split"))
     assert code == 3 and "no such directory" in result["error"]["message"]
 

@@ -1,6 +1,6 @@
-"""The formats that can be written, one module each: it holds `FORMAT`, which says what it takes and lays files out.
+"""The formats that can be written, one module each. `FORMAT` in it names the options it takes, and lays out its files.
 
-A module is imported when its format is written; the command line needs no more than the names.
+A module is imported only when its format is written. The command line needs the names alone.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from ckptkit.io.plan import OutputFile
 
 
 def _lay_out(target: Target) -> list[OutputFile]:
-    """Every item is unpacked; shards and header bytes are those of the origin where they still fit."""
+    """Unpacks every Megatron tensor. Files and header bytes are those of the original where the tensors still fit."""
     source, shard_size = target.source, target.options.shard_size
     tensors = source.hf_tensors(source.stored_names)
     files = lay_out_like(tensors, source.sidecar.headers if shard_size is None else {})

@@ -1,4 +1,4 @@
-"""Writes a packed directory: one rank's worth of Megatron names in safetensors files."""
+"""Writes the packed format: the whole model as one Megatron rank would hold it, in safetensors files."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ckptkit.sharding.stages import stage_of_layer
 from ckptkit.tables.megatron_names import distributed_states, norms_of_local_spec
 
 _SPECS = ("te", "local")
-"""Whose modules a checkpoint can be for: only extra states and the norm before experts differ."""
+"""Specs that this format can be written for. Its keys differ in extra states and in the norm before experts only."""
 
 
 def _lay_out(target: Target) -> list[OutputFile]:

@@ -1,9 +1,9 @@
 """The container of torch.distributed.checkpoint: `.metadata`, and the `.distcp` files that it points into.
 
-`.metadata` is a pickle: for each key a dtype, a shape and chunks (offsets and sizes) or the note that it is an object,
-and for each chunk and object the bytes of a `.distcp` file that hold it. The bytes of a chunk are an archive of
-torch.save with one tensor; those of an object are what its writer made of it, such an archive too for Megatron-Core.
-Nothing here knows what keys mean.
+`.metadata` is a pickle. For each key it has a dtype, a shape and chunks (offsets and sizes), or a mark that it is an
+object. For each chunk and object it names the bytes of a `.distcp` file that hold it. The bytes of a chunk are an
+archive of torch.save with one tensor. The bytes of an object depend on its writer: Megatron-Core uses such an archive,
+too. This module gives keys no meaning.
 
 Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13, and the files of torch 2.4 and later.
 """
@@ -38,7 +38,7 @@ _AGAIN = "fetch or copy it again"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of a file beside `.metadata`; `encodings` names what they went through (compression), if anything."""
+    """Bytes of a file beside `.metadata`. `encodings` names the transformations applied to them (compression)."""
 
     file: str
     offset: int
@@ -48,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor, sizes in elements, and where its bytes are."""
+    """A box of a tensor, sizes in elements, and the place of its bytes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -57,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What `.metadata` says of a tensor."""
+    """The entry of a tensor in `.metadata`."""
 
     dtype: TorchDType
     shape: tuple[int, ...]
@@ -65,11 +65,11 @@ class StoredTensor:
 
 
 class DcpFiles:
-    """An opened checkpoint. Keys are checked when they are asked for: nobody needs a damaged optimizer to be sound.
+    """An opened checkpoint. A key is checked on first use, so a damaged optimizer state does no harm.
 
     Attributes:
         path: The folder with `.metadata`.
-        tensors: Key -> what is known of a tensor.
+        tensors: Key -> entry of a tensor.
         objects: Key -> the bytes of an object.
     """
 
@@ -118,7 +118,7 @@ class DcpFiles:
             raise InputError(f"tensor {key}: {error}", where=where) from None
 
     def object(self, key: str) -> object:
-        """What an object holds, as `read_torch_file` gives it.
+        """The content of an object, in the form of `read_torch_file`.
 
         Raises:
             InputError: Its file is missing, cut short, outside the folder, or no archive of torch.save.
@@ -199,8 +199,8 @@ class _Folder:
 class _Archives:
     """Reads the archives of chunks, of which a checkpoint has tens of thousands.
 
-    Those of equal dtype, shape and length that one writer made differ only in data and checksums. So what comes before
-    the data, pickle included, and the last records are compared with an archive that was read in full.
+    Archives of one writer with equal dtype, shape and length differ only in data and checksums. So one archive is read
+    in full, and of the others only the bytes before the data (the pickle among them) and the last records are compared.
     """
 
     _END = 98  # the zip64 end record, its locator and the end record
@@ -209,7 +209,7 @@ class _Archives:
         self._known: dict[tuple[DType, tuple[int, ...], int], tuple[bytes, bytes]] = {}
 
     def tensor(self, file: Path, span: Span, dtype: DType, shape: tuple[int, ...]) -> object:
-        """What the archive in a span holds; `dtype` and `shape` say what is expected."""
+        """The content of the archive in a span; `dtype` and `shape` are the expected ones."""
         kind = (dtype, shape, span.length)
         if kind in self._known:
             head, end = self._known[kind]

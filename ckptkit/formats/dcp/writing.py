@@ -40,12 +40,14 @@ class NewObject:
 def lay_out_dcp(
     folder: str, shapes: Mapping[str, tuple[int, ...]], chunks: Sequence[NewChunk], objects: Iterable[NewObject] = ()
 ) -> list[OutputFile]:
-    """The files of a checkpoint that torch.distributed.checkpoint and Megatron-Core load; equal input, equal bytes.
+    """The files of a checkpoint that torch.distributed.checkpoint and Megatron-Core load.
+
+    Equal input gives equal bytes.
 
     Args:
-        folder: Where they go, relative to the destination; empty for the destination itself.
+        folder: Folder for the files, relative to the destination; empty for the destination itself.
         shapes: Key -> shape of every tensor.
-        chunks: What tensors consist of; casts are honoured. Chunks of one file follow each other in this order.
+        chunks: The chunks of all tensors; casts are applied. Chunks of one file follow each other in this order.
         objects: Byte objects.
 
     Raises:
@@ -65,7 +67,7 @@ def lay_out_dcp(
 
 
 def _check_chunks(shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[NewChunk]) -> dict[str, DType]:
-    """The dtype of every tensor, once its chunks are known to cover it: no reader shall meet a hole."""
+    """Checks that the chunks of every tensor cover it without holes. Returns the dtypes."""
     parts: dict[str, list[NewChunk]] = {key: [] for key in shapes}
     for chunk in chunks:
         parts[chunk.key].append(chunk)
@@ -167,7 +169,7 @@ def _bytes_of(segment: Segment) -> bytes:
 
 
 class _Metadata:
-    """What `.metadata` holds, as the records that become torch's classes."""
+    """The content of `.metadata`, as records that torch's loader turns into its classes."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, DType]) -> None:
         self._stored: dict[object, object] = {}

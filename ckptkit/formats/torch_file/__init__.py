@@ -1,1 +1,1 @@
-"""What `torch.save` writes, a zip with a pickle inside: read and written without torch, and without running code."""
+"""Files of `torch.save`, zip archives with a pickle inside, read and written without torch and without running code."""

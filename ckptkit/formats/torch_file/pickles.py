@@ -58,11 +58,11 @@ _SAVE_AGAIN = "load it with torch and save it again with torch.save"
 
 
 def read_torch_file(path: str | Path, start: int = 0, length: int | None = None) -> object:
-    """What torch.save wrote to a file.
+    """The content of a file of torch.save.
 
-    Containers come back as dict, list, tuple and set; tensors and parameters as `Tensor`, never loaded, the same
-    object wherever the file refers to the same one; tensors that are no rows of the file as `UnreadableTensor`;
-    argument namespaces as `Namespace`; element types as `TorchDType`; sizes as tuples; any other listed object as
+    Containers come back as dict, list, tuple and set. Tensors and parameters come back as `Tensor`, without their data;
+    one tensor of the file is one object. Tensors whose elements are no rows of the file are `UnreadableTensor`.
+    Argument namespaces are `Namespace`, element types `TorchDType`, sizes tuples, and any other listed object a
     `Record`.
 
     Args:
@@ -90,11 +90,11 @@ def read_torch_file(path: str | Path, start: int = 0, length: int | None = None)
 
 
 def loads(data: bytes, where: object) -> object:
-    """What a bare pickle holds (the `.metadata` of a distributed checkpoint), as `read_torch_file` gives it.
+    """The content of a bare pickle (the `.metadata` of a distributed checkpoint), in the form of `read_torch_file`.
 
     Args:
         data: The pickle.
-        where: What to call it in errors.
+        where: Its name in errors.
 
     Raises:
         InputError: It is damaged, refers to a storage, or names something that no checkpoint needs.
@@ -127,7 +127,7 @@ def lay_out_torch_file(path: str, obj: object, archive_name: str | None = None) 
         archive_name: First component of the record names, by default what torch makes of the path.
 
     Raises:
-        TypeError: A part of `obj` is of another type.
+        TypeError: A part of `obj` has another type.
     """
     root = _archive_name(path) if archive_name is None else archive_name
     pickle, storages = write_pickle(obj)
@@ -153,7 +153,7 @@ def _archive_name(path: str) -> str:
 
 
 def _check_kind(path: Path, start: int, length: int | None) -> None:
-    """Refuses what is recognisably something else."""
+    """Refuses files that are recognisably something else."""
     head = read_start(path, start, length, 64)
     if head.startswith(_ZIP):
         return
@@ -208,7 +208,7 @@ def _evaluate(data: bytes, where: object, find: Callable[[str], _Place] | None) 
 
 
 class _Meaning:
-    """What the names in a checkpoint mean (an `unpickling.Meaning`)."""
+    """The meaning of the names in a checkpoint (an `unpickling.Meaning`)."""
 
     def __init__(self, where: object, find: Callable[[str], _Place] | None) -> None:
         self._where = where
@@ -248,7 +248,7 @@ class _Meaning:
         elif isinstance(target, Namespace):
             target.fields.update(_attributes(state))
         elif not isinstance(target, dict):
-            # Attributes of an OrderedDict (the `_metadata` of a state dict) are of no use to a checkpoint.
+            # A checkpoint does not need the attributes of an OrderedDict (the `_metadata` of a state dict).
             raise Damage(f"a state for a {type(target).__name__}")
 
     def persistent(self, pid: object) -> object:

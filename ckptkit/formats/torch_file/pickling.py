@@ -42,7 +42,7 @@ def write_pickle(obj: object) -> tuple[bytes, list[Storage]]:
     """The pickle of an object, and the storages `0`, `1`, ... that it refers to.
 
     Raises:
-        TypeError: A part of it is of a type that cannot be written.
+        TypeError: A part of it has a type that cannot be written.
     """
     writer = _Writer()
     writer.save(obj)

@@ -1,6 +1,6 @@
-"""What torch's pickles talk about, as inert values, and torch's names for element types.
+"""The objects in torch's pickles as inert values, and torch's names for element types.
 
-Nothing here imports torch, and none of these values can do anything: they only remember what a file said.
+This module does not import torch. Its values hold the content of a file and have no behaviour.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ class ClassName:
 
 @dataclass(eq=False, slots=True)
 class Record:
-    """An object of a listed class: what it was made from, and nothing that could be called.
+    """An object of a listed class, as data that cannot be called.
 
-    Compares and hashes by identity, so that a file may use one as a key whatever it holds.
+    It compares and hashes by identity, so that a file may use any record as a key.
 
     Attributes:
         module: Module of its class, as the file spells it.
-        name: Name of its class, or of the function that would have made it.
-        args: What the class would have been called with; an enum member has its value here.
-        state: What would have become its attributes (a dict, for most), or None.
+        name: Name of its class, or of the function that would make it.
+        args: Arguments for the class; for an enum member, its value.
+        state: Its attributes (in most cases a dict), or None.
     """
 
     module: str
@@ -99,10 +99,10 @@ class Record:
 class UnreadableTensor:
     """A tensor whose bytes cannot be named as rows of the file.
 
-    It does no harm as long as nobody needs it: files hold optimizer states and buffers that are no weights.
+    It is an error only if a model needs it: files also hold optimizer states and buffers that are no weights.
 
     Attributes:
-        reason: Why, as the end of a sentence that starts with the name of the tensor.
+        reason: The reason, as the end of a sentence that starts with the name of the tensor.
         shape: Sizes in elements, if known.
     """
 
@@ -110,7 +110,7 @@ class UnreadableTensor:
     shape: tuple[int, ...] | None = None
 
     def error(self, name: str, where: object) -> InputError:
-        """The error for somebody who needs it as tensor `name` of file `where`."""
+        """The error to raise if tensor `name` of file `where` is needed."""
         return InputError(
             f"tensor {name} {self.reason}", where=where, hint="save it again as a dense, contiguous tensor"
         )

@@ -1,12 +1,12 @@
 """A pickle machine that cannot run code.
 
-It knows the opcodes that checkpoints use (protocols 2 to 5, and the byte strings of Python 2) and asks its caller what
-a name stands for and what a call, a new object or a persistent id becomes; it imports nothing and calls nothing that a
-file names. The standard library's unpickler is no base for that: it allocates as much as a file asks for (one PUT with
-a large index takes gigabytes), and hashing a deeply nested key ends the process.
+It knows the opcodes that checkpoints use (protocols 2 to 5, and the byte strings of Python 2). For names, calls, new
+objects and persistent ids it asks its caller for a value. It imports nothing and calls nothing that a file names. The
+standard library's unpickler is no base for that: it allocates as much as a file asks for (one PUT with a large index
+takes gigabytes), and hashing a deeply nested key ends the process.
 
-Memory is bounded by the size of the pickle: every container and every memo takes some bytes of it, and what calls copy
-is counted, for a few bytes can name a large list again and again.
+Memory is bounded by the size of the pickle. Every container and every memo takes some bytes of the pickle. Copies made
+by calls are counted, because a few bytes can name a large list again and again.
 
 Source: the opcode descriptions of CPython's `pickletools`.
 """
@@ -28,13 +28,13 @@ _PLAIN_KEYS = (str, int, float, bool, bytes, complex, type(None), TorchDType, Cl
 
 
 class Meaning(Protocol):
-    """What a file's names mean."""
+    """The meaning of the names in a file."""
 
     def resolve(self, module: str, name: str) -> object:
         """The value of a global; refuses by raising `CkptkitError`."""
 
     def call(self, target: object, args: tuple[object, ...]) -> object:
-        """What a call of a resolved global, or a new object of it, becomes."""
+        """The value of a call of a resolved global, or of a new object of it."""
 
     def build(self, target: object, state: object) -> None:
         """Gives an object its state."""
@@ -87,7 +87,7 @@ class _Machine:
         self.room = _ALLOWANCE + len(data)
 
     def spend(self, count: int) -> None:
-        """Notes memory for `count` values that the file need not hold. Sound files spend half of what there is."""
+        """Counts `count` values that take memory, but no bytes of the file. Sound files use half of the allowance."""
         self.room -= count
         if self.room < 0:
             raise Damage("it asks for more memory than a file of its size has use for")
@@ -252,7 +252,7 @@ def check_key(key: object) -> Any:
     keep it busy for ever.
 
     Raises:
-        Damage: It is of another type, or too large.
+        Damage: The key has another type, or is too large.
     """
     pending, seen = [key], 0
     while pending:

@@ -31,7 +31,7 @@ _DESCRIPTOR, _UTF8 = 8, 0x800
 _CODED = 1 | 0x20 | 0x40  # flags of bytes that are not the content: encrypted, a patch, strongly encrypted
 _MASKED = 0x2000  # the directory itself is encrypted
 MAX_SMALL = 400_000_000
-"""The most bytes of what is read as a whole: a directory, or a record that is no tensor."""
+"""Largest size in bytes of a part that is read as a whole: a directory, or a record that is no tensor."""
 _AGAIN = "fetch or copy it again"
 
 
@@ -339,7 +339,7 @@ def _check_apart(window: _Window, entries: list[_Entry], members: dict[str, Memb
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A laid out archive: what an `OutputFile` is made of, offsets counting from the start of the archive."""
+    """The layout of an archive, for an `OutputFile`. Offsets count from the start of the archive."""
 
     size: int
     segments: tuple[Segment, ...]

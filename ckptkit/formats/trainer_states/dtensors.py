@@ -1,7 +1,8 @@
-"""Tensors that torch split over the ranks of a device mesh, joined from what the file of each rank says of its part.
+"""Joins tensors that torch has split over the ranks of a device mesh.
 
-A `DTensor` says how each dimension of the mesh divides it (its placements) and where its rank is on the mesh; the
-`ShardedTensor` of older FSDP says which box of the tensor each of its shards is. What a rank holds whole is a replica.
+The file of a rank describes its part. A `DTensor` records how each dimension of the mesh divides the tensor (its
+placements) and the place of the rank on the mesh. A `ShardedTensor` of older FSDP records the box of the tensor for
+each shard. A plain tensor is a replica: every rank holds all of it.
 
 Source: torch/distributed/tensor/placement_types.py, device_mesh.py and _shard/sharded_tensor/api.py of torch 2.13.
 """
@@ -43,7 +44,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank has of a tensor.
+    """One rank's part of a tensor.
 
     Attributes:
         rank: The rank.
@@ -62,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """What one rank has of a `ShardedTensor`: any number of boxes of it."""
+    """One rank's part of a `ShardedTensor`: any number of boxes."""
 
     rank: int
     boxes: tuple[Box, ...]
@@ -81,7 +82,7 @@ class Copy:
 
 
 def held(value: object, rank: int) -> Held:
-    """What a rank holds of an entry of its state dict.
+    """A rank's part of the tensor in an entry of its state dict.
 
     Args:
         value: The entry, as `read_torch_file` gives it.
@@ -103,10 +104,10 @@ def held(value: object, rank: int) -> Held:
 
 
 def join(parts: Sequence[Held]) -> tuple[Tensor, list[Copy]]:
-    """The tensor that all ranks hold together, and the copies that must be equal for that to be the whole truth.
+    """The tensor that all ranks hold together, and pairs of copies that must be equal.
 
     Raises:
-        ChunkError: Parts are missing, overlap, or are of different tensors.
+        ChunkError: Parts are missing, overlap, or belong to different tensors.
         UnsupportedError: The mesh divides an axis in an order that is not known.
     """
     kinds = {(type(part), part.shape) for part in parts}
@@ -122,7 +123,7 @@ def join(parts: Sequence[Held]) -> tuple[Tensor, list[Copy]]:
 
 
 def _attributes(value: object) -> Mapping[str, Any]:
-    """What would have become the attributes of an object, with or without `__slots__`."""
+    """The attributes that an object would have, with or without `__slots__`."""
     states = value.state if isinstance(value, Record) else None
     found: dict[str, Any] = {}
     for state in states if isinstance(states, tuple) else (states,):
@@ -210,7 +211,7 @@ def _join_mesh(parts: Sequence[Part]) -> tuple[Tensor, list[Copy]]:
 
 
 def _places(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every place on a mesh, one by one: what a file says of its size need not be true."""
+    """The places on a mesh, one by one: a file may state a huge mesh, so no list of them is made."""
     for number in range(prod(sizes)):
         place = []
         for size in reversed(sizes):

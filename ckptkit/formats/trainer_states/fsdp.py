@@ -74,7 +74,7 @@ def _rank_files(path: Path) -> dict[int, Path]:
     ((size, files),) = found.items()
     stated = read_json(path / CONFIG).get("world_size", size) if (path / CONFIG).is_file() else size
     if stated != size:
-        raise InputError(f"says world size {stated}, the shards are of {size} ranks", where=path / CONFIG)
+        raise InputError(f"states world size {stated}, but the shards come from {size} ranks", where=path / CONFIG)
     there = sum(rank < size for rank in files)
     if there < size:
         first = next(rank for rank in count() if rank not in files)
@@ -82,7 +82,7 @@ def _rank_files(path: Path) -> dict[int, Path]:
         more = f" and {size - there - 1:,} more" if size - there > 1 else ""
         raise InputError(f"{name}{more} missing", where=path, hint="fetch the shards of all ranks")
     if extra := sorted(rank for rank in files if rank >= size):
-        raise InputError(f"{files[extra[0]].name} is of a rank that {size} ranks do not have", where=path)
+        raise InputError(f"{files[extra[0]].name} belongs to no rank of {size}", where=path)
     return dict(sorted(files.items()))
 
 
@@ -109,7 +109,7 @@ def _comparison(key: str, copy: Copy) -> Comparison:
 
 
 def _optimizer(path: Path) -> OptimizerState:
-    """Its files are not opened: nobody needs a damaged optimizer to be sound."""
+    """The size of the optimizer's files. They are not opened, because a conversion does not need them."""
     return OptimizerState(0, sum(item.stat().st_size for item in path.iterdir() if _OPTIMIZER.fullmatch(item.name)))
 
 

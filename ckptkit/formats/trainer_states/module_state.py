@@ -1,7 +1,7 @@
-"""The state of a bare module, as trainers without Megatron save it: names, tensors, and no word about the model.
+"""The state of a module, as trainers without Megatron save it: names and tensors, and no description of the model.
 
-Names are those of the module's parameters behind whatever the trainer and its wrappers put before and between them.
-What the model is must be told by a Hugging Face directory.
+The names are those of the module's parameters, with further parts that the trainer and its wrappers put before and
+between them. A Hugging Face directory has to describe the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ModuleState:
         tensors: Stored key -> whole tensor.
         comparisons: Copies that must be equal.
         optimizer: The optimizer's state beside it.
-        notes: What a user should know.
+        notes: Notes for the user.
     """
 
     path: Path

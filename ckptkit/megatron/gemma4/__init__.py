@@ -1,1 +1,1 @@
-"""What Gemma 4 needs beyond megatron-core's modules."""
+"""Modules that Gemma 4 needs beyond those of megatron-core."""

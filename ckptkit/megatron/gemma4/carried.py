@@ -1,4 +1,4 @@
-"""What later layers need of earlier ones beside the hidden state, and how it reaches them.
+"""Values of earlier layers that later layers need beside the hidden state, and their way there.
 
 Gemma 4 has two such things: inputs that every layer gets of its own, made from the token ids where the embedding is,
 and keys and values that several layers attend to. Within a stage they travel as Megatron's `context`, which goes from

@@ -1,4 +1,4 @@
-"""Per-layer inputs: what every layer of Gemma 4's small models gets beside the hidden state, from the token ids."""
+"""Per-layer inputs: every layer of Gemma 4's small models gets an embedding of the tokens beside the hidden state."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptkit.megatron.model import CausalModel
 
 PREFIX = "model."
-"""What stands before Megatron's names in the state of a `PackedModel`."""
+"""Prefix of Megatron's names in the state of a `PackedModel`."""
 
 
 class PackedModel(torch.nn.Module):
@@ -75,7 +75,7 @@ class PackedModel(torch.nn.Module):
         _check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
         if cu_seqlens is None:
             if max_seqlen is not None:
-                raise UsageError("max_seqlen is of packed inputs, which also need cu_seqlens")
+                raise UsageError("max_seqlen was given without cu_seqlens; packed inputs need both")
             batch, places = unpad(input_ids, attention_mask)
             return pad(self._logits(batch), places, *input_ids.shape)
         if attention_mask is not None:

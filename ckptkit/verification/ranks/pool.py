@@ -297,7 +297,7 @@ class TorchrunRanks:
 
 
 def inside_torchrun() -> bool:
-    """Whether this process is a rank of a torchrun."""
+    """Whether torchrun or another launcher started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -1,4 +1,4 @@
-"""What a run on ranks really did: seen in the modules that ran, not read off what was asked for."""
+"""Observes how a run on ranks really ran. The facts come from the modules that ran, not from the request."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def _name(device: torch.device) -> str:
 
 
 def check_ran(asked: Mapping[str, Any], seen: Sequence[Seen]) -> None:
-    """Whether every rank ran as it was asked to.
+    """Checks that every rank ran as requested.
 
     Args:
         asked: `packed`, `sequence_parallel`, and `replication` or None.
-        seen: What a `Observer` saw on each rank.
+        seen: The facts that an `Observer` recorded on each rank.
 
     Raises:
-        VerificationError: One did not, or no rank saw it; the logits would say nothing.
+        VerificationError: A rank ran differently, or no rank recorded the facts. The logits would then prove nothing.
     """
     if not any("packed" in facts for facts in seen):
         raise VerificationError("no rank saw what went through its layers", hint=_HINT)

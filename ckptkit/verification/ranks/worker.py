@@ -147,7 +147,7 @@ class _RankRun:
         )
 
     def save(self, rank: int, groups: Mapping[int, torch.Tensor]) -> None:
-        """Write what this rank has; of replicas, which are all the same, the first one does."""
+        """Write this rank's logits and records. Only the first of the replicas writes: all of them are equal."""
         from ckptkit.megatron.replicas import seat
         from ckptkit.verification.runs import save_logits, save_probes
 
@@ -261,14 +261,14 @@ def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
     """Does what a line of standard input asks for, and replies once."""
     import torch.distributed as dist
 
-    message, told = json.loads(line), False
+    message, replied = json.loads(line), False
 
     def failed(error: Exception) -> None:
-        nonlocal told
-        if not told:
+        nonlocal replied
+        if not replied:
             traceback.print_exception(error)
             reply({"error": encode_error(error)})
-        told = True
+        replied = True
 
     try:
         job = LogitsJob.from_json(message["job"])

@@ -1,4 +1,4 @@
-"""What a verification found: typed, and as JSON types."""
+"""The report of a verification: as typed objects, and as JSON types."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LogitsReport:
         passed: Whether the two sides are one model.
         summary: One line.
         device: Where both ran.
-        dtype: What the candidate ran in.
+        dtype: Type that the candidate computed in.
         tolerance: Largest relative error that passes; judged in fp32 only.
         rows: Token ids that both saw, the greedy continuation included.
         agreement: Candidate against the reference (in fp32).
@@ -121,8 +121,8 @@ class VerificationReport:
     """All levels of a verification.
 
     Attributes:
-        reference: What was trusted.
-        candidate: What was questioned.
+        reference: The trusted checkpoint.
+        candidate: The checkpoint in question.
         levels: The levels that ran, in order; the first that fails ends the verification.
         messages: What else to know, one line each.
         sides: `reference` and `candidate` -> what each is, and which rank holds what of it.

@@ -1,4 +1,4 @@
-"""The figures of a verification: what was measured, what passes, and how to say it."""
+"""The figures of a verification: the measurements, their limits, and their words."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ class CandidateRan:
     """How megatron-core ran the candidate.
 
     Attributes:
-        packed: Whether the logits are of packed rows.
+        packed: Whether the logits come from packed rows.
         sequence_parallel: Whether the sequence was split over tensor parallel ranks.
         replicas: How many replicas of the grid there were.
         replication: What made them replicas, `ddp` or `fsdp2`, or None.

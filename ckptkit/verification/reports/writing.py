@@ -43,7 +43,7 @@ def write_reports(report: VerificationReport, *, junit: str | None, html: str | 
 
 @contextmanager
 def errors_reported(junit: str | None, reference: str, candidate: str) -> Iterator[None]:
-    """A verification that cannot be made inside becomes a test case in error; the error is raised again."""
+    """Writes an error inside the context as a test case with an error, and raises it again."""
     try:
         yield
     except CkptkitError as error:

@@ -263,10 +263,10 @@ class TestDamaged:
 
     def test_another_world_size(self, actor: Path, tmp_path: Path) -> None:
         (actor / "fsdp_config.json").write_text('{"world_size": 8}')
-        self.refused(actor, tmp_path, "says world size 8, the shards are of 4 ranks")
+        self.refused(actor, tmp_path, "states world size 8, but the shards come from 4 ranks")
         (actor / "fsdp_config.json").unlink()
         shutil.copy(actor / "model_world_size_4_rank_0.pt", actor / "model_world_size_4_rank_4.pt")
-        self.refused(actor, tmp_path, r"model_world_size_4_rank_4\.pt is of a rank that 4 ranks do not have")
+        self.refused(actor, tmp_path, r"model_world_size_4_rank_4\.pt belongs to no rank of 4")
         (actor / "model_world_size_4_rank_4.pt").rename(actor / "model_world_size_2_rank_0.pt")
         self.refused(actor, tmp_path, "shards of world sizes 2 and 4")
 
