@@ -35,7 +35,7 @@ def grid_of(args: Mapping[str, Any]) -> Parallelism:
     """
     check_types(args, (*GRID_ARGS.values(), *GRID_FLAGS.values()))
     stated = [field for field in GRID_FIELDS if field.kind is not FLAG and args.get(field.args) is not None]
-    flags = {flag: bool(args.get(name)) for flag, name in GRID_FLAGS.items()}
+    flags: dict[str, Any] = {flag: bool(args.get(name)) for flag, name in GRID_FLAGS.items()}
     try:
         sizes: dict[str, Any] = {field.ours: field.kind.read(args[field.args]) for field in stated}
         if sizes.get("etp") == sizes.get("tp", 1):
