@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ from ckptkit.formats.torch_legacy import (
 from ckptkit.formats.trainer_states.dcp import open_dcp_state
 from ckptkit.formats.trainer_states.fsdp import open_fsdp
 from ckptkit.formats.trainer_states.module_state import ModuleState
+from ckptkit.formats.wrapper_names import Wrapping, find_wrapping, fit_of_megatron
 from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
 from ckptkit.sharding.grid import Parallelism, StatedGrid
@@ -47,10 +49,12 @@ Reader = Callable[[Place, Given], Checkpoint]
 def _read_shards(place: Place, given: Given) -> Checkpoint:
     """A Hugging Face directory or a packed one, by the names of the tensors."""
     shards = read_shards(place.folder)
-    if is_packed(shards.tensors):
+    wrapping = find_wrapping(shards.tensors, fit_of_megatron)
+    if is_packed(map(wrapping.name, shards.tensors)):
         files = open_packed(place.folder, shards)
-        place = Place(place.folder, place.folder)
-        return _whole(place, "packed", files.tensors, checked_args(files.args, files.path), given)
+        place, tensors = Place(place.folder, place.folder), wrapping.removed(files.tensors, files.path)
+        checkpoint = _whole(place, "packed", tensors, checked_args(files.args, files.path), given)
+        return checkpoint.noting(*_told(wrapping))
     if given.reference is not None:
         raise UsageError("a Hugging Face directory takes no reference", where=place.folder, hint="drop --hf-reference")
     return open_hf_files(open_hf(place.folder, shards))
@@ -60,13 +64,29 @@ def _read_torch(place: Place, given: Given) -> Checkpoint:
     files = open_torch_legacy(place.folder, place.root, pp=given.grid.pp, ep=given.grid.ep)
     files = replace(files, args=checked_args(files.args, files.path))
     grid = _grid_of_ranks(files, given.grid)
+    ranks, wrapping = _unwrapped(files.ranks, files.path)
     with located(files.path):
-        ranks = ungrouped_experts(files.ranks)
-    checkpoint = _join(place, "torch", ranks, grid, files.args, given)
+        ranks = ungrouped_experts(ranks)
+    checkpoint = _join(place, "torch", ranks, grid, files.args, given).noting(*_told(wrapping))
     if not files.args:
         note = f"there are no args: the folders and --src sizes give the grid {grid}"
         checkpoint = checkpoint.noting(note)
     return _without_optimizer(checkpoint, files.optimizer)
+
+
+def _unwrapped(ranks: Mapping[RankKey, RankFile], path: Path) -> tuple[dict[RankKey, RankFile], Wrapping]:
+    """The ranks' tensors under the names that the model gives them: what stands before them is the same on all."""
+    names = dict.fromkeys(name for chunks in ranks.values() for chunk in chunks.values() for name in chunk)
+    wrapping = find_wrapping(names, fit_of_megatron)
+    found = {
+        rank: {chunk: wrapping.removed(tensors, path) for chunk, tensors in chunks.items()}
+        for rank, chunks in ranks.items()
+    }
+    return found, wrapping
+
+
+def _told(wrapping: Wrapping) -> list[str]:
+    return [wrapping.note] if wrapping else []
 
 
 def _grid_of_ranks(files: TorchFiles, given: StatedGrid) -> Parallelism:
@@ -115,9 +135,12 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     files = open_torch_dist(place.folder, place.root)
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)
-    norms = norms_from_local_spec(files.tensors)
-    tensors = {norms.get(name, name): tensor for name, tensor in files.tensors.items()}
-    checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked).noting(*notes)
+    wrapping = find_wrapping(files.tensors, fit_of_megatron)
+    tensors = wrapping.removed(files.tensors, files.path)
+    norms = norms_from_local_spec(tensors)
+    tensors = {norms.get(name, name): tensor for name, tensor in tensors.items()}
+    checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked)
+    checkpoint = checkpoint.noting(*notes, *_told(wrapping))
     try:
         checkpoint = replace(checkpoint, grid=grid_of(args))
     except UnsupportedError as error:
@@ -157,7 +180,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
     if adapters := sorted(key for key in state.tensors if ".lora_" in key):
         hint = "merge them into the weights with peft (merge_and_unload) before they are saved"
         raise UnsupportedError(f"LoRA adapters beside the weights ({adapters[0]})", where=state.path, hint=hint)
-    tensors = state.named(lambda names: max(_known(names, reference, state), sum(is_packed((name,)) for name in names)))
+    tensors, wrapping = state.named(lambda names: max(_known(names, reference, state), fit_of_megatron(names)))
     if is_packed(tensors):
         place = Place(state.path, state.path)  # a sidecar would be beside the weights, wherever the reference is
         checkpoint = _whole(place, state.format, tensors, {}, given)
@@ -166,7 +189,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
         checkpoint = replace(open_hf_files(files), format=state.format)
     replicas = checkpoint.coverage.get("replicas", 0) + len(state.comparisons)
     checkpoint = replace(
-        checkpoint.noting(*state.notes, *_dtype_notes(checkpoint)),
+        checkpoint.noting(*state.notes, *_told(wrapping), *_dtype_notes(checkpoint)),
         comparisons=(*checkpoint.comparisons, *state.comparisons),
         coverage={**checkpoint.coverage, "replicas": replicas},
     )
