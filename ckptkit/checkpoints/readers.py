@@ -15,6 +15,7 @@ from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.recognition import refuse_foreign
 from ckptkit.checkpoints.run_config import args_of_run_config
+from ckptkit.checkpoints.second_weights import check_second_weights
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
@@ -57,7 +58,8 @@ def _read_shards(place: Place, given: Given) -> Checkpoint:
         return checkpoint.noting(*_told(wrapping))
     if given.reference is not None:
         raise UsageError("a Hugging Face directory takes no reference", where=place.folder, hint="drop --hf-reference")
-    return open_hf_files(open_hf(place.folder, shards))
+    notes = check_second_weights(place.folder, shards)
+    return open_hf_files(open_hf(place.folder, shards)).noting(*notes)
 
 
 def _read_torch(place: Place, given: Given) -> Checkpoint:
@@ -177,9 +179,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
             where=state.path,
             hint="give --hf-reference with the model's config.json",
         )
-    if adapters := sorted(key for key in state.tensors if ".lora_" in key):
-        hint = "merge them into the weights with peft (merge_and_unload) before they are saved"
-        raise UnsupportedError(f"LoRA adapters beside the weights ({adapters[0]})", where=state.path, hint=hint)
+    refuse_foreign(state.tensors, state.path)
     tensors, wrapping = state.named(lambda names: max(_known(names, reference, state), fit_of_megatron(names)))
     if is_packed(tensors):
         place = Place(state.path, state.path)  # a sidecar would be beside the weights, wherever the reference is

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 
 from ckptkit.errors import InputError
@@ -74,12 +73,20 @@ def find_wrapping(names: Iterable[str], fit: Fit) -> Wrapping:
     stored = list(names)
     between = tuple(sorted({word for name in stored for word in _BETWEEN.findall(name)}))
     bare = [_BETWEEN.sub("", name) for name in stored] if between else stored
-    common = commonprefix(bare)
+    common = _common_start(bare)
     starts = [common[:end] for end in (0, *(match.end() for match in re.finditer(r"\.", common)))]
     if len(starts) == 1:
         return Wrapping("", between)
     best = max(starts, key=lambda start: fit({name.removeprefix(start) for name in bare}))
     return Wrapping(best, between)
+
+
+def _common_start(names: Iterable[str]) -> str:
+    """The characters that all names begin with: the first and the last in order have no fewer in common than any."""
+    ends = list(names)
+    first, last = min(ends, default=""), max(ends, default="")
+    count = next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return first[:count]
 
 
 _MEGATRON = re.compile(r"(?:language_model\.)?(?:decoder|embedding|output_layer)\.")
