@@ -9,7 +9,7 @@ from pathlib import Path
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.description import complete
 from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems
-from ckptkit.checkpoints.recognition import refuse_foreign
+from ckptkit.checkpoints.recognition import refuse_trainers_parts
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import family_of
@@ -53,7 +53,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
             comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what, UNTIED_HEAD))
     extras = {name: left.pop(name) for name in sorted(left) if family.is_extra(name, config)}
     _refuse_quantised(files.path, left)
-    refuse_foreign(left, files.path)
+    refuse_trainers_parts(left, files.path)
     problems.unknown(left)
     problems.check()
     return Checkpoint(

@@ -13,7 +13,7 @@ from ckptkit.checkpoints.huggingface import open_hf_files
 from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
-from ckptkit.checkpoints.recognition import refuse_foreign
+from ckptkit.checkpoints.recognition import refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.second_weights import check_second_weights
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
@@ -179,7 +179,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
             where=state.path,
             hint="give --hf-reference with the model's config.json",
         )
-    refuse_foreign(state.tensors, state.path)
+    refuse_trainers_parts(state.tensors, state.path)
     tensors, wrapping = state.named(lambda names: max(_known(names, reference, state), fit_of_megatron(names)))
     if is_packed(tensors):
         place = Place(state.path, state.path)  # a sidecar would be beside the weights, wherever the reference is

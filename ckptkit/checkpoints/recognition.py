@@ -71,16 +71,25 @@ _OF_TRAINERS = {
 """Parts of names that trainers leave -> what they are, and what to do."""
 
 
+def refuse_trainers_parts(names: Iterable[str], where: object) -> None:
+    """Names what trainers put beside the weights of a model, in whatever format: adapters, other heads, quantisers.
+
+    Raises:
+        UnsupportedError: There is any.
+    """
+    found = {match.lastgroup: name for name in sorted(names, reverse=True) if (match := _PARTS.search(name))}
+    for kind, (what, hint) in _OF_TRAINERS.items():
+        if kind in found:
+            raise UnsupportedError(f"{what} ({found[kind]})", where=where, hint=hint)
+
+
 def refuse_foreign(names: Iterable[str], where: object) -> None:
-    """Names the layout of a checkpoint that is known by the names of its tensors, but that no table reads.
+    """Names the layout of a Megatron checkpoint that is known, but that no table reads.
 
     Raises:
         UnsupportedError: It has such a layout.
     """
-    for name in sorted(names):
-        if match := _PARTS.search(name):
-            what, hint = _OF_TRAINERS[match.lastgroup or ""]
-            raise UnsupportedError(f"{what} ({name})", where=where, hint=hint)
+    refuse_trainers_parts(names, where)
     marks = {piece: layout for family in families() for piece, layout in family.quirks.foreign.items()}
     for name in sorted(names):
         for piece, layout in marks.items():
