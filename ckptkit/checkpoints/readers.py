@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.megatron_names import norms_from_local_spec
 from ckptkit.tensors import Tensor
+
+_ROTARY = re.compile(r"(?:.*\.)?rotary(?:_pos)?_emb\.inv_freq$")
 
 Reader = Callable[[Place, Given], Checkpoint]
 """Opens what is at a place, with what the user says about it."""
@@ -89,6 +92,21 @@ def _unwrapped(ranks: Mapping[RankKey, RankFile], path: Path) -> tuple[dict[Rank
 
 def _told(wrapping: Wrapping) -> list[str]:
     return [wrapping.note] if wrapping else []
+
+
+def _without_frequencies(ranks: Mapping[RankKey, RankFile]) -> tuple[Mapping[RankKey, RankFile], list[str]]:
+    """The ranks without the frequencies of rotary embeddings, which old writers kept and nothing loads; and a note."""
+    found = {name for chunks in ranks.values() for chunk in chunks.values() for name in chunk if _ROTARY.match(name)}
+    if not found:
+        return ranks, []
+    kept = {
+        rank: {
+            chunk: {name: tensor for name, tensor in tensors.items() if name not in found}
+            for chunk, tensors in chunks.items()
+        }
+        for rank, chunks in ranks.items()
+    }
+    return kept, [f"{min(found)} and its like follow from the config, and are left out"]
 
 
 def _grid_of_ranks(files: TorchFiles, given: StatedGrid) -> Parallelism:
@@ -250,6 +268,7 @@ def _join(
     if hybrid:
         ranks, args = as_gpt(ranks, args, path)
         grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
+    ranks, rotary = _without_frequencies(ranks)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
     vocabulary = stored_vocabulary(ranks, args)
@@ -267,7 +286,7 @@ def _join(
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
     joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows))
-    notes = [*about.notes, *joined.notes]
+    notes = [*about.notes, *joined.notes, *rotary]
     if both := sorted(joined.towers.keys() & about.sidecar.extras.keys()):
         what = f"{len(both)} tensors are in the checkpoint and in {FOLDER}/{EXTRAS}: the checkpoint's count"
         notes.append(f"{what} ({both[0]})")

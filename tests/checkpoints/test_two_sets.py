@@ -134,7 +134,10 @@ def test_a_run_of_verl(actor: Path) -> None:
         assert f"give {actor / 'dist_ckpt'} or {actor / 'huggingface'} to take that" in said
         assert f"--hf-reference {actor / 'huggingface'} to take {actor / 'dist_ckpt'}" in said
     assert open_checkpoint(actor / "huggingface").format == "hf"
-    for checkpoint in (open_checkpoint(actor / "dist_ckpt"), open_checkpoint(actor, hf_reference=actor / "huggingface")):
+    for checkpoint in (
+        open_checkpoint(actor / "dist_ckpt"),
+        open_checkpoint(actor, hf_reference=actor / "huggingface"),
+    ):
         assert checkpoint.format == "torch_dist" and diff(SOUND / "hf", checkpoint.path).same
         assert "config.json" in checkpoint.sidecar.small
     for file in actor.glob("huggingface/*.safetensors*"):
@@ -186,7 +189,9 @@ def run(tmp_path: Path) -> Path:
 def test_a_later_iteration_is_named(run: Path) -> None:
     note = f"{TRACKER} names iter_0000100; iter_0000200 is later, and is not read"
     assert note in open_checkpoint(run).notes
-    assert note not in open_checkpoint(run, iteration=100).notes and note not in open_checkpoint(run, iteration=200).notes
+    assert (
+        note not in open_checkpoint(run, iteration=100).notes and note not in open_checkpoint(run, iteration=200).notes
+    )
     (run / TRACKER).unlink()
     shutil.copytree(run / "iter_0000100", run / "release")
     refused(run, r"several iterations \(release, iter_0000100, iter_0000200\).*or give the folder of one")
