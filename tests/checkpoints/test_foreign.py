@@ -56,7 +56,7 @@ def named(path: Path, match: str, **options: Any) -> None:
     """What converting, inspecting and validating say: the format and what to do, with code 4."""
     for command in (open_checkpoint, inspect, validate):
         with pytest.raises(UnsupportedError, match=match) as caught:
-            command(path, **options)  # type: ignore[operator]
+            command(path, **options)
         assert caught.value.hint and "\n" not in str(caught.value)
 
 
@@ -229,7 +229,7 @@ def test_a_start_before_megatrons_names(tmp_path: Path, base: str) -> None:
 
         shutil.copytree(SOUND / "torch_dist", folder)
         reader = dcp.FileSystemReader(str(folder / "release"))
-        stored = reader.read_metadata().state_dict_metadata
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         state = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in stored.items()

@@ -23,10 +23,10 @@ WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
 
 def refused(path: Path, match: str, kind: type[CkptkitError] = UsageError, **options: Any) -> str:
     """What opening, inspecting and validating say of a place: the same."""
-    said = []
+    said: list[str] = []
     for command in (open_checkpoint, inspect, validate):
         try:
-            found = command(path, **options)  # type: ignore[operator]
+            found: Any = command(path, **options)
             assert command is validate and not found.passed, command
             said += [problem for check in found.checks for problem in check.problems]
         except kind as error:
@@ -162,7 +162,8 @@ def test_shards_of_ranks_beside_whole_weights(actor: Path) -> None:
 
 def test_two_sets_of_shards_need_a_path(actor: Path) -> None:
     shutil.copytree(SOUND / "torch" / "release", actor / "model")
-    for options in ({}, {"hf_reference": actor / "huggingface"}):
+    referenced: dict[str, Any] = {"hf_reference": actor / "huggingface"}
+    for options in ({}, referenced):
         refused(actor, "two sets of weights, in (model|dist_ckpt)/ and in (model|dist_ckpt)/", **options)
     for name in ("model", "dist_ckpt"):
         assert open_checkpoint(actor / name).path == actor / name
