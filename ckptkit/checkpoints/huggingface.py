@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.description import complete
 from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems
+from ckptkit.checkpoints.recognition import refuse_trainers_parts
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import family_of
-from ckptkit.formats.hf import HfFiles
+from ckptkit.formats.hf import BIN_INDEX, INDEX, HfFiles
 from ckptkit.formats.sidecar import Sidecar
+from ckptkit.formats.wrapper_names import find_wrapping
 from ckptkit.io.plan import Comparison
 from ckptkit.tables.bounds import check_counts
+from ckptkit.tables.family import Family
 
 
 def open_hf_files(files: HfFiles) -> Checkpoint:
@@ -24,8 +28,9 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         InputError: Tensors are missing, mis-shaped or unknown.
         UnsupportedError: No family for its architecture, or the weights are quantised.
     """
-    files, notes = complete(files)
     family = family_of(files.config, files.path / "config.json")
+    files, wrapping = _unwrapped(files, family)
+    files, notes = complete(files)
     config = family.parse(files.config)
     check_counts(config, files.tensors.values(), files.path)
     items = {item.key: item for item in family.items(config)}
@@ -48,6 +53,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
             comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what, UNTIED_HEAD))
     extras = {name: left.pop(name) for name in sorted(left) if family.is_extra(name, config)}
     _refuse_quantised(files.path, left)
+    refuse_trainers_parts(left, files.path)
     problems.unknown(left)
     problems.check()
     return Checkpoint(
@@ -62,8 +68,21 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         padded_vocab_size=config.vocab_size,
         comparisons=tuple(comparisons),
         coverage={"used": used, "replicas": len(comparisons), "in the sidecar": len(extras)},
-        notes=(*notes, *(f"{name} is not part of the model and stays behind" for name in files.ignored)),
+        notes=(*wrapping, *notes, *(f"{name} is not part of the model and stays behind" for name in files.ignored)),
     )
+
+
+def _unwrapped(files: HfFiles, family: Family) -> tuple[HfFiles, list[str]]:
+    """A directory whose tensors have the names that the model gives them, and a note if it had others.
+
+    What then describes the shards under the stored names is left out: new ones are laid out.
+    """
+    wrapping = find_wrapping(files.tensors, lambda names: len(names & family.hf_ends))
+    if not wrapping:
+        return files, []
+    small = {name: file for name, file in files.small.items() if name not in (INDEX, BIN_INDEX)}
+    tensors = wrapping.removed(files.tensors, files.path)
+    return replace(files, tensors=tensors, headers={}, small=small), [wrapping.note]
 
 
 _QUANTISED = {

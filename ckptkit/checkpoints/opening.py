@@ -10,8 +10,10 @@ from ckptkit.checkpoints.description import Given, complete
 from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.readers import READERS
 from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.foreign import refuse_foreign_files
 from ckptkit.formats.hf import HfFiles, open_reference
 from ckptkit.formats.registry import format_of
+from ckptkit.formats.torch_legacy import TRACKER
 from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import StatedGrid
 
@@ -40,13 +42,15 @@ def open_checkpoint(
         UnsupportedError: No family or format of ours.
         UsageError: The options contradict the checkpoint, or do not apply to it.
     """
-    place = find_place(Path(path), iteration)
+    place = find_place(Path(path), iteration, referenced=hf_reference is not None)
     reference = place.reference if hf_reference is None else Path(hf_reference)
     around = [place.root / "ckptkit", *([] if reference is None else [reference])]
     seen = Seen.of(place.folder, *(folder for folder in around if folder.is_dir()))
     files = None if reference is None else complete(open_reference(reference))[0]
+    if files is not None and hf_reference is None and reference == place.root:
+        files = _of_root(files)
     given = Given(files, stored_grid or StatedGrid(), vocab_size)
-    checkpoint = replace(_open(place, given), seen=seen)
+    checkpoint = replace(_open(place, given), seen=seen).noting(*place.notes)
     if files is not None:
         checkpoint = _with_extras(checkpoint, files)
     if hf_reference is None and place.reference is not None:
@@ -63,13 +67,26 @@ def open_checkpoint(
 def _open(place: Place, given: Given) -> Checkpoint:
     format = format_of(place.folder)
     if format is None:
+        refuse_foreign_files(place.folder)
         raise InputError(
             "not a checkpoint that ckptkit knows",
             where=place.folder,
             hint="expected config.json and safetensors, a packed directory, mp_rank_* folders, a torch_dist folder, or"
-            " shards of FSDP",
+            f" shards of FSDP{_found_below(place.folder)}",
         )
     return READERS[format.name](place, given)
+
+
+def _found_below(folder: Path) -> str:
+    """What could be meant instead, as the end of a hint."""
+    below = [item for item in sorted(folder.iterdir()) if item.is_dir() and format_of(item) is not None]
+    return f"; give one of the folders in it: {', '.join(item.name for item in below[-4:])}" if below else ""
+
+
+def _of_root(files: HfFiles) -> HfFiles:
+    """The small files of a root, without the tracker file and what is in its folders."""
+    small = {name: file for name, file in files.small.items() if "/" not in name and name != TRACKER}
+    return replace(files, small=small, ignored=[])
 
 
 def _with_extras(checkpoint: Checkpoint, reference: HfFiles) -> Checkpoint:

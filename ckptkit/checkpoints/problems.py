@@ -57,4 +57,12 @@ class Problems:
             if names
         ]
         if parts:
-            raise InputError(f"tensors and config disagree: {'; '.join(parts)}", where=self.path)
+            raise InputError(f"tensors and config disagree: {'; '.join(parts)}", where=self.path, hint=self._hint())
+
+    def _hint(self) -> str | None:
+        """That all missing tensors are there under longer names, if these begin alike."""
+        first, *_ = self.missing or [""]
+        starts = [name.removesuffix(first) for name in self.extra if first and name.endswith(f".{first}")]
+        there = set(self.extra)
+        start = next((start for start in starts if all(start + name in there for name in self.missing)), None)
+        return None if start is None else f"all that is missing is there, behind the prefix {start}"

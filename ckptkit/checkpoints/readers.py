@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
@@ -12,8 +14,9 @@ from ckptkit.checkpoints.huggingface import open_hf_files
 from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
-from ckptkit.checkpoints.recognition import refuse_foreign
+from ckptkit.checkpoints.recognition import refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
+from ckptkit.checkpoints.second_weights import check_second_weights
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
@@ -33,6 +36,7 @@ from ckptkit.formats.torch_legacy import (
 from ckptkit.formats.trainer_states.dcp import open_dcp_state
 from ckptkit.formats.trainer_states.fsdp import open_fsdp
 from ckptkit.formats.trainer_states.module_state import ModuleState
+from ckptkit.formats.wrapper_names import Wrapping, find_wrapping, fit_of_megatron
 from ckptkit.megatron_args.fields import GRID_ARGS
 from ckptkit.megatron_args.reading import grid_of
 from ckptkit.megatron_args.unread import refuse_unread_layouts
@@ -42,6 +46,8 @@ from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.megatron_names import norms_from_local_spec
 from ckptkit.tensors import Tensor
 
+_ROTARY = re.compile(r"(?:.*\.)?rotary(?:_pos)?_emb\.inv_freq$")
+
 Reader = Callable[[Place, Given], Checkpoint]
 """Opens the checkpoint at a place, with the facts that the user states about it."""
 
@@ -49,26 +55,60 @@ Reader = Callable[[Place, Given], Checkpoint]
 def _read_shards(place: Place, given: Given) -> Checkpoint:
     """A Hugging Face directory or a packed one, by the names of the tensors."""
     shards = read_shards(place.folder)
-    if is_packed(shards.tensors):
+    wrapping = find_wrapping(shards.tensors, fit_of_megatron)
+    if is_packed(map(wrapping.name, shards.tensors)):
         files = open_packed(place.folder, shards)
-        place = Place(place.folder, place.folder)
-        return _whole(place, "packed", files.tensors, checked_args(files.args, files.path), given)
+        place, tensors = Place(place.folder, place.folder), wrapping.removed(files.tensors, files.path)
+        checkpoint = _whole(place, "packed", tensors, checked_args(files.args, files.path), given)
+        return checkpoint.noting(*_told(wrapping))
     if given.reference is not None:
         raise UsageError("a Hugging Face directory takes no reference", where=place.folder, hint="drop --hf-reference")
-    return open_hf_files(open_hf(place.folder, shards))
+    notes = check_second_weights(place.folder, shards)
+    return open_hf_files(open_hf(place.folder, shards)).noting(*notes)
 
 
 def _read_torch(place: Place, given: Given) -> Checkpoint:
     files = open_torch_legacy(place.folder, place.root, pp=given.grid.pp, ep=given.grid.ep)
     files = replace(files, args=checked_args(files.args, files.path))
     grid = _grid_of_ranks(files, given.grid)
+    ranks, wrapping = _unwrapped(files.ranks, files.path)
     with located(files.path):
-        ranks = ungrouped_experts(files.ranks)
-    checkpoint = _join(place, "torch", ranks, grid, files.args, given)
+        ranks = ungrouped_experts(ranks)
+    checkpoint = _join(place, "torch", ranks, grid, files.args, given).noting(*_told(wrapping))
     if not files.args:
         note = f"there are no args: the folders and --src sizes give the grid {grid}"
         checkpoint = checkpoint.noting(note)
     return _without_optimizer(checkpoint, files.optimizer)
+
+
+def _unwrapped(ranks: Mapping[RankKey, RankFile], path: Path) -> tuple[dict[RankKey, RankFile], Wrapping]:
+    """The ranks' tensors under the names that the model gives them: what stands before them is the same on all."""
+    names = dict.fromkeys(name for chunks in ranks.values() for chunk in chunks.values() for name in chunk)
+    wrapping = find_wrapping(names, fit_of_megatron)
+    found = {
+        rank: {chunk: wrapping.removed(tensors, path) for chunk, tensors in chunks.items()}
+        for rank, chunks in ranks.items()
+    }
+    return found, wrapping
+
+
+def _told(wrapping: Wrapping) -> list[str]:
+    return [wrapping.note] if wrapping else []
+
+
+def _without_frequencies(ranks: Mapping[RankKey, RankFile]) -> tuple[Mapping[RankKey, RankFile], list[str]]:
+    """The ranks without the frequencies of rotary embeddings, which old writers kept and nothing loads; and a note."""
+    found = {name for chunks in ranks.values() for chunk in chunks.values() for name in chunk if _ROTARY.match(name)}
+    if not found:
+        return ranks, []
+    kept = {
+        rank: {
+            chunk: {name: tensor for name, tensor in tensors.items() if name not in found}
+            for chunk, tensors in chunks.items()
+        }
+        for rank, chunks in ranks.items()
+    }
+    return kept, [f"{min(found)} and its like follow from the config, and are left out"]
 
 
 def _grid_of_ranks(files: TorchFiles, given: StatedGrid) -> Parallelism:
@@ -133,9 +173,12 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     files = open_torch_dist(place.folder, place.root)
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)
-    norms = norms_from_local_spec(files.tensors)
-    tensors = {norms.get(name, name): tensor for name, tensor in files.tensors.items()}
-    checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked).noting(*notes)
+    wrapping = find_wrapping(files.tensors, fit_of_megatron)
+    tensors = wrapping.removed(files.tensors, files.path)
+    norms = norms_from_local_spec(tensors)
+    tensors = {norms.get(name, name): tensor for name, tensor in tensors.items()}
+    checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked)
+    checkpoint = checkpoint.noting(*notes, *_told(wrapping))
     try:
         checkpoint = replace(checkpoint, grid=grid_of(args))
     except (InputError, UnsupportedError) as error:
@@ -173,10 +216,8 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
             where=state.path,
             hint="give --hf-reference with the model's config.json",
         )
-    if adapters := sorted(key for key in state.tensors if ".lora_" in key):
-        hint = "merge them into the weights with peft (merge_and_unload) before they are saved"
-        raise UnsupportedError(f"LoRA adapters beside the weights ({adapters[0]})", where=state.path, hint=hint)
-    tensors = state.named(lambda names: max(_known(names, reference, state), sum(is_packed((name,)) for name in names)))
+    refuse_trainers_parts(state.tensors, state.path)
+    tensors, wrapping = state.named(lambda names: max(_known(names, reference, state), fit_of_megatron(names)))
     if is_packed(tensors):
         place = Place(state.path, state.path)  # a sidecar would be beside the weights, wherever the reference is
         checkpoint = _whole(place, state.format, tensors, {}, given)
@@ -185,7 +226,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
         checkpoint = replace(open_hf_files(files), format=state.format)
     replicas = checkpoint.coverage.get("replicas", 0) + len(state.comparisons)
     checkpoint = replace(
-        checkpoint.noting(*state.notes, *_dtype_notes(checkpoint)),
+        checkpoint.noting(*state.notes, *_told(wrapping), *_dtype_notes(checkpoint)),
         comparisons=(*checkpoint.comparisons, *state.comparisons),
         coverage={**checkpoint.coverage, "replicas": replicas},
     )
@@ -246,6 +287,7 @@ def _join(
     if hybrid:
         ranks, args = as_gpt(ranks, args, path)
         grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
+    ranks, rotary = _without_frequencies(ranks)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
     with located(path):
@@ -265,7 +307,7 @@ def _join(
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
     joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows, most))
-    notes = [*about.notes, *joined.notes]
+    notes = [*about.notes, *joined.notes, *rotary]
     if both := sorted(joined.towers.keys() & about.sidecar.extras.keys()):
         what = f"{len(both)} tensors are in the checkpoint and in {FOLDER}/{EXTRAS}: the checkpoint's count"
         notes.append(f"{what} ({both[0]})")

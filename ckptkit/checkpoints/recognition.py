@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,12 +42,54 @@ def _can_say(family: Family, args: Mapping[str, Any]) -> bool:
     return family.parse(family.unparse(config, {})) == config
 
 
+_PARTS = re.compile(
+    r"(?P<lora>(?:^|\.)lora_|\.base_layer\.)"
+    r"|(?P<adapter>\.adapter\.linear_(?:in|out)\.|\.to_wrap\.)"
+    r"|(?P<value>^(?:\w+\.)*v_head\.)"
+    r"|(?P<old>^(?:\w+\.)*language_model\.(?:encoder|transformer)\.)"
+    r"|(?P<quantizer>_quantizer\.)"
+)
+_OF_TRAINERS = {
+    "lora": (
+        "LoRA adapters beside the weights",
+        "merge them into the weights with peft (merge_and_unload) before they are saved",
+    ),
+    "adapter": (
+        "adapters of Megatron beside the weights",
+        "merge them into the weights with the tool that trained them, before they are saved",
+    ),
+    "value": (
+        "the value head of TRL, which no class of transformers has",
+        "save the model inside it (pretrained_model.save_pretrained), and convert that",
+    ),
+    "old": (
+        "the layout that Megatron-LM had before Megatron-Core",
+        "convert it with Megatron-LM's tools/checkpoint/convert.py (--loader legacy --saver core)",
+    ),
+    "quantizer": ("quantisers of ModelOpt beside the weights", "convert from the unquantised model"),
+}
+"""Parts of names that trainers leave -> what they are, and what to do."""
+
+
+def refuse_trainers_parts(names: Iterable[str], where: object) -> None:
+    """Names what trainers put beside the weights of a model, in whatever format: adapters, other heads, quantisers.
+
+    Raises:
+        UnsupportedError: There is any.
+    """
+    found = {match.lastgroup: name for name in sorted(names, reverse=True) if (match := _PARTS.search(name))}
+    for kind, (what, hint) in _OF_TRAINERS.items():
+        if kind in found:
+            raise UnsupportedError(f"{what} ({found[kind]})", where=where, hint=hint)
+
+
 def refuse_foreign(names: Iterable[str], where: object) -> None:
     """Names the layout of a Megatron checkpoint that is known, but that no table reads.
 
     Raises:
         UnsupportedError: It has such a layout.
     """
+    refuse_trainers_parts(names, where)
     marks = {piece: layout for family in families() for piece, layout in family.quirks.foreign.items()}
     for name in sorted(names):
         for piece, layout in marks.items():

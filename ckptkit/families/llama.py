@@ -74,6 +74,5 @@ LLAMA = Family(
     rows=(*EMBEDDINGS, *ATTENTION, *MLP),
     replicas=(TIED_HEAD,),
     spellings=(TE, LOCAL, VERL),
-    extras=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
     bridge=BridgeProvider(),
 )

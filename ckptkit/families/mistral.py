@@ -125,7 +125,6 @@ MISTRAL = Family(
     unparse=translation(MISTRAL_CONFIG, parse_mistral, _values_mistral),
     rows=_ROWS,
     replicas=(TIED_HEAD,),
-    extras=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
     bridge=BridgeProvider(
         "megatron.bridge.models.mistral.mistral_provider.MistralModelProvider",
         ropes=("default", "linear", "llama3"),

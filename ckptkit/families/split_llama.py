@@ -394,10 +394,6 @@ SPLIT_LLAMA = Family(
         *only(renamed((*ATTENTION, *MLP), ("model.layers.{i}.", "model.layers_first.{j}.")), _is_first),
         *only(renamed((*ATTENTION, *MLP), ("model.layers.{i}.", "model.layers_last.{j}.")), _is_last),
     ),
-    extras=(
-        "model.layers_first.{i}.self_attn.rotary_emb.inv_freq",
-        "model.layers_last.{i}.self_attn.rotary_emb.inv_freq",
-    ),
     marks=("decoder.adapter.linear_1.weight",),
     directory=HfDirectory(complete, legacy_config, CODE),
 )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
+from ckptkit.formats.foreign import refuse_foreign_files
 from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.links import CACHES, check_link, is_linked_folder
@@ -204,6 +205,7 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
                 _check_shard_name(path / index_name, name)
             index["weight_map"] = {key: PurePosixPath(name).as_posix() for key, name in shards.items()}
             return sorted(set(index["weight_map"].values())), index
+    refuse_foreign_files(path)
     found = sorted(item.name for item in path.glob("*.safetensors")) if path.is_dir() else []
     what = f"{', '.join(found[:3])} without {INDEX}" if found else f"no {SINGLE} and no {INDEX}"
     raise InputError(what, where=path, hint="is the download complete?")
@@ -217,6 +219,26 @@ def _index_in_use(path: Path) -> str | None:
         if (path / index).is_file():
             return index
     return None
+
+
+def weight_sets(path: Path) -> list[tuple[str, list[str]]]:
+    """The weights that are whole in a directory: what describes them, and their files; those first that are read.
+
+    An index without its files describes nothing; one of a single file that is known by itself describes no others.
+    """
+    found: list[tuple[str, list[str]]] = []
+    for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+        if (path / single).is_file():
+            found.append((single, [single]))
+        if (path / index).is_file():
+            listed = read_json(path / index).get("weight_map")
+            listed = listed if isinstance(listed, dict) else {}
+            names = sorted({PurePosixPath(str(name)).as_posix() for name in listed.values()})
+            if names and names != [single] and all((path / name).is_file() for name in names):
+                for name in names:
+                    _check_shard_name(path / index, name)
+                found.append((index, names))
+    return found
 
 
 def _check_shard_name(index: Path, name: str) -> None:

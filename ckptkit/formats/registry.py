@@ -30,6 +30,12 @@ def format_of(folder: Path) -> Format | None:
     return found
 
 
+def formats_of(folder: Path) -> list[Format]:
+    """All formats of which a folder holds files; the container of a distributed checkpoint is not one by itself."""
+    found = [format for format in FORMATS if format.recognise(folder)]
+    return [format for format in found if format is not DCP or TORCH_DIST not in found]
+
+
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder is a Hugging Face directory; without shards only a folder with a config.json can be one."""
     return HF.recognise(folder) or ((folder / "config.json").is_file() and format_of(folder) is HF)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptkit.errors import InputError, UsageError
+from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.torch_file.pickles import (
     Namespace,
@@ -31,8 +31,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 FILE, DISTRIBUTED_OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
 _VERL_FILE = "model.pt"
 _LONGEST_TRACKER = 1 << 16
-_ITERATION = re.compile(r"release|(?:iter|global_step)_(\d+)")
+_ITERATION = re.compile(r"release|(?:iter|global_step|step)_(\d{1,18})")
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
+
+_BEFORE_CORE = ("language_model", "encoder", "word_embeddings_for_head")
 
 RankKey = tuple[int, int, int]
 """(pp_rank, tp_rank, ep_rank), as in the name of a rank's folder."""
@@ -95,7 +97,7 @@ def iteration_folder(path: Path, iteration: int | None = None) -> Path:
     if iteration is not None:
         found = _folder_of(path, str(iteration))
         if found is None:
-            there = ", ".join(folder.name for folder in _iterations(path)) or "none"
+            there = ", ".join(folder.name for folder in iterations(path)) or "none"
             raise UsageError(f"no iteration {iteration} in it", where=path, hint=f"iterations that are there: {there}")
         return found
     tracker = path / TRACKER
@@ -112,12 +114,13 @@ def iteration_folder(path: Path, iteration: int | None = None) -> Path:
 
 
 def _folder_of(path: Path, text: str) -> Path | None:
-    """An iteration's folder by Megatron's name or by verl's, whichever is there."""
-    names = ["release"] if text == "release" else [f"iter_{int(text):07d}", f"global_step_{int(text)}"]
+    """An iteration's folder by Megatron's name, by verl's or by NeMo-RL's, whichever is there."""
+    number = 0 if text == "release" else int(text)
+    names = ["release"] if text == "release" else [f"iter_{number:07d}", f"global_step_{number}", f"step_{number}"]
     return next((path / name for name in names if (path / name).is_dir()), None)
 
 
-def _iterations(path: Path) -> list[Path]:
+def iterations(path: Path) -> list[Path]:
     """The folders of iterations, the number of none larger than that of the next."""
     found = [(match, item) for item in path.iterdir() if (match := _ITERATION.fullmatch(item.name)) and item.is_dir()]
     return [item for _, item in sorted(found, key=lambda pair: int(pair[0][1] or -1))]
@@ -125,16 +128,17 @@ def _iterations(path: Path) -> list[Path]:
 
 def _only_iteration(path: Path) -> Path:
     """Without a tracker file: the root's only iteration, or the folder itself if it has none."""
-    found = _iterations(path)
+    found = iterations(path)
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found[-4:])
-        raise UsageError(f"several iterations ({names}) and no {TRACKER}", where=path, hint="choose with --iteration")
+        hint = "choose with --iteration, or give the folder of one"
+        raise UsageError(f"several iterations ({names}) and no {TRACKER}", where=path, hint=hint)
     return found[0] if found else path
 
 
 def has_iterations(path: Path) -> bool:
     """Whether a directory is the root of a Megatron checkpoint, whose iterations are folders in it."""
-    return (path / TRACKER).is_file() or (path / "release").is_dir()
+    return (path / TRACKER).is_file() or bool(iterations(path))
 
 
 def is_torch_legacy(path: Path) -> bool:
@@ -302,6 +306,12 @@ def _tensors(chunk: Any, file: Path) -> dict[str, Tensor]:
             continue
         if isinstance(value, UnreadableTensor):
             raise value.error(name, file)
+        if name in _BEFORE_CORE and isinstance(value, dict):
+            raise UnsupportedError(
+                f"the layout that Megatron-LM had before Megatron-Core (`model` holds `{name}`)",
+                where=file,
+                hint="convert it with Megatron-LM's tools/checkpoint/convert.py (--loader legacy --saver core)",
+            )
         if not isinstance(value, Tensor):
             raise InputError(f"{name} is not a tensor", where=file)
         tensors[name.removeprefix("module.")] = value

@@ -110,7 +110,7 @@ def hash_checkpoint(
     with ExitStack() as stack:
         checkpoint = open_source(stack, path, hf_reference, headers_only=False, **source)
         tensors = {} if only == "files" else checkpoint.hf_tensors(())
-        files = {} if only == "tensors" else files_in(find_place(checkpoint.path))
+        files = {} if only == "tensors" else files_in(find_place(checkpoint.path, referenced=True))
         tasks = _in_order(tensors, files)
         sums = read_all(tasks, _sha256, lambda task: task.nbytes, threads=threads, progress=progress)
     found = {(type(task.target), task.name): sha256 for task, sha256 in zip(tasks, sums, strict=True)}

@@ -129,7 +129,7 @@ def validate(
         folder = stack.enter_context(locate(path)).path
         if hf_reference is not None:
             hf_reference = stack.enter_context(locate(hf_reference)).path
-        place = find_place(folder, iteration)
+        place = find_place(folder, iteration, referenced=hf_reference is not None)
         format = format_of(place.folder)
         checks = [_files(place, format)]
         checkpoint: Checkpoint | None = None

@@ -121,7 +121,7 @@ class Fields:
         Args:
             default: The class default; its base alone where it is unscaled.
         """
-        scaling = object_in(self.raw, "rope_scaling") or object_in(self.raw, "rope_parameters")
+        scaling = object_in(self.raw, "rope_scaling") or _without_types(object_in(self.raw, "rope_parameters"))
         if not scaling and default.kind != "default":
             return default  # a class with a scaled default keeps it whole and does not look at rope_theta
         return parse_rope(scaling, self.raw.get("rope_theta", default.theta), self.context())
@@ -142,6 +142,15 @@ def object_in(raw: Raw, key: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise InputError(f"config.json: {key} must be an object, not {value!r}")
     return value or {}
+
+
+def _without_types(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rope parameters of all layers; empty where each type of layer has its own.
+
+    transformers 5 adds a `rope_type` and a null `rope_theta` beside the types if a model lacks layers of one type.
+    Source: `standardize_rope_params` of transformers 5.0 to 5.23.
+    """
+    return {} if any(isinstance(parameters.get(kind), dict) for kind in (FULL, SLIDING)) else parameters
 
 
 def parse_rope(scaling: Mapping[str, Any], theta: Any, context: int = 0) -> Rope:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import Buffer, Raw, Replica, Row
 from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
 from ckptkit.tensors import Tensor
+
+_ROTARY = re.compile(
+    r"(?:language_model\.|model\.)*(?:layers\w*\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\w*\.(?:\w+_)?inv_freq"
+)
 
 Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
 """See `HfDirectory.complete`."""
@@ -129,8 +134,20 @@ class Family:
         suffix = self.quirks.attention_of
         return [] if suffix is None else [suffix(layer) for layer in config.layers]
 
+    @cached_property
+    def hf_ends(self) -> frozenset[str]:
+        """The Hugging Face names, in every spelling, of tensors that are in no layer."""
+        names = [name for row in self.rows for name in row.hf if "{" not in name]
+        return frozenset(spelling.written(name) for spelling in self.hf_spellings for name in names)
+
     def is_extra(self, name: str, config: ModelConfig) -> bool:
-        """Whether a Hugging Face tensor belongs to the model although Megatron has no place for it."""
+        """Whether a Hugging Face tensor belongs to the model, although Megatron has no place for it.
+
+        Frequencies of rotary embeddings do so in every family: old releases of transformers kept them, though they
+        follow from config.json.
+        """
+        if rotary := _ROTARY.fullmatch(name):
+            return int(rotary[1] or 0) < config.num_layers
         patterns = [*self.extras, *(buffer.hf for buffer in self.buffers if buffer.when(config))]
         return any(_matches(pattern, name, config.num_layers) for pattern in patterns)
 

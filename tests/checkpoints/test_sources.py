@@ -206,9 +206,13 @@ class TestVerl:
         assert diff(llama, actor).same
 
     def test_weights_in_huggingface(self, llama: Path, actor: Path) -> None:
-        """mbridge: `dist_ckpt` has the optimizer alone, or is empty; with a model in it, that is what was trained."""
+        """mbridge: `dist_ckpt` has the optimizer alone, or is empty; with a model in it, nothing says which counts."""
         shutil.copy(llama / "model.safetensors", actor / "huggingface")
-        assert open_checkpoint(actor).format == "torch_dist"
+        with pytest.raises(UsageError, match="two sets of weights, in dist_ckpt/ and in huggingface/"):
+            open_checkpoint(actor)
+        assert open_checkpoint(actor, hf_reference=actor / "huggingface").format == "torch_dist"
+        assert open_checkpoint(actor / "dist_ckpt").format == "torch_dist"
+        assert open_checkpoint(actor / "huggingface").format == "hf"
         shutil.rmtree(actor / "dist_ckpt")
         (actor / "dist_ckpt").mkdir()
         checkpoint = open_checkpoint(actor)

@@ -6,18 +6,13 @@ between them. A Hugging Face directory has to describe the model.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptkit.errors import InputError
 from ckptkit.formats.torch_legacy import OptimizerState
+from ckptkit.formats.wrapper_names import Fit, Wrapping, find_wrapping
 from ckptkit.io.plan import Comparison
 from ckptkit.tensors import Tensor
-
-_BEFORE = re.compile(r"(?:app|model|module|state_dict)\.")
-_BETWEEN = re.compile(r"\b(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 @dataclass(frozen=True)
@@ -40,36 +35,14 @@ class ModuleState:
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     notes: tuple[str, ...] = ()
 
-    def named(self, fit: Callable[[set[str]], int]) -> dict[str, Tensor]:
-        """The tensors under the names that the model gives them.
-
-        `model.` may be the trainer's or the model's own, so names alone do not tell where they start.
+    def named(self, fit: Fit) -> tuple[dict[str, Tensor], Wrapping]:
+        """The tensors under the names that the model gives them, and what stood before and between these.
 
         Args:
-            fit: How many of these names the model has. The start that fits most counts; of equals, the longest name.
+            fit: How many of some names the model has.
 
         Raises:
             InputError: Two keys name one parameter.
         """
-        bare = self._renamed({key: _BETWEEN.sub("", key) for key in self.tensors})
-        starts = [""]
-        first = next(iter(bare), "")
-        while match := _BEFORE.match(first, len(starts[-1])):
-            start = starts[-1] + match[0]
-            if not all(key.startswith(start) for key in bare):
-                break
-            starts.append(start)
-        best = max(starts, key=lambda start: fit(_after(bare, start)))
-        return {key.removeprefix(best): tensor for key, tensor in bare.items()}
-
-    def _renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for key, name in names.items():
-            if name in found:
-                raise InputError(f"{name} is stored twice (once as {key})", where=self.path)
-            found[name] = self.tensors[key]
-        return found
-
-
-def _after(names: Mapping[str, Tensor], start: str) -> set[str]:
-    return {name.removeprefix(start) for name in names}
+        wrapping = find_wrapping(self.tensors, fit)
+        return wrapping.removed(self.tensors, self.path), wrapping
