@@ -7,9 +7,9 @@ class CkptkitError(Exception):
     """Base of every error that ckptkit raises on purpose.
 
     Attributes:
-        what: What is wrong, in a few words.
+        what: The problem, in a few words.
         where: The file, tensor or option it concerns.
-        hint: What to do about it.
+        hint: The next step for the user.
     """
 
     exit_code = 70

@@ -66,7 +66,7 @@ class Made(Protocol):
 
     @property
     def digest(self) -> str:
-        """What changes whenever the bytes would, without making them."""
+        """A digest that identifies the bytes, computed without making them."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ class Tensor:
     Attributes:
         dtype: Element type of the bytes that the bands describe.
         shape: Sizes in elements.
-        bands: What it is made of, top to bottom.
+        bands: Its bands, top to bottom.
         cast: Element type to convert to while the bytes pass, or None.
     """
 

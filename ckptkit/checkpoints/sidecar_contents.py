@@ -22,7 +22,7 @@ def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConf
         extras: Hugging Face name -> tensor.
         family: The family of the model.
         config: Its config.
-        root: What holds the sidecar.
+        root: The folder with the sidecar.
 
     Raises:
         InputError: One is a tensor that the checkpoint also has, or that the model does not have.
@@ -47,7 +47,7 @@ def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: P
         sidecar: As it was read.
         family: The family of the model.
         config: Its config.
-        root: What holds the sidecar.
+        root: The folder with the sidecar.
 
     Returns:
         The number of tokens in headers, or None if there are none.

@@ -25,7 +25,7 @@ class Vocabulary:
 
     Attributes:
         rows: Rows of the embedding over all tensor parallel ranks, padding included.
-        multiple: What they were padded to a multiple of.
+        multiple: They were padded to a multiple of this.
         in_args: How many of them are tokens by `args`; None if these do not record it.
         counted: Whether the writer made the vocabulary by that number; for other tokenizers, it is at best the least.
         text: What `args` say of it, for messages.

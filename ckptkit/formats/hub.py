@@ -249,7 +249,7 @@ def _get(url: str, size: int, headers: Mapping[str, str], skip: int = 0) -> byte
     try:
         asked = {**build_hf_headers(), **headers, "accept-encoding": "identity"}
     except (AttributeError, TypeError):  # the library asks the hub something by itself
-        raise InputError("is of another form than the library expects", where=_ANSWER) from None
+        raise InputError("has another form than the library expects", where=_ANSWER) from None
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=asked, follow_redirects=True, timeout=timeout) as response:
         wanted = size if response.status_code == 206 else skip + size
@@ -274,7 +274,7 @@ class _Watch:
     """Checks every answer that the hub library gets, because it turns tags and commits into file names.
 
     Attributes:
-        commit: What answers must be about, once it is known.
+        commit: The commit that answers must belong to, once it is known.
     """
 
     def __init__(self) -> None:

@@ -153,7 +153,7 @@ def lay_out(path: str, tensors: Mapping[str, Tensor], header: Header | None = No
 
     Args:
         path: Relative path of the output.
-        tensors: What to store; the order is kept.
+        tensors: The tensors to store; the order is kept.
         header: An existing header that `tensors` match; by default one is built.
     """
     header = header or build_header(tensors, {"format": "pt"})

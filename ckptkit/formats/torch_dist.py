@@ -228,7 +228,7 @@ def stacks(shapes: Mapping[str, tuple[int, ...]], args: Mapping[str, Any], group
     Args:
         shapes: Canonical name -> shape.
         args: Arguments of the model.
-        groups: What each layer's keys add to `self_attention`, where layers whose attention differs are stacked apart.
+        groups: Suffix of `self_attention` in the keys of each layer, where different attention is stacked separately.
     """
     if any(args.get(key) for key in ("hetereogenous_dist_checkpoint", "heterogeneous_layers_config_path")):
         return False
@@ -270,7 +270,7 @@ def lay_out_torch_dist(
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
         grid: The grid whose ranks write; the stages are those of the tensors.
         stacked: Whether layers are stacked; by default as `stacks` says.
-        groups: What each layer's keys add to `self_attention`, where layers whose attention differs are stacked apart.
+        groups: Suffix of `self_attention` in the keys of each layer, where different attention is stacked separately.
 
     Raises:
         UsageError: A tensor does not divide over the ranks, or layers that differ are to be stacked.

@@ -1,6 +1,6 @@
 """Floating-point casts on raw bytes, with the results of torch's `Tensor.to(dtype)` on a CPU.
 
-Everything rounds to nearest, ties to even. What is narrower than F32 goes through F32, as it does in
+All casts round to nearest, ties to even. Types narrower than F32 go through F32, as they do in
 torch; so an F64 rounds twice on its way to BF16 or F16.
 
 A NaN stays a NaN: it is made quiet and keeps its sign and the leading bits of its payload (what the

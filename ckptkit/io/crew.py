@@ -18,7 +18,7 @@ def start_threads(works: Iterable[Callable[[], None]], name: str) -> list[thread
     A limit on processes (ulimit -u, a container's) may leave fewer, or none.
 
     Args:
-        works: What to run.
+        works: The functions to run.
         name: Start of the threads' names.
 
     Returns:
@@ -50,7 +50,7 @@ class Crew:
             work()
 
     def map(self, work: Callable[[Task], Answer], tasks: Iterable[Task]) -> Iterator[Answer]:
-        """What `work` makes of each task, in their order; raises what `work` raised when its turn comes."""
+        """The result of `work` for each task, in their order. An error of `work` is raised at its turn."""
         if not self._threads:
             yield from map(work, tasks)
             return

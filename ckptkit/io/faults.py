@@ -122,7 +122,7 @@ def _for_this_process(spec: str) -> Fault:
 
 
 def writer() -> tuple[Write, Copy | None]:
-    """What to write with: `os.pwrite` and `os.copy_file_range` (None where the system has none)."""
+    """The functions to write with: `os.pwrite` and `os.copy_file_range` (None where the system has none)."""
     fault = _active()
     if fault is not None:
         return fault.pwrite, fault.copy_file_range
@@ -130,7 +130,7 @@ def writer() -> tuple[Write, Copy | None]:
 
 
 def reader() -> Read:
-    """What to read with: `os.preadv`."""
+    """The function to read with: `os.preadv`."""
     fault = _active()
     return os.preadv if fault is None else fault.preadv
 

@@ -34,12 +34,12 @@ def read_all(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """What `work` makes of each task, in the order of the tasks, whatever the number of threads.
+    """The result of `work` for each task, in the order of the tasks, whatever the number of threads.
 
     Tasks are begun in their order: those that are neighbours in a file meet in its cache. The first error ends it all.
 
     Args:
-        tasks: What to read.
+        tasks: The tasks.
         work: Reads one.
         size: Bytes that a task reads, for the progress.
         threads: How many read; by default one for each core, at most 16.

@@ -82,7 +82,7 @@ class ExactAttention(torch.nn.Module):
         attn_mask_type: Must be megatron's `causal`.
         softmax_scale: Factor of the scores, or None for 1 / sqrt(head_dim).
         softcap: Scores become `softcap * tanh(score / softcap)`, or None.
-        options: What other core attentions also want to know; unused.
+        options: Further options that other core attentions take; unused.
 
     Attributes:
         shared: Keys and values of another layer, rotated, to attend to instead of this layer's own, side by side in the

@@ -226,7 +226,7 @@ def load_strict(
     Args:
         chunk: From `build_chunks`.
         state: Megatron's local-spec names, layers numbered from 0 within the chunk; `_extra_state` is ignored.
-        where: What to call the source of `state` in an error.
+        where: Name of the source of `state` in an error.
         read: Makes a tensor of a value of `state`, which has a `shape`; called for one at a time.
 
     Raises:

@@ -31,7 +31,7 @@ from ckptkit.megatron.parallel import gather_over_tensor_ranks
 
 @dataclass
 class Routing:
-    """What the routers of one rank's layers saw and chose.
+    """Inputs and choices of the routers in one rank's layers.
 
     Attributes:
         logits: Global layer number, from 0 -> router logits, fp32 [batch, sequence, experts] in host memory.

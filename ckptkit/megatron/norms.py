@@ -22,7 +22,7 @@ class RMSNorm(torch.nn.Module):
             zero-centred (`layernorm_zero_centered_gamma`), and `RuntimeConfig.norms_scale_in_fp32`.
         hidden_size: Width of the last axis.
         eps: Added to the mean square.
-        builder_options: What other norms of megatron-core also want to know; unused.
+        builder_options: Further options that other norms of megatron-core take; unused.
     """
 
     def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **builder_options: object) -> None:

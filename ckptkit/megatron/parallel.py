@@ -113,7 +113,7 @@ def agree(problem: str | None) -> list[tuple[int, str]]:
     """Tell every rank what went wrong on any of them, so that none waits for a rank that gave up.
 
     Args:
-        problem: What went wrong here, or None.
+        problem: The problem on this rank, or None.
 
     Returns:
         (rank, problem) of the ranks that have one.

@@ -25,7 +25,7 @@ TOKENS_PER_PASS = 8192
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What one rank holds of a model, ready to run together with the other ranks.
+    """One rank's part of a model, ready to run together with the other ranks.
 
     Attributes:
         chunks: This rank's model chunks, one per virtual stage.
@@ -33,7 +33,7 @@ class Pipeline:
         device: Where they live.
         vocab_size: Outputs per token: entries of the vocabulary, the padding after it is cut off; 1 of a value model.
         tokens_per_pass: Upper bound of the tokens in flight, unless one sequence is longer.
-        replicated: What runs in place of each chunk under data parallelism, see `replicas.replicate`; else empty.
+        replicated: The modules that run instead of the chunks under data parallelism (`replicas.replicate`), or empty.
     """
 
     chunks: list[CausalModel]

@@ -181,7 +181,7 @@ def _sides(
 def _diff_command(
     reference: str | Path, candidate: str | Path, reference_source: SourceOptions, candidate_source: SourceOptions
 ) -> str:
-    """What to type to see every difference of the two."""
+    """The command that lists every difference between the two."""
     words = [*reference_source.words("a"), *candidate_source.words("b")]
     return shlex.join(["ckptkit", "diff", str(reference), str(candidate), *words])
 

@@ -54,7 +54,7 @@ def verify_logits(
         tokens: Token ids, or a JSON file with a list of lists; pseudo-random ones if None.
         greedy: Tokens of the greedy continuation.
         pool: Ranks to use; None starts as many as needed.
-        opener: What opens a Megatron checkpoint, as `module:function`; ranks import it.
+        opener: The function that opens a Megatron checkpoint, as `module:function`; ranks import it.
         run: How the sides run: the fields of `RunOptions`.
 
     Raises:

@@ -21,7 +21,7 @@ class Passes:
     Attributes:
         ranks: The processes.
         folder: Where the files go.
-        opener: What opens a Megatron checkpoint, as `module:function`.
+        opener: The function that opens a Megatron checkpoint, as `module:function`.
     """
 
     ranks: Ranks

@@ -193,7 +193,7 @@ def _add_inputs(sites: dict[str, Site], model: Any, prefix: str) -> None:
 
 
 def _add_adapter(sites: dict[str, Site], decoder: Any, prefix: str) -> None:
-    """What comes out of a split Llama's adapter, which is one module or two."""
+    """Reads the output of a split Llama's adapter, which is one module or two."""
     stems = [stem for stem in ("adapter", "adapter_linear_1", "adapter_linear_2") if hasattr(decoder, stem)]
     if stems:
         feeds = [f"{prefix}{stem}.weight" for stem in stems]

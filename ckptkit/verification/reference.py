@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ckptkit.verification.routing import Record
 
 OTHER_ATTENTION = "sdpa"
-"""What a second run computes attention with; the first one is eager."""
+"""The attention of a second run; the first run is eager."""
 TOKENS_PER_PASS = 8192
 """Tokens that go through the model at a time; at least one sequence."""
 
@@ -35,7 +35,7 @@ def run_reference(job: LogitsJob) -> Run:
     """Run a Hugging Face directory over the tokens.
 
     Args:
-        job: What to run and what to keep; it has no grid here.
+        job: The tokens to run and the results to keep; it has no grid here.
 
     Raises:
         InputError: The directory is damaged, or weights are missing, unexpected or mis-shaped.

@@ -281,7 +281,7 @@ def _margins(logits: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) ->
 
     Args:
         logits: [tokens, experts].
-        chosen: What it chose, [tokens, experts per token].
+        chosen: Its choice, [tokens, experts per token].
         other: Another choice, of any width.
 
     Returns:

@@ -61,7 +61,7 @@ def open_side(side: Side, opener: str) -> OpenedSide:
 
     Args:
         side: The side.
-        opener: What opens a Megatron checkpoint, as `module:function`.
+        opener: The function that opens a Megatron checkpoint, as `module:function`.
 
     Raises:
         UsageError: There is no such kind of side.

@@ -56,7 +56,7 @@ def check_structure(reference: Checkpoint, candidate: Checkpoint) -> LevelResult
 
 
 def _beside(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
-    """In what the tensors without a Megatron slot differ by name or shape, as `convert --to hf` writes them."""
+    """Differences in name or shape between tensors that have no place in Megatron, as `convert --to hf` writes them."""
     left, right = _extras(reference), _extras(candidate)
     problems = [
         f"{name} is {list(left[name].shape)} in the reference, {list(right[name].shape)} in the candidate"
@@ -70,7 +70,7 @@ def _beside(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
 
 
 def _extras(side: Checkpoint) -> dict[str, Tensor]:
-    """What a conversion to Hugging Face's format writes beside the tensors of the table: stored, or made anew."""
+    """Tensors that `convert --to hf` writes beside those of the table: stored extras, and buffers made again."""
     held, dtype = side.sidecar.extras, DTYPES_BY_TORCH_NAME[side.main_dtype]
     return {**held, **side.family.missing_buffers(held, side.config, dtype)}
 
@@ -88,7 +88,7 @@ class _Gap:
     """How two tensors that should be equal differ.
 
     Attributes:
-        what: What the two are.
+        what: Description of the two.
         how: In words after "they".
         differing: How many elements have other bits, or None where shapes or types differ.
         elements: How many there are.

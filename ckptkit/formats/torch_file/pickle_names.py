@@ -1,6 +1,6 @@
 """The names that a checkpoint's pickle may use. None of them is ever imported or called.
 
-What is here either has a meaning of its own (`pickles.py`) or comes back as an inert `Record`. A name that
+A name in this list either has a meaning of its own (`pickles.py`) or comes back as an inert `Record`. A name that
 is missing is refused: a checkpoint has no need for it, and an exploit has.
 
 Sources: torch's weights-only list, `megatron.core.safe_globals`, what `torch.save` and `torch.distributed.checkpoint`
@@ -109,4 +109,4 @@ NESTED_CLASSES: frozenset[tuple[str, str]] = frozenset(
 
 PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 PYTHON2_NAMES = {"xrange": "range", "unicode": "str", "long": "int"}
-"""What protocol 2 calls modules and names that Python 3 has renamed."""
+"""Names of protocol 2 for modules and objects that Python 3 has renamed."""

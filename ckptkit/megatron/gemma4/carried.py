@@ -49,12 +49,12 @@ class Carried:
         return sorted(donor for donor in found if donor < before)
 
     def entering(self, layer: int) -> list[Column]:
-        """What comes into a layer from the stage before, or from the embedding into the first one."""
+        """The values that enter a layer from the previous stage, or the first layer from the embedding."""
         inputs = range(layer, self.config.num_layers) if self.config.per_layer_input_size else ()
         return [*(("input", at) for at in inputs), *(("kv", at) for at in self.donors(layer, layer))]
 
     def before(self, layer: int, first: int) -> list[Column]:
-        """What is at hand before a layer of a stage that begins with `first`: what entered it or was added since."""
+        """The values available before a layer of a stage that begins with `first`: those that entered or were added."""
         added = [donor for donor in self.donors(layer, first) if donor >= first]
         return [*self.entering(first), *(("kv", donor) for donor in added)]
 
@@ -76,7 +76,7 @@ class Carried:
         return context[..., start : start + self._width(wanted)]
 
     def join(self, hidden: torch.Tensor, context: torch.Tensor | None, columns: list[Column], end: int) -> torch.Tensor:
-        """What a stage sends whose last layer is the one before `end`: the hidden state and what `end` needs."""
+        """The values that a stage sends if its last layer is before `end`: the hidden state, and those for `end`."""
         if context is None:
             return hidden
         return torch.cat((hidden, *(self.take(context, columns, column) for column in self.entering(end))), dim=-1)

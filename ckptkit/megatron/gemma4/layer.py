@@ -77,7 +77,7 @@ class Gemma4Layer(DecoderLayer):
             hidden_states: [sequence, batch, hidden]; in the first layer of a stage with what came beside it, in the
                 last layer returned with what the next stage needs.
             args: Passed on.
-            context: What is carried within the stage (see `Carried`).
+            context: Values carried within the stage (see `Carried`).
             options: Passed on.
         """
         if self.number == self.stage.start:
@@ -117,7 +117,7 @@ class NormThenAdd:
 
     Args:
         norm: The norm, which belongs to a layer.
-        add: What to do with the normalised output.
+        add: Adds the normalised output to the stream.
     """
 
     def __init__(self, norm: torch.nn.Module, add: BiasDropoutAdd) -> None:

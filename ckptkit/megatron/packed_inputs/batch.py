@@ -105,7 +105,7 @@ class PackedBatch:
         )
 
     def params(self) -> PackedSeqParams:
-        """What megatron-core's attention wants to know.
+        """The parameters of megatron-core's attention for packed sequences.
 
         megatron-core reads the bounds of its rotary embedding in every layer, and prefers the `padded` ones for that:
         those are in host memory, so that no layer waits for the device. Kernels read the others.

@@ -1,4 +1,4 @@
-"""What a rank is asked to do and how its answer travels: plain JSON, so that nothing here needs torch."""
+"""The jobs of ranks and their answers. Both are sent as plain JSON, so this module does not need torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LogitsJob:
         whole_layers: Keep hidden states between layers only, not within them.
         routing: Directory for what routers see and choose, or None.
         replay: Directory of another run's routing, whose experts the tokens are sent to, or None.
-        opener: What opens the checkpoint, as `module:function`.
+        opener: The function that opens the checkpoint, as `module:function`.
         opening: Options that open it.
         rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
     """

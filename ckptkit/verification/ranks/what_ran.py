@@ -24,7 +24,7 @@ class Observer:
     """Looks at what enters a rank's first layer.
 
     Args:
-        pipeline: What runs.
+        pipeline: The pipeline that runs.
 
     Attributes:
         seen: Of the last pass; without `packed` and `sequence_parallel` on a rank that has no layer.

@@ -52,7 +52,7 @@ def log_chart(
         places: Names along the horizontal axis; as many are written as fit.
         limit: Where to draw a horizontal line, and its name.
         mark: Number of a place to draw a vertical line at, and its name.
-        title: What it shows, for those who cannot see it.
+        title: Description of the chart, for screen readers.
     """
     low, high = _decades([value for line in series for value in line.values], limit)
     parts = [
@@ -203,7 +203,7 @@ def _blocks(
     box: tuple[int, int, int, int],
     roomy: bool,
 ) -> Iterator[str]:
-    """What a chunk covers: its layers, with the embedding above and the head below them."""
+    """The content of a chunk: its layers, with the embedding above and the head below them."""
     x, top, column, row = box
     gap = 2 if column >= 16 else 1
     rows = (

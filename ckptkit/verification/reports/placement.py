@@ -53,7 +53,7 @@ class RankPlacement:
 
 @dataclass(frozen=True)
 class SideReport:
-    """What one side is.
+    """Facts about one side.
 
     Attributes:
         path: Where it is.
@@ -92,7 +92,7 @@ def describe(checkpoint: Checkpoint, grid: Parallelism | None = None) -> SideRep
 
 
 def placement(num_layers: int, num_experts: int, grid: Parallelism) -> list[RankPlacement]:
-    """What each rank of a grid holds, in order of global ranks."""
+    """The content of each rank of a grid, in order of global ranks."""
     stages = split_layers(num_layers, grid)
     return [
         RankPlacement(

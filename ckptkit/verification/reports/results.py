@@ -14,7 +14,7 @@ class Check:
     """One question of a level.
 
     Attributes:
-        name: What was asked, e.g. `config`, `bytes`, `noise floor`, `router logits`.
+        name: Name of the check, e.g. `config`, `bytes`, `noise floor`, `router logits`.
         passed: Whether the two sides agree.
         summary: The figures, or the first difference; one line.
     """
@@ -184,7 +184,7 @@ class RouterLayer:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What the routers did while the candidate was given the reference's choice of experts.
+    """The agreement of the routers while the candidate used the reference's choice of experts.
 
     Attributes:
         tokens: Tokens that each router saw.
@@ -260,7 +260,7 @@ class CandidateRan:
         packed: Whether the logits come from packed rows.
         sequence_parallel: Whether the sequence was split over tensor parallel ranks.
         replicas: How many replicas of the grid there were.
-        replication: What made them replicas, `ddp` or `fsdp2`, or None.
+        replication: Wrapper of the replicas, `ddp` or `fsdp2`, or None.
         devices: Names of the devices, each once.
     """
 

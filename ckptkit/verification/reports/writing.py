@@ -28,7 +28,7 @@ def write_reports(report: VerificationReport, *, junit: str | None, html: str | 
     """Write the reports asked for.
 
     Args:
-        report: What was found.
+        report: The report.
         junit: File for JUnit XML, or None.
         html: File for the HTML page, or None.
 
