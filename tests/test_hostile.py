@@ -266,7 +266,7 @@ CASES: dict[str, Case] = {
         f"config, {key} {value[:12]}": Case("hf", config(key, value), message)
         for key, value, message in (
             ("num_hidden_layers", "1000000000", "num_hidden_layers is 1,000,000,000, and at most 10,000 are read"),
-            ("num_hidden_layers", "10000", "the config has 10,000 layers, and there are no more than"),
+            ("num_hidden_layers", "10000", "the config has 10,000 layers, but there are only"),
             ("rope_theta", "1" + "0" * 400, "rope_theta is an integer of more than 40 digits"),
             ("hidden_size", "9" * 5000, "a number of thousands of digits"),
             ("vocab_size", "1" + "0" * 30, "vocab_size is 1,000,000,000,000,000,000,"),
@@ -313,7 +313,7 @@ CASES: dict[str, Case] = {
     "memos": Case("torch", layers(b"\x94" * 1_500_000 + b"0K\x02"), "it asks for more memory"),
     "layers, 1e9": Case("torch", layers(b"J\0\xca\x9a\x3b"), "it must be a positive integer of at most 10,000"),
     "layers, 255 bytes": Case("torch", layers(b"\x8a\xff" + b"\x7f" * 255), "it must be a positive integer of at most"),
-    "layers, 9,999": Case("torch", layers(b"M\x0f\x27"), "the config has 9,999 layers, and there are no more than"),
+    "layers, 9,999": Case("torch", layers(b"M\x0f\x27"), "the config has 9,999 layers, but there are only"),
     "model999...": Case("torch", renamed_model("model" + "9" * 5000), "holds no `model`"),
     "tracker of digits": Case("torch", text(TRACKER, "9" * 5000), "expected an iteration or `release`"),
     "tracker is large": Case("torch", instead(TRACKER, sparse(1 << 30)), "larger than 65,536 bytes"),

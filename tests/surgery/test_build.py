@@ -177,7 +177,7 @@ def test_stopped_and_resumed(tmp_path: Path, pair: tuple[Path, Path], splits: di
 def test_a_build_of_another_seed_does_not_go_on(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     with faults.inject("enospc:200000"), pytest.raises(StorageError):
         build(recipe(pair, seed=1), tmp_path / "split", shard_size=100_000)
-    with pytest.raises(InputError, match="belongs to another conversion"):
+    with pytest.raises(InputError, match="belong to another conversion"):
         build(recipe(pair, seed=2), tmp_path / "split", shard_size=100_000, resume=True)
 
 
