@@ -498,7 +498,7 @@ def test_expert_names() -> None:
     assert template(family.spelling("local").written(local)) == (
         "decoder.layers.mlp.experts.local_experts.linear_fc1.weight"
     )
-    with pytest.raises(UsageError, match=r"no spelling 'slime'.*te, local"):
+    with pytest.raises(UsageError, match=r"no spec 'slime'.*te, local"):
         family.spelling("slime")
     with pytest.raises(UsageError, match=r"no naming of experts 'packed'.*grouped or sequential"):
         family.spelling("te", "packed")

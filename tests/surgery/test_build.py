@@ -301,7 +301,7 @@ def test_what_has_to_be_accepted(tmp_path: Path, models: Changed, message: str) 
         (("--adapter-init", "zeros"), 2, "--adapter-init zeros; one of kaiming"),
         (("--adapter-init", "file"), 2, "name the file"),
         (("--adapter-init", "file:absent.safetensors"), 3, "no such file"),
-        (("--config", "schema.json"), 2, "stands in place of"),
+        (("--config", "schema.json"), 2, "--config replaces FIRST"),
         (("--shard-size", "much"), 2, "is not a size"),
     ],
 )

@@ -210,7 +210,7 @@ def test_sequences_do_not_depend_on_their_neighbours(one_rank: Parallelism) -> N
         ((torch.zeros(1, 5).long(), torch.tensor([0, 5], dtype=torch.int32), 5), "one axis"),
         ((torch.zeros(5).long(), torch.zeros(0, dtype=torch.int32), 5), "batch"),
         ((torch.zeros(5).long(),), "axes"),
-        ((torch.zeros(1, 5).long(), None, 5), "also need cu_seqlens"),
+        ((torch.zeros(1, 5).long(), None, 5), "without cu_seqlens"),
     ],
 )
 def test_packed_arguments_are_checked(tiny: tuple[Any, Any], arguments: Any, text: str) -> None:

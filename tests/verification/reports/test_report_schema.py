@@ -20,7 +20,7 @@ from tests.verification.reports.samples import report
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "report-schema.md"
 MADE_BY_HAND = {
-    "structure": {"tensors", "problems[]"},
+    "structure": {"tensors", "problems[]", "messages[]"},
     "weights": {"tensors", "bytes", "casts[]", "problems[]", "messages[]"},
 }
 """Fields of the details that are no dataclass; a real report is held against them below."""
