@@ -1,7 +1,8 @@
-"""A rank that trains a split Llama over pipeline stages: `python -m tests.surgery.stage_training RANK`.
+"""A rank that trains split Llamas: `python -m tests.surgery.stage_training RANK`.
 
-The schedules are megatron-core's own. What a rank must find is at hand as checkpoints: the gradients of the whole
-model, and its weights after a step. The answer is a JSON file of its own.
+It takes steps of whole models over pipeline stages, and those of `adapter_training`. The schedules are megatron-core's
+own. What a rank must find is at hand as checkpoints: the gradients of the whole model, and its weights after a step.
+The answer is a JSON file of its own.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from ckptkit.megatron import compat
 from ckptkit.sharding.grid import Parallelism
 from tests.formats.rank_pool import RankProcesses, incoming
 from tests.precision import relative_error
+from tests.surgery import adapter_training
 
 MODULE = "tests.surgery.stage_training"
 CPU = torch.device("cpu")
 RATE = 0.01
 VOCABULARY = 256  # nothing is padded: the rows that pad it would have logits, which a softmax counts
-LENGTHS = (24, 12, 18, 6)
+LENGTHS = (24, 12, 18, 6, 16, 8)
 """Lengths of the microbatches."""
 
 
@@ -59,10 +61,19 @@ class Job:
 
 def run(ranks: RankProcesses, job: Job) -> list[dict[str, Any]]:
     """The answers of all ranks."""
-    size = Parallelism(**job.grid).world_size
-    problem = ranks.run(size, asdict(job))
+    return _answers(ranks, asdict(job))
+
+
+def run_adapter_training(ranks: RankProcesses, folder: Path) -> list[dict[str, Any]]:
+    """The answers of two tensor parallel ranks that train adapters alone."""
+    return _answers(ranks, {"grid": {"tp": 2}, "folder": str(folder)})
+
+
+def _answers(ranks: RankProcesses, job: dict[str, Any]) -> list[dict[str, Any]]:
+    size = Parallelism(**job["grid"]).world_size
+    problem = ranks.run(size, job)
     assert not problem, problem
-    return [json.loads((Path(job.folder) / f"{rank}.json").read_text()) for rank in range(size)]
+    return [json.loads((Path(job["folder"]) / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def microbatches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -79,8 +90,8 @@ def microbatches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def loss_of(model: Any) -> torch.Tensor:
     """The loss of a transformers model over all microbatches, each of which counts the same."""
-    losses = [F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), to.flatten()) for ids, to in microbatches()]
-    return torch.stack(losses).mean()
+    logits = ((model(tokens, use_cache=False).logits, labels) for tokens, labels in microbatches())
+    return torch.stack([F.cross_entropy(found.flatten(0, 1), labels.flatten()) for found, labels in logits]).mean()
 
 
 @contextlib.contextmanager
@@ -123,7 +134,7 @@ def run_schedule(chunks: list[Any], forward_only: bool = False) -> list[float]:
     return [loss["loss"] for loss in found]
 
 
-def train(job: Job, rank: int) -> dict[str, Any]:
+def train(job: Job) -> dict[str, Any]:
     """What a rank sees of the step."""
     from megatron.core import parallel_state
 
@@ -179,14 +190,13 @@ def main(rank: int) -> int:
     from ckptkit.megatron import parallel
 
     for content, store in incoming():
-        job = Job(**content)
-        grid = Parallelism(**job.grid)
+        grid, folder = Parallelism(**content["grid"]), Path(content["folder"])
         try:
             parallel.initialize(grid, rank, store=dist.FileStore(store, grid.world_size), device=CPU)
             with compat.runs_on(CPU), schedule_on_cpu():
-                answer = train(job, rank)
+                answer = train(Job(**content)) if "gradients" in content else adapter_training.train_all(folder, rank)
             parallel.finalize()
-            (Path(job.folder) / f"{rank}.json").write_text(json.dumps(answer))
+            (folder / f"{rank}.json").write_text(json.dumps(answer))
         except BaseException:
             traceback.print_exc()
             return 1

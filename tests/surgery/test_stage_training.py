@@ -15,13 +15,7 @@ from tests.surgery.pairs import KINDS, NARROW, WIDE, build_split, load_remote, s
 from tests.surgery.stage_training import LENGTHS, MODULE, RATE, VOCABULARY, Job, loss_of, run
 
 EXACT = 2e-5
-Prepared = Callable[[str], dict[str, Path]]
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[RankProcesses]:
-    with RankProcesses(2, MODULE) as ranks:
-        yield ranks
+Prepared = Callable[..., dict[str, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +30,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("stages")
     pair = save_pair(folder / "pair", dtype="float32", vocab_size=VOCABULARY)
 
-    def get(kind: str) -> dict[str, Path]:
-        where = {name: folder / kind / name for name in ("model", "gradients", "after", "losses.json")}
-        if not where["losses.json"].exists():
-            (folder / kind).mkdir()
-            build_split(where["model"], pair, kind, num_last=2)
+    def get(kind: str, num_last: int = 2) -> dict[str, Path]:
+        own = folder / f"{kind}-{num_last}"
+        where = {name: own / name for name in ("model", "gradients", "after", "losses.json")}
+        if not own.exists():
+            own.mkdir()
+            build_split(where["model"], pair, kind, num_last=num_last)
             step_of_transformers(where)
         return where
 
@@ -77,7 +72,6 @@ def answers_of(
 def check(answers: list[dict[str, Any]], where: dict[str, Path]) -> None:
     """Every gradient, every weight after the step, and both losses are those of transformers."""
     before, after = json.loads(where["losses.json"].read_text())
-    print("LOSSES", before, after, [(max(a["gradients"].values()), a["after"]) for a in answers])
     for answer in answers:
         assert max(answer["gradients"].values()) < EXACT, answer["gradients"]
         assert answer["after"] < EXACT
@@ -121,10 +115,11 @@ def test_recomputed_activations(two_ranks: RankProcesses, prepared: Prepared, tm
 
 
 def test_virtual_stages(two_ranks: RankProcesses, prepared: Prepared, tmp_path: Path) -> None:
-    """The interleaved schedule, with the adapter on the second chunk of a rank."""
-    where = prepared("linear")
+    """The interleaved schedule; the adapter begins the second chunk of the first rank."""
+    where = prepared("mlp")
     answers = answers_of(two_ranks, where, tmp_path, {"pp": 2, "vpp": 2})
     check(answers, where)
+    assert [answer["widths"] for answer in answers] == [[[NARROW, WIDE]] * 2, [[NARROW, WIDE], [WIDE, WIDE]]]
 
 
 def test_another_model_is_noticed(two_ranks: RankProcesses, prepared: Prepared, tmp_path: Path) -> None:
@@ -135,6 +130,12 @@ def test_another_model_is_noticed(two_ranks: RankProcesses, prepared: Prepared, 
     file.write_text(json.dumps({**json.loads(file.read_text()), "adapter": "two-linear", "mlp": False}))
     for answer in answers_of(two_ranks, {**where, "model": tmp_path / "other"}, tmp_path, NARROW_CUT):
         assert min(answer["gradients"].values()) > 1e-2
+
+
+@pytest.mark.slow
+def test_virtual_stages_of_three_ranks(four_ranks: RankProcesses, prepared: Prepared, tmp_path: Path) -> None:
+    where = prepared("linear", num_last=4)
+    check(answers_of(four_ranks, where, tmp_path, {"pp": 3, "vpp": 2, "adapter_first": True}), where)
 
 
 @pytest.mark.slow
