@@ -38,7 +38,7 @@ def values(wide_splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def load_values(path: Path, name: str = "AutoModelForTokenClassification") -> Any:
-    """A value model as a user loads it, and what loading it said."""
+    """A value model as a user loads it; nothing may be missing or left."""
     import transformers
 
     auto = getattr(transformers, name)
@@ -72,7 +72,7 @@ def test_a_classifier_of_sequences(values: dict[str, Path], tmp_path: Path, pool
     tokens = torch.tensor(TOKENS[:1])
     last = load_values(source, "AutoModelForSequenceClassification")(tokens).logits[..., 0]
     assert relative_error(last, load_values(values["mlp"])(tokens).logits[:, -1, 0]) < EXACT
-    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(1, 2), spec="local")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(1, 2, first_stage_layers=2), spec="local")
     assert verify(source, tmp_path / "meg", tokens=TOKENS, tolerance=EXACT, pool=pool).passed
 
 
@@ -80,13 +80,14 @@ def test_a_classifier_of_sequences(values: dict[str, Path], tmp_path: Path, pool
 def test_every_format_and_back(values: dict[str, Path], tmp_path: Path, kind: str) -> None:
     source = values[kind]
     assert {path.name for path in source.iterdir()} >= CODE
-    for to, grid in (("packed", Parallelism()), ("torch", Parallelism(2, 2)), ("torch_dist", Parallelism(2, 2))):
+    stages = Parallelism(2, 2, first_stage_layers=2)
+    for to, grid in (("packed", Parallelism()), ("torch", stages), ("torch_dist", stages)):
         convert(source, tmp_path / to, to=to, grid=grid)
         assert verify(source, tmp_path / to, level="weights").passed
         convert(tmp_path / to, tmp_path / "hf", to="hf", overwrite=True)
         assert files_of(tmp_path / "hf") == files_of(source)
     for tp in range(2):
-        first, last = (open_checkpoint(source).shard(tp, 2, pp, 2) for pp in range(2))
+        first, last = (open_checkpoint(source).shard(tp_rank=tp, pp_rank=pp, grid=stages) for pp in range(2))
         assert last["output_layer.weight"].shape == (1, WIDE) and last["output_layer.bias"].shape == (1,)
         assert not any(name.startswith("output_layer") for name in first)
 
