@@ -136,12 +136,12 @@ class CustomSplitLLamaForTokenClassification(GenericForTokenClassification, Cust
     def __init__(self, config: CustomSplitLLamaConfig) -> None:
         # Not the generic constructor: it asks `AutoModel`, which does not know this model.
         CustomSplitLLamaPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.model = CustomSplitLLamaModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         bias = getattr(config, "token_classification_bias", True)
-        self.score = nn.Linear(config.last_config.hidden_size, config.num_labels, bias=bias)
+        self.score = nn.Linear(config.last_config.hidden_size, self.num_labels, bias=bias)
         self.post_init()
 
 
@@ -150,9 +150,9 @@ class CustomSplitLLamaForSequenceClassification(GenericForSequenceClassification
 
     def __init__(self, config: CustomSplitLLamaConfig) -> None:
         CustomSplitLLamaPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.model = CustomSplitLLamaModel(config)
-        self.score = nn.Linear(config.last_config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.last_config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 

@@ -13,7 +13,7 @@ class Gemma4TextForTokenClassification(GenericForTokenClassification, Gemma4PreT
 
     config_class = Gemma4TextConfig
     config: Gemma4TextConfig  # type: ignore[assignment]
-    input_modalities = ("text",)
+    input_modalities = ("text",)  # type: ignore[assignment]
 
 
 class Gemma4TextForSequenceClassification(GenericForSequenceClassification, Gemma4PreTrainedModel):
@@ -21,7 +21,7 @@ class Gemma4TextForSequenceClassification(GenericForSequenceClassification, Gemm
 
     config_class = Gemma4TextConfig
     config: Gemma4TextConfig  # type: ignore[assignment]
-    input_modalities = ("text",)
+    input_modalities = ("text",)  # type: ignore[assignment]
 
 
 __all__ = ["Gemma4TextForSequenceClassification", "Gemma4TextForTokenClassification"]
