@@ -90,6 +90,8 @@ def check_options(options: Options, format: WritableFormat) -> None:
         only = option.metadata.get("only")
         if only and option.name not in format.takes:
             raise UsageError(f"{flag} applies only to {only}, and --to is {format.name}", hint="drop it")
+    if options.head is not None and options.layout == LEGACY:
+        raise UsageError("--layout legacy: a value model has no such layout", hint="drop --layout legacy")
     if options.head is None and options.head_init is not None:
         raise UsageError(
             "--head-init sets a new head's weights, but no new head was asked for", hint=f"add --head {VALUE}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES, DTYPES_BY_TORCH_NAME, DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
-from ckptkit.families import value_family_of
+from ckptkit.families import family_of, value_family_of
 from ckptkit.families.heads import as_value_config
 from ckptkit.formats import safetensors
 from ckptkit.io.castable import check_cast
@@ -42,24 +42,38 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
         raise UsageError("--head value: it is a value model already", where=source.path)
     family = value_family_of(source.family)
     if family is None:
-        raise UnsupportedError(f"no value model is known here for {source.config.architecture}", where=source.path)
-    raw = as_value_config(source.sidecar.config, family.architectures[0], bias=True)
+        raise UnsupportedError(
+            f"no value model is known here for {source.config.architecture}", where=source.path, hint=_way_out(source)
+        )
+    directory = family.directory
+    raw = as_value_config(source.sidecar.config, family.architectures[0], bias=True, auto_map=directory.auto_map)
     config = replace(family.parse(raw), dtype=source.config.dtype)
     items = {item.key: item for item in family.items(config)}
     head = {key: item.shape for key, item in items.items() if key.startswith(OUTPUT)}
     made = _made(head, init, config.init_std, DTYPES_BY_TORCH_NAME[source.main_dtype])
     tensors = {key: made[key] if key in made else source.tensors[key] for key in items}
+    # Code beside the weights may be older than the class that `auto_map` names.
+    own = {path.name for path in directory.code}
+    small = {name: path for name, path in source.sidecar.small.items() if name not in own}
     model = replace(
         source,
         family=family,
         config=config,
         items=items,
         tensors=tensors,
-        sidecar=replace(source.sidecar, config=raw, headers={}),
+        sidecar=replace(source.sidecar, config=raw, headers={}, small=small),
         spelling=family.spellings[0],
     )
     lossy = [] if source.config.tied else ["the language model head is left out (--head value)"]
     return model, lossy
+
+
+def _way_out(source: Checkpoint) -> str | None:
+    """What to do where a multimodal model has no value class and its text part has one."""
+    if source.family.text_only is None:
+        return None
+    text = family_of(source.family.text_only(source.sidecar.config), source.path)
+    return None if value_family_of(text) is None else "--layout text makes a value model of its text part"
 
 
 def _made(head: dict[str, tuple[int, ...]], init: str, std: float, dtype: DType) -> dict[str, Tensor]:

@@ -171,6 +171,7 @@ GEMMA3_TEXT = Family(
 GEMMA3 = Family(
     name="gemma3",
     architectures=("Gemma3ForConditionalGeneration",),
+    value_architectures=("Gemma3ForSequenceClassification",),
     parse=WRAPPER.parse,
     unparse=WRAPPER.unparse,
     rows=renamed(GEMMA3_TEXT.rows, ("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),

@@ -11,13 +11,14 @@ for the slots of such a layer; they travel in the slots, as they do with Megatro
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ckptkit.families.blocks import experts, router, stacked
 from ckptkit.families.gemma4_config import WRAPPER, from_args, parse_text, to_args, unparse_text
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.sharding.rules import COLUMN, REPLICATED
 from ckptkit.tables.dims import HD, KV, LP, ONE, VP, D, E, P, Q, Shape
-from ckptkit.tables.family import Family, MegatronQuirks
+from ckptkit.tables.family import Family, HfDirectory, MegatronQuirks
 from ckptkit.tables.layouts import qkv
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import Row, Slot, choose, dense, layer, once, only, qkv_bias, renamed, sparse
@@ -161,9 +162,22 @@ def _attention_of(layer: LayerConfig) -> str:
     return "_global" if layer.window is None else "_sliding"
 
 
+_VALUE_CODE = "modeling_gemma4_value"
+VALUE_ARCHITECTURES = ("Gemma4TextForTokenClassification", "Gemma4TextForSequenceClassification")
+"""Value models: transformers has no class for them, so that their directories bring ours."""
+_VALUE_DIRECTORY = HfDirectory(
+    code=(Path(__file__).parents[1] / "surgery" / "remote" / f"{_VALUE_CODE}.py",),
+    auto_map={
+        "AutoModelForTokenClassification": f"{_VALUE_CODE}.{VALUE_ARCHITECTURES[0]}",
+        "AutoModelForSequenceClassification": f"{_VALUE_CODE}.{VALUE_ARCHITECTURES[1]}",
+    },
+)
+
 GEMMA4_TEXT = Family(
     name="gemma4_text",
     architectures=("Gemma4ForCausalLM",),
+    value_architectures=VALUE_ARCHITECTURES,
+    value_directory=_VALUE_DIRECTORY,
     parse=parse_text,
     unparse=unparse_text,
     rows=(*EMBEDDINGS, *_ATTENTION, *_DENSE, *_SPARSE, *_PER_LAYER_INPUTS),
@@ -189,6 +203,8 @@ GEMMA4 = replace(
     GEMMA4_TEXT,
     name="gemma4",
     architectures=("Gemma4ForConditionalGeneration",),
+    value_architectures=(),
+    value_directory=HfDirectory(),
     parse=WRAPPER.parse,
     unparse=WRAPPER.unparse,
     rows=renamed(GEMMA4_TEXT.rows, ("model.", "model.language_model.")),

@@ -2,7 +2,8 @@
 
 Hugging Face stores them as classifiers with a single label, of tokens or of sequences. Both have `score.weight` [1, D].
 A classifier of tokens also has a bias, unless config.json sets `token_classification_bias` to false. A classifier of
-sequences is the same model, read at the last token.
+sequences is the same model, read at the last token. Where transformers has no such class, the directory of the model
+holds one of ours.
 
 Trainers on Megatron replace the output layer by a plain linear layer, whole on every tensor parallel rank:
 `output_layer.weight` [1, D]. Source: `LinearForLastLayer` of verl and mbridge.
@@ -16,7 +17,7 @@ from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.sharding.rules import REPLICATED
-from ckptkit.tables.dims import ONE, D
+from ckptkit.tables.dims import ONE, Dim
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import Raw, once
@@ -29,8 +30,11 @@ def _has_bias(config: ModelConfig, layer: LayerConfig) -> bool:
     return config.value_bias
 
 
+_WIDTH = Dim("hidden_size", lambda config, layer: config.hidden_size)
+"""The width after the last layer, whatever that of the first one is."""
+
 ROWS = (
-    once(_WEIGHT, "score.weight", (ONE, D), REPLICATED),
+    once(_WEIGHT, "score.weight", (ONE, _WIDTH), REPLICATED),
     once(_BIAS, "score.bias", (ONE,), when=_has_bias),
 )
 """The head of a value model."""
@@ -45,6 +49,7 @@ def value_families(families: Iterable[Family]) -> list[Family]:
     Raises:
         UnsupportedError: Two families name the same class, and each has others as well.
     """
+    families = tuple(families)
     owners: dict[str, str] = {}
     found = []
     for family in families:
@@ -53,7 +58,7 @@ def value_families(families: Iterable[Family]) -> list[Family]:
             if taken:
                 name, owner = next(iter(taken.items()))
                 raise UnsupportedError(f"the families {owner} and {family.name} both have the value model {name}")
-            found.append(_value_family(family))
+            found.append(_value_family(family, families))
         for name in family.value_architectures:
             owners.setdefault(name, family.name)
     return found
@@ -64,8 +69,13 @@ def name_of_value_family(family: Family) -> str:
     return f"{family.name}_value"
 
 
-def _value_family(family: Family) -> Family:
-    """A family of language models with the head replaced."""
+def _value_family(family: Family, families: Iterable[Family]) -> Family:
+    """A family of language models with the head replaced.
+
+    Args:
+        family: The language models.
+        families: All of them, among which the text part of a multimodal model has its own.
+    """
     name = name_of_value_family(family)
 
     def parse(raw: Raw) -> ModelConfig:
@@ -92,13 +102,23 @@ def _value_family(family: Family) -> Family:
             value_head=False,
             value_bias=False,
         )
-        return as_value_config(family.unparse(body, base), config.architecture, config.value_bias)
+        auto_map = {} if base else family.value_directory.auto_map
+        return as_value_config(family.unparse(body, base), config.architecture, config.value_bias, auto_map)
+
+    def text_only(raw: Raw) -> dict[str, Any]:
+        assert family.text_only is not None
+        labels = {key: raw[key] for key in ("id2label", "label2id") if key in raw}
+        text = {**family.text_only(raw), **labels}
+        (own,) = (other for other in families if text["architectures"][0] in other.architectures)
+        return as_value_config(text, own.value_architectures[0], parse(raw).value_bias, own.value_directory.auto_map)
 
     return replace(
         family,
         name=name,
         architectures=family.value_architectures,
         value_architectures=(),
+        directory=family.value_directory,
+        text_only=None if family.text_only is None else text_only,
         rows=(*(row for row in family.rows if row.megatron != _WEIGHT), *ROWS),
         parse=parse,
         unparse=unparse,
@@ -107,15 +127,20 @@ def _value_family(family: Family) -> Family:
     )
 
 
-def as_value_config(raw: Raw, architecture: str, bias: bool) -> dict[str, Any]:
+def as_value_config(
+    raw: Raw, architecture: str, bias: bool, auto_map: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The config.json of a value model.
 
     Args:
         raw: The config.json of a model with the same body.
         architecture: Its class.
         bias: Whether its head has a bias.
+        auto_map: Auto class of transformers -> where the class is, of a model that brings its code.
     """
     changed = {**raw, "architectures": [architecture]}
+    if auto_map:
+        changed["auto_map"] = dict(auto_map)
     if _labels(raw) != 1:
         changed |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if architecture.endswith(OF_TOKENS) and bool(raw.get("token_classification_bias", True)) != bias:

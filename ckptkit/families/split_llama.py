@@ -28,6 +28,7 @@ from ckptkit.tables.rows import Raw, once, only, renamed
 HALF = llama.LLAMA
 """The family of both halves."""
 ARCHITECTURE = "CustomSplitLLamaForCausalLM"
+VALUE_ARCHITECTURES = ("CustomSplitLLamaForTokenClassification", "CustomSplitLLamaForSequenceClassification")
 MODEL_TYPE = "split_llama"
 FIRST, LAST = "first_config", "last_config"
 LINEAR, TWO_LINEAR, RELU = KINDS = ("linear", "two-linear", "mlp")
@@ -40,6 +41,8 @@ AUTO_MAP = {
     "AutoConfig": f"{MODULES[0]}.CustomSplitLLamaConfig",
     "AutoModel": f"{MODULES[1]}.CustomSplitLLamaModel",
     "AutoModelForCausalLM": f"{MODULES[1]}.{ARCHITECTURE}",
+    "AutoModelForTokenClassification": f"{MODULES[1]}.{VALUE_ARCHITECTURES[0]}",
+    "AutoModelForSequenceClassification": f"{MODULES[1]}.{VALUE_ARCHITECTURES[1]}",
 }
 
 _LEGACY = ("path8b", "path70b", "num_layers_8", "num_layers_70", "mlp")
@@ -395,5 +398,7 @@ SPLIT_LLAMA = Family(
         *only(renamed((*ATTENTION, *MLP), ("model.layers.{i}.", "model.layers_last.{j}.")), _is_last),
     ),
     marks=("decoder.adapter.linear_1.weight",),
-    directory=HfDirectory(complete, legacy_config, CODE),
+    value_architectures=VALUE_ARCHITECTURES,
+    value_directory=HfDirectory(code=CODE, auto_map=AUTO_MAP),
+    directory=HfDirectory(complete, legacy_config, CODE, AUTO_MAP),
 )

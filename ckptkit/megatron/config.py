@@ -59,6 +59,9 @@ def transformer_config(
         **core_grid(grid),
         add_bias_linear=config.mlp_bias,
         sequence_parallel=sequence_parallel,
+        # Two stages that exchange activations and gradients in one batch would take one for the other.
+        overlap_p2p_comm=grid.vpp > 1,
+        batch_p2p_comm=grid.vpp == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -61,11 +61,13 @@ class HfDirectory:
             and notes for the user.
         legacy_config: Raw config.json -> the config.json of the published layout of the same tensors.
         code: Files with the model's Python code. Every output directory gets a copy.
+        auto_map: `auto_map` of config.json: auto class of transformers -> module in `code` and class.
     """
 
     complete: Complete | None = None
     legacy_config: Callable[[Raw], dict[str, Any]] | None = None
     code: tuple[Path, ...] = ()
+    auto_map: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Family:
         hf_spellings: Hugging Face names of different writers; a new model gets the first.
         value_architectures: Hugging Face class names of the same layers with a value head. `--head value` turns a
             language model into the first.
+        value_directory: Differences in the Hugging Face directories of these.
         prefix: Beginning of all Megatron names of this family's models. `--layout text` writes none.
         towers: Extras that other writers keep in a Megatron checkpoint, each whole on every rank that has it: beginning
             of their Megatron names -> beginning of the extras' names.
@@ -110,6 +113,7 @@ class Family:
     spellings: tuple[Spelling, ...] = (TE, LOCAL)
     hf_spellings: tuple[HfSpelling, ...] = (HUB,)
     value_architectures: tuple[str, ...] = ()
+    value_directory: HfDirectory = HfDirectory()
     prefix: str = ""
     towers: Mapping[str, str] = field(default_factory=dict)
     text_only: Callable[[Raw], dict[str, Any]] | None = None

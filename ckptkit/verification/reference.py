@@ -8,12 +8,14 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
-from ckptkit.families.split_llama import ARCHITECTURE as SPLIT_LLAMA
+from ckptkit.families.gemma4 import GEMMA4_TEXT
+from ckptkit.families.split_llama import ARCHITECTURE, AUTO_MAP
 from ckptkit.formats.json_files import read_json
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 OTHER_ATTENTION = "sdpa"
 """The attention of a second run; the first run is eager."""
+OUR_CODE = (*AUTO_MAP.values(), *GEMMA4_TEXT.value_directory.auto_map.values())
+"""Modules and classes, as `auto_map` names them, that directories bring along and that are ours here."""
 TOKENS_PER_PASS = 8192
 """Tokens that go through the model at a time; at least one sequence."""
 
@@ -115,14 +119,14 @@ def _line(error: BaseException) -> str:
 
 
 def _class(name: str) -> Any:
-    """The class of an architecture, or None. For a split Llama it is ours: code beside the weights is not run."""
+    """The class of an architecture, or None. Where transformers has none it is ours: code beside weights is not run."""
     import transformers
 
-    if name == SPLIT_LLAMA:
-        from ckptkit.surgery.remote.modeling_custom_split_llama import CustomSplitLLamaForCausalLM
-
-        return CustomSplitLLamaForCausalLM
-    return getattr(transformers, name, None)
+    if (found := getattr(transformers, name, None)) is not None:
+        return found
+    modules = (module for path in OUR_CODE for module, _, known in [path.partition(".")] if known == name)
+    module = next(modules, None)
+    return None if module is None else getattr(import_module(f"ckptkit.surgery.remote.{module}"), name)
 
 
 def architecture_of(path: Path) -> str:
@@ -138,7 +142,7 @@ def architecture_of(path: Path) -> str:
     names = raw.get("architectures")
     if not isinstance(names, list) or not names:
         raise InputError("config.json names no architecture", where=path, hint='it needs e.g. "architectures": ["..."]')
-    if names[0] == SPLIT_LLAMA and "first_config" not in raw:
+    if names[0] == ARCHITECTURE and "first_config" not in raw:
         hint = "ckptkit convert it with --to hf, which makes it self-contained"
         raise InputError("the legacy layout of a split Llama does not load by itself", where=path, hint=hint)
     return str(names[0])

@@ -17,7 +17,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
 from tests.models import LLAMAS, files_of, llama_config, model_config, randomise, save_llama, save_model
-from tests.precision import MANY_ROWS
+from tests.precision import MANY_ROWS, relative_error
 
 TOKENS = [[(7 * i + 3 * i * i + 5 * n) % 250 for i in range(n)] for n in (24, 3, 17, 1, 24)]
 EXACT = 2e-5
@@ -27,18 +27,37 @@ FAST = [
     ("qwen3", "Qwen3ForTokenClassification"),
     ("mistral", "MistralForTokenClassification"),
     ("gemma3_text", "Gemma3TextForSequenceClassification"),
+    ("gemma3", "Gemma3ForSequenceClassification"),
+    ("gemma4_text-e2b", "Gemma4TextForTokenClassification"),
 ]
 STEMS = {family.name: family.value_architectures for family in families() if family.value_architectures}
-SLOW = [case for kind in STEMS for name in STEMS[kind] if kind != "llama" and (case := (kind, name)) not in FAST]
+KINDS = {kind: [kind] for kind in STEMS if kind not in ("llama", "split_llama")}
+KINDS["gemma4_text"] = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
+SLOW = [
+    case
+    for family, kinds in KINDS.items()
+    for kind in kinds
+    for name in STEMS[family]
+    if (case := (kind, name)) not in FAST
+]
+
+
+def class_called(name: str) -> Any:
+    """The class of transformers, or ours where it has none."""
+    import transformers
+
+    from ckptkit.surgery.remote import modeling_gemma4_value as ours
+
+    return getattr(ours if name in ours.__all__ else transformers, name)
 
 
 def build(kind: str, name: str, **changes: Any) -> Any:
     import torch
-    import transformers
 
     torch.manual_seed(0)
-    config = (llama_config if kind in LLAMAS else model_config)(kind, num_labels=1, **changes)
-    model = getattr(transformers, name)(config)
+    config = (llama_config if kind in LLAMAS else model_config)(kind, **changes)
+    config.num_labels = 1
+    model = class_called(name)(config)
     randomise(model)
     return model.eval()
 
@@ -48,9 +67,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("values")
 
     def get(kind: str, name: str) -> Path:
-        if not (folder / name).exists():
-            build(kind, name).save_pretrained(folder / name)
-        return folder / name
+        path = folder / f"{kind}-{name}"
+        if not path.exists():
+            build(kind, name).save_pretrained(path)
+        return path
 
     return get
 
@@ -71,11 +91,11 @@ def test_every_format_and_back(saved: Callable[..., Path], tmp_path: Path, kind:
         assert files_of(tmp_path / "hf") == files_of(source)
     # Whole on both tensor parallel ranks of the last stage, and nowhere else.
     shards = {(tp, pp): open_checkpoint(source).shard(tp, 2, pp, 2) for tp in range(2) for pp in range(2)}
-    head = build(kind, name).score
+    head, prefix = build(kind, name).score, open_checkpoint(source).family.prefix
     for (_, pp), shard in shards.items():
-        assert ("output_layer.weight" in shard) == (pp == 1)
-        assert ("output_layer.bias" in shard) == (pp == 1 and head.bias is not None)
-    assert torch.equal(shards[1, 1]["output_layer.weight"], head.weight)
+        assert (f"{prefix}output_layer.weight" in shard) == (pp == 1)
+        assert (f"{prefix}output_layer.bias" in shard) == (pp == 1 and head.bias is not None)
+    assert torch.equal(shards[1, 1][f"{prefix}output_layer.weight"], head.weight)
     assert (head.bias is not None) == name.endswith(OF_TOKENS)
 
 
@@ -84,6 +104,9 @@ RUN = [
     ("qwen3", "Qwen3ForTokenClassification", Parallelism(1, 2), {}),
     ("mistral", "MistralForSequenceClassification", Parallelism(2), {"sequence_parallel": True}),
     ("gemma3_text", "Gemma3TextForSequenceClassification", Parallelism(2, 2), {"packed": True}),
+    ("gemma3", "Gemma3ForSequenceClassification", Parallelism(2), {}),
+    ("gemma4_text-e2b", "Gemma4TextForTokenClassification", Parallelism(1, 2), {}),
+    ("gemma4_text-moe", "Gemma4TextForSequenceClassification", Parallelism(2), {"sequence_parallel": True}),
 ]
 MORE = [
     ("tied", "LlamaForSequenceClassification", Parallelism(2), {"dp": 2, "dp_kind": "fsdp2"}),
@@ -91,6 +114,8 @@ MORE = [
     ("qwen3_moe", "Qwen3MoeForTokenClassification", Parallelism(2, ep=2), {"sequence_parallel": True, "packed": True}),
     ("mixtral", "MixtralForTokenClassification", Parallelism(1, 2, ep=2), {"packed": True}),
     ("apertus", "ApertusForTokenClassification", Parallelism(2, 2), {}),
+    ("gemma4_text-dense", "Gemma4TextForTokenClassification", Parallelism(2, 2), {"sequence_parallel": True}),
+    ("gemma4_text-e4b", "Gemma4TextForTokenClassification", Parallelism(2, 2), {"packed": True}),
 ]
 
 
@@ -110,7 +135,7 @@ def test_values_are_those_of_transformers(
     convert(source, tmp_path / "meg", to="torch", grid=grid, spec="local")
     report = verify(source, tmp_path / "meg", tokens=TOKENS, tolerance=EXACT, pool=pool, **how)
     assert report.passed, report.levels[-1].summary
-    if kind != "gqa":
+    if kind not in ("gqa", "gemma4_text-e2b"):
         return
     for change in ({"score.weight": 1.001}, {"model.norm.weight": 1.001}):
         broken = _scaled(source, tmp_path / "-".join(change), change)
@@ -207,7 +232,7 @@ def test_the_head_comes_from_a_file(tmp_path: Path) -> None:
 
 def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path) -> None:
     source, value = save_llama(tmp_path / "lm"), saved("gqa", "LlamaForTokenClassification")
-    multimodal = save_model(tmp_path / "mm", "gemma3")
+    multimodal = save_model(tmp_path / "mm", "gemma4")
     cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (source, {"head": "reward"}, UsageError, "the only choice is: value"),
         (source, {"head_init": "zeros"}, UsageError, "add --head value"),
@@ -215,7 +240,7 @@ def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path)
         (source, {"head": "value", "head_init": "file:"}, UsageError, "zeros, normal or file:PATH"),
         (source, {"head": "value", "head_init": "file:/none"}, InputError, "no such file"),
         (value, {"head": "value"}, UsageError, "value model already"),
-        (multimodal, {"head": "value"}, UnsupportedError, "no value model is known here for Gemma3ForCond"),
+        (multimodal, {"head": "value"}, UnsupportedError, r"known here for Gemma4ForCond(?s:.*)--layout text makes"),
     ]
     for path, arguments, kind, text in cases:
         with pytest.raises(kind, match=text):
@@ -223,10 +248,55 @@ def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_multimodal_model_gives_its_text_part(tmp_path: Path) -> None:
-    source = save_model(tmp_path / "mm", "gemma3")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("gemma3", "Gemma3TextForSequenceClassification"), ("gemma4", "Gemma4TextForTokenClassification")],
+)
+def test_a_multimodal_model_gives_its_text_part(tmp_path: Path, kind: str, name: str) -> None:
+    source = save_model(tmp_path / "mm", kind)
     convert(source, tmp_path / "out", to="hf", layout="text", head="value")
-    assert open_checkpoint(tmp_path / "out").config.architecture == "Gemma3TextForSequenceClassification"
+    assert open_checkpoint(tmp_path / "out").config.architecture == name
+    assert (tmp_path / "out/modeling_gemma4_value.py").exists() == (kind == "gemma4")
+
+
+def test_a_multimodal_value_model_keeps_its_towers(tmp_path: Path) -> None:
+    """The whole of it becomes a value model of transformers' class, whose text part is the one that is made alone."""
+    from safetensors.torch import load_file
+    from transformers import Gemma3ForSequenceClassification
+
+    source = save_model(tmp_path / "mm", "gemma3")
+    convert(source, tmp_path / "whole", to="hf", head="value", head_init="normal")
+    model, info = Gemma3ForSequenceClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_labels == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "whole"))
+    assert after.keys() - before.keys() == {"score.weight"} and not before.keys() - after.keys()
+    convert(tmp_path / "whole", tmp_path / "text", to="hf", layout="text")
+    convert(source, tmp_path / "expected", to="hf", layout="text", head="value", head_init="normal")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "text" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text-dense", "gemma4_text-moe", "gemma4_text-e2b"])
+def test_our_class_reads_the_value_where_the_language_model_has_a_logit(tmp_path: Path, kind: str) -> None:
+    """A head that is one row of the language model's own head gives the logits of that row."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    source = save_model(tmp_path / "lm", kind, final_logit_softcapping=None)
+    stored = load_file(source / "model.safetensors")
+    head = stored.get("lm_head.weight", stored["model.embed_tokens.weight"])
+    save_file({"score.weight": head[7:8].clone()}, tmp_path / "head.safetensors")
+    convert(source, tmp_path / "value", to="hf", head="value", head_init=f"file:{tmp_path}/head.safetensors")
+    tokens = torch.tensor(TOKENS[:1])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source).eval()(tokens).logits[..., 7]
+        classes = (AutoModelForTokenClassification, AutoModelForSequenceClassification)
+        ours = [it.from_pretrained(tmp_path / "value", trust_remote_code=True).eval() for it in classes]
+        values, last = (model(tokens).logits[..., 0] for model in ours)
+    assert relative_error(values, expected) < EXACT and relative_error(last, expected[:, -1]) < EXACT
+    assert relative_error(values.roll(1, 1), expected) > 1e-2
 
 
 @pytest.mark.parametrize("labels", [None, 2, 3])
@@ -242,12 +312,13 @@ def test_classifiers_of_several_labels_are_refused(tmp_path: Path, labels: int |
 
 
 def test_value_models_are_those_of_transformers() -> None:
-    """Every class is there, with a `score`, and a bias exactly where the table says so."""
+    """transformers has every class, or the directory of the model brings it."""
     import transformers
 
     for kind, names in STEMS.items():
+        brought = [path.rpartition(".")[2] for path in family_called(f"{kind}_value").directory.auto_map.values()]
         for name in names:
-            assert hasattr(transformers, name), name
+            assert hasattr(transformers, name) != (name in brought), name
         assert family_called(f"{kind}_value").architectures == names
     assert {family.name for family in families() if family.name.endswith("_value")} == {
         f"{kind}_value" for kind in STEMS

@@ -1,22 +1,14 @@
-"""One of two tensor parallel ranks that train an adapter: `python -m tests.surgery.adapter_training RANK FOLDER`.
-
-FOLDER holds a Hugging Face directory for each kind of adapter. transformers takes the same steps on rank 0. The answer
-is a line of JSON: run -> what was seen.
-"""
+"""Two tensor parallel ranks that train nothing but an adapter; transformers takes the same steps on rank 0."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ckptkit.checkpoints.opening import open_checkpoint
-from ckptkit.megatron import compat
 from ckptkit.sharding.grid import Parallelism
 from tests.precision import relative_error
 from tests.surgery.pairs import KINDS, load_remote
@@ -113,18 +105,11 @@ def train(folder: Path, kind: str, sequence_parallel: bool, recompute: bool, ran
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    """Trains everything on one rank."""
-    compat.import_megatron()
-    from ckptkit.megatron import parallel
+def train_all(folder: Path, rank: int) -> dict[str, Any]:
+    """Trains everything on one rank: run -> what was seen.
 
-    store = dist.FileStore(str(folder / "store"), 2)
-    parallel.initialize(Parallelism(2), rank, store=store, device=CPU)
-    with compat.runs_on(CPU):
-        answers = {f"{kind} {split} {again}": train(folder, kind, split, again, rank) for kind, split, again in RUNS}
-    parallel.finalize()
-    print(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    Args:
+        folder: Holds a Hugging Face directory for each kind of adapter.
+        rank: This tensor parallel rank.
+    """
+    return {f"{kind} {split} {again}": train(folder, kind, split, again, rank) for kind, split, again in RUNS}

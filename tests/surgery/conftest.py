@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.formats.rank_pool import RankProcesses
 from tests.surgery.pairs import KINDS, build_split, save_pair
 
 
@@ -32,3 +34,10 @@ def wide_splits(wide_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     """Kind of the adapter -> float32 split Llama."""
     folder = tmp_path_factory.mktemp("splits32")
     return {kind: build_split(folder / kind, wide_pair, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankProcesses]:
+    """Two ranks that train."""
+    with RankProcesses(2, "tests.surgery.stage_training") as ranks:
+        yield ranks

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.formats.rank_pool import RankProcesses
 from tests.surgery.adapter_training import RUNS
+from tests.surgery.stage_training import run_adapter_training
 
 EXACT = 2e-5
 
 
 @pytest.fixture(scope="module")
-def answers(wide_splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def answers(
+    two_ranks: RankProcesses, wide_splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of the two ranks saw: (kind of adapter, sequence parallelism) -> facts."""
     folder = tmp_path_factory.mktemp("training")
     for kind, path in wide_splits.items():
         (folder / kind).symlink_to(path)
-    command = [sys.executable, "-m", "tests.surgery.adapter_training"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said[0][1][-3000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return run_adapter_training(two_ranks, folder)
 
 
 @pytest.mark.parametrize(("kind", "sequence_parallel", "recompute"), RUNS)

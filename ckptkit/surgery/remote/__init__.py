@@ -1,1 +1,1 @@
-"""What makes a split Llama load with `trust_remote_code`: files that are copied into every checkpoint."""
+"""What makes a checkpoint load with `trust_remote_code`: files that are copied into its directory."""

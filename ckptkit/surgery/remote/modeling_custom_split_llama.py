@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -129,4 +130,36 @@ class CustomSplitLLamaForCausalLM(CustomSplitLLamaPreTrainedModel, GenerationMix
     forward = LlamaForCausalLM.forward  # the same over another `self.model`
 
 
-__all__ = ["CustomSplitLLamaForCausalLM", "CustomSplitLLamaModel", "CustomSplitLLamaPreTrainedModel"]
+class CustomSplitLLamaForTokenClassification(GenericForTokenClassification, CustomSplitLLamaPreTrainedModel):
+    """A label for every token, from the wide layers; with a single label, its value."""
+
+    def __init__(self, config: CustomSplitLLamaConfig) -> None:
+        # Not the generic constructor: it asks `AutoModel`, which does not know this model.
+        CustomSplitLLamaPreTrainedModel.__init__(self, config)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.model = CustomSplitLLamaModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.last_config.hidden_size, self.num_labels, bias=bias)
+        self.post_init()
+
+
+class CustomSplitLLamaForSequenceClassification(GenericForSequenceClassification, CustomSplitLLamaPreTrainedModel):
+    """A label for every sequence, read at its last token."""
+
+    def __init__(self, config: CustomSplitLLamaConfig) -> None:
+        CustomSplitLLamaPreTrainedModel.__init__(self, config)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.model = CustomSplitLLamaModel(config)
+        self.score = nn.Linear(config.last_config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "CustomSplitLLamaForCausalLM",
+    "CustomSplitLLamaForSequenceClassification",
+    "CustomSplitLLamaForTokenClassification",
+    "CustomSplitLLamaModel",
+    "CustomSplitLLamaPreTrainedModel",
+]
