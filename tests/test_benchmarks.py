@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import planning
 from fixtures.make_damaged import SOUND
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,3 +69,13 @@ def test_a_split_llama_shrunk(tmp_path: Path) -> None:
     table = run("benchmarks.big_split", "--workdir", str(tmp_path / "work"), "--json", str(figures), *how, *sizes)
     assert json.loads(figures.read_text())["verified"]["report"]["verdict"] == "same"
     assert "| split-llama build |" in table and "| split-llama fit, lstsq of 1024 tokens |" in table
+
+
+def test_plans_are_measured_on_sparse_files(tmp_path: Path) -> None:
+    model = planning.Experts("small", layers=2, experts=4, hidden=64, ffn=32, heads=16, head_dim=8, vocab=256)
+    assert planning.write_sparse(tmp_path / "hf", model) == 3 + 2 * (9 + 3 * 4)
+    cpu, peak = planning.measure(("inspect",), tmp_path / "hf", tmp_path / "out")
+    assert cpu > 0 and peak > 1
+    grid = ("--tp", "2", "--ep", "2")
+    planning.measure(("convert", "--to", "torch_dist", *grid), tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
