@@ -8,7 +8,7 @@ shards are joined into it; both are slicing, so nothing is loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,8 +160,21 @@ class Checkpoint:
         Raises:
             UsageError: A tensor does not divide over the ranks.
         """
+        names = self.names_on(stage, rank, grid, spelling)
+        return {name: self._cut(key, rank, grid, divisible_by, spelling) for key, name in names}
+
+    def names_on(self, stage: Stage, rank: Rank, grid: Parallelism, spelling: Spelling) -> Iterator[tuple[str, str]]:
+        """The tensors of one model chunk of one rank: canonical name, and name under the rank's own numbers.
+
+        The copy of a tied embedding that serves as head comes with the canonical name of the embedding.
+
+        Args:
+            stage: The chunk's stage.
+            rank: The rank's places in the grid.
+            grid: The grid.
+            spelling: Spelling of the rank's names.
+        """
         local = {layer: number for number, layer in enumerate(stage.layers)}
-        chunk = {}
         for key, item in self.items.items():
             if not is_on(item, stage, grid):
                 continue
@@ -169,11 +182,9 @@ class Checkpoint:
             if item.expert is not None:
                 home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
             if home == rank.ep:
-                name = item.name(None if item.layer is None else local[item.layer], expert)
-                chunk[spelling.written(name)] = self._cut(key, rank, grid, divisible_by, spelling)
+                yield key, spelling.written(item.name(None if item.layer is None else local[item.layer], expert))
         if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
-            chunk[spelling.written(HEAD)] = self._cut(EMBEDDING, rank, grid, divisible_by, spelling)
-        return chunk
+            yield EMBEDDING, spelling.written(HEAD)
 
     def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int, spelling: Spelling) -> Tensor:
         tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
