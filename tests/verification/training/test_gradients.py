@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,29 @@ def test_a_run_leaves_no_process_groups_behind(sources: Sources, tmp_path: Path)
             gradients_of(sources["mixtral"], tmp_path / str(number), ranks, (Parallelism(ep=2), {}))
             counts.append(threads(ranks))
     assert counts[0] == counts[1]
+
+
+def test_the_row_of_the_padding_token(sources: Sources, tmp_path: Path, pool: RankPool) -> None:
+    """transformers does not train it where it is looked up; Megatron does, and the report says so."""
+    import torch
+
+    from ckptkit.verification.reference import load_model
+
+    source, pad, name = sources["apertus"], 3, "model.embed_tokens.weight"
+    model = load_model(source, torch.float32)
+    assert model.get_input_embeddings().padding_idx == pad
+    tokens = [[pad, 5, 6, pad, 7, 8, 9, 10], [11, pad, 12, 13]]
+    model(input_ids=torch.tensor(tokens[:1])).logits.square().sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert not gradient[pad].any() and gradient[5].any()
+
+    (tmp_path / "without").mkdir()
+    way = (Parallelism(2), SP)
+    answer = gradients_of(source, tmp_path, pool, way, tokens=tokens)
+    assert answer.passed, answer.summary
+    (message,) = (line for line in answer.details["messages"] if "padding" in line)
+    assert f"row {pad} of {name}" in message
+    share = float(re.search(r"\(([\d.e+-]+) of the largest", message)[1])  # type: ignore[index]
+    assert share > 1e-3
+    answer = gradients_of(source, tmp_path / "without", pool, way, tokens=[[11, 12, 13, 14]])
+    assert answer.passed and not any("padding" in line for line in answer.details["messages"])

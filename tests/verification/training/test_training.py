@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LevelResult
 from ckptkit.verification.training.level import verify_training
 from tests.verification.conftest import DEVICE
+from tests.verification.reports.test_report_schema import documented
 from tests.verification.training.conftest import Sources
 from tests.verification.training.test_gradients import PACKED, RECOMPUTE, SP, rows, some_slow
 
@@ -189,6 +191,10 @@ def test_levels_in_their_order(sources: Sources, tmp_path: Path, pool: RankPool)
     assert [level.name for level in report.levels] == ["structure", "weights", "logits", "gradients", "training"]
     assert report.passed, [level.summary for level in report.levels]
     assert len(report.levels[-1].details["losses"]["candidate"]) == 3
+    fields = documented("`details` of `gradients` and of `training`")
+    for level in report.levels[-2:]:
+        assert set(level.details) == {re.split(r"[.\[]", field)[0] for field in fields}
+        assert {f"worst[].{name}" for name in level.details["worst"][0]} <= fields
 
 
 @pytest.mark.parametrize(
