@@ -11,7 +11,7 @@ ARGS ?=
 # A file's tests stay in one process, which keeps its ranks; every process has four of them.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # Where tests compute numbers, and what makes torch compute them as on a processor without vector instructions.
-NUMERIC := tests/verification tests/megatron tests/surgery tests/inspection tests/io/test_casts.py tests/test_value_models.py
+NUMERIC := tests/verification tests/megatron tests/surgery tests/inspection tests/io/test_casts.py tests/conversion/test_value_models.py
 PLAIN_PROCESSOR := ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
