@@ -8,20 +8,21 @@ shards are joined into it; both are slicing, so nothing is loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES, DType
 from ckptkit.errors import UsageError
 from ckptkit.formats.sidecar import Sidecar
-from ckptkit.formats.torch_legacy import OptimizerState
+from ckptkit.formats.torch_legacy import OptimizerState, Shards
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.plan import Comparison, Dropped
 from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import Parallelism, Rank
-from ckptkit.sharding.rules import expert_home, pad_rows, padded_vocab_size
+from ckptkit.sharding.rules import Shard, Split, expert_home, pad_rows, padded_vocab_size
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
 from ckptkit.tables.divisibility import check_divides
 from ckptkit.tables.family import Family
@@ -160,27 +161,63 @@ class Checkpoint:
         Raises:
             UsageError: A tensor does not divide over the ranks.
         """
-        local = {layer: number for number, layer in enumerate(stage.layers)}
-        chunk = {}
-        for key, item in self.items.items():
-            if not is_on(item, stage, grid):
-                continue
-            home, expert = (rank.ep, None)
-            if item.expert is not None:
-                home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
-            if home == rank.ep:
-                name = item.name(None if item.layer is None else local[item.layer], expert)
-                chunk[spelling.written(name)] = self._cut(key, rank, grid, divisible_by, spelling)
-        if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
-            chunk[spelling.written(HEAD)] = self._cut(EMBEDDING, rank, grid, divisible_by, spelling)
-        return chunk
+        found = {}
+        for name, key in self._held([stage], grid, spelling)[stage, rank.ep].items():
+            tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
+            found[name] = _cut(key, tensor, Shard(split, *_place(split, rank, grid)))
+        return found
 
-    def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int, spelling: Spelling) -> Tensor:
-        tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
-        try:
-            return split.cut(tensor, *((rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)))
-        except UsageError as error:
-            raise UsageError(error.what, where=key, hint=error.hint) from None
+    def shards(
+        self, stages: Sequence[Stage], grid: Parallelism, spelling: Spelling, divisible_by: int
+    ) -> Iterator[tuple[Stage, Rank, Shards]]:
+        """`chunk` of every stage for each of its ranks, for outputs of so many shards that none is made before its time.
+
+        Raises:
+            UsageError: A tensor does not divide over the ranks.
+        """
+        splits = {key: item.split(spelling) for key, item in self.items.items()}
+        cuts: dict[tuple[int, int, int], Shard] = {}
+        forms: dict[tuple[object, ...], tuple[DType, tuple[int, ...]]] = {}
+        for (stage, ep), keys in self._held(stages, grid, spelling).items():
+            wholes = tuple(self.padded(key, grid.tp, divisible_by) for key in keys.values())
+            for rank in grid.ranks():
+                if (rank.pp, rank.ep) != (stage.pp_rank, ep):
+                    continue
+                shards = Shards(tuple(keys), wholes, [], [])
+                for key, whole in zip(keys.values(), wholes, strict=True):
+                    split = splits[key]
+                    place = id(split), *_place(split, rank, grid)
+                    cut = cuts.get(place) or cuts.setdefault(place, Shard(split, *place[1:]))
+                    kind = place, whole.shape, whole.dtype.name, whole.out_dtype.name
+                    if kind not in forms:
+                        shard = _cut(key, whole, cut)
+                        forms[kind] = shard.out_dtype, shard.shape
+                    shards.cuts.append(cut)
+                    shards.forms.append(forms[kind])
+                yield stage, rank, shards
+
+    def _held(
+        self, stages: Iterable[Stage], grid: Parallelism, spelling: Spelling
+    ) -> dict[tuple[Stage, int], dict[str, str]]:
+        """For each stage and expert parallel rank: names under its own layer and expert numbers -> canonical names."""
+        held: dict[tuple[Stage, int], dict[str, str]] = {(stage, ep): {} for stage in stages for ep in range(grid.ep)}
+        written = lru_cache(maxsize=None)(lambda name, layer, expert: spelling.written(name.format(i=layer, e=expert)))
+        for stage in stages:
+            local = {layer: number for number, layer in enumerate(stage.layers)}
+            for key, item in self.items.items():
+                if not is_on(item, stage, grid):
+                    continue
+                homes, expert = range(grid.ep), None
+                if item.expert is not None:
+                    home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
+                    homes = range(home, home + 1)
+                name = written(item.row.megatron, None if item.layer is None else local[item.layer], expert)
+                for ep in homes:
+                    held[stage, ep][name] = key
+            if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
+                for ep in range(grid.ep):
+                    held[stage, ep][spelling.written(HEAD)] = EMBEDDING
+        return held
 
     def padded(self, key: str, tp: int, divisible_by: int) -> Tensor:
         """The whole tensor of a canonical name, with vocabulary padding for `tp` ranks where it has a vocabulary.
@@ -261,6 +298,18 @@ class Checkpoint:
         divisible_by = vocabulary_multiple(self.config.vocab_size, grid.tp, spelling, make_vocab_size_divisible_by)
         chunk = self.chunk(stages[pp_rank, vp_stage], rank, grid, spelling, divisible_by)
         return {name: load(tensor) for name, tensor in chunk.items()}
+
+
+def _place(split: Split, rank: Rank, grid: Parallelism) -> tuple[int, int]:
+    """Number of a rank among those that a rule splits tensors over, and how many these are."""
+    return (rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)
+
+
+def _cut(key: str, tensor: Tensor, cut: Shard) -> Tensor:
+    try:
+        return cut(tensor)
+    except UsageError as error:
+        raise UsageError(error.what, where=key, hint=error.hint) from None
 
 
 def most_common_dtype(tensors: Iterable[Tensor]) -> DType:

@@ -19,7 +19,7 @@ from ckptkit.formats.safetensors import Header
 from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import walk
-from ckptkit.tensors import Tensor
+from ckptkit.tensors import Region, Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -258,7 +258,7 @@ def _check_index(path: Path, index: Mapping[str, Any], tensors: Mapping[str, Ten
         raise InputError(f"the shards hold {extra[0]}, which the index does not list", where=path)
     files = {name: str(path / name) for name in set(listed.values())}
     for name, tensor in tensors.items():
-        holder = next((piece.file for band in tensor.bands for piece in band.pieces if hasattr(piece, "file")), None)
+        holder = next((piece.file for band in tensor.bands for piece in band.pieces if isinstance(piece, Region)), None)
         if holder is not None and holder != files[listed[name]]:
             raise InputError(f"the index lists {name} in {listed[name]}, it is in {Path(holder).name}", where=path)
 

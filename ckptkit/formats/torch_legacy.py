@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.torch_file.pickles import (
@@ -23,7 +25,7 @@ from ckptkit.formats.torch_file.pickles import (
     lay_out_torch_file,
     read_torch_file,
 )
-from ckptkit.io.plan import OutputFile
+from ckptkit.io.plan import Cut, Form, OutputFile
 from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
 
@@ -211,13 +213,45 @@ def rank_folder(rank: RankKey, pp: int, ep: int) -> str:
     return name if ep == 1 else f"{name}_{ep_rank:03d}"
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The shards of one model chunk that one rank holds; they are cut while they are written.
+
+    Attributes:
+        names: Their local names.
+        wholes: The tensors that they are cut from.
+        cuts: How each is cut.
+        forms: Element type and shape of each.
+        states: Local names of the empty `_extra_state`s after them.
+    """
+
+    names: tuple[str, ...]
+    wholes: tuple[Tensor, ...]
+    cuts: list[Cut]
+    forms: list[tuple[DType, tuple[int, ...]]]
+    states: tuple[str, ...] = ()
+
+    def written(self) -> Iterator[tuple[Tensor, Cut]]:
+        """The whole tensor and the cut of each shard that has bytes."""
+        return (
+            (whole, cut)
+            for whole, cut, (_, shape) in zip(self.wholes, self.cuts, self.forms, strict=True)
+            if prod(shape)
+        )
+
+    def blank(self) -> dict[str, Tensor | None]:
+        """The content of a file without its bytes."""
+        tensors = (Tensor.full(dtype, shape) for dtype, shape in self.forms)
+        return {**dict(zip(self.names, tensors, strict=True)), **dict.fromkeys(self.states)}
+
+
 def lay_out_torch_legacy(
-    ranks: Mapping[RankKey, Mapping[str, Mapping[str, Tensor | None]]], args: Mapping[str, Any], dtype: str
+    ranks: Mapping[RankKey, Mapping[str, Shards]], args: Mapping[str, Any], dtype: str
 ) -> list[OutputFile]:
     """The files of a checkpoint that Megatron-LM's `--load` finds as `release`.
 
     Args:
-        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> local name -> tensor; None stands for an empty `_extra_state`.
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> its shards.
         args: Arguments as plain values.
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
     """
@@ -225,10 +259,17 @@ def lay_out_torch_legacy(
     ep = 1 + max(ep_rank for _, _, ep_rank in ranks)
     namespace = Namespace({**args, "params_dtype": TorchDType(dtype)})
     files = [OutputFile.small(TRACKER, b"release")]
+    forms: dict[object, Form] = {}
     for rank, chunks in sorted(ranks.items()):
-        content = {"args": namespace, "checkpoint_version": 3.0, "iteration": 0}
-        content.update({key: dict(chunk) for key, chunk in chunks.items()})
-        files.append(lay_out_torch_file(f"release/{rank_folder(rank, pp, ep)}/{FILE}", content))
+        kind = tuple((key, shards.names, shards.states, tuple(shards.forms)) for key, shards in chunks.items())
+        if kind not in forms:
+            blanks = {key: shards.blank() for key, shards in chunks.items()}
+            content = {"args": namespace, "checkpoint_version": 3.0, "iteration": 0, **blanks}
+            forms[kind] = Form.of(
+                lay_out_torch_file(FILE, content), [t for blank in blanks.values() for t in blank.values()]
+            )
+        path = f"release/{rank_folder(rank, pp, ep)}/{FILE}"
+        files.append(forms[kind].filled(path, [shard for shards in chunks.values() for shard in shards.written()]))
     return files
 
 

@@ -44,6 +44,18 @@ class Split:
     by_part: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The shard that `rank` of `size` ranks has of every tensor which a rule splits."""
+
+    split: Split
+    rank: int
+    size: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.split.cut(tensor, self.rank, self.size)
+
+
 def _share(length: int, size: int, axis: str) -> int:
     if length % size:
         raise UsageError(

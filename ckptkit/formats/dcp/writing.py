@@ -157,7 +157,7 @@ def _archive(dtype: DType, shape: tuple[int, ...]) -> OutputFile:
     """An archive with one tensor, whose segment is named `_HERE`: all of one dtype and shape differ only in that."""
     blank = Tensor.full(dtype, shape)
     file = lay_out_torch_file("archive", blank)
-    segments = tuple(replace(segment, name=_HERE) if segment.tensor is blank else segment for segment in file.segments)
+    segments = tuple(segment._replace(name=_HERE) if segment.tensor is blank else segment for segment in file.segments)
     return replace(file, segments=segments)
 
 
