@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.alternatives import ALTERNATIVES, installed
 from benchmarks.measure import Run, Summary, available_memory, cp_command, is_memory, remove, run, settle
-from benchmarks.model import Shape, write_llama
+from benchmarks.model import Shape, write_model
 
 MARGIN = 1 << 30
 GRID = ("--to", "torch", "--tp", "2", "--pp", "2")
@@ -180,7 +180,7 @@ class Bench:
         """Makes a source; a sharded one is converted from a Hugging Face one that is deleted then."""
         self.say(f"making the source ({kind}, {self.size / 1e9:g} GB)")
         path = self.place / kind
-        write_llama(self.place / "model", self.size, self.shape, "F32" if kind == "hf-f32" else "BF16")
+        write_model(self.place / "model", self.size, self.shape, "F32" if kind == "hf-f32" else "BF16")
         if kind in CONVERTED:
             run([sys.executable, "-m", "ckptkit", "convert", str(self.place / "model"), str(path), *CONVERTED[kind]])
             remove(self.place / "model")

@@ -149,6 +149,8 @@ def test_checksums(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
         content[start - 8 : start] = zlib.crc32(content[start:stop]).to_bytes(4, "little") * 2
     plan = Plan((OutputFile("f", len(content), tuple(segments), checksums),))
     assert written(plan, tmp_path_factory.mktemp("out"), threads=threads, limits=limits)["f"] == content
+    hashes = run(plan, tmp_path_factory.mktemp("out"), threads=threads, limits=limits, hash=True).hashes
+    assert hashes == {"f": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
