@@ -75,7 +75,7 @@ def verify_logits(
     rows = _rows(tokens, vocabularies[0])
     steps = 0 if pair.reference.value_head or pair.candidate.value_head else greedy
     with ExitStack() as stack:
-        ranks = pool or stack.enter_context(_own_ranks(pair, options.dp))
+        ranks = pool or stack.enter_context(_own_ranks(pair, options))
         folder = Path(ranks.once(lambda: tempfile.mkdtemp(prefix="ckptkit-verify-")))
         stack.callback(_remove, ranks, folder)
         passes = Passes(ranks, folder, opener)
@@ -99,14 +99,14 @@ def _rows(tokens: Tokens, vocab_size: int) -> list[list[int]]:
     return rows
 
 
-def _own_ranks(pair: Pair, replicas: int) -> AbstractContextManager[Ranks]:
+def _own_ranks(pair: Pair, options: RunOptions) -> AbstractContextManager[Ranks]:
     """The processes that are there, or a pool for the larger grid, which starts while transformers runs its side."""
     if inside_torchrun():
         return nullcontext(TorchrunRanks())
     sides = (pair.reference, pair.candidate)
-    pool = RankPool(max(side.grid.world_size for side in sides) * replicas)
+    pool = RankPool(max(side.grid.world_size for side in sides) * options.dp)
     if any(side.side.kind == MEGATRON for side in sides):
-        pool.begin()
+        pool.begin(options.device)
     return pool
 
 
