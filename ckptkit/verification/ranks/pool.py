@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 from ckptkit.errors import UsageError, VerificationError
+from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.ranks.jobs import LogitsJob, decode_error, encode_error
 from ckptkit.verification.ranks.processes import Processes
 
@@ -37,8 +38,8 @@ LONG = 24 * 3600.0
 class Ranks(Protocol):
     """Something that runs a job on all its ranks."""
 
-    def run(self, job: LogitsJob) -> list[dict[str, Any]]:
-        """Run a job and return every rank's answer, in order of ranks."""
+    def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
+        """Run a job and return every rank's answer, in order of ranks; `tell` is told what the first rank is at."""
         ...
 
     def once(self, task: Callable[[], T]) -> T:
@@ -103,8 +104,12 @@ class RankPool:
             self._ready = True
         return processes
 
-    def run(self, job: LogitsJob) -> list[dict[str, Any]]:
+    def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
         """Run a job on the first `job.world_size` processes.
+
+        Args:
+            job: The job.
+            tell: Told what the first rank is at.
 
         Returns:
             Each rank's answer, in order of ranks.
@@ -116,12 +121,13 @@ class RankPool:
         """
         if job.world_size > self.world_size:
             raise UsageError(f"{job.grid} needs {job.world_size} ranks, the pool has {self.world_size}")
+        tell(Step("starting the ranks"))
         processes = self.start(job.options.device)
         meeting_point = str(Path(self._folder.name) / uuid.uuid4().hex)
         for rank in range(job.world_size):
             processes.send(rank, json.dumps({"rank": rank, "meeting_point": meeting_point, "job": job.to_json()}))
         with self._killed_unless_done():
-            answers = self._collect(processes, range(job.world_size), job.options.timeout, str(job))
+            answers = self._collect(processes, range(job.world_size), job.options.timeout, str(job), tell)
         return [answers[rank]["result"] for rank in range(job.world_size)]
 
     def close(self) -> None:
@@ -129,8 +135,10 @@ class RankPool:
         self._kill()
         self._folder.cleanup()
 
-    def _collect(self, processes: Processes, ranks: range, timeout: float, where: str) -> dict[int, dict[str, Any]]:
-        """Wait for one answer of each rank."""
+    def _collect(
+        self, processes: Processes, ranks: range, timeout: float, where: str, tell: Tell = nobody
+    ) -> dict[int, dict[str, Any]]:
+        """Wait for one answer of each rank, and pass on what it says before."""
         deadline = time.monotonic() + timeout
         answers: dict[int, dict[str, Any]] = {}
         failed: dict[str, str | None] | None = None
@@ -147,7 +155,11 @@ class RankPool:
                 break
             if line is None:
                 raise self._died(processes, rank, where)
-            answers[rank] = json.loads(line)
+            message = json.loads(line)
+            if "step" in message:
+                tell(Step(**message["step"]))
+                continue
+            answers[rank] = message
             if failed is None and "error" in answers[rank]:
                 failed, deadline = answers[rank]["error"], min(deadline, time.monotonic() + GRACE)
         if failed is not None:
@@ -190,8 +202,12 @@ class TorchrunRanks:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._store: dist.Store | None = None
 
-    def run(self, job: LogitsJob) -> list[dict[str, Any]]:
+    def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
         """Run a job on the first `job.world_size` processes; the others wait.
+
+        Args:
+            job: The job.
+            tell: Told, in the first process, what it is at.
 
         Raises:
             UsageError: There are too few processes.
@@ -210,7 +226,7 @@ class TorchrunRanks:
             def failed(error: Exception) -> None:
                 self._set(prefix, self.rank, {"error": encode_error(error)})
 
-            self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed))
+            self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed, tell))
         return [self._get(prefix, rank, job.options.timeout) for rank in range(job.world_size)]
 
     def once(self, task: Callable[[], T]) -> T:

@@ -21,12 +21,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from ckptkit.steps import Counted, Step, Tell, nobody
 from ckptkit.verification.ranks.forking import fork_each
 from ckptkit.verification.ranks.jobs import OPENER, LogitsJob, decode_error, encode_error, find
 from ckptkit.verification.reports.report import installed_versions
@@ -39,7 +40,11 @@ if TYPE_CHECKING:
 
 
 def execute(
-    job: LogitsJob, rank: int, store: dist.Store, failed: Callable[[Exception], None] = lambda error: None
+    job: LogitsJob,
+    rank: int,
+    store: dist.Store,
+    failed: Callable[[Exception], None] = lambda error: None,
+    tell: Tell = nobody,
 ) -> dict[str, Any]:
     """Do one rank's part of a job.
 
@@ -48,6 +53,7 @@ def execute(
         rank: Global rank, below `job.world_size`.
         store: A fresh store on which the ranks meet.
         failed: Told of an error before the group is left, which may wait for ranks that never come.
+        tell: Told what the first rank is at.
 
     Returns:
         The fields of `runs.Run` that a rank knows, as JSON types.
@@ -65,7 +71,7 @@ def execute(
         parallel.initialize(
             job.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=job.options.dp
         )
-        return _run(job, rank, device)
+        return _run(job, rank, device, nobody if rank else tell)
     except Exception as error:
         failed(error)
         raise
@@ -76,18 +82,21 @@ def execute(
             torch.cuda.empty_cache()
 
 
-def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
+def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[str, Any]:
     from ckptkit.megatron.replicas import check_alike, check_same_weights, replica_group, replicate
     from ckptkit.verification.probes import megatron_head
+    from ckptkit.verification.runs import tokens_to_run
 
     start = time.monotonic()
+    tell(Step("loading"))
     pipeline = _together(job, rank, device)
     group = replica_group(job.grid, job.options.dp, rank) if job.options.dp > 1 else None
     if group is not None:
         check_same_weights(pipeline.chunks, group)
         pipeline = replace(pipeline, replicated=replicate(job.options.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()
-    runner = _RankRun(job, pipeline)
+    counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=job.options.packed), "tokens", tell)
+    runner = _RankRun(job, replace(pipeline, passed=counted.add))
     rows, groups = runner.run()
     if group is not None:
         for logits in groups.values():
@@ -264,7 +273,7 @@ def _modules(chunks: list[Any]) -> dict[str, int]:
 
 
 def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
-    """Does what a line of standard input asks for, and replies once."""
+    """Does what a line asks for, and replies once, after the steps that it goes through."""
     import torch.distributed as dist
 
     message, replied = json.loads(line), False
@@ -279,7 +288,7 @@ def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
     try:
         job = LogitsJob.from_json(message["job"])
         store = dist.FileStore(message["meeting_point"], job.world_size)
-        result = execute(job, message["rank"], store, failed)
+        result = execute(job, message["rank"], store, failed, lambda step: reply({"step": asdict(step)}))
     except Exception as error:
         failed(error)
     else:
