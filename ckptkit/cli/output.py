@@ -13,6 +13,7 @@ from ckptkit.cli.streams import encodes_everything, silence
 from ckptkit.errors import CkptkitError, StorageError
 from ckptkit.io.system import write_text
 from ckptkit.printable import printable, printable_json
+from ckptkit.steps import Step, Tell, nobody
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,6 +134,30 @@ class Output:
             task = bar.add_task(what, total=None)
             # A full bar disappears: the work after it (syncing, starting ranks) is not measured in bytes.
             yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
+
+    @contextmanager
+    def steps(self, *, shown: bool = True) -> Iterator[Tell]:
+        """What runs, on stderr: a moving line on a terminal, otherwise a line now and then.
+
+        Args:
+            shown: Whether this process is the one that shows it.
+
+        Yields:
+            A callable that takes steps, from any thread.
+        """
+        from ckptkit.cli import watching
+
+        if not shown:
+            yield nobody
+            return
+        terminal = sys.stderr.isatty()
+        with watching.moving_line(_console(sys.stderr, sys.stderr)) if terminal else watching.plain_lines(say) as tell:
+            yield tell
+
+
+def bytes_of(what: str, tell: Tell) -> Progress:
+    """Passes (bytes done, bytes in all) on as a step."""
+    return lambda done, total: tell(Step(what, done, total, "bytes"))
 
 
 def say(text: str, *, label: str = "", style: str = "") -> None:

@@ -89,8 +89,11 @@ def _closing_line(result: ConversionResult) -> Text:
     seconds = result.seconds
     if result.dry_run:
         return line((f"Planned in {seconds:.2f} s. Nothing was written.", "bold"))
-    rate = human_size(int(result.bytes_total / seconds)) if seconds > 0 else "-"
-    return line((f"Wrote {human_size(result.bytes_total)} in {seconds:.2f} s ({rate}/s).", GOOD))
+    copying, fitted = seconds - result.seconds_fitting, ""
+    if result.seconds_fitting:
+        fitted = f"Fitted the adapter in {result.seconds_fitting:.2f} s. "
+    rate = human_size(int(result.bytes_total / copying)) if copying > 0 else "-"
+    return line((f"{fitted}Wrote {human_size(result.bytes_total)} in {copying:.2f} s ({rate}/s).", GOOD))
 
 
 # looking --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import typer
 
 from ckptkit.cli.exits import EXIT_DIFFERS
 from ckptkit.cli.options import OUTPUT, Source, choice
-from ckptkit.cli.output import Output
+from ckptkit.cli.output import Output, bytes_of
 from ckptkit.cli.records import Prefix
 from ckptkit.errors import UsageError
 from ckptkit.megatron import DDP, DP_KINDS
@@ -192,7 +192,7 @@ def verify(
     output = Output(json)
     check_places(json, junit, html, run.save_logits)
     first_rank = os.environ.get("RANK", "0") == "0"
-    with errors_reported(junit if first_rank else None, reference, candidate), output.progress("verifying") as progress:
+    with errors_reported(junit if first_rank else None, reference, candidate), output.steps(shown=first_rank) as tell:
         report = levels.verify(
             reference,
             candidate,
@@ -202,7 +202,8 @@ def verify(
             keep_going=keep_going,
             reference_source=SourceOptions(**reference_source.keywords()),
             candidate_source=SourceOptions(**candidate_source.keywords()),
-            progress=progress,
+            progress=bytes_of("comparing the weights", tell),
+            tell=tell,
             **vars(run),
         )
     if first_rank:

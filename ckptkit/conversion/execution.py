@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import StorageError
 from ckptkit.io.plan import Plan
+from ckptkit.steps import Tell, nobody
 
 if TYPE_CHECKING:
     from ckptkit.io.commit import Destination
@@ -27,6 +28,7 @@ class Execution:
         threads: Threads that move bytes; None for one per core, at most 4.
         hash: Also compute the SHA-256 of every output file.
         progress: Called with (bytes done, bytes in all).
+        tell: Told what is computed before bytes move, where that takes long.
     """
 
     dry_run: bool = False
@@ -35,6 +37,7 @@ class Execution:
     threads: int | None = None
     hash: bool = False
     progress: Callable[[int, int], None] | None = None
+    tell: Tell = nobody
 
 
 class How(TypedDict, total=False):
@@ -46,6 +49,7 @@ class How(TypedDict, total=False):
     threads: int | None
     hash: bool
     progress: Callable[[int, int], None] | None
+    tell: Tell
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class ConversionResult:
     parts of Megatron tensors that the model does not use and the output does not hold, one record for each kind:
     `what`, `parts`, `elements`, and the largest difference from the values that a conversion to Megatron puts there
     (`max_abs_difference`, with the tensor in `where`). A dry run reads no weights, so its difference is None.
+    `seconds` is the time of the whole command; `seconds_fitting` is the part of it in which an adapter was fitted.
     """
 
     source: dict[str, Any]
@@ -74,6 +79,7 @@ class ConversionResult:
     dry_run: bool
     seconds: float
     hashes: dict[str, str]
+    seconds_fitting: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -87,6 +93,7 @@ def carry_out(
     target_facts: dict[str, Any],
     execution: Execution,
     started: float,
+    fitting: float = 0.0,
 ) -> ConversionResult:
     """Carries a plan out and sums it up. A dry run only sums it up.
 
@@ -97,6 +104,7 @@ def carry_out(
         target_facts: `target` of the result; its `path` is the destination.
         execution: How to do it.
         started: When the whole command started, as `time.monotonic` gives it.
+        fitting: Seconds since then in which nothing but an adapter was computed.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
@@ -136,6 +144,7 @@ def carry_out(
         dry_run=execution.dry_run,
         seconds=time.monotonic() - started,
         hashes=hashes,
+        seconds_fitting=fitting,
     )
 
 

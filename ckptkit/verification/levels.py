@@ -16,6 +16,7 @@ from ckptkit.checkpoints.source_options import SourceOptions, options_called
 from ckptkit.errors import CkptkitError, UsageError
 from ckptkit.formats.hub import locate
 from ckptkit.sharding.stages import split_layers
+from ckptkit.steps import Tell, nobody
 from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
@@ -41,6 +42,7 @@ def verify(
     reference_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     candidate_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     progress: Callable[[int, int], None] | None = None,
+    tell: Tell = nobody,
     pool: Ranks | None = None,
     **run: Unpack[RunKeywords],
 ) -> VerificationReport:
@@ -59,6 +61,7 @@ def verify(
         reference_source: Facts about the reference that it does not record itself.
         candidate_source: Facts about the candidate that it does not record itself.
         progress: Called with (bytes compared, bytes in all) at the weights level.
+        tell: Told what runs at the logits level, and how far it is.
         pool: Ranks to use instead of starting some.
         run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
             packed, sequence_parallel, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
@@ -93,7 +96,7 @@ def verify(
     asked.ask("structure", lambda: check_structure(*checkpoints))
     diff = _diff_command(reference, candidate, reference_source, candidate_source)
     asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff)))
-    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, run))
+    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, tell, run))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
@@ -211,12 +214,13 @@ def _logits(
     prompts: Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
     pool: Ranks | None,
+    tell: Tell,
     run: RunKeywords,
 ) -> LevelResult:
     tokenizer = _tokenizer(checkpoints) if prompts else None
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
-    report = verify_logits(*sides, tokens=tokens, pool=pool, **run)
+    report = verify_logits(*sides, tokens=tokens, pool=pool, tell=tell, **run)
     answer = report.level()
     if tokenizer is not None and report.greedy is not None:
         texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]

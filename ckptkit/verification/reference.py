@@ -17,10 +17,11 @@ from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.gemma4 import GEMMA4_TEXT
 from ckptkit.families.split_llama import ARCHITECTURE, AUTO_MAP
 from ckptkit.formats.json_files import read_json
+from ckptkit.steps import Counted, Step, Tell, nobody
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.rounding import round_model
-from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
+from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes, tokens_to_run
 
 if TYPE_CHECKING:
     import torch
@@ -35,26 +36,30 @@ TOKENS_PER_PASS = 8192
 """Tokens that go through the model at a time; at least one sequence."""
 
 
-def run_reference(job: LogitsJob) -> Run:
+def run_reference(job: LogitsJob, tell: Tell = nobody) -> Run:
     """Run a Hugging Face directory over the tokens.
 
     Args:
         job: The tokens to run and the results to keep; it has no grid here.
+        tell: Told what it is at.
 
     Raises:
         InputError: The directory is damaged, or weights are missing, unexpected or mis-shaped.
         UnsupportedError: This transformers has no such class, or its routing cannot be replayed.
         VerificationError: There is no memory for it, or the device failed.
     """
-    import torch
-
     start = time.monotonic()
+    tell(Step("importing transformers"))
+    import torch
+    import transformers  # noqa: F401
+
+    tell(Step("loading"))
     model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
     if job.rounded:
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        run = _ReferenceRun(model, job).run()
+        run = _ReferenceRun(model, job, tell).run()
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:
@@ -151,11 +156,12 @@ def architecture_of(path: Path) -> str:
 class _ReferenceRun:
     """A loaded model and what to keep of a run."""
 
-    def __init__(self, model: Any, job: LogitsJob) -> None:
+    def __init__(self, model: Any, job: LogitsJob, tell: Tell) -> None:
         from ckptkit.verification.probes import Recorder, hf_sites
         from ckptkit.verification.routing import Record, hf_routers, read_experts
 
         self.model, self.job = model, job
+        self.counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=bool(job.again)), "tokens", tell)
         self.recorder = Recorder(hf_sites(model) if job.probes else {}, job.whole_layers)
         self.record = Record()
         self.routers = hf_routers(model) if job.routing or job.replay else {}
@@ -219,6 +225,7 @@ class _ReferenceRun:
             batch = tokens[first : first + rows].to(self.model.device)
             with around(batch, first):
                 parts.append(_outputs(self.model, batch).float().cpu())
+            self.counted.add(batch.numel())
         return torch.cat(parts)
 
     def _continue(self, tokens: torch.Tensor, steps: int) -> torch.Tensor:

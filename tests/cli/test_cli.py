@@ -31,6 +31,7 @@ from ckptkit.errors import (
 from ckptkit.inspection import summary
 from ckptkit.inspection.summary import Inspection
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.steps import Step
 from ckptkit.verification import levels
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
 from fixtures.make_damaged import SOUND
@@ -93,6 +94,11 @@ class Callee:
         if self.error is not None:
             raise self.error
         return self.result
+
+    def told(self) -> None:
+        """Checks, and takes off, what the function is to call while it works."""
+        self.options.pop("progress")(1, 2)
+        self.options.pop("tell")(Step("loading"))
 
 
 @pytest.fixture
@@ -235,6 +241,12 @@ def test_a_finished_conversion_and_its_hashes(convert):
     assert "ab" * 32 in text
 
 
+def test_the_time_of_a_fit_is_no_copying_rate(convert):
+    convert.result = replace(RESULT, dry_run=False, seconds=60.5, seconds_fitting=60.0)
+    text = run("convert", "a", "b", "--to", "torch").stdout
+    assert "Fitted the adapter in 60.00 s. Wrote 45.3 MB in 0.50 s (90.6 MB/s)." in text
+
+
 def test_convert_as_json(convert):
     result = run("convert", "a", "b", "--to", "torch", "--json")
     assert json.loads(result.stdout) == RESULT.to_dict()
@@ -349,6 +361,7 @@ def test_verify_passes_and_differs(verify):
     result = run("verify", "a", "b")
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "same"
     assert verify.arguments == ("a", "b")
+    verify.told()
     assert verify.options == {
         "level": "logits",
         "device": "cpu",
@@ -369,7 +382,6 @@ def test_verify_passes_and_differs(verify):
         "keep_going": False,
         "reference_source": SourceOptions(),
         "candidate_source": SourceOptions(),
-        "progress": None,
     }
     verify.result = DIFFERS
     result = run("verify", "a", "b", "--json", "-")
@@ -384,6 +396,7 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
     how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
     result = run(*line.split(), *how.split(), "--prompt", "one", "--prompt", "two")
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "same"
+    verify.told()
     assert verify.options == {
         "level": "weights",
         "device": "cuda",
@@ -404,7 +417,6 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "keep_going": True,
         "reference_source": SourceOptions("r", 3),
         "candidate_source": SourceOptions(None, 4, StatedGrid(2), 9),
-        "progress": None,
     }
     assert json.loads(report.read_text()) == SAME.to_dict()
 
