@@ -170,7 +170,7 @@ class Checkpoint:
     def shards(
         self, stages: Sequence[Stage], grid: Parallelism, spelling: Spelling, divisible_by: int
     ) -> Iterator[tuple[Stage, Rank, Shards]]:
-        """`chunk` of every stage for each of its ranks, for outputs of so many shards that none is made before its time.
+        """`chunk` of every stage for each of its ranks, without a tensor for each shard.
 
         Raises:
             UsageError: A tensor does not divide over the ranks.

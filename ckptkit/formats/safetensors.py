@@ -20,8 +20,9 @@ from ckptkit.dtypes import DTYPES, DType
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.json_files import DuplicateKeyError, JsonError, decode
-from ckptkit.io.plan import OutputFile, Segment, literal
+from ckptkit.io.plan import OutputFile, literal
 from ckptkit.io.regular import open_regular
+from ckptkit.io.segments import Segment
 from ckptkit.io.system import storage_error
 from ckptkit.tensors import MAX_AXES, Tensor
 

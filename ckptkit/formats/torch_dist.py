@@ -16,7 +16,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -289,7 +288,7 @@ def lay_out_torch_dist(
         shape = (*place.counts, *item.tensor.shape)
         if whole.setdefault(place.key, shape) != shape:
             raise UsageError(f"{item.name} has another shape than its siblings")
-        chunks += _chunks(item, place, grid)
+        chunks.append(_chunk(item, place, grid))
         objects += [NewObject(keys.of_state(name), _EMPTY_STATE, _file(item, place, grid, 0)) for name in item.states]
     common = {
         "args": Namespace({**args, "ckpt_format": "torch_dist", "params_dtype": TorchDType(dtype)}),
@@ -368,42 +367,22 @@ class _Keys:
         return f"{place.key}/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, counts))}"
 
 
-def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[NewChunk]:
+def _chunk(item: GlobalTensor, place: _Place, grid: Parallelism) -> NewChunk:
     """The chunks that the ranks which hold a tensor write of it."""
-    tensor, lead = item.tensor, (1,) * len(place.at)
+    tensor, offsets = item.tensor, (*place.at, *(0 for _ in item.tensor.shape))
     if item.axis is None:
-        yield NewChunk(
-            place.key,
-            (*place.at, *(0 for _ in tensor.shape)),
-            tensor.reshape((*lead, *tensor.shape)),
-            _file(item, place, grid, 0),
-        )
-        return
+        return NewChunk(place.key, offsets, tensor, (_file(item, place, grid, 0),))
     if not item.blocks:
         raise UnsupportedError(f"{item.name}: its parts have unequal sizes, and torch_dist has no form for them")
     size = grid.expert_tp if place.expert else grid.tp
     axis = item.axis % len(tensor.shape)
-    share, rest = divmod(tensor.shape[axis], item.blocks * size)
-    if rest:
+    if tensor.shape[axis] % (item.blocks * size):
         raise UsageError(
             f"{item.name}: {tensor.shape[axis]} do not divide over {item.blocks} x {size} tensor parallel ranks",
             hint="choose another --tp",
         )
-    for block, rank in product(range(item.blocks), range(size)):
-        start = (block * size + rank) * share
-        part = _cut(tensor, axis, start, start + share)
-        offsets = tuple(start if number == axis else 0 for number in range(len(tensor.shape)))
-        yield NewChunk(
-            place.key, (*place.at, *offsets), part.reshape((*lead, *part.shape)), _file(item, place, grid, rank)
-        )
-
-
-def _cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    if axis == len(tensor.shape) - 1:
-        return tensor.cols(start, stop)
-    if axis == 0:
-        return tensor.rows(start, stop)
-    raise ValueError(f"ranks divide the first or the last axis, not {axis} of {len(tensor.shape)}")
+    files = tuple([_file(item, place, grid, rank) for rank in range(size)]) * item.blocks
+    return NewChunk(place.key, offsets, tensor, files, axis)
 
 
 def _file(item: GlobalTensor, place: _Place, grid: Parallelism, tp_rank: int) -> str:

@@ -25,8 +25,9 @@ from ckptkit.formats.torch_file.pickles import (
     lay_out_torch_file,
     read_torch_file,
 )
-from ckptkit.io.plan import Cut, Form, OutputFile
+from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import read_bounded
+from ckptkit.io.segments import Cut, Form
 from ckptkit.tensors import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -265,11 +266,12 @@ def lay_out_torch_legacy(
         if kind not in forms:
             blanks = {key: shards.blank() for key, shards in chunks.items()}
             content = {"args": namespace, "checkpoint_version": 3.0, "iteration": 0, **blanks}
-            forms[kind] = Form.of(
-                lay_out_torch_file(FILE, content), [t for blank in blanks.values() for t in blank.values()]
-            )
+            file = lay_out_torch_file(FILE, content)
+            tensors = [tensor for blank in blanks.values() for tensor in blank.values() if tensor is not None]
+            forms[kind] = Form.of(file.size, file.segments, file.checksums, tensors)
         path = f"release/{rank_folder(rank, pp, ep)}/{FILE}"
-        files.append(forms[kind].filled(path, [shard for shards in chunks.values() for shard in shards.written()]))
+        written = [pair for shards in chunks.values() for pair in shards.written()]
+        files.append(OutputFile.filled(path, forms[kind], written))
     return files
 
 

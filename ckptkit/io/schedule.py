@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from ckptkit.dtypes import DType
 from ckptkit.io.gather import Placement
-from ckptkit.io.plan import OutputFile, Segment
+from ckptkit.io.plan import OutputFile
+from ckptkit.io.segments import Segment
 from ckptkit.tensors import Band, Const, Region, Tensor, flat
 
 Cast = tuple[DType, DType]

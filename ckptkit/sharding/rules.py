@@ -44,7 +44,7 @@ class Split:
     by_part: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """The shard that `rank` of `size` ranks has of every tensor which a rule splits."""
 
@@ -53,6 +53,7 @@ class Shard:
     size: int
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """The shard of `tensor`."""
         return self.split.cut(tensor, self.rank, self.size)
 
 

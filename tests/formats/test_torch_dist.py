@@ -364,7 +364,7 @@ def container(folder: Path, tensors: dict[str, Any], objects: dict[str, bytes] |
     chunks = []
     for key, values in tensors.items():
         tensor = Tensor.from_bytes(torch_bytes(values), DTYPES["F32"], tuple(values.shape))
-        chunks.append(NewChunk(key, (0,) * len(tensor.shape), tensor, "__0_0.distcp"))
+        chunks.append(NewChunk(key, (0,) * len(tensor.shape), tensor, ("__0_0.distcp",)))
     stored = [NewObject(key, data, "__0_0.distcp") for key, data in (objects or {}).items()]
     for file in lay_out_dcp("", {key: tuple(values.shape) for key, values in tensors.items()}, chunks, stored):
         write_out(file, folder)
@@ -404,7 +404,7 @@ def test_chunks_that_span_experts_are_read(tmp_path: Path) -> None:
             Tensor.from_bytes(
                 torch_bytes(values[layer : layer + 1, start : start + 2, row : row + 3]), DTYPES["F32"], (1, 2, 3, 5)
             ),
-            "__0_0.distcp",
+            ("__0_0.distcp",),
         )
         for layer in range(2)
         for start in (0, 2)

@@ -21,7 +21,8 @@ from ckptkit.errors import CkptkitError, InputError, StorageError, UsageError
 from ckptkit.io import commit, faults, system
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
-from ckptkit.io.plan import OutputFile, Plan, Segment
+from ckptkit.io.plan import OutputFile, Plan
+from ckptkit.io.segments import Segment
 from ckptkit.io.source import Seen
 from ckptkit.tensors import Tensor
 

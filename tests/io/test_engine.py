@@ -21,8 +21,9 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, StorageError, UnsupportedError
 from ckptkit.io import engine, faults
 from ckptkit.io.engine import MEMORY_LIMIT, compare, hash_tensor, read_tensor, run
-from ckptkit.io.plan import Checksum, Comparison, OutputFile, Plan, Segment, literal
+from ckptkit.io.plan import Comparison, OutputFile, Plan, literal
 from ckptkit.io.schedule import Limits, Schedule, tensor_units
+from ckptkit.io.segments import Checksum, Segment
 from ckptkit.tensors import Tensor, hstack, vstack
 from tests.test_tensors import FILE, Pair, pairs
 
