@@ -123,12 +123,13 @@ class Qwen:
         return replace(self.model, layers=layers).config()
 
 
+# A few layers of Qwen3-30B-A3B have their true share of the model only beside a small embedding.
 SHAPES: dict[str, Shape] = {
     "tiny": Llama("tiny", 1024, 2816, 16, 4, 32000),
     "1.1b": Llama("TinyLlama-1.1B", 2048, 5632, 32, 4, 32000),
     "8b": Llama("Llama-3.1-8B", 4096, 14336, 32, 8, 128256),
     "tiny-moe": Qwen(Experts("tiny with experts", 0, 8, 256, 128, 4, vocab=4096)),
-    "30b-a3b": Qwen(Experts("Qwen3-30B-A3B", 0, 128, 2048, 768, 32)),
+    "30b-a3b": Qwen(Experts("Qwen3-30B-A3B, a tenth of its vocabulary", 0, 128, 2048, 768, 32, vocab=15360)),
 }
 
 
@@ -148,7 +149,7 @@ class Model:
     nbytes: int
 
 
-def write_model(path: Path, size: int, shape: Shape, dtype: str = "BF16") -> Model:
+def write_model(path: Path, size: int, shape: Shape, dtype: str = "BF16", shards: int = 6) -> Model:
     """Writes a Hugging Face directory of about `size` bytes, at least two layers and an even number of them.
 
     Args:
@@ -156,6 +157,7 @@ def write_model(path: Path, size: int, shape: Shape, dtype: str = "BF16") -> Mod
         size: Bytes wanted.
         shape: Everything but the number of layers.
         dtype: `BF16` or `F32`.
+        shards: Files wanted; a large tensor may leave fewer.
     """
     ends, two = (_nbytes(shape.tensors(layers), dtype) for layers in (0, 2))
     layers = max(2, 2 * round((size - ends) / (two - ends)))
@@ -165,10 +167,10 @@ def write_model(path: Path, size: int, shape: Shape, dtype: str = "BF16") -> Mod
     block = _block(dtype)
     names = shape.tensors(layers)
     total = _nbytes(names, dtype)
-    shards = list(_shards(names, total // 6, dtype))
+    parts = list(_shards(names, total // shards, dtype))
     weight_map = {}
-    for number, tensors in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for number, tensors in enumerate(parts, 1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         _write_shard(path / name, tensors, block)
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -21,6 +21,7 @@ import numpy as np
 
 from ckptkit.io.castable import check_cast
 from ckptkit.io.casts import convert
+from ckptkit.io.cores import moving_threads
 from ckptkit.io.crew import Crew, start_threads
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.output import Output
@@ -43,11 +44,11 @@ __all__ = [
     "run",
 ]
 
-MEMORY_LIMIT = 64 << 20
+MEMORY_LIMIT = 128 << 20
 """Upper bound of the anonymous memory that moving bytes takes, in bytes, at any size of model."""
 
-_MAX_THREADS = 4
 _DEFAULT = Limits()
+_TELL = 0.05  # seconds between two reports of a thread on its progress
 
 
 class Journal(Protocol):
@@ -94,7 +95,7 @@ def run(
     Args:
         plan: The plan.
         directory: The folder to write into; sub-directories are created.
-        threads: Threads that move bytes; by default one per core, at most 4.
+        threads: Threads that move bytes; by default as `ckptkit.io.cores.moving_threads` has it.
         progress: Called in this thread with the bytes finished since the last call. The sum is `plan.nbytes`.
         journal: Names the files that are finished already, and records those that this run finishes.
         hash: Also compute the SHA-256 of every file.
@@ -108,7 +109,7 @@ def run(
     plan.check()
     started = time.monotonic()
     job = _Job(plan, directory, journal, hash, limits)
-    job.run(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0))), progress or (lambda count: None))
+    job.run(threads or moving_threads(), progress or (lambda count: None))
     written = plan.nbytes - job.kept
     compared = sum(comparison.left.nbytes for comparison in plan.comparisons)
     return EngineResult(written, job.kept, compared, time.monotonic() - started, job.hashes)
@@ -210,6 +211,7 @@ class _Job:
         return True
 
     def _work(self, index: int, schedule: Schedule, background: _Background) -> None:
+        done, told = 0, 0.0
         try:
             while not self._stop.is_set() and (comparison := self._next_comparison()) is not None:
                 compare(comparison, limits=self._limits)
@@ -217,10 +219,15 @@ class _Job:
                 mover = _Mover(self._outputs, sources, self._limits)
                 while not self._stop.is_set() and (unit := schedule.next(index)) is not None:
                     mover.move(unit)
-                    self._settle(unit, background)
+                    done += self._settle(unit, background)
+                    # Not after every unit: whoever is told takes Python's lock from a thread that moves bytes.
+                    if (now := time.monotonic()) - told >= _TELL:
+                        self._mailbox.put(done)
+                        done, told = 0, now
         except BaseException as error:
             self._fail(error)
         finally:
+            self._mailbox.put(done)
             self._mailbox.put(None)
 
     def _next_comparison(self) -> Comparison | None:
@@ -229,7 +236,9 @@ class _Job:
         except IndexError:
             return None
 
-    def _settle(self, unit: Unit, background: _Background) -> None:
+    def _settle(self, unit: Unit, background: _Background) -> int:
+        """Has done what follows the writes of a unit, and gives their bytes."""
+        written = 0
         for write in unit.writes:
             output, size = self._outputs[write.file], unit.written(write)
             if output.follower is not None and output.follower.written(write.offset, write.offset + size):
@@ -239,7 +248,8 @@ class _Job:
                 background.sync.submit(partial(self._guard, partial(self._finish, output)))
             elif unsent:
                 background.send.submit(partial(self._guard, output.send))
-            self._mailbox.put(size)
+            written += size
+        return written
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Does some work in the background, unless the run has failed."""

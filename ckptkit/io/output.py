@@ -17,7 +17,7 @@ from ckptkit.io.plan import OutputFile
 from ckptkit.io.system import allocate, nothing_written, start_writeback, storage_error
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_WRITEBACK = 32 << 20
+_WRITEBACK = 16 << 20
 """Bytes after which the kernel is asked to write: a disk's queue is full with fewer, and few calls are made."""
 
 
