@@ -22,6 +22,7 @@ EXIT_DIFFERS = 1
 EXIT_USAGE = 2
 EXIT_STORAGE = 5
 EXIT_INTERNAL = 70
+_RESUMABLE = {("split-llama", "build"), ("delta", "make"), ("delta", "apply")}
 TRACEBACK_VARIABLE = "CKPTKIT_TRACEBACK"
 
 EXIT_CODES = """\b
@@ -137,7 +138,7 @@ def _state_of_destination(error: Interrupted, arguments: list[str]) -> str:
 
 def how_to_resume(arguments: list[str]) -> str:
     """The command that continues a stopped conversion: the same line with --resume."""
-    resumable = arguments[0] == "convert" or arguments[:2] == ["split-llama", "build"]
+    resumable = arguments[0] == "convert" or tuple(arguments[:2]) in _RESUMABLE
     if not resumable or "--dry-run" in arguments:
         return ""
     command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]

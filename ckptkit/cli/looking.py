@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,8 @@ INSPECT_EXAMPLES = """\b
 Examples:
   ckptkit inspect Llama-3.1-8B
   ckptkit inspect checkpoints --iteration 2000
-  ckptkit inspect llama-tp4pp2 --json"""
+  ckptkit inspect llama-tp4pp2 --json
+  ckptkit inspect step-200.delta"""
 
 
 def inspect(
@@ -33,15 +35,19 @@ def inspect(
     source: Source,
     json: Json = False,
 ) -> None:
-    """Show the format, grid, sizes and dtypes of a checkpoint.
+    """Show the format, grid, sizes and dtypes of a checkpoint, or what is in a delta.
 
     Reads headers only, so it answers at once at any size.
     """
     from ckptkit.cli import rendering
-    from ckptkit.inspection import summary
+    from ckptkit.formats.delta.reading import is_delta
+    from ckptkit.inspection import delta_summary, summary
 
-    result = summary.inspect(path, **source.keywords())
-    Output("-" if json else None).result(result, rendering.inspection)
+    output = Output("-" if json else None)
+    if is_delta(Path(path)):
+        output.result(delta_summary.inspect_delta(path), rendering.delta)
+        return
+    output.result(summary.inspect(path, **source.keywords()), rendering.inspection)
 
 
 DIFF_EXAMPLES = """\b

@@ -14,6 +14,8 @@ from ckptkit.sizes import human_size, three_digits
 if TYPE_CHECKING:
     from ckptkit.conversion.architectures import Architecture
     from ckptkit.conversion.execution import ConversionResult
+    from ckptkit.deltas.make import MadeDelta
+    from ckptkit.inspection.delta_summary import DeltaInspection
     from ckptkit.inspection.differences import Differences, Structure, TensorDifference
     from ckptkit.inspection.hashing import Hashes
     from ckptkit.inspection.summary import Inspection
@@ -96,6 +98,47 @@ def _closing_line(result: ConversionResult) -> Text:
     return line((f"{fitted}Wrote {human_size(result.bytes_total)} in {copying:.2f} s ({rate}/s).", GOOD))
 
 
+def made_delta(result: MadeDelta, console: Console) -> None:
+    """What a new delta holds, and how large it is."""
+    console.print(line((f"{result.new['architecture']} ({result.new['family']}): delta", "bold")))
+    for name, side in (("OLD", result.old), ("NEW", result.new)):
+        console.print(line((f"{name}  ", "bold"), side["path"], (f"  {_layout(side)}", "dim")), soft_wrap=True)
+    _largest_changes(result.tensors, console)
+    for path, sha256 in result.hashes.items():
+        console.print(line(f"{sha256}  {path}"), soft_wrap=True)
+    about = [
+        ("tensors", _codings(result.codings)),
+        ("changed", f"{_share_of(result.changed, result.elements)} of {human_count(result.elements)} elements"),
+        ("total", f"{human_size(result.bytes_total)} for {human_size(result.bytes_new)} of weights"),
+    ]
+    console.print(facts(about))
+    sentences(console, result.notes, "note", "cyan")
+    if result.dry_run:
+        console.print(line((f"Planned in {result.seconds:.2f} s. Nothing was written.", "bold")))
+    else:
+        console.print(line((f"Wrote {human_size(result.bytes_total)} in {result.seconds:.2f} s.", GOOD)))
+
+
+def _largest_changes(tensors: Sequence[dict[str, Any]], console: Console) -> None:
+    """A table of the tensors that take most of a delta."""
+    most = sorted(tensors, key=lambda item: (-item["stored"], item["name"]))
+    rows = [
+        (item["name"], item["coding"], human_size(item["bytes"]), human_size(item["stored"])) for item in most[:SHOWN]
+    ]
+    if rows:
+        console.print(table(("Tensor", "Coding", "Size", "In the delta"), rows))
+    if (more := len(most) - SHOWN) > 0:
+        console.print(line((f"... and {more:,} more tensors (--json has all)", "dim")))
+
+
+def _codings(codings: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {coding}" for coding, count in codings.items())
+
+
+def _share_of(part: int, total: int) -> str:
+    return f"{part / total:.3%}" if total else "0%"
+
+
 # looking --------------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +158,22 @@ def inspection(result: Inspection, console: Console) -> None:
     ]
     console.print(facts(about))
     sentences(console, result.notes, "note", "cyan")
+
+
+def delta(result: DeltaInspection, console: Console) -> None:
+    """What is in a delta."""
+    console.print(line((f"{result.architecture}, delta", "bold")))
+    console.print(line((result.path, "dim")), soft_wrap=True)
+    _largest_changes([item for item in result.tensors if item["coding"] != "unchanged"], console)
+    tiles = ", ".join(f"{count:,} {coding}" for coding, count in result.tiles.items())
+    about = [
+        ("old", result.old),
+        ("new", result.new),
+        ("tensors", _codings(result.codings)),
+        ("tiles", tiles or "none"),
+        ("size", f"{human_size(result.bytes)} for {human_size(result.bytes_new)} of weights"),
+    ]
+    console.print(facts(about))
 
 
 def differences(result: Differences, console: Console) -> None:

@@ -94,6 +94,9 @@ def carry_out(
     execution: Execution,
     started: float,
     fitting: float = 0.0,
+    *,
+    also: Sequence[Path] = (),
+    check: Callable[[Path], None] | None = None,
 ) -> ConversionResult:
     """Carries a plan out and sums it up. A dry run only sums it up.
 
@@ -105,6 +108,8 @@ def carry_out(
         execution: How to do it.
         started: When the whole command started, as `time.monotonic` gives it.
         fitting: Seconds since then in which nothing but an adapter was computed.
+        also: Further folders that the plan reads.
+        check: Called with the directory of the finished files before they are committed; an error stops that.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
@@ -118,10 +123,12 @@ def carry_out(
     dropped = summarise(plan.dropped, measure=not execution.dry_run)
     hashes: dict[str, str] = {}
     try:
-        destination = _destination(plan, sources, target_facts["path"], execution)
+        destination = _destination(plan, sources, target_facts["path"], execution, also)
         free = destination.free
         if not execution.dry_run:
-            hashes = destination.write(threads=execution.threads, hash=execution.hash, progress=execution.progress)
+            hashes = destination.write(
+                threads=execution.threads, hash=execution.hash, progress=execution.progress, check=check
+            )
     except StorageError as error:
         if not execution.dry_run:
             raise
@@ -148,13 +155,15 @@ def carry_out(
     )
 
 
-def _destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> Destination:
+def _destination(
+    plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution, also: Sequence[Path] = ()
+) -> Destination:
     from ckptkit.io.commit import Destination
 
     return Destination(
         out,
         plan,
-        sources=[folder for checkpoint in sources for folder in (checkpoint.path, *checkpoint.seen.folders)],
+        sources=[*(folder for item in sources for folder in (item.path, *item.seen.folders)), *also],
         seen=[checkpoint.seen for checkpoint in sources],
         overwrite=execution.overwrite,
         resume=execution.resume,

@@ -51,6 +51,11 @@ FOREIGN = (
         "merge them into it with peft (merge_and_unload), save that, and convert it",
     ),
     _foreign(
+        r"delta\.json",
+        "a delta between two checkpoints",
+        "`ckptkit delta apply` makes the second of the first, `ckptkit inspect` says what is in it",
+    ),
+    _foreign(
         r"(.*/)?consolidated\.\d+\.pth",
         "the original files of a Llama",
         "convert them with transformers' convert_llama_weights_to_hf.py, or fetch the model in transformers' format",

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.source_options import SourceOptions, options_called
-from ckptkit.checkpoints.sources import open_source
+from ckptkit.checkpoints.source_options import SourceOptions
+from ckptkit.checkpoints.sources import open_side
 from ckptkit.errors import InputError
-from ckptkit.formats.hub import is_reference
 from ckptkit.inspection.structure import config_differences
 from ckptkit.inspection.values import Gap, Survey, common_type, gap, survey
 from ckptkit.io.plan import Comparison
@@ -140,7 +139,7 @@ def diff(
     started = time.monotonic()
     with ExitStack() as stack:
         sides = [
-            _open(stack, path, source, prefix, hf_reference, headers_only=not values)
+            open_side(stack, path, source, prefix, hf_reference, headers_only=not values)
             for path, source, prefix in ((a, a_source, "a"), (b, b_source, "b"))
         ]
         left, right = (side.hf_tensors(()) for side in sides)
@@ -165,23 +164,6 @@ def diff(
         bytes=sum(pair.nbytes for pair in pairs) + sum(2 * item.left.nbytes for _, item in copies),
         seconds=time.monotonic() - started,
     )
-
-
-def _open(
-    stack: ExitStack,
-    path: str | Path,
-    source: SourceOptions,
-    prefix: str,
-    hf_reference: str | Path | None,
-    *,
-    headers_only: bool,
-) -> Checkpoint:
-    """Opens a side. Hugging Face directories and models on the hub describe themselves, others by `hf_reference`."""
-    described = is_reference(path) or (Path(path) / "config.json").is_file()
-    options = source.keywords()
-    reference = options.pop("hf_reference", None if described else hf_reference)
-    with options_called(prefix):
-        return open_source(stack, path, reference, headers_only=headers_only, **options)
 
 
 def _about(path: str | Path, side: Checkpoint) -> dict[str, str]:
