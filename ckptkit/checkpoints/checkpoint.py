@@ -28,7 +28,7 @@ from ckptkit.tables.divisibility import check_divides
 from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
-from ckptkit.tables.spelling import Spelling
+from ckptkit.tables.spelling import HfSpelling, Spelling
 from ckptkit.tensors import Tensor, vstack
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Checkpoint:
             names: Names of the tensors in the original model, to get the same spelling; empty for canonical names.
         """
         family, config = self.family, self.config
-        spelling = family.hf_spelling(names, config) if names else family.hf_spellings[0]
+        spelling = self._hf_spelling(names)
         tensors: dict[str, Tensor] = {}
         for key, item in self.items.items():
             tensors.update(item.unpack(self.tensors[key]))
@@ -130,6 +130,10 @@ class Checkpoint:
                 tensors[replica.hf] = tensors[replica.of]
         return family.fuse(tensors, config, spelling.name)
 
+    def _hf_spelling(self, names: Collection[str]) -> HfSpelling:
+        family = self.family
+        return family.hf_spelling(names, self.config, self.items.values()) if names else family.hf_spellings[0]
+
     def dropped(self, names: Collection[str]) -> list[Dropped]:
         """Stored parts that `hf_tensors` drops, because the model does not use them.
 
@@ -138,7 +142,7 @@ class Checkpoint:
         Args:
             names: As for `hf_tensors`.
         """
-        spelling = self.family.hf_spelling(names, self.config) if names else self.family.hf_spellings[0]
+        spelling = self._hf_spelling(names)
         return [
             Dropped(slot.slot.name, key, found, expected)
             for key, item in self.items.items()
@@ -316,7 +320,7 @@ def most_common_dtype(tensors: Iterable[Tensor]) -> DType:
     """The element type that most bytes of tensors have as written."""
     sizes: Counter[DType] = Counter()
     for tensor in tensors:
-        sizes[tensor.out_dtype] += tensor.nbytes
+        sizes[tensor.cast or tensor.dtype] += tensor.nbytes
     return sizes.most_common(1)[0][0]
 
 

@@ -11,6 +11,7 @@ from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.readers import READERS
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.foreign import refuse_foreign_files
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.hf import HfFiles, open_reference
 from ckptkit.formats.registry import format_of
 from ckptkit.formats.torch_legacy import TRACKER
@@ -18,6 +19,7 @@ from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import StatedGrid
 
 
+@collection_paused()
 def open_checkpoint(
     path: str | Path,
     *,

@@ -238,7 +238,7 @@ def _known(names: set[str], reference: HfFiles, state: ModuleState) -> int:
     family = family_of(reference.config, reference.path / "config.json")
     config = family.parse(reference.config)
     check_counts(config, state.tensors.values(), state.path)
-    canonical = [name for item in family.items(config) for name in item.parts]
+    canonical = [name for item in family.items(config) for name in item.hf]
     return max(len(names & spelling.names(canonical, config)) for spelling in family.hf_spellings)
 
 

@@ -9,12 +9,14 @@ from ckptkit.conversion.options import Options, check_options
 from ckptkit.conversion.target import Target
 from ckptkit.conversion.targets import format_called
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
 from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.tables.divisibility import sharing_problem
 from ckptkit.tables.hybrid_names import inexpressible_as_hybrid
 
 
+@collection_paused()
 def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     """The complete plan of a conversion.
 

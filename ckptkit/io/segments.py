@@ -33,7 +33,7 @@ class Checksum(NamedTuple):
 
 
 Cut = Callable[[Tensor], Tensor]
-"""Makes one tensor from another: a rank's shard, or a chunk. Tensors of equal structure give tensors of equal structure."""
+"""Makes one tensor from another: a rank's shard, or a chunk. Where the bytes lie makes no difference to the result."""
 
 
 class Place(NamedTuple):

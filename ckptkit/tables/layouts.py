@@ -173,7 +173,7 @@ def _together(parts: Sequence[Tensor], groups: int) -> Tensor:
     """Cuts each part into `groups` blocks, and puts the blocks together in turns."""
     if len(parts) == 1:
         return parts[0]
-    return vstack(list(_blocks(parts, groups)))
+    return vstack(parts if groups == 1 else list(_blocks(parts, groups)))
 
 
 def _blocks(parts: Iterable[Tensor], groups: int) -> Iterable[Tensor]:
