@@ -18,7 +18,7 @@ from ckptkit.io.plan import OutputFile
 
 _STEP = 8 << 20
 """Bytes worth a turn: far more than starting one costs, and less than the cores' shared cache holds."""
-_BUFFER = 1 << 20
+_BUFFER = 2 << 20  # a large one, because every read waits for Python's lock afterwards
 _place = threading.local()
 
 

@@ -21,6 +21,8 @@ from ckptkit.tensors import Band, Const, Region, Tensor, flat
 
 Cast = tuple[DType, DType]
 
+_MOST_WORKERS = 3  # on one file: one writes, and meanwhile the others read and sum up what they write next
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -36,7 +38,7 @@ class Limits:
     """
 
     staging: int = 4 << 20
-    scratch: int = 2 << 20
+    scratch: int = 1 << 20
     casting: int = 512 << 10
     direct: int = 1 << 20
     extent: int = 8 << 20
@@ -208,14 +210,15 @@ class Schedule:
     """Hands out the units of some files to several workers.
 
     A worker has a file of its own while there are enough, because writers to one file wait for each other in the
-    kernel. After that it helps with the files of other workers. The output does not depend on the division of work.
+    kernel. After that it helps with the files of other workers, where few do: more would only wait. The output does not
+    depend on the division of work.
     """
 
     def __init__(self, files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits) -> None:
         live = list(chosen)
         blocks = _find_blocks(files, live, limits)
         self._waiting = deque(_units(index, files[index], blocks, limits) for index in live)
-        self._running: list[Iterator[Unit]] = []
+        self._running: dict[Iterator[Unit], int] = {}  # and how many workers each has
         self._own: dict[int, Iterator[Unit]] = {}
         self._lock = threading.Lock()
 
@@ -226,18 +229,23 @@ class Schedule:
                 unit = next(stream, None)
                 if unit is not None:
                     return unit
-                if stream in self._running:
-                    self._running.remove(stream)
+                self._running.pop(stream, None)
                 del self._own[worker]
             return None
 
     def _stream(self, worker: int) -> Iterator[Unit] | None:
         if worker not in self._own:
             if self._waiting:
-                self._running.append(self._waiting.popleft())
-                self._own[worker] = self._running[-1]
+                stream = self._waiting.popleft()
+                self._running[stream] = 0
             elif self._running:
-                self._own[worker] = self._running[worker % len(self._running)]
+                stream = min(self._running, key=self._running.__getitem__)
+            else:
+                return None
+            if self._running[stream] == _MOST_WORKERS:
+                return None
+            self._running[stream] += 1
+            self._own[worker] = stream
         return self._own.get(worker)
 
 

@@ -233,6 +233,16 @@ class TestUnits:
         schedule = Schedule([file], [0], Limits())
         assert [unit.size for unit in iter(lambda: schedule.next(0), None)] == [5000]
 
+    def test_a_file_has_few_workers(self) -> None:
+        """Writers to one file wait for each other, so workers go to other files, and what is too much gets nothing."""
+        files = [OutputFile(name, 40 << 20, (Segment(0, Tensor.full(U8, (40, 1 << 20))),)) for name in "ab"]
+        schedule = Schedule(files, [0, 1], Limits())
+        units = [schedule.next(worker) for worker in range(8)]
+        assert [unit and unit.writes[0].file for unit in units] == [0, 1, 0, 1, 0, 1, None, None]
+        rest = [list(iter(lambda: schedule.next(worker), None)) for worker in range(8)]  # noqa: B023
+        assert sum(unit.size for units in (units, *rest) for unit in units if unit) == 80 << 20
+        assert schedule.next(7) is None
+
 
 class TestComparisons:
     tensor = Tensor.from_file("file", 0, F16, (40, 16))
