@@ -35,7 +35,8 @@ from ckptkit.formats.delta.reading import ENTRY
 from ckptkit.formats.delta.tiles import Tiling
 from ckptkit.inspection.structure import config_differences
 from ckptkit.io.hashes import TensorHash
-from ckptkit.io.plan import OutputFile, Plan, Segment, literal, source_files
+from ckptkit.io.plan import OutputFile, Plan, literal, source_files
+from ckptkit.io.segments import Segment
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from ckptkit.io.crc import crc32_combine
-from ckptkit.io.plan import Checksum
+from ckptkit.io.segments import Checksum
 
 
 class Checksums:
