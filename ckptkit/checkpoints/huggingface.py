@@ -36,7 +36,8 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     items = {item.key: item for item in family.items(config)}
     stored, _ = family.unfuse(files.tensors, config, items.values())
     left = dict(stored)
-    dtype = most_common_dtype(stored.values()) if stored else DTYPES["F32"]
+    made = any(not item.hf for item in items.values())  # tensors of slots alone: they get the type that most have
+    dtype = most_common_dtype(stored.values()) if made and stored else DTYPES["F32"]
     problems = Problems(files.path)
     tensors = {}
     for key, item in items.items():

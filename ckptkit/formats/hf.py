@@ -224,16 +224,23 @@ def _index_in_use(path: Path) -> str | None:
     return None
 
 
-def weight_sets(path: Path) -> list[tuple[str, list[str]]]:
+def weight_sets(path: Path, read: list[str]) -> list[tuple[str, list[str]]]:
     """The weights that are whole in a directory: what describes them, and their files; those first that are read.
 
     An index without its files describes nothing; one of a single file that is known by itself describes no others.
+
+    Args:
+        path: The directory.
+        read: The files that are read.
     """
     found: list[tuple[str, list[str]]] = []
+    used = _index_in_use(path)
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / single).is_file():
             found.append((single, [single]))
-        if (path / index).is_file():
+        if index == used and read != [single]:
+            found.append((index, read))
+        elif (path / index).is_file():
             listed = read_json(path / index).get("weight_map")
             listed = listed if isinstance(listed, dict) else {}
             names = sorted({PurePosixPath(name).as_posix() for name in set(map(str, listed.values()))})

@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -289,7 +290,8 @@ def lay_out_torch_dist(
         if whole.setdefault(place.key, shape) != shape:
             raise UsageError(f"{item.name} has another shape than its siblings")
         chunks.append(_chunk(item, place, grid))
-        objects += [NewObject(keys.of_state(name), _EMPTY_STATE, _file(item, place, grid, 0)) for name in item.states]
+        (file,) = _files(_first_rank(item, place, grid), 1)
+        objects += [NewObject(keys.of_state(name), _EMPTY_STATE, file) for name in item.states]
     common = {
         "args": Namespace({**args, "ckpt_format": "torch_dist", "params_dtype": TorchDType(dtype)}),
         "checkpoint_version": 3.0,
@@ -371,7 +373,7 @@ def _chunk(item: GlobalTensor, place: _Place, grid: Parallelism) -> NewChunk:
     """The chunks that the ranks which hold a tensor write of it."""
     tensor, offsets = item.tensor, (*place.at, *(0 for _ in item.tensor.shape))
     if item.axis is None:
-        return NewChunk(place.key, offsets, tensor, (_file(item, place, grid, 0),))
+        return NewChunk(place.key, offsets, tensor, _files(_first_rank(item, place, grid), 1))
     if not item.blocks:
         raise UnsupportedError(f"{item.name}: its parts have unequal sizes, and torch_dist has no form for them")
     size = grid.expert_tp if place.expert else grid.tp
@@ -381,19 +383,25 @@ def _chunk(item: GlobalTensor, place: _Place, grid: Parallelism) -> NewChunk:
             f"{item.name}: {tensor.shape[axis]} do not divide over {item.blocks} x {size} tensor parallel ranks",
             hint="choose another --tp",
         )
-    files = tuple([_file(item, place, grid, rank) for rank in range(size)]) * item.blocks
+    files = _files(_first_rank(item, place, grid), size) * item.blocks
     return NewChunk(place.key, offsets, tensor, files, axis)
 
 
-def _file(item: GlobalTensor, place: _Place, grid: Parallelism, tp_rank: int) -> str:
-    """The file of the rank that writes a chunk: the first rank that holds it."""
-    rank = tp_rank
-    if place.expert:
-        expert, count = place.at[-1], place.counts[-1]
-        if count % grid.ep:
-            raise UsageError(f"{count} experts do not divide over {grid.ep} ranks", hint="choose another --ep")
-        rank += expert // (count // grid.ep) * grid.expert_tp
-    return f"__{item.pp_rank * grid.stage_size + rank}_0.distcp"
+def _first_rank(item: GlobalTensor, place: _Place, grid: Parallelism) -> int:
+    """The first rank that holds a tensor."""
+    first = item.pp_rank * grid.stage_size
+    if not place.expert:
+        return first
+    expert, count = place.at[-1], place.counts[-1]
+    if count % grid.ep:
+        raise UsageError(f"{count} experts do not divide over {grid.ep} ranks", hint="choose another --ep")
+    return first + expert // (count // grid.ep) * grid.expert_tp
+
+
+@lru_cache(maxsize=1024)
+def _files(first: int, count: int) -> tuple[str, ...]:
+    """The files of ranks: a chunk is written by the first rank that holds it."""
+    return tuple(f"__{rank}_0.distcp" for rank in range(first, first + count))
 
 
 def _empty_state() -> bytes:

@@ -64,15 +64,16 @@ def inspect(
             stored_grid=stored_grid,
             vocab_size=vocab_size,
         )
+    alike = Counter((source.items[key].kind, tensor.dtype, tensor.nbytes) for key, tensor in source.tensors.items())
     dtypes: Counter[str] = Counter()
     roles: dict[str, dict[str, Any]] = {}
-    for key, tensor in source.tensors.items():
-        name = source.items[key].row.megatron.replace("decoder.layers.{i}", "layers.*")
+    for (kind, dtype, nbytes), count in alike.items():
+        name = kind.row.megatron.replace("decoder.layers.{i}", "layers.*")
         role = roles.setdefault(name, {"role": name, "tensors": 0, "parameters": 0, "bytes": 0})
-        role["tensors"] += 1
-        role["parameters"] += source.items[key].parameters
-        role["bytes"] += tensor.nbytes
-        dtypes[tensor.dtype.name] += tensor.nbytes
+        role["tensors"] += count
+        role["parameters"] += count * kind.parameters
+        role["bytes"] += count * nbytes
+        dtypes[dtype.name] += count * nbytes
     return Inspection(
         path=str(path),
         format=source.format,

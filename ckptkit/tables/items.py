@@ -215,12 +215,17 @@ class Item(NamedTuple):
         Raises:
             InputError: The tensors differ in dtype.
         """
+        if not self.slots and self.hf:
+            return self._pack(tensors)
         slots = [
             unused[slot.hf] if slot.hf is not None and slot.hf in unused else slot.filled(tensors, dtype)
             for slot in self.slots
         ]
+        return self._pack([*tensors, *slots])
+
+    def _pack(self, parts: Sequence[Tensor]) -> Tensor:
         try:
-            return self.kind.layout.pack([*tensors, *slots])
+            return self.kind.layout.pack(parts)
         except ValueError as error:
             raise InputError(
                 f"{', '.join(self.hf)}: {error}", hint="cast them to one type first: Megatron has them in one tensor"

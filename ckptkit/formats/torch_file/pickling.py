@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -373,9 +373,10 @@ class Pattern:
         """
         self._writer = writer
         self._make = make
-        self._bytes = b""
-        self._order: tuple[int, ...] = ()
-        self._puts = 0
+        self._parts: list[bytes | int] = []  # constants, and between them numbers and values
+        self._numbers: list[int] = []
+        self._values: list[tuple[int, int]] = []
+        self._packs: dict[tuple[int, ...], Callable[..., bytes]] = {}
 
     def save(self, *values: bytes) -> None:
         """Writes objects with these values.
@@ -383,17 +384,21 @@ class Pattern:
         Args:
             values: The bytes of each; they take no numbers.
         """
-        writer = self._writer
-        if not self._bytes:
+        writer, parts = self._writer, self._parts
+        if not parts:
             first = writer.puts
             self.save_new(*map(encoded, values))
             if first >= 256:
                 self._trace(len(values))
             return
-        numbers = _NUMBERS[self._puts].pack(*range(writer.puts, writer.puts + self._puts))
-        parts = [*values, *[numbers[at : at + 4] for at in range(0, len(numbers), 4)]]
-        writer.out += self._bytes % tuple([parts[index] for index in self._order])
-        writer.puts += self._puts
+        for at in self._numbers:
+            parts[at] = writer.puts
+            writer.puts += 1
+        for at, index in self._values:
+            parts[at] = values[index]
+        lengths = tuple(map(len, values))
+        pack = self._packs.get(lengths) or self._packs.setdefault(lengths, self._packing())
+        writer.out += pack(*parts)
 
     def save_new(self, *values: object) -> None:
         """Writes objects with values that take numbers, because nothing has written them yet."""
@@ -402,17 +407,24 @@ class Pattern:
         for obj in made:
             self._writer.save(obj)
 
+    def _packing(self) -> Callable[..., bytes]:
+        """What joins parts of these lengths."""
+        return struct.Struct("<" + "".join("I" if isinstance(p, int) else f"{len(p)}s" for p in self._parts)).pack
+
     def _trace(self, count: int) -> None:
         """Makes the pattern: the second object of a kind finds all names and strings of the first."""
         tracer = _Tracer(self._writer.memo)
         for obj in self._make(*(Written(partial(_mark, number)) for number in range(count))):
             tracer.save(obj)
-        puts = iter(range(count, count + len(tracer.marks)))
-        self._order = tuple(next(puts) if value is None else value for _, value in tracer.marks)
-        ends = [at for at, _ in tracer.marks]
-        constants = [bytes(tracer.out[a:b]) for a, b in pairwise([0, *ends, len(tracer.out)])]
-        self._bytes = b"%b".join(constant.replace(b"%", b"%%") for constant in constants)
-        self._puts = tracer.puts
+        start = 0
+        for end, value in tracer.marks:
+            self._parts += [bytes(tracer.out[start:end]), 0 if value is None else b""]
+            if value is None:
+                self._numbers.append(len(self._parts) - 1)
+            else:
+                self._values.append((len(self._parts) - 1, value))
+            start = end
+        self._parts.append(bytes(tracer.out[start:]))
 
 
 class _Tracer(Writer):
@@ -452,8 +464,6 @@ def _mark(number: int, writer: Writer) -> None:
     assert isinstance(writer, _Tracer)
     writer.marks.append((len(writer.out), number))
 
-
-_NUMBERS = [struct.Struct(f"<{count}I") for count in range(16)]
 
 _SAVERS: dict[type, Callable[[Writer, Any], None]] = {
     type(None): _save_none,
