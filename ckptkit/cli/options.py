@@ -99,7 +99,7 @@ class Execution:
             "--threads",
             min=1,
             metavar="N",
-            help="Threads that move bytes; any number gives the same result.",
+            help="Threads that move bytes; any number gives the same result. Default: one for each core, 4 to 8.",
             rich_help_panel=EXECUTION,
         ),
     ] = None

@@ -25,7 +25,7 @@ class Execution:
         dry_run: Plan only; nothing is written.
         overwrite: Replace an existing destination, atomically.
         resume: Continue a killed run from its partial directory.
-        threads: Threads that move bytes; None for one per core, at most 4.
+        threads: Threads that move bytes; None for one per core, at least 4 and at most 8.
         hash: Also compute the SHA-256 of every output file.
         progress: Called with (bytes done, bytes in all).
         tell: Told what is computed before bytes move, where that takes long.

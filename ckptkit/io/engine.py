@@ -21,7 +21,7 @@ import numpy as np
 
 from ckptkit.io.castable import check_cast
 from ckptkit.io.casts import convert
-from ckptkit.io.cores import moving_threads
+from ckptkit.io.cores import MOST_MOVERS, moving_threads
 from ckptkit.io.crew import Crew, start_threads
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.output import Output
@@ -44,10 +44,9 @@ __all__ = [
     "run",
 ]
 
-MEMORY_LIMIT = 128 << 20
+MEMORY_LIMIT = 96 << 20
 """Upper bound of the anonymous memory that moving bytes takes, in bytes, at any size of model."""
 
-_DEFAULT = Limits()
 _TELL = 0.05  # seconds between two reports of a thread on its progress
 
 
@@ -88,7 +87,7 @@ def run(
     progress: Callable[[int], None] | None = None,
     journal: Journal | None = None,
     hash: bool = False,
-    limits: Limits = _DEFAULT,
+    limits: Limits | None = None,
 ) -> EngineResult:
     """Makes the comparisons of a plan, then writes every file under `directory` and makes it durable.
 
@@ -99,7 +98,7 @@ def run(
         progress: Called in this thread with the bytes finished since the last call. The sum is `plan.nbytes`.
         journal: Names the files that are finished already, and records those that this run finishes.
         hash: Also compute the SHA-256 of every file.
-        limits: Sizes of buffers.
+        limits: Sizes of buffers, by default what suits the threads.
 
     Raises:
         InputError: A source is gone or ends early, or two tensors that must be equal differ.
@@ -108,8 +107,9 @@ def run(
     """
     plan.check()
     started = time.monotonic()
-    job = _Job(plan, directory, journal, hash, limits)
-    job.run(threads or moving_threads(), progress or (lambda count: None))
+    count = threads or moving_threads()
+    job = _Job(plan, directory, journal, hash, limits or Limits.of(count))
+    job.run(count, progress or (lambda count: None))
     written = plan.nbytes - job.kept
     compared = sum(comparison.left.nbytes for comparison in plan.comparisons)
     return EngineResult(written, job.kept, compared, time.monotonic() - started, job.hashes)
@@ -126,7 +126,7 @@ class _Background:
 
     def __init__(self, count: int, hash: bool) -> None:
         self.send = Crew(1, "ckptkit-send")
-        self.hash = Crew(count if hash else 0, "ckptkit-hash")
+        self.hash = Crew(min(count, MOST_MOVERS) if hash else 0, "ckptkit-hash")
         self.sync = Crew(count, "ckptkit-sync")
 
     def close(self) -> None:

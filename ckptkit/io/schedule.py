@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ckptkit.dtypes import DType
+from ckptkit.io.cores import MOST_MOVERS
 from ckptkit.io.gather import Placement
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.segments import Segment
@@ -42,6 +43,17 @@ class Limits:
     casting: int = 512 << 10
     direct: int = 1 << 20
     extent: int = 8 << 20
+
+    @classmethod
+    def of(cls, threads: int) -> Limits:
+        """The sizes for a number of threads: more than eight share the memory of eight."""
+        usual, parts = cls(), max(1, -(-threads // MOST_MOVERS))
+        return replace(
+            usual,
+            staging=usual.staging // parts & -8,
+            scratch=usual.scratch // parts & -8,
+            casting=usual.casting // parts & -8,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,7 +393,8 @@ class TestFaults:
         assert threading.active_count() == before
 
 
-def test_memory_does_not_grow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [4, 40])
+def test_memory_does_not_grow(tmp_path: Path, threads: int) -> None:
     """Peak of anonymous memory while 192 MiB pass, most of it rearranged and cast."""
     size = 64 << 20
     with open(tmp_path / "big", "wb") as file:
@@ -407,7 +408,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         nonlocal peak
         peak = max(peak, anonymous())
 
-    engine.run(plan, tmp_path / "out", threads=4, progress=sample)
+    engine.run(plan, tmp_path / "out", threads=threads, progress=sample, hash=True)
     assert peak - before < MEMORY_LIMIT
 
 
