@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.steps import Step
 from ckptkit.verification import levels
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
+from ckptkit.verification.reports.results import Check
 from fixtures.make_damaged import SOUND
 
 RESULT = ConversionResult(
@@ -382,6 +384,8 @@ def test_verify_passes_and_differs(verify):
         "keep_going": False,
         "reference_source": SourceOptions(),
         "candidate_source": SourceOptions(),
+        "command": "ckptkit verify a b",
+        "hash": False,
     }
     verify.result = DIFFERS
     result = run("verify", "a", "b", "--json", "-")
@@ -394,14 +398,15 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
     line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
     how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
     how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
-    result = run(*line.split(), *how.split(), "--prompt", "one", "--prompt", "two")
+    arguments = [*line.split(), *how.split(), "--hash", "--prompt", "one", "--prompt", "two three"]
+    result = run(*arguments)
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "same"
     verify.told()
     assert verify.options == {
         "level": "weights",
         "device": "cuda",
         "dtype": "bfloat16",
-        "prompts": ["one", "two"],
+        "prompts": ["one", "two three"],
         "tokens": None,
         "tolerance": 1e-4,
         "replay": True,
@@ -417,6 +422,8 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "keep_going": True,
         "reference_source": SourceOptions("r", 3),
         "candidate_source": SourceOptions(None, 4, StatedGrid(2), 9),
+        "command": shlex.join(["ckptkit", *arguments]),
+        "hash": True,
     }
     assert json.loads(report.read_text()) == SAME.to_dict()
 
@@ -451,6 +458,32 @@ def test_a_failed_verification_run_is_in_the_json_file(verify, tmp_path):
     result = run("verify", "a", "b", "--json", str(report))
     assert (result.exit_code, result.stdout) == (6, "")
     assert json.loads(report.read_text())["error"]["kind"] == "verification"
+
+
+def test_markdown_on_stdout_is_alone_there(verify, tmp_path):
+    verify.result = DIFFERS
+    report = tmp_path / "report.json"
+    result = run("verify", "a", "b", "--markdown", "-", "--json", str(report))
+    assert result.exit_code == 1
+    assert result.stdout.startswith("## ") and result.stdout.count("The models differ") == 1
+    assert "differs\n" not in result.stdout and json.loads(report.read_text()) == DIFFERS.to_dict()
+    verify.error = VerificationError("a rank died")
+    assert "could not be run" in run("verify", "a", "b", "--markdown", "-").stdout
+    verify.arguments = ()
+    assert run("verify", "a", "b", "--markdown", "-", "--json", "-").exit_code == 2
+    assert verify.arguments == ()
+
+
+def test_failed_checks_are_annotations_in_github_actions(verify, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert "::error" not in run("verify", "a", "b").stderr
+    level = LevelResult("weights", False, "", {"messages": ["100 %"]}, [Check("bytes", False, "a, b")])
+    verify.result = VerificationReport("a", "b", [level])
+    result = run("verify", "a", "b", "--json", "-")
+    assert result.stderr.splitlines() == ["::error title=ckptkit verify%3A weights::a, b%0A100 %25"]
+    assert json.loads(result.stdout)["verdict"] == "differs"
+    verify.error = VerificationError("a rank died")
+    assert "::error title=ckptkit::a rank died" in run("verify", "a", "b").stderr.splitlines()
 
 
 def test_under_torchrun_only_rank_zero_reports(verify, monkeypatch):
