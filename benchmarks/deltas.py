@@ -138,7 +138,7 @@ def _table(found: list[Measured], size: int) -> str:
         cp = next(other.seconds for other in found if (other.change, other.way) == (item.change, "cp"))
         published = "" if item.nbytes is None else f"{item.nbytes / 1e6:,.1f} MB"
         share = "" if item.nbytes is None else f"{item.nbytes / size:.2%}"
-        memory = f"{item.anonymous / report.MIB:.0f} MiB"
+        memory = f"{item.anonymous / report.MIB:.0f} MiB" if item.way.startswith("delta") else ""
         clock = f"{item.seconds:.2f} s"
         times = clock, f"{item.seconds / cp:.1f}", f"{item.cores:.1f} s"
         rows.append((item.change, item.way, published, share, *times, memory))
