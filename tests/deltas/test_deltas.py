@@ -23,13 +23,15 @@ from ckptkit.cli import app as cli
 from ckptkit.deltas.apply import apply_delta
 from ckptkit.deltas.make import make_delta
 from ckptkit.errors import InputError, StorageError, UnsupportedError, UsageError
-from ckptkit.formats.delta.codec import CHANGES, WHOLE
+from ckptkit.formats.delta import codec
+from ckptkit.formats.delta.codec import CHANGES, DIFFERENCES, WHOLE
 from ckptkit.formats.delta.manifest import MANIFEST
 from ckptkit.formats.delta.reading import ENTRY, open_delta
 from ckptkit.formats.safetensors import read_header
 from ckptkit.inspection.delta_summary import inspect_delta
 from ckptkit.io import faults
 from tests.deltas.conftest import a_step, edited
+from tests.deltas.test_codec import changes, deflated
 from tests.models import files_of, save_llama, save_model
 
 BYTES = "delta.safetensors"
@@ -381,6 +383,23 @@ def test_a_delta_that_lies_about_its_result_is_not_put_in_place(old: Path, copy:
     (copy / MANIFEST).write_bytes(Manifest(found.architecture, changes, found.files).to_json())
     said = refused(old, copy, tmp_path)
     assert f"the result is not what the delta was made from: {victim.name} differs" in said
+
+
+@pytest.mark.parametrize(
+    ("coding", "data", "message"),
+    [
+        (DIFFERENCES, deflated(bytes(10_000_000)), "does not decompress to"),
+        (CHANGES, changes(1, 4, b"\xff\xff\xff\xff\1\0"), "it changes element 4294967295 of"),
+    ],
+)
+def test_hostile_tiles_with_sound_checksums(
+    monkeypatch: pytest.MonkeyPatch, old: Path, new: Path, tmp_path: Path, coding: int, data: bytes, message: str
+) -> None:
+    """A delta that is sound but for what a tile unpacks to: no wrong byte is put in place."""
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "encode", lambda before, after, size: codec.Coded(coding, data, 1))
+        make_delta(old, new, tmp_path / "delta")
+    assert message in refused(old, tmp_path / "delta", tmp_path)
 
 
 def test_a_removed_weight_is_refused(old: Path, copy: Path, tmp_path: Path) -> None:
