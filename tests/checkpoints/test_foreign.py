@@ -29,6 +29,7 @@ FILES = {
     "adapter_config.json": "PEFT.*merge_and_unload",
     "adapter_model.safetensors": "PEFT",
     "adapter_model.bin": "PEFT",
+    "delta.json": "a delta between two checkpoints.*ckptkit delta apply",
     "consolidated.00.pth": "original files of a Llama.*convert_llama_weights_to_hf",
     "original/consolidated.00.pth": "original files of a Llama",
     "consolidated.safetensors": "original files of a Mistral.*convert_mistral_weights_to_hf",

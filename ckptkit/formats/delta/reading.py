@@ -6,11 +6,12 @@ import hashlib
 import struct
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import local
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.dtypes import DTYPES
@@ -33,7 +34,8 @@ _TILE_CODINGS = ("same", "changes", "differences", "whole")
 """Names of the codings of `codec`, in the order of their numbers."""
 
 _AGAIN = "fetch or make the delta again"
-_KEPT = 4
+_KEPT = 16
+"""Finished tiles that stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,35 @@ def stored_in(tensor: Tensor) -> str | None:
     return min(source_files([tensor]), default=None)
 
 
-class _Kept(local):
-    """The tiles that a thread made last: whoever reads goes on where a tile was left, of a few tensors in turn."""
+class _Kept:
+    """The tiles that were made last, for all threads.
+
+    Units of work end in the middle of tiles, and threads take turns. No two threads make the same tile.
+    """
 
     def __init__(self) -> None:
-        self.tiles: OrderedDict[tuple[_Applied, int], bytes] = OrderedDict()
+        self._lock = Lock()
+        self._tiles: OrderedDict[tuple[_Applied, int], Future[bytes]] = OrderedDict()
+
+    def get(self, key: tuple[_Applied, int], make: Callable[[], bytes]) -> bytes:
+        """The bytes of a tile, made if they are not there. An error of `make` reaches all who wait for it."""
+        with self._lock:
+            found = self._tiles.get(key)
+            if found is not None:
+                self._tiles.move_to_end(key)
+            else:
+                mine = self._tiles[key] = Future()
+                if len(self._tiles) > _KEPT:
+                    self._tiles.popitem(last=False)
+        if found is not None:
+            return found.result()
+        try:
+            mine.set_result(make())
+        except BaseException as error:
+            mine.set_exception(error)
+            with self._lock:
+                self._tiles.pop(key, None)
+        return mine.result()
 
 
 _kept = _Kept()
@@ -267,14 +293,7 @@ class _Applied:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _tile(self, number: int) -> bytes:
-        tiles, key = _kept.tiles, (self, number)
-        if key in tiles:
-            tiles.move_to_end(key)
-            return tiles[key]
-        made = tiles[key] = self._made(number)
-        if len(tiles) > _KEPT:
-            tiles.popitem(last=False)
-        return made
+        return _kept.get((self, number), lambda: self._made(number))
 
     def _made(self, number: int) -> bytes:
         from ckptkit.formats.delta.codec import DamagedTileError, decode
