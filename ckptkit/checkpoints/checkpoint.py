@@ -33,6 +33,8 @@ from ckptkit.tensors import Tensor, vstack
 if TYPE_CHECKING:
     import torch
 
+    from ckptkit.checkpoints.lora.record import Lora
+
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 DEFAULT_DIVISIBLE_BY = 128
 
@@ -43,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         path: Where it is.
-        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp` or `fsdp`.
+        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp`, `fsdp` or `peft`.
         family: The family whose table it follows.
         config: The model; for Megatron formats stored `args` override the sidecar's config.json.
         sidecar: The Hugging Face side: config.json and small files, headers, tensors without a Megatron slot.
@@ -60,6 +62,7 @@ class Checkpoint:
         disagreements: Fields in which `args` contradict config.json, as sentences.
         optimizer: The optimizer's state beside the model, which is left out.
         seen: Fingerprints of its files from before they were read.
+        lora: The facts about an adapter, whose factors the tensors are; None for a model.
     """
 
     path: Path
@@ -80,6 +83,7 @@ class Checkpoint:
     disagreements: tuple[str, ...] = ()
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     seen: Seen = field(default_factory=Seen)
+    lora: Lora | None = None
 
     def noting(self, *notes: str) -> Checkpoint:
         """The same checkpoint with further notes."""
@@ -103,7 +107,9 @@ class Checkpoint:
     @property
     def towers_are_missing(self) -> bool:
         """Whether this is a multimodal model of which the checkpoint holds the text part only."""
-        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory counts as complete
+        if (
+            self.family.text_only is None or self.format == "hf" or self.lora is not None
+        ):  # a Hugging Face directory counts as complete
             return False
         towers = {name for name in self.stored_names if self.family.is_extra(name, self.config)}
         return bool(towers - self.sidecar.extras.keys()) if self.stored_names else not self.sidecar.extras
@@ -123,6 +129,8 @@ class Checkpoint:
                 if slot.hf is not None and spelling.written(slot.hf) in names:
                     tensors[slot.hf] = found
         tensors.update(self.sidecar.extras)
+        if self.lora is not None:
+            return tensors
         tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[self.main_dtype]))
         for replica in family.replicas:
             if spelling.written(replica.hf) in names and replica.when(config):
@@ -171,7 +179,7 @@ class Checkpoint:
             if home == rank.ep:
                 name = item.name(None if item.layer is None else local[item.layer], expert)
                 chunk[spelling.written(name)] = self._cut(key, rank, grid, divisible_by, spelling)
-        if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
+        if self.config.tied and self.lora is None and stage.last and (spelling.tied_head or not stage.first):
             chunk[spelling.written(HEAD)] = self._cut(EMBEDDING, rank, grid, divisible_by, spelling)
         return chunk
 

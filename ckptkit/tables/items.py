@@ -132,6 +132,19 @@ class Item:
         """The Megatron tensor -> its Hugging Face tensors."""
         return dict(zip(self.parts, self._layout.unpack(tensor), strict=False))
 
+    def replaced(self, tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """The Megatron tensor with other Hugging Face tensors in it.
+
+        A slot that repeats one of them follows; all other slots stay.
+        """
+        pieces = self._layout.unpack(tensor)
+        own = [parts.get(name, piece) for name, piece in zip(self.parts, pieces, strict=False)]
+        slots = [
+            piece if slot.slot.repeats is None else slot.filled(own, tensor.dtype)
+            for slot, piece in zip(self.slots, pieces[len(own) :], strict=True)
+        ]
+        return self._layout.pack([*own, *slots])
+
     def dropped(self, tensor: Tensor) -> list[tuple[ResolvedSlot, Tensor, Tensor]]:
         """The slots of the Megatron tensor: (slot, its content, the content that `pack` would put there)."""
         pieces = self._layout.unpack(tensor)

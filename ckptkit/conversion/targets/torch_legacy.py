@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ckptkit.checkpoints.lora.megatron import grouped_factors
 from ckptkit.conversion.target import Target, WritableFormat
 from ckptkit.errors import UsageError
 from ckptkit.formats.torch_legacy import RankKey, lay_out_torch_legacy
@@ -28,6 +29,8 @@ def _lay_out(target: Target) -> list[OutputFile]:
         key = "model" if grid.vpp == 1 else f"model{stage.vp_stage}"
         for rank in (rank for rank in grid.ranks() if rank.pp == stage.pp_rank):
             chunk = source.chunk(stage, rank, grid, spelling, target.divisible_by)
+            if target.adapter is not None:
+                chunk = grouped_factors(chunk)
             states = [state for name in chunk for state in rank_states(name, quirks)] if stateful else []
             ranks[rank.pp, rank.tp, rank.ep][key] = {**chunk, **dict.fromkeys(states)}
     return [*lay_out_torch_legacy(ranks, target.args, source.main_dtype), *target.sidecar]
@@ -36,5 +39,5 @@ def _lay_out(target: Target) -> list[OutputFile]:
 FORMAT = WritableFormat(
     "torch",
     _lay_out,
-    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model"}),
+    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model", "adapter_layout"}),
 )
