@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from benchmarks import report
 from benchmarks.measure import Summary, cp_command, remove, run, settle
-from benchmarks.model import SHAPES, Model, shape_for, write_llama
+from benchmarks.model import SHAPES, Model, shape_for, write_model
 from ckptkit.formats.safetensors import read_header
 
 CHANGES = ("step", "all", "layer")
@@ -73,7 +73,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ckptkit-bench-", dir=options.dir) as folder:
         place = Path(folder)
         shape = SHAPES[options.shape] if options.shape else shape_for(options.size_gb)
-        old = write_llama(place / "old", int(options.size_gb * 1e9), shape)
+        old = write_model(place / "old", int(options.size_gb * 1e9), shape)
         _spread(old.path)
         for change in options.changes:
             new = place / "new"

@@ -34,6 +34,8 @@ from ckptkit.tensors import Tensor, vstack
 if TYPE_CHECKING:
     import torch
 
+    from ckptkit.checkpoints.lora.record import Lora
+
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 DEFAULT_DIVISIBLE_BY = 128
 
@@ -44,7 +46,7 @@ class Checkpoint:
 
     Attributes:
         path: Where it is.
-        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp` or `fsdp`.
+        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp`, `fsdp` or `peft`.
         family: The family whose table it follows.
         config: The model; for Megatron formats stored `args` override the sidecar's config.json.
         sidecar: The Hugging Face side: config.json and small files, headers, tensors without a Megatron slot.
@@ -61,6 +63,7 @@ class Checkpoint:
         disagreements: Fields in which `args` contradict config.json, as sentences.
         optimizer: The optimizer's state beside the model, which is left out.
         seen: Fingerprints of its files from before they were read.
+        lora: The facts about an adapter, whose factors the tensors are; None for a model.
     """
 
     path: Path
@@ -81,6 +84,7 @@ class Checkpoint:
     disagreements: tuple[str, ...] = ()
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     seen: Seen = field(default_factory=Seen)
+    lora: Lora | None = None
 
     def noting(self, *notes: str) -> Checkpoint:
         """The same checkpoint with further notes."""
@@ -104,7 +108,9 @@ class Checkpoint:
     @property
     def towers_are_missing(self) -> bool:
         """Whether this is a multimodal model of which the checkpoint holds the text part only."""
-        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory counts as complete
+        if (
+            self.family.text_only is None or self.format == "hf" or self.lora is not None
+        ):  # a Hugging Face directory counts as complete
             return False
         towers = {name for name in self.stored_names if self.family.is_extra(name, self.config)}
         return bool(towers - self.sidecar.extras.keys()) if self.stored_names else not self.sidecar.extras
@@ -124,6 +130,8 @@ class Checkpoint:
                 if slot.hf is not None and spelling.written(slot.hf) in names:
                     tensors[slot.hf] = found
         tensors.update(self.sidecar.extras)
+        if self.lora is not None:
+            return tensors
         tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[self.main_dtype]))
         for replica in family.replicas:
             if spelling.written(replica.hf) in names and replica.when(config):
@@ -218,7 +226,7 @@ class Checkpoint:
                 name = written(item.row.megatron, None if item.layer is None else local[item.layer], expert)
                 for ep in homes:
                     held[stage, ep][name] = key
-            if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
+            if self.config.tied and self.lora is None and stage.last and (spelling.tied_head or not stage.first):
                 for ep in range(grid.ep):
                     held[stage, ep][spelling.written(HEAD)] = EMBEDDING
         return held

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli import convert, delta, families, looking, split_llama, verify
+from ckptkit.cli import adapter, convert, delta, families, looking, split_llama, verify
 from ckptkit.cli.exits import EXIT_CODES, Commands
 from ckptkit.cli.help import GroupedCommand
 from ckptkit.cli.records import with_records
@@ -18,6 +18,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
+)
+_adapter = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Merge LoRA adapters into their model, or take one out of a Megatron checkpoint.",
 )
 _split_llama = typer.Typer(
     no_args_is_help=True,
@@ -52,9 +57,12 @@ _add(app, "validate", looking.validate, looking.VALIDATE_EXAMPLES)
 _add(app, "hash", looking.hash_, looking.HASH_EXAMPLES)
 _add(app, "verify", verify.verify, verify.EXAMPLES)
 _add(app, "families", families.families, families.EXAMPLES)
+_add(_adapter, "merge", adapter.merge, adapter.MERGE_EXAMPLES)
+_add(_adapter, "export", adapter.export, adapter.EXPORT_EXAMPLES)
 _add(_split_llama, "build", split_llama.build, split_llama.BUILD_EXAMPLES)
 _add(_split_llama, "fit", split_llama.fit, split_llama.FIT_EXAMPLES)
 _add(_delta, "make", delta.make, delta.MAKE_EXAMPLES)
 _add(_delta, "apply", delta.apply, delta.APPLY_EXAMPLES)
 app.add_typer(_delta, name="delta")
+app.add_typer(_adapter, name="adapter")
 app.add_typer(_split_llama, name="split-llama")

@@ -156,6 +156,8 @@ def inspection(result: Inspection, console: Console) -> None:
         ("size", human_size(result.bytes)),
         ("dtypes", ", ".join(f"{name} {human_size(size)}" for name, size in result.dtypes.items())),
     ]
+    if result.adapter is not None:
+        about += [(name, _counted(value)) for name, value in result.adapter.items() if value]
     console.print(facts(about))
     sentences(console, result.notes, "note", "cyan")
 
@@ -174,6 +176,13 @@ def delta(result: DeltaInspection, console: Console) -> None:
         ("size", f"{human_size(result.bytes)} for {human_size(result.bytes_new)} of weights"),
     ]
     console.print(facts(about))
+
+
+def _counted(value: Any) -> str:
+    """A fact about an adapter: a number, a word, or values with the number of layers that have each."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({count:,})" for name, count in value.items())
+    return ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def differences(result: Differences, console: Console) -> None:

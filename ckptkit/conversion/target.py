@@ -9,7 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid, vocabulary_multiple
+from ckptkit.checkpoints.lora.layouts import Record
 from ckptkit.checkpoints.run_config import run_config
+from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.json_files import read_json
@@ -71,11 +73,13 @@ class Target:
         source: The model, after all changes.
         options: The requested output.
         format: The format.
+        adapter: For an adapter in a layout of Megatron, how its ranks are made up; else None.
     """
 
     source: Checkpoint
     options: Options
     format: WritableFormat
+    adapter: Record | None = None
 
     @property
     def grid(self) -> Parallelism:
@@ -125,7 +129,8 @@ class Target:
     def args(self) -> dict[str, Any]:
         """Megatron-LM's `args`, as plain values."""
         source, spelling = self.source, self.spelling
-        rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], self.divisible_by, self.grid.tp)
+        tokens = source.config.vocab_size if self.adapter is not None else source.tensors[EMBEDDING].shape[0]
+        rows = padded_vocab_size(tokens, self.divisible_by, self.grid.tp)
         config = replace(source.config, dtype=source.main_dtype)
         args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts)
         if not spelling.hybrid:
@@ -140,7 +145,8 @@ class Target:
             return NoRunConfig("a run_config.yaml can describe GPTModel only")
         text = self.options.layout == TEXT
         try:
-            return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text)
+            peft = None if self.adapter is None else bridge_section(self.source, self.spelling.prefix, self.adapter)
+            return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text, peft=peft)
         except UnsupportedError as error:
             return NoRunConfig(error.what)
 

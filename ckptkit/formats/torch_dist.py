@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -38,8 +38,9 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(?!.*\blayers\.\d+\.)(.*?\blayers)\.(.+)")
-_STORED_EXPERT = re.compile(r"(.*\.experts)\.experts\.(?:(\d+)\.)?([a-z]\w*)\.(weight|bias)(_[wv])?")
-_EXPERT = re.compile(r"(.*\.experts)\.([a-z]\w*\.(?:weight|bias|_extra_state))(\d+)")
+_MODULE = r"[a-z]\w*(?:\.adapter(?:\.adapter_\w+)?\.linear_(?:in|out)|\.lora_[AB]\.\w+)?"  # or its adapter
+_STORED_EXPERT = re.compile(rf"(.*\.experts)\.experts\.(?:(\d+)\.)?({_MODULE})\.(weight|bias)(_[wv])?")
+_EXPERT = re.compile(rf"(.*\.experts)\.({_MODULE}\.(?:weight|bias|_extra_state))(\d+)")
 _HALF = re.compile(r"(.*\.(?:weight|bias)\d*)_([wv])")
 _NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler")
 _ATTENTION, _STACKED_BLOCK = "self_attention.", "decoder.layers"  # layers of multi-token prediction are not stacked
@@ -74,8 +75,13 @@ def is_torch_dist(path: Path) -> bool:
     return (path / CONFIG).is_file() and "sharded_backend" in read_json(path / CONFIG)
 
 
-def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
+def open_torch_dist(path: Path, root: Path, wanted: Callable[[str], bool] = lambda key: True) -> TorchDistFiles:
     """Opens a checkpoint; reads metadata and the headers of the model's chunks.
+
+    Args:
+        path: The folder with metadata.json.
+        root: The folder with the tracker file, or `path` itself.
+        wanted: Key -> whether it is read. Nothing of other keys is read, not even headers.
 
     Raises:
         InputError: Files are missing or damaged, or chunks do not make up their tensors.
@@ -91,7 +97,8 @@ def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
     if not is_dcp(path):
         raise InputError("no .metadata", where=path, hint="fetch or copy it again (its name starts with a dot)")
     files = open_dcp(path)
-    keys = [key for key in files.tensors if not _NOT_MODEL.match(key)]
+    of_model = [key for key in files.tensors if not _NOT_MODEL.match(key)]
+    keys = [key for key in of_model if wanted(key)]
     found: dict[str, Tensor] = {}
     for key in keys:
         for name, tensor in _canonical(files, key):
@@ -104,8 +111,8 @@ def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
         _read_args(files),
         _join_halves(found, path),
         any(_STACKED.fullmatch(key) for key in keys),
-        tuple(sorted(files.tensors.keys() - set(keys))),
-        optimizer_state(files, files.tensors.keys() - set(keys)),
+        tuple(sorted(files.tensors.keys() - set(of_model))),
+        optimizer_state(files, files.tensors.keys() - set(of_model)),
     )
 
 

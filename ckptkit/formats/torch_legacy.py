@@ -214,6 +214,10 @@ def rank_folder(rank: RankKey, pp: int, ep: int) -> str:
     return name if ep == 1 else f"{name}_{ep_rank:03d}"
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Shards:
     """The shards of one model chunk that one rank holds; they are cut while they are written.
@@ -231,6 +235,16 @@ class Shards:
     cuts: list[Cut]
     forms: list[tuple[DType, tuple[int, ...]]]
     states: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Shards:
+        """Shards that are cut already."""
+        forms = [(tensor.out_dtype, tensor.shape) for tensor in tensors.values()]
+        return cls(tuple(tensors), tuple(tensors.values()), [_as_it_is] * len(forms), forms)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Local name -> shard."""
+        return {name: cut(whole) for name, whole, cut in zip(self.names, self.wholes, self.cuts, strict=True)}
 
     def written(self) -> Iterator[tuple[Tensor, Cut]]:
         """The whole tensor and the cut of each shard that has bytes."""

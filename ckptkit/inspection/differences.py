@@ -13,7 +13,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.checkpoints.sources import open_side
 from ckptkit.errors import InputError
-from ckptkit.inspection.structure import config_differences
+from ckptkit.inspection.structure import adapter_differences, config_differences
 from ckptkit.inspection.values import Gap, Survey, common_type, gap, survey
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import compare, in_step
@@ -179,7 +179,7 @@ def _structure(a: Checkpoint, b: Checkpoint, left: Mapping[str, Tensor], right: 
     ]
     both = [(name, left[name], right[name]) for name in sorted(left.keys() & right.keys())]
     return Structure(
-        [*config_differences(a.config, b.config, SIDES), *contradictions],
+        [*config_differences(a.config, b.config, SIDES), *adapter_differences(a, b, SIDES), *contradictions],
         sorted(left.keys() - right.keys()),
         sorted(right.keys() - left.keys()),
         {name: (list(x.shape), list(y.shape)) for name, x, y in both if x.shape != y.shape},

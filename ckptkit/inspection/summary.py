@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.sharding.grid import StatedGrid
+from ckptkit.tables.lora import A
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A summary of the headers of a checkpoint. Sizes in bytes."""
+    """A summary of the headers of a checkpoint. Sizes in bytes. `adapter` has the ranks and scales of an adapter."""
 
     path: str
     format: str
@@ -27,6 +30,7 @@ class Inspection:
     roles: list[dict[str, Any]]
     optimizer: dict[str, int]
     notes: list[str]
+    adapter: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values."""
@@ -40,6 +44,7 @@ def inspect(
     iteration: int | None = None,
     stored_grid: StatedGrid | None = None,
     vocab_size: int | None = None,
+    lora_alpha: float | None = None,
 ) -> Inspection:
     """Reads the headers of a checkpoint and sums them up by role.
 
@@ -49,6 +54,7 @@ def inspect(
         iteration: Number of the iteration.
         stored_grid: The stored grid, where `args` do not say it.
         vocab_size: The true size of the vocabulary.
+        lora_alpha: Alpha of a Megatron adapter that does not record it.
 
     Raises:
         InputError: It is damaged or incomplete.
@@ -63,6 +69,7 @@ def inspect(
             iteration=iteration,
             stored_grid=stored_grid,
             vocab_size=vocab_size,
+            lora_alpha=lora_alpha,
         )
     alike = Counter((source.items[key].kind, tensor.dtype, tensor.nbytes) for key, tensor in source.tensors.items())
     dtypes: Counter[str] = Counter()
@@ -86,4 +93,18 @@ def inspect(
         roles=list(roles.values()),
         optimizer=asdict(source.optimizer),
         notes=[*source.notes, *source.disagreements],
+        adapter=None if source.lora is None else _of_adapter(source.lora, source),
     )
+
+
+def _of_adapter(lora: Lora, source: Checkpoint) -> dict[str, Any]:
+    """Ranks and scales of an adapter, each with the number of linear layers that have it."""
+    ranks = Counter(source.tensors[linear.key(A)].shape[0] for linear in lora.linears.values())
+    scales = Counter(lora.scales.values())
+    return {
+        "layout": lora.layout or "peft",
+        "modules": len(lora.linears),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "scales": {f"{scale:.6g}": count for scale, count in sorted(scales.items())},
+        "kept whole": sorted(source.sidecar.extras),
+    }

@@ -76,20 +76,26 @@ class Kind:
         row: The row.
         config: The sizes of such a layer.
         model: The model.
+        given: Shapes of the Hugging Face tensors and of the slots where these are not what the row says.
     """
 
     row: Row
     config: LayerConfig
     model: ModelConfig
+    given: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
 
     @cached_property
     def parts(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the Hugging Face tensors in elements."""
+        if self.given is not None:
+            return self.given[0]
         return tuple(tuple(dim.of(self.model, self.config) for dim in shape) for shape in self.row.hf.values())
 
     @cached_property
     def slots(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the slots in elements."""
+        if self.given is not None:
+            return self.given[1]
         return tuple(tuple(dim.of(self.model, self.config) for dim in slot.shape) for slot in self.row.slots)
 
     @cached_property
@@ -234,6 +240,19 @@ class Item(NamedTuple):
     def unpack(self, tensor: Tensor) -> dict[str, Tensor]:
         """The Megatron tensor -> its Hugging Face tensors."""
         return dict(zip(self.hf, self.kind.layout.unpack(tensor), strict=False))
+
+    def replaced(self, tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """The Megatron tensor with other Hugging Face tensors in it.
+
+        A slot that repeats one of them follows; all other slots stay.
+        """
+        pieces = self.kind.layout.unpack(tensor)
+        own = [parts.get(name, piece) for name, piece in zip(self.hf, pieces, strict=False)]
+        slots = [
+            piece if slot.slot.repeats is None else slot.filled(own, tensor.dtype)
+            for slot, piece in zip(self.slots, pieces[len(own) :], strict=True)
+        ]
+        return self.kind.layout.pack([*own, *slots])
 
     def dropped(self, tensor: Tensor) -> list[tuple[ResolvedSlot, Tensor, Tensor]]:
         """The slots of the Megatron tensor: (slot, its content, the content that `pack` would put there)."""

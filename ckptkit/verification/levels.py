@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Unpack
 from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions, options_called
-from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.errors import CkptkitError, UnsupportedError, UsageError
 from ckptkit.formats.hub import locate
 from ckptkit.inspection.hashing import hash_checkpoint
 from ckptkit.io.threads import Progress
@@ -170,7 +170,11 @@ def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str
     if source.hf_reference is not None:
         source = replace(source, hf_reference=str(stack.enter_context(locate(source.hf_reference)).path))
     with options_called(prefix):
-        return open_checkpoint(found, **source.keywords()), replace(source, iteration=None)
+        checkpoint = open_checkpoint(found, **source.keywords())
+    if checkpoint.lora is not None:
+        hint = "`ckptkit diff` compares adapters; `ckptkit adapter merge` makes a model that can be verified"
+        raise UnsupportedError("an adapter is no model that runs", where=path, hint=hint)
+    return checkpoint, replace(source, iteration=None)
 
 
 def _sides(

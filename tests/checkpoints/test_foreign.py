@@ -26,7 +26,7 @@ FILES = {
     "zero_to_fp32.py": "DeepSpeed .ZeRO",
     "layer_01-model_00-model_states.pt": "Megatron-DeepSpeed.*deepspeed_to_transformers",
     "global_step20/layer_01-model_00-model_states.pt": "Megatron-DeepSpeed",
-    "adapter_config.json": "PEFT.*merge_and_unload",
+    "adapter_config.json": "part of an adapter of PEFT.*belong into one folder",
     "adapter_model.safetensors": "PEFT",
     "adapter_model.bin": "PEFT",
     "delta.json": "a delta between two checkpoints.*ckptkit delta apply",

@@ -94,11 +94,13 @@ def test_options_of_a_command_stand_under_headings(command: str, headings: list[
 
 
 def test_choices_are_those_of_the_modules_that_use_them() -> None:
-    from ckptkit.conversion.targets import NAMES
+    from ckptkit.adapters.commands import PRECISIONS
+    from ckptkit.conversion.targets import ADAPTER_NAMES, NAMES
     from ckptkit.inspection.hashing import PARTS
     from ckptkit.tables.spelling import GROUPED, SEQUENTIAL
 
-    assert (choices.FORMATS, choices.HASHED) == (NAMES, PARTS)
+    assert (choices.MODEL_FORMATS, choices.HASHED) == (NAMES, PARTS)
+    assert (*NAMES, *ADAPTER_NAMES) == choices.FORMATS and choices.PRECISIONS == PRECISIONS
     assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+from ckptkit.checkpoints.lora.megatron import grouped_factors
 from ckptkit.conversion.target import Target, WritableFormat
 from ckptkit.errors import UsageError
 from ckptkit.formats.torch_legacy import RankKey, Shards, lay_out_torch_legacy
@@ -25,6 +26,8 @@ def _lay_out(target: Target) -> list[OutputFile]:
     stateful = spelling.extra_states and not quirks.local_only(source.config)
     for stage, rank, shards in source.shards(target.stages, grid, spelling, target.divisible_by):
         key = "model" if grid.vpp == 1 else f"model{stage.vp_stage}"
+        if target.adapter is not None:
+            shards = Shards.of(grouped_factors(shards.tensors()))
         states = states_of(shards.names) if stateful else ()
         ranks[rank.pp, rank.tp, rank.ep][key] = replace(shards, states=states)
     return [*lay_out_torch_legacy(ranks, target.args, source.main_dtype), *target.sidecar]
@@ -33,5 +36,5 @@ def _lay_out(target: Target) -> list[OutputFile]:
 FORMAT = WritableFormat(
     "torch",
     _lay_out,
-    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model"}),
+    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model", "adapter_layout"}),
 )
