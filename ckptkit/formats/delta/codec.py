@@ -12,7 +12,7 @@ Four codings, of which the shortest counts:
 - `WHOLE`: the new bytes.
 
 Bytes of equal weight are put side by side (first all lowest bytes, then the next), and compressed with DEFLATE. Its
-run-length strategy is both faster and smaller here than searching for repeated strings (docs/delta.md has figures).
+run-length strategy is both faster and smaller here than searching for repeated strings.
 """
 
 from __future__ import annotations
