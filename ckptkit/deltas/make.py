@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,8 @@ SIDES = ("OLD", "NEW")
 Keep = Callable[[bytes], Tensor]
 """Keeps bytes until the plan is carried out, and gives them as a tensor."""
 
+_MOST_THREADS = 8
+"""Threads, unless the user asks for more: each takes up to 18 MiB."""
 _HELD = 1 << 20
 """Bytes of coded tiles that are held in memory before they are kept."""
 
@@ -148,7 +151,7 @@ def make_delta(
             pairs,
             lambda readers, pair: _coded(readers, pair, keep),
             lambda pair: pair.nbytes,
-            threads=execution.threads,
+            threads=execution.threads or min(_MOST_THREADS, len(os.sched_getaffinity(0))),
             progress=execution.progress,
         )
         for index, side in enumerate(opened):

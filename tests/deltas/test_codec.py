@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import struct
 import tracemalloc
 import zlib
@@ -115,6 +116,36 @@ def test_far_from_each_other_only_the_shorter_would_be_tried(monkeypatch: pytest
             patch.setattr(codec, "_FEW", 0.0)
             patch.setattr(codec, "_MANY", 1.0)
             assert encode(old, new, 2) == taken, step
+
+
+def test_other_ways_to_compress_are_larger() -> None:
+    """XOR, other strategies, LZMA, and bytes that are not split into planes, on a step that moves most elements."""
+    random = np.random.default_rng(3)
+    weights = (random.standard_normal(1 << 17) * 0.02).astype(np.float32)
+    moved = weights + random.standard_normal(len(weights)).astype(np.float32) * np.float32(1e-4)
+    old, new = (((values.view("<u4") + 0x8000) >> 16).astype("<u2") for values in (weights, moved))
+    taken = encode(old.view(np.uint8), new.view(np.uint8), 2)
+    assert taken.coding == DIFFERENCES
+    step = (new - old).view("<i2")
+    folded = ((step << 1) ^ (step >> 15)).view("<u2")
+
+    def planes(values: NDArray[Any]) -> bytes:
+        return values.view(np.uint8).reshape(-1, 2).T.tobytes()
+
+    def deflate(data: bytes, level: int, strategy: int) -> int:
+        made = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
+        return len(made.compress(data)) + len(made.flush())
+
+    others = {
+        "xor": deflate(planes(old ^ new), 1, zlib.Z_RLE),
+        "in order": deflate(folded.tobytes(), 1, zlib.Z_RLE),
+        "level 1": deflate(planes(folded), 1, zlib.Z_DEFAULT_STRATEGY),
+        "level 6": deflate(planes(folded), 6, zlib.Z_DEFAULT_STRATEGY),
+        "huffman": deflate(planes(folded), 6, zlib.Z_HUFFMAN_ONLY),
+        "lzma": len(lzma.compress(planes(folded), preset=0)),
+    }
+    assert deflate(planes(folded), 1, zlib.Z_RLE) == len(taken.data)
+    assert min(others.values()) > len(taken.data), others
 
 
 def deflated(data: bytes) -> bytes:

@@ -12,7 +12,7 @@ Four codings, of which the shortest counts:
 - `WHOLE`: the new bytes.
 
 Bytes of equal weight are put side by side (first all lowest bytes, then the next), and compressed with DEFLATE. Its
-run-length strategy is both faster and smaller here than searching for repeated strings (docs/delta.md has figures).
+run-length strategy is both faster and smaller here than searching for repeated strings.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def encode(old: Bytes, new: Bytes, itemsize: int) -> Coded:
     if np.array_equal(old, new):
         return Coded(SAME, b"", 0)
     difference = _fold(_bits(new, itemsize) - _bits(old, itemsize))
-    changed = np.flatnonzero(difference != 0)
+    changed = int(np.count_nonzero(difference))
     found: list[tuple[int, bytes]] = []
-    share = len(changed) / len(difference)
+    share = changed / len(difference)
     if share <= _MANY:
-        found.append((CHANGES, _changes(difference, changed)))
+        found.append((CHANGES, _changes(difference)))
     if share >= _FEW:
         found.append((DIFFERENCES, _deflate(_planes(difference))))
     coding, data = min(found, key=lambda item: len(item[1]))
-    return Coded(coding, data, len(changed)) if len(data) < len(new) else Coded(WHOLE, b"", len(changed))
+    return Coded(coding, data, changed) if len(data) < len(new) else Coded(WHOLE, b"", changed)
 
 
 def decode(coding: int, data: bytes, old: Bytes, itemsize: int) -> Bytes:
@@ -104,7 +104,8 @@ def decode(coding: int, data: bytes, old: Bytes, itemsize: int) -> Bytes:
     return _bytes(after)
 
 
-def _changes(difference: Bits, changed: NDArray[np.intp]) -> bytes:
+def _changes(difference: Bits) -> bytes:
+    changed = np.flatnonzero(difference != 0)
     distances = (np.diff(changed, prepend=-1) - 1).astype("<u4")
     size = next(size for size in _DISTANCES if int(distances.max()) >> 8 * size == 0)
     planes = _planes(distances)[: size * len(changed)]
