@@ -41,6 +41,7 @@ def apply_delta(
     iteration: int | None = None,
     stored_grid: StatedGrid | None = None,
     vocab_size: int | None = None,
+    lora_alpha: float | None = None,
     **how: Unpack[How],
 ) -> ConversionResult:
     """Applies a delta to the checkpoint that it was made from, and writes the result in any format.
@@ -61,6 +62,7 @@ def apply_delta(
         iteration: Number of OLD's iteration.
         stored_grid: The grid of OLD, where its `args` do not record it.
         vocab_size: True size of OLD's vocabulary.
+        lora_alpha: Alpha of OLD, a Megatron adapter that does not record it.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`. A dry run hashes nothing.
 
@@ -88,6 +90,7 @@ def apply_delta(
             iteration=iteration,
             stored_grid=stored_grid,
             vocab_size=vocab_size,
+            lora_alpha=lora_alpha,
         )
         tensors = base.hf_tensors(())
         _check_headers(base, opened, tensors)

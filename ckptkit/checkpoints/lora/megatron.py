@@ -420,7 +420,7 @@ def _config(view: Canonical, alpha: Alpha, about: _About) -> AdapterConfig:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": about.sidecar.origin.get("repository", ""),
         "r": max(set(ranks), key=ranks.count),
-        "lora_alpha": int(alpha.value) if alpha.value.is_integer() else alpha.value,
+        "lora_alpha": int(alpha.value) if float(alpha.value).is_integer() else alpha.value,
         "lora_dropout": 0.0,
         "use_rslora": alpha.rslora,
         "use_dora": False,
