@@ -27,6 +27,7 @@ from tests.models import MODELS, files_of, save_llama, save_model
 from tests.precision import relative_error
 
 Saved = tuple[Path, Path]
+BRIDGE = Path(__file__).parents[2] / "fixtures" / "bridge_lora"
 GRID = Parallelism(2, 2)
 EXPERTS = Parallelism(2, 1, ep=2)
 SAME_A = "same A"
@@ -332,14 +333,45 @@ def test_adapters_of_megatron_bridge(
     LoraConfig.from_pretrained(tmp_path / "back")
 
 
+@pytest.mark.parametrize(("written", "layout"), [("LoRA", "fused"), ("CanonicalLoRA", "canonical")])
+def test_checkpoints_that_megatron_bridge_wrote(tmp_path: Path, written: str, layout: str) -> None:
+    """Its distributed checkpoint, read and cut again, gives each rank the factors that it had there."""
+    folder = BRIDGE / written
+    convert(folder, tmp_path / "peft", to="peft", hf_reference=BRIDGE)
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, sorted(LINEARS))
+    for source in (folder, tmp_path / "peft"):
+        out = tmp_path / f"from-{source.name}"
+        convert(source, out, to="torch", grid=Parallelism(2), adapter_layout=layout, hf_reference=BRIDGE)
+        for (_, rank, _), tensors in ranks_of(out, Parallelism(2)).items():
+            theirs = torch.load(folder / f"rank{rank}.pt", weights_only=True)
+            assert tensors.keys() == theirs.keys()
+            assert all(torch.equal(tensors[name], theirs[name]) for name in theirs)
+    write_again_and_compare(tmp_path, folder)
+
+
+def write_again_and_compare(tmp_path: Path, folder: Path) -> None:
+    """Written again as a distributed checkpoint, it holds the tensors that Megatron-Bridge wrote."""
+    layout = "canonical" if folder.name == "CanonicalLoRA" else "fused"
+    convert(folder, tmp_path / "dist", to="torch_dist", grid=Parallelism(2), adapter_layout=layout, hf_reference=BRIDGE)
+    ours, theirs = (whole(path, tmp_path / "whole.pt") for path in (tmp_path / "dist/release", folder / "iter_0000001"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def whole(folder: Path, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a distributed checkpoint, as torch reads them."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder, file)
+    found = torch.load(file, weights_only=False)
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
 def test_gate_and_up_of_canonical_adapters_in_distributed_checkpoints(
     tmp_path: Path, llama: Path, adapters: dict[str, Path]
 ) -> None:
     """Megatron-Bridge stores B of gate as if it were gate and up: the first halves of all ranks come first."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    assert dcp
     convert(
         adapters["all"],
         tmp_path / "meg",
@@ -348,8 +380,7 @@ def test_gate_and_up_of_canonical_adapters_in_distributed_checkpoints(
         grid=Parallelism(2),
         hf_reference=llama,
     )
-    dcp_to_torch_save(tmp_path / "meg/release", tmp_path / "whole.pt")
-    stored = torch.load(tmp_path / "whole.pt", weights_only=False)
+    stored = whole(tmp_path / "meg/release", tmp_path / "whole.pt")
     b = stored["decoder.layers.mlp.linear_fc1.adapter.adapter_gate.linear_out.weight"][0]
     expected = tensors_of(adapters["all"])["base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"]
     first, second = expected.chunk(2)

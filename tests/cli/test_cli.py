@@ -141,6 +141,9 @@ def test_defaults_of_convert(convert):
         "head": None,
         "head_init": None,
         "megatron_model": "gpt",
+        "adapter_layout": None,
+        "lora_alpha": None,
+        "lossy": False,
         "dry_run": False,
         "overwrite": False,
         "resume": False,
@@ -158,6 +161,7 @@ def test_every_option_of_convert_arrives(convert):
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
         " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
+        " --adapter-layout peft --lora-alpha 16 --lossy"
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {
@@ -177,6 +181,9 @@ def test_every_option_of_convert_arrives(convert):
         "head": "value",
         "head_init": "normal",
         "megatron_model": "hybrid",
+        "adapter_layout": "peft",
+        "lora_alpha": 16.0,
+        "lossy": True,
         "dry_run": True,
         "overwrite": True,
         "resume": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,11 @@ def read_megatron(
         UsageError: Nothing says which model it is for.
     """
     path, about = place.folder, _describe(place, args, given)
-    record = read_record(place.root)
+    # An alpha of the user means that the sidecar's record does not count.
+    record = read_record(place.root) if given.lora_alpha is None else None
     alpha, notes = find_alpha(path, place.root, record, given.lora_alpha)
     joined = _join(path, about, ranks, grid, stacked=stacked, stored=stored)
-    # A reference or an alpha of the user means that the sidecar does not count.
-    known = record if about.original is not None and given.lora_alpha is None else None
+    known = record if about.original is not None else None
     if known is not None:
         _check_record(known, joined.found, place.root)
     view = canonical(joined.found, alpha.scale, known)
@@ -165,11 +165,11 @@ class _About:
 
 
 def _describe(place: Place, args: Mapping[str, Any], given: Given) -> _About:
+    sidecar = read_sidecar(place.root)
     if given.reference is not None:
-        small = {name: file for name, file in given.reference.small.items() if name == "config.json"}
-        sidecar: Sidecar | None = Sidecar(given.reference.config, small)
-    else:
-        sidecar = read_sidecar(place.root)
+        base = {name: file for name, file in given.reference.small.items() if name == "config.json"}
+        own = sidecar or Sidecar(given.reference.config, {})
+        sidecar = replace(own, config=given.reference.config, small={**own.small, **base})
     if sidecar is None:
         raise UsageError(
             "an adapter does not hold the config of the model that it is for",
@@ -394,7 +394,7 @@ def _check_record(record: Record, found: list[Found], root: Path) -> None:
     Raises:
         InputError: It has another rank, or names modules that have no factors.
     """
-    hint = "pass --hf-reference and --lora-alpha to go without the sidecar"
+    hint = "pass --lora-alpha to go without the sidecar"
     ranks = {one.b.shape[1] for one in found}
     if ranks != {record.rank}:
         what = f"the sidecar describes factors of rank {record.rank}, the checkpoint has {sorted(ranks)}"

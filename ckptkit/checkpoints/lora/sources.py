@@ -56,7 +56,7 @@ def find_alpha(folder: Path, root: Path, record: Record | None, given: float | N
     Raises:
         InputError: Nobody states it, or two files state different ones.
     """
-    found = [] if record is None else [Alpha(record.alpha, False, f"{FOLDER}/{RECORD}")]
+    found = [] if record is None else [Alpha(float(record.alpha), False, f"{FOLDER}/{RECORD}")]
     for place in dict.fromkeys((folder, root)):
         found += [alpha for name, read in _READERS.items() if (alpha := read(place, name)) is not None]
     if given is not None:
@@ -86,7 +86,7 @@ def read_record(root: Path) -> Record | None:
         return None
     raw = read_json(file)
     layout, rank, alpha, modules = (raw.get(key) for key in ("layout", "rank", "alpha", "modules"))
-    hint = "pass --hf-reference and --lora-alpha instead"
+    hint = "pass --lora-alpha to go without it"
     if layout not in LAYOUTS or not _natural(rank) or not rank or type(alpha) not in (int, float) or not alpha:
         raise InputError("no layout, rank and alpha in it", where=file, hint=hint)
     if not isinstance(modules, dict) or not all(_are_ranks(own, rank) for own in modules.values()):
