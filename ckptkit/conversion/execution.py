@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import StorageError
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
 from ckptkit.steps import Tell, nobody
 
@@ -117,8 +118,9 @@ def carry_out(
         StorageError: The destination cannot be written.
     """
     # Imported here because they import NumPy: header-only commands start faster without it.
-    from ckptkit.io.drift import summarise
-    from ckptkit.io.engine import MEMORY_LIMIT
+    with collection_paused():
+        from ckptkit.io.drift import summarise
+        from ckptkit.io.engine import MEMORY_LIMIT
 
     dropped = summarise(plan.dropped, measure=not execution.dry_run)
     hashes: dict[str, str] = {}
@@ -155,6 +157,7 @@ def carry_out(
     )
 
 
+@collection_paused()
 def _destination(
     plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution, also: Sequence[Path] = ()
 ) -> Destination:

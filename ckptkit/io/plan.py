@@ -151,7 +151,7 @@ class Plan:
         recipe = hashlib.sha256(f"ckptkit plan {_RECIPE}".encode())
         for source in sources:
             recipe.update(json.dumps(source.identity).encode())
-        known: dict[int, str] = {}
+        known: dict[int | str, str] = {}
         for file in self.files:
             sums = [(checksum.start, checksum.stop, checksum.at) for checksum in file.checksums]
             recipe.update(json.dumps([file.path, file.size, sums]).encode())
@@ -216,14 +216,17 @@ def _check_spans(file: OutputFile) -> None:
             )
 
 
-def _recipe(piece: Piece, known: dict[int, str]) -> tuple[object, ...]:
+def _recipe(piece: Piece, known: dict[int | str, str]) -> tuple[object, ...]:
     """A description of a piece for the digest of the plan.
 
-    Many pieces share the same bytes in memory, so `known` keeps the digests of these by identity.
+    Many pieces share the same file, or the same bytes in memory, so `known` keeps the absolute paths of files, and the
+    digests of bytes by identity.
     """
     match piece:
         case Region(path, offset, rows, pitch, width):
-            return (os.path.abspath(path), offset, rows, pitch, width)
+            if path not in known:
+                known[path] = os.path.abspath(path)
+            return (known[path], offset, rows, pitch, width)
         case Literal(data, offset, rows, pitch, width):
             if id(data) not in known:
                 known[id(data)] = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else data.digest

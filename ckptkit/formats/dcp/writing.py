@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import prod
-from operator import add
 from typing import NamedTuple
 
 from ckptkit.dtypes import TORCH_DTYPE_NAMES, DType
@@ -146,14 +145,16 @@ class _Alike:
         archive: The archive of each of their chunks.
         sizes: The size of a chunk on every axis of the stored tensor.
         cuts: How each chunk is cut from the box.
-        steps: Where each chunk lies in the box.
+        axis: The axis of the stored tensor along which the chunks lie side by side.
+        starts: Where each chunk starts in the box.
     """
 
     key: str
     archive: OutputFile
     sizes: tuple[int, ...]
     cuts: tuple[_Slice, ...]
-    steps: tuple[tuple[int, ...], ...]
+    axis: int
+    starts: tuple[int, ...]
 
 
 def _alike(chunk: NewChunk, known: dict[object, _Alike]) -> _Alike:
@@ -172,14 +173,15 @@ def _alike(chunk: NewChunk, known: dict[object, _Alike]) -> _Alike:
     if rest or (count > 1 and axis not in (0, len(tensor.shape) - 1)):
         raise ChunkError(f"{chunk.key}: axis {axis} of {list(tensor.shape)} does not divide into {count} chunks")
     lead = len(chunk.sizes) - len(tensor.shape)
-    starts = [number * share for number in range(count)]
+    starts = tuple(number * share for number in range(count))
     sizes = tuple(share if tensor.shape and at == lead + axis else size for at, size in enumerate(chunk.sizes))
     known[kind] = _Alike(
         chunk.key,
         _archive(tensor.out_dtype, sizes),
         sizes,
         tuple(_Slice(axis, start, start + share, sizes) for start in starts),
-        tuple(tuple(start if at == lead + axis else 0 for at in range(len(sizes))) for start in starts),
+        lead + axis,
+        starts,
     )
     return known[kind]
 
@@ -325,9 +327,11 @@ class _Box(NamedTuple):
     kind: _Alike
     first: int
 
-    def offsets(self) -> Iterator[tuple[int, ...]]:
+    def offsets(self) -> list[tuple[int, ...]]:
         """First index of each chunk on every axis."""
-        return (tuple(map(add, self.chunk.offsets, step)) for step in self.kind.steps)
+        axis, first = self.kind.axis, self.chunk.offsets
+        before, after = first[:axis], first[axis + 1 :]
+        return [(*before, first[axis] + start, *after) for start in self.kind.starts] if first else [()]
 
 
 class _Metadata:
