@@ -11,7 +11,7 @@ from ckptkit.cli.exits import EXIT_DIFFERS
 from ckptkit.cli.options import Json, Source, Threads, choice
 from ckptkit.cli.output import Output
 from ckptkit.cli.records import Prefix
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, UnsupportedError
 
 CheckpointPath = Annotated[
     str,
@@ -25,12 +25,21 @@ INSPECT_EXAMPLES = """\b
 Examples:
   ckptkit inspect Llama-3.1-8B
   ckptkit inspect checkpoints --iteration 2000
-  ckptkit inspect llama-tp4pp2 --json"""
+  ckptkit inspect llama-tp4pp2 --json
+  torchrun pretrain_gpt.py --load llama-tp4pp2 $(ckptkit inspect --megatron-flags llama-tp4pp2) ..."""
 
 
 def inspect(
     path: CheckpointPath,
     source: Source,
+    megatron_flags: Annotated[
+        bool,
+        typer.Option(
+            "--megatron-flags",
+            help="Print only the flags with which Megatron-LM builds the model: --use-checkpoint-args and what that"
+            " leaves out, or all of them where Megatron-LM cannot load the checkpoint itself.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show the format, grid, sizes and dtypes of a checkpoint.
@@ -41,7 +50,14 @@ def inspect(
     from ckptkit.inspection import summary
 
     result = summary.inspect(path, **source.keywords())
-    Output("-" if json else None).result(result, rendering.inspection)
+    output = Output("-" if json else None)
+    if not megatron_flags:
+        output.result(result, rendering.inspection)
+        return
+    if result.megatron_flags is None:
+        reasons = "; ".join(result.inexpressible)
+        raise UnsupportedError(f"no flags of Megatron-LM build this model: {reasons}", where=path)
+    output.result(result.megatron_flags, rendering.megatron_flags, {"megatron_flags": result.megatron_flags})
 
 
 DIFF_EXAMPLES = """\b

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -121,6 +121,7 @@ class Plan:
         notes: Sentences for the user (config features without a Megatron argument, ...).
         coverage: Number of stored tensors that are used, are replicas, go into the sidecar, ...
         dropped: Parts of stored tensors that the model does not use and the output does not hold.
+        facts: Further facts about the output, for the result.
     """
 
     files: tuple[OutputFile, ...]
@@ -129,6 +130,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     coverage: dict[str, int] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
