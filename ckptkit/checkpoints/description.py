@@ -134,6 +134,8 @@ def _describe_by_args(
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
     ]
+    if origin := args.get("hf_model_id"):
+        notes.append(f"run_config.yaml says that it was made of {origin}")
     known = vocabulary.in_args is not None and vocabulary.counted
     if not known and given.vocab_size is None:
         notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,9 @@ def conversion(result: ConversionResult, console: Console) -> None:
     sentences(console, [_dropped(record) for record in result.dropped], "dropped", "cyan")
     sentences(console, result.notes, "note", "cyan")
     console.print(_closing_line(result))
+    if flags := target.get("megatron_flags"):
+        console.print(line("Megatron-LM builds this model with:"))
+        megatron_flags(flags, console)
 
 
 def _layout(side: dict[str, Any]) -> str:
@@ -183,6 +187,11 @@ def _counted(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} ({count:,})" for name, count in value.items())
     return ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def megatron_flags(words: Sequence[str], console: Console) -> None:
+    """A command line, as a shell reads it."""
+    console.print(line(shlex.join(words)), soft_wrap=True)
 
 
 def differences(result: Differences, console: Console) -> None:

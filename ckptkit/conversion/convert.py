@@ -112,5 +112,5 @@ def convert(
         )
         plan = make_plan(source, to, options)
         source_facts = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
-        target_facts = {"path": str(dst), "format": to, "grid": str(grid)}
+        target_facts = {"path": str(dst), "format": to, "grid": str(grid), **plan.facts}
         return carry_out(plan, [source], source_facts, target_facts, execution, started)

@@ -52,7 +52,8 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
         coverage["unused parts dropped"] = len(unused)
     tp, divisible_by = (target.grid.tp, target.divisible_by) if format.megatron else (1, 1)
     unused += source.padding_left_out(tp, divisible_by)
-    return Plan(tuple(files), source.comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused))
+    facts = {"megatron_flags": target.megatron_flags} if format.sharded else {}
+    return Plan(tuple(files), source.comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused), facts)
 
 
 def _refuse_adapter_options(options: Options, format: WritableFormat) -> None:

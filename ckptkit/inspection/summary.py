@@ -11,13 +11,19 @@ from typing import Any
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.sources import open_source
+from ckptkit.megatron_args.flags import megatron_flags
+from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
 from ckptkit.tables.lora import A
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A summary of the headers of a checkpoint. Sizes in bytes. `adapter` has the ranks and scales of an adapter."""
+    """A summary of the headers of a checkpoint. Sizes in bytes.
+
+    `megatron_flags` holds the words after `pretrain_gpt.py` with which Megatron-LM builds the model, or None where no
+    words do, for the reasons in `inexpressible`.
+    """
 
     path: str
     format: str
@@ -29,6 +35,8 @@ class Inspection:
     dtypes: dict[str, int]
     roles: list[dict[str, Any]]
     optimizer: dict[str, int]
+    megatron_flags: list[str] | None
+    inexpressible: list[str]
     notes: list[str]
     adapter: dict[str, Any] | None = None
 
@@ -92,6 +100,8 @@ def inspect(
         dtypes=dict(dtypes),
         roles=list(roles.values()),
         optimizer=asdict(source.optimizer),
+        megatron_flags=_megatron_flags(source),
+        inexpressible=inexpressible(source.config),
         notes=[*source.notes, *source.disagreements],
         adapter=None if source.lora is None else _of_adapter(source.lora, source),
     )
@@ -108,3 +118,13 @@ def _of_adapter(lora: Lora, source: Checkpoint) -> dict[str, Any]:
         "scales": {f"{scale:.6g}": count for scale, count in sorted(scales.items())},
         "kept whole": sorted(source.sidecar.extras),
     }
+
+
+def _megatron_flags(source: Checkpoint) -> list[str] | None:
+    """Megatron-LM's flags for a checkpoint; one that it cannot load by itself is described as a whole."""
+    loadable = source.format in ("torch", "torch_dist")
+    args = source.args if loadable and "num_layers" in source.args else {}
+    if args and source.spelling.name == "local":
+        args = {"transformer_impl": "local", **args}
+    grid = source.grid if source.format == "torch" else None
+    return megatron_flags(source.family, source.config, args, grid)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
@@ -110,6 +110,7 @@ class Plan:
         notes: Sentences for the user (config features without a Megatron argument, ...).
         coverage: Number of stored tensors that are used, are replicas, go into the sidecar, ...
         dropped: Parts of stored tensors that the model does not use and the output does not hold.
+        facts: Further facts about the output, for the result.
     """
 
     files: tuple[OutputFile, ...]
@@ -118,6 +119,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     coverage: dict[str, int] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

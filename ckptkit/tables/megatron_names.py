@@ -3,8 +3,9 @@
 A module may have an `_extra_state`: an object beside its tensors. It is empty unless the module computes in FP8, but
 strict loading asks for it. In per-rank files only modules of Transformer Engine have one. In a distributed checkpoint
 every parallel linear layer has one, whatever its layer spec; so has the last norm, which Megatron-Core takes from
-Transformer Engine in every spec, wherever that is installed. Attention has none in a distributed checkpoint: its module
-saves a state there only with a learnable softmax, which no convertible model has.
+Transformer Engine in every spec, wherever that is installed (but for one way of building models with experts from the
+local spec, where the key is one too many). Attention has none in a distributed checkpoint: its module saves a state
+there only with a learnable softmax, which no convertible model has.
 
 Source: `get_extra_state` of Transformer Engine's modules, and `sharded_state_dict` of Megatron-Core's
 `ColumnParallelLinear`, `RowParallelLinear`, `TEDotProductAttention` and `TransformerLayer`, 0.16.1 and 0.19.2.

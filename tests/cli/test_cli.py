@@ -76,6 +76,8 @@ INSPECTION = Inspection(
     dtypes={"BF16": 269_030_016},
     roles=[{"role": "embedding", "tensors": 1, "parameters": 28_311_552, "bytes": 56_623_104}],
     optimizer={"tensors": 2, "nbytes": 512},
+    megatron_flags=None,
+    inexpressible=[],
     notes=[],
 )
 SAME = VerificationReport("a", "b", [LevelResult("weights", True, "5 bytes equal")])

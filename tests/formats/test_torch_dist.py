@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,21 @@ def test_te_writes_the_states_of_its_own_modules() -> None:
     experts = [key for key in te if ".experts.experts." in key]
     assert len(experts) == 2 * LAYERS * EXPERTS
     assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_3.2_4.4" in experts
+
+
+def test_states_that_no_module_asks_for_any_more_are_read_over(tmp_path: Path) -> None:
+    """Outputs of older versions have one for attention."""
+    old = [
+        replace(item, states=(*item.states, item.name.replace("linear_qkv.weight", "core_attention._extra_state")))
+        if item.name.endswith(".linear_qkv.weight")
+        else item
+        for item in items("dense")
+    ]
+    for file in lay_out_torch_dist(old, arguments(), dtype="float32"):
+        write_out(file, tmp_path)
+    keys = open_dcp(tmp_path / "release").objects
+    assert "decoder.layers.self_attention.core_attention._extra_state/shard_0_4" in keys
+    same(tmp_path / "release", "dense")
 
 
 def test_norm_before_experts_is_named_by_the_spec(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """States beside tensors, and the norm before experts: what the modules of both layer specs have.
 
-That real modules ask for exactly these is tested with Megatron-Core in `tests/formats/test_torch_dist.py`, and with what
-Transformer Engine's modules ask for in `tests/formats/test_te_keys.py`.
+That real modules ask for exactly these is tested with Megatron-Core in `tests/formats/test_torch_dist.py`, and with
+what Transformer Engine's modules ask for in `tests/formats/test_te_keys.py`.
 """
 
 from __future__ import annotations

@@ -74,4 +74,5 @@ FORMAT = WritableFormat(
     takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model", "adapter_layout"}),
     fits=lambda spelling: spelling.name in _SPECS,
     notes=_notes,
+    any_grid=True,
 )
