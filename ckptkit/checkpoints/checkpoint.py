@@ -174,10 +174,23 @@ class Checkpoint:
             UsageError: A tensor does not divide over the ranks.
         """
         found = {}
-        for name, key in self._held([stage], grid, spelling)[stage, rank.ep].items():
+        for key, name in self.names_on(stage, rank, grid, spelling):
             tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
             found[name] = _cut(key, tensor, Shard(split, *_place(split, rank, grid)))
         return found
+
+    def names_on(self, stage: Stage, rank: Rank, grid: Parallelism, spelling: Spelling) -> Iterator[tuple[str, str]]:
+        """The tensors of one model chunk of one rank: canonical name, and name under the rank's own numbers.
+
+        The copy of a tied embedding that serves as head comes with the canonical name of the embedding.
+
+        Args:
+            stage: The chunk's stage.
+            rank: The rank's places in the grid.
+            grid: The grid.
+            spelling: Spelling of the rank's names.
+        """
+        return ((key, name) for name, key in self._held([stage], grid, spelling)[stage, rank.ep].items())
 
     def shards(
         self, stages: Sequence[Stage], grid: Parallelism, spelling: Spelling, divisible_by: int

@@ -15,7 +15,16 @@ from ckptkit.cli.output import Output, annotate, bytes_of
 from ckptkit.cli.records import Prefix
 from ckptkit.errors import UsageError
 from ckptkit.megatron import DDP, DP_KINDS
-from ckptkit.verification.run_options import DEVICES, DTYPES, LEVELS, TIMEOUT, TOLERANCE
+from ckptkit.verification.run_options import (
+    CAPACITY,
+    DEVICES,
+    DTYPES,
+    LEARNING_RATES,
+    LEVELS,
+    OPTIMIZERS,
+    TIMEOUT,
+    TOLERANCE,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -26,9 +35,11 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --junit report.xml --html report.html
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --markdown - >> "$GITHUB_STEP_SUMMARY"
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --level gradients --sequence-parallel --recompute
+  ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
 
-QUESTION, RUN = "Question", "How the models run"
+QUESTION, RUN, TRAIN = "Question", "How the models run", "How they are trained"
 
 
 def _grid_size(option: str, what: str) -> Any:
@@ -42,6 +53,9 @@ def _grid_size(option: str, what: str) -> Any:
     )
 
 
+_RATES = ", ".join(f"{rate:g} ({optimizer})" for optimizer, rate in LEARNING_RATES.items())
+
+
 @dataclass(frozen=True)
 class Run:
     """How the models run: the fields of `RunOptions`."""
@@ -53,7 +67,8 @@ class Run:
         typer.Option(
             min=0.0,
             metavar="X",
-            help="Largest float32 difference of two logits that passes, relative to the largest logit."
+            help="Largest float32 difference of two logits that passes, relative to the largest logit; of two"
+            " gradients, relative to the largest one of their tensor."
             f" Default: {TOLERANCE:g}.",
             rich_help_panel=RUN,
         ),
@@ -102,6 +117,52 @@ class Run:
             panel=RUN,
         ),
     ] = DDP
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Backwards, let the candidate compute the activations of its layers again (full recompute).",
+            rich_help_panel=TRAIN,
+        ),
+    ] = False
+    capacity: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens that go through the candidate at a time; with --packed, in one row.",
+            rich_help_panel=RUN,
+        ),
+    ] = CAPACITY
+    train_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Also let both sides take N steps of training, and compare losses and updates (level training).",
+            rich_help_panel=TRAIN,
+            show_default=False,
+        ),
+    ] = 0
+    optimizer: Annotated[
+        str, choice("--optimizer", OPTIMIZERS, "Optimizer of the steps, with torch's defaults.", panel=TRAIN)
+    ] = OPTIMIZERS[0]
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help=f"Learning rate of the steps. Default: {_RATES}.",
+            rich_help_panel=TRAIN,
+        ),
+    ] = None
+    train_only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Train only the parameters whose Hugging Face names match, e.g. '*adapter*'; nothing else may move.",
+            rich_help_panel=TRAIN,
+        ),
+    ] = None
     save_logits: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +193,8 @@ def verify(
         choice(
             "--level",
             LEVELS,
-            "Compare names and shapes; also every byte; or also the logits of the loaded models.",
+            "Compare names and shapes; also every byte; also the logits of the loaded models; also the gradients of all"
+            " parameters; or also some steps of training.",
             panel=QUESTION,
         ),
     ] = "logits",

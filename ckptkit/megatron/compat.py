@@ -114,3 +114,34 @@ def runs_on(device: torch.device) -> Iterator[None]:
     finally:
         for (module, name, _), original in zip(replaced, originals, strict=True):
             setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def trains_on(device: torch.device) -> Iterator[None]:
+    """`runs_on` for megatron-core's schedules too, which count tokens on `cuda` and wait for the device.
+
+    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for.
+    """
+    with runs_on(device):
+        if device.type == "cuda":
+            yield
+            return
+        from megatron.core.pipeline_parallel import schedules
+
+        originals = schedules.torch, torch.cuda.synchronize
+        schedules.torch, torch.cuda.synchronize = _TorchOnCpu(), lambda device=None: None
+        try:
+            yield
+        finally:
+            schedules.torch, torch.cuda.synchronize = originals
+
+
+class _TorchOnCpu:
+    """torch, as the schedules see it where there is no GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        """Zeros in host memory, whatever the device."""
+        return torch.zeros(*size, **options)

@@ -15,7 +15,7 @@ from ckptkit.verification.reports.results import (
     RoutingReport,
     StateError,
 )
-from ckptkit.verification.run_options import RunOptions
+from ckptkit.verification.run_options import EXACT, RunOptions
 from ckptkit.verification.runs import Run
 from ckptkit.verification.sides import OpenedSide
 
@@ -38,8 +38,8 @@ class Runs:
     """The runs of the two sides over the same tokens.
 
     Attributes:
-        exact: The reference in float32.
-        low: The reference in the candidate's dtype, or None where that is float32.
+        exact: The reference in float32, or in float64.
+        low: The reference in the candidate's dtype, or None where that is the same.
         found: The candidate.
     """
 
@@ -94,7 +94,7 @@ def run_both(passes: Passes, pair: Pair, rows: list[list[int]], options: RunOpti
     """Runs both sides, one after the other; the reference appends `greedy` tokens to every row."""
     exact = passes.run(pair.reference, rows, "reference", options.plain(), greedy=greedy)
     low = None
-    if options.dtype != "float32":
+    if options.dtype not in EXACT:
         plain = options.plain(options.dtype)
         low = passes.run(pair.reference, exact.rows, "low_reference", plain, routed_as=exact, twice=True)
     return Runs(exact, low, passes.run(pair.candidate, exact.rows, "candidate", options, routed_as=exact))
@@ -198,7 +198,7 @@ def find_place(
 
     row, position = min(judgement.bad, key=lambda place: (place[1], place[0]))
     messages = [f"first seen in row {row} at position {position}"]
-    prefix, exact = [runs.exact.rows[row][: position + 1]], options.in_dtype("float32")
+    prefix, exact = [runs.exact.rows[row][: position + 1]], options.in_dtype(options.exact_dtype)
     try:
         theirs = passes.run(pair.reference, prefix, "probe_reference", options.plain(), whole_layers=False)
         ours = passes.run(pair.candidate, prefix, "probe_candidate", exact, whole_layers=False, routed_as=theirs)
@@ -209,7 +209,7 @@ def find_place(
         return location, [*messages, str(location)]
     if options.packed:
         return None, [*messages, "that row alone, the models agree: the difference arises only beside other rows"]
-    if options.dtype == "float32":
+    if options.dtype in EXACT:
         return None, [*messages, "no hidden state of that row differs by more than the noise"]
     messages.append(f"in float32 the models agree there: the difference arises only in {options.dtype}")
     excess = first_excess(judgement.growth)

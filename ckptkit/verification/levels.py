@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
@@ -19,15 +20,16 @@ from ckptkit.formats.hub import locate
 from ckptkit.inspection.hashing import hash_checkpoint
 from ckptkit.io.threads import Progress
 from ckptkit.sharding.stages import split_layers
-from ckptkit.steps import Tell, nobody
+from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.reports.results import Check
 from ckptkit.verification.rounding import rounding_of
-from ckptkit.verification.run_options import LEVELS, RunKeywords, RunOptions
-from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate
+from ckptkit.verification.run_options import BACKWARD, LEVELS, STEPS, RunKeywords, RunOptions
+from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate
+from ckptkit.verification.training.level import verify_gradients, verify_training
 from ckptkit.verification.weights import check_structure, check_weights
 
 T = TypeVar("T")
@@ -61,7 +63,8 @@ def verify(
     Args:
         reference: The checkpoint that is trusted.
         candidate: The checkpoint in question.
-        level: The last question to ask: `structure`, `weights` or `logits`.
+        level: The last question to ask: `structure`, `weights`, `logits`, `gradients` or `training`; `train_steps` asks
+            for the last one, too.
         prompts: Texts to compare on; a side must have a tokenizer.
         tokens: Token ids to compare on; pseudo-random ones where neither is given.
         keep_going: Run the remaining levels even after one has found a difference.
@@ -93,10 +96,19 @@ def verify(
         )
     checkpoints = opened[0][0], opened[1][0]
     sides = _sides(checkpoints, (opened[0][1], opened[1][1]), options)
-    if level == "logits":  # what cannot run is said before every byte is compared
+    if options.train_steps and level in ("logits", "gradients"):
+        level = "training"
+    if level == "training" and not options.train_steps:
+        run = {**run, "train_steps": STEPS}
+        options = RunOptions.of(**run)
+    if level in LEVELS[2:]:  # what cannot run is said before every byte is compared
         options.check()
         grid = sides[1].grid or checkpoints[1].grid
+        _refuse_unused_backwards(level, options)
         check_candidate(sides[1], grid, options)
+        if level in BACKWARD:
+            config = checkpoints[1].config
+            check_backwards(sides[1], grid, options, experts=bool(config.num_experts), value=config.value_head)
         if sides[1].grid is not None:
             check_grid(checkpoints[1].config, grid)
             split_layers(checkpoints[1].config.num_layers, grid)
@@ -108,11 +120,13 @@ def verify(
     asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff, sides[1].grid)))
     hashes = _once(lambda: [_hash(*side, progress) for side in opened]) if hash else [None, None]
     asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, tell, run))
+    for name, question in (("gradients", verify_gradients), ("training", verify_training)):
+        asked.ask(name, partial(_backwards, name, question, checkpoints, sides, prompts, tokens, pool, tell, run))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
         levels=asked.answers,
-        messages=[*(_messages(sides) if level == "logits" else []), *asked.messages],
+        messages=[*(_messages(sides) if level in LEVELS[2:] else []), *asked.messages],
         sides={
             name: describe(checkpoint, side.grid, sha256)
             for name, checkpoint, side, sha256 in zip(
@@ -236,6 +250,17 @@ def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: obj
         )
 
 
+def _refuse_unused_backwards(level: str, options: RunOptions) -> None:
+    """Options that have a meaning only where the sides run backwards, or take steps."""
+    unused = [] if level in BACKWARD else options.for_backward_only()
+    if level == "gradients":
+        unused = [name for name in options.for_backward_only() if name not in ("--recompute", "--train-only")]
+    if unused:
+        need = "needs" if len(unused) == 1 else "need"
+        hint = "--train-steps N" if level == "gradients" else "--level gradients, or --train-steps N"
+        raise UsageError(f"{', '.join(unused)} {need} a later level; this run stops at {level}", hint=hint)
+
+
 def _logits(
     checkpoints: tuple[Checkpoint, Checkpoint],
     sides: tuple[Side, Side],
@@ -256,6 +281,24 @@ def _logits(
         lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts or (), texts, strict=True)]
         answer.details["messages"] = [*answer.details.get("messages", []), *lines]
     return answer
+
+
+def _backwards(
+    level: str,
+    question: Callable[..., LevelResult],
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    sides: tuple[Side, Side],
+    prompts: Sequence[str] | None,
+    tokens: Sequence[Sequence[int]] | None,
+    pool: Ranks | None,
+    tell: Tell,
+    run: RunKeywords,
+) -> LevelResult:
+    if prompts:
+        tokenizer = _tokenizer(checkpoints)
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    tell(Step(f"the level {level}"))
+    return question(*sides, tokens=tokens, pool=pool, **run)
 
 
 def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:

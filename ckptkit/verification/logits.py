@@ -75,10 +75,10 @@ def verify_logits(
         summary = f"the vocabularies differ: {vocabularies[0]} and {vocabularies[1]} tokens"
         checks = [Check("vocabulary", False, summary)]
         return LogitsReport(False, summary, options.device, options.dtype, options.tolerance, [], checks=checks)
-    rows = _rows(tokens, vocabularies[0])
+    rows = rows_of(tokens, vocabularies[0])
     steps = 0 if pair.reference.value_head or pair.candidate.value_head else greedy
     with ExitStack() as stack:
-        ranks = pool or stack.enter_context(_own_ranks(pair, options))
+        ranks = pool or stack.enter_context(own_ranks(pair, options))
         folder = Path(ranks.once(lambda: tempfile.mkdtemp(prefix="ckptkit-verify-")))
         stack.callback(_remove, ranks, folder)
         passes = Passes(ranks, folder, opener, tell)
@@ -95,15 +95,20 @@ def verify_logits(
     return _report(runs, judgement, location, messages, options, pair.reference.side.rounding)
 
 
-def _rows(tokens: Tokens, vocab_size: int) -> list[list[int]]:
+def rows_of(tokens: Tokens, vocab_size: int, default: int = 2) -> list[list[int]]:
+    """The token ids to run; where none are given, `default` pseudo-random rows.
+
+    Raises:
+        UsageError: They are not what a model can take.
+    """
     if tokens is None:
-        return default_rows(vocab_size)
+        return default_rows(vocab_size, default)
     rows = read_rows(tokens) if isinstance(tokens, str | Path) else [list(row) for row in tokens]
     check_rows(rows, vocab_size)
     return rows
 
 
-def _own_ranks(pair: Pair, options: RunOptions) -> AbstractContextManager[Ranks]:
+def own_ranks(pair: Pair, options: RunOptions) -> AbstractContextManager[Ranks]:
     """The processes that are there, or a pool for the larger grid, which starts while transformers runs its side."""
     if inside_torchrun():
         return nullcontext(TorchrunRanks())

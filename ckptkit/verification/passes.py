@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import Ranks
-from ckptkit.verification.ranks.what_ran import check_ran
-from ckptkit.verification.run_options import RunOptions
+from ckptkit.verification.ranks.what_ran import Seen, check_ran
+from ckptkit.verification.run_options import EXACT, RunOptions
 from ckptkit.verification.runs import Run
 from ckptkit.verification.sides import HF, OpenedSide
 
@@ -82,7 +83,7 @@ class Passes:
             replay=str(routed_as.routing) if routed_as is not None and routed_as.routing is not None else None,
             opener=self.opener,
             opening=opened.side.opening,
-            rounded=opened.side.rounding.dtypes if options.dtype == "float32" else {},
+            rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
         )
         where = "transformers" if hf else f"{job.world_size} rank{'s' if job.world_size > 1 else ''}"
         title = f"{_SIDES[name]} ({where}, {options.dtype})"
@@ -110,7 +111,17 @@ class Passes:
             run.feeds.update(answer["feeds"])
             for module, count in answer["modules"].items():
                 run.modules[module] = run.modules.get(module, 0) + count
-        options = job.options
-        asked = {"packed": options.packed, "sequence_parallel": options.sequence_parallel}
-        check_ran({**asked, "replication": options.dp_kind if options.dp > 1 else None}, run.seen)
+        check_how_it_ran(job, run.seen)
         return replace(run, rows=answers[-1]["rows"])
+
+
+def check_how_it_ran(job: LogitsJob, seen: Sequence[Seen]) -> None:
+    """Whether every rank ran as asked.
+
+    Raises:
+        VerificationError: One did not.
+    """
+    options = job.options
+    asked = {"packed": options.packed, "sequence_parallel": options.sequence_parallel}
+    replication = options.dp_kind if options.dp > 1 or job.training is not None else None
+    check_ran({**asked, "replication": replication}, seen)

@@ -48,10 +48,29 @@ def run_reference(job: LogitsJob, tell: Tell = nobody) -> Run:
         UnsupportedError: This transformers has no such class, or its routing cannot be replayed.
         VerificationError: There is no memory for it, or the device failed.
     """
+    return Run(**with_model(job, lambda model: _ReferenceRun(model, job, tell).run(), tell))
+
+
+def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell = nobody) -> dict[str, Any]:
+    """Loads the model of a job, rounded as it says, and does something with it.
+
+    Args:
+        job: The checkpoint, and how it runs.
+        run: Gets the model, and returns fields of an answer.
+        tell: Told what it is at.
+
+    Returns:
+        These fields, with `versions` and `seconds`.
+
+    Raises:
+        CkptkitError: As `load_model`, or it could not be run.
+    """
     start = time.monotonic()
     tell(Step("importing transformers"))
     import torch
     import transformers  # noqa: F401
+
+    from ckptkit.verification.double_precision import double_precision
 
     tell(Step("loading"))
     model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
@@ -59,7 +78,8 @@ def run_reference(job: LogitsJob, tell: Tell = nobody) -> Run:
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        run = _ReferenceRun(model, job, tell).run()
+        with double_precision(job.options.dtype == "float64"):
+            answer = run(model)
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:
@@ -68,7 +88,7 @@ def run_reference(job: LogitsJob, tell: Tell = nobody) -> Run:
         if job.options.device != "cpu":
             torch.cuda.empty_cache()
     seconds = {"load": loaded - start, "run": time.monotonic() - loaded}
-    return Run(**{**run, "versions": installed_versions(), "seconds": seconds})
+    return {**answer, "versions": installed_versions(), "seconds": seconds}
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any:

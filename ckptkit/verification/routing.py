@@ -66,6 +66,18 @@ def read_experts(folder: str | Path | None) -> dict[int, Experts]:
     return chosen
 
 
+def can_replay(experts: Mapping[int, torch.Tensor], routers: Mapping[int, Any]) -> bool:
+    """Whether the other side's choice can be replayed.
+
+    A router that chooses another number of experts, or is none of the other side's, goes by its own choice.
+
+    Args:
+        experts: Layer -> experts of the other side.
+        routers: Layer -> router of megatron-core.
+    """
+    return all(layer in experts and experts[layer].size(-1) == router.topk for layer, router in routers.items())
+
+
 def read_router_logits(folder: Path | None) -> dict[int, list[torch.Tensor]]:
     """Layer -> router logits, fp32 [tokens, experts], on each rank that holds the layer; they should all be the same.
 

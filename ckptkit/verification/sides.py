@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptkit.checkpoints.source_options import SourceOptions
-from ckptkit.errors import UsageError
+from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
+from ckptkit.megatron import DDP
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.verification.ranks.jobs import find
@@ -47,6 +48,7 @@ class OpenedSide:
         grid: Where it runs: the checkpoint's own grid, or one rank for transformers.
         value_head: Whether it has one output per token in place of logits.
         window: The widest sliding window of a layer in tokens, 0 without one.
+        experts: Whether it has any.
     """
 
     side: Side
@@ -54,6 +56,7 @@ class OpenedSide:
     grid: Parallelism
     value_head: bool
     window: int
+    experts: bool
 
 
 def open_side(side: Side, opener: str) -> OpenedSide:
@@ -82,7 +85,7 @@ def open_side(side: Side, opener: str) -> OpenedSide:
 
 def _opened(side: Side, config: ModelConfig, grid: Parallelism) -> OpenedSide:
     window = max((layer.window or 0 for layer in config.layers), default=0)
-    return OpenedSide(side, config.vocab_size, grid, config.value_head, window)
+    return OpenedSide(side, config.vocab_size, grid, config.value_head, window, bool(config.num_experts))
 
 
 def check_candidate(candidate: Side, grid: Parallelism, options: RunOptions) -> None:
@@ -99,3 +102,42 @@ def check_candidate(candidate: Side, grid: Parallelism, options: RunOptions) -> 
         )
     if options.sequence_parallel and grid.tp == 1:
         raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.path)
+
+
+def check_backwards(candidate: Side, grid: Parallelism, options: RunOptions, *, experts: bool, value: bool) -> None:
+    """Whether the candidate can run backwards as asked.
+
+    Args:
+        candidate: The candidate.
+        grid: The grid that it runs on.
+        options: How it runs.
+        experts: Whether it has experts.
+        value: Whether it has a value head.
+
+    Raises:
+        UsageError: It cannot, but in another way it could.
+        UnsupportedError: It has no next-token loss.
+    """
+    check_candidate(candidate, grid, options)
+    if value:
+        raise UnsupportedError(
+            "a value model has no next-token loss", where=candidate.path, hint="verify it with --level logits"
+        )
+    if options.dp > 1 and options.dp_kind != DDP:
+        raise UsageError(
+            f"gradients of replicas are reduced by megatron-core's DistributedDataParallel, not by {options.dp_kind}",
+            hint=f"--dp-kind {DDP}",
+        )
+    if candidate.kind == HF:
+        if options.recompute:
+            raise UsageError(
+                "--recompute needs a candidate that megatron-core runs",
+                where=candidate.path,
+                hint="give the grid to run it on (--tp, --pp, --ep; --tp 1 for one rank)",
+            )
+    elif experts and grid.tp > 1 and not options.sequence_parallel:
+        raise UsageError(
+            "megatron-core trains experts on several tensor parallel ranks under sequence parallelism only",
+            where=candidate.path,
+            hint="add --sequence-parallel, or stop at --level logits",
+        )

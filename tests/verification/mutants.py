@@ -30,7 +30,8 @@ class Fault:
     Attributes:
         kind: Key of `tests.models`.
         cheapest: The cheapest level that sees it.
-        place: Where the logits level says that the models part; None where it cannot say, or sees nothing.
+        place: Where the logits level says that the models part; None where it cannot say, or sees nothing. Of a fault
+            that only gradients show, the tensor that they name.
         fp32: Whether the logits level sees it in fp32.
         bf16: Whether it does in bf16.
         tensors: Changes a rank's tensors in place.
@@ -40,6 +41,7 @@ class Fault:
         patch: `reading`: replaces something in a rank's process; (object, attribute) -> what to put there.
         grid: Grid of the candidate.
         packed: Run the candidate on packed rows.
+        run: How else the candidate runs.
         sits: `file`, `claim` or `reading`.
     """
 
@@ -55,6 +57,7 @@ class Fault:
     patch: Callable[[], dict[tuple[Any, str], Any]] | None = None
     grid: Parallelism = field(default_factory=Parallelism)
     packed: bool = False
+    run: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sits(self) -> str:
@@ -146,6 +149,13 @@ def not_a_number(weight: Any) -> Any:
     changed = weight.clone()
     changed.flatten()[3] = float("nan")
     return changed
+
+
+def padding_trained(weight: Any) -> Any:
+    """Rows that pad the vocabulary as a training leaves them, which may be like any other."""
+    import torch
+
+    return torch.cat((weight[:250], weight[: len(weight) - 250]))
 
 
 # What is said of the model --------------------------------------------------------------------------------------------
@@ -252,6 +262,106 @@ def last_expert_preferred() -> dict[tuple[Any, str], Any]:
         return scores.gather(1, experts), experts
 
     return {(ExpertChoice, "get_replay_topk"): choose}
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def reductions() -> Any:
+    """megatron-core's module of that name, which its own package hides behind a function."""
+    import importlib
+    import sys
+
+    importlib.import_module("megatron.core.distributed")
+    return sys.modules["megatron.core.distributed.finalize_model_grads"]
+
+
+def left_out(name: str) -> Callable[[], dict[tuple[Any, str], Any]]:
+    """A reduction of gradients that is not made."""
+    return lambda: {(reductions(), name): lambda *args, **options: None}
+
+
+def twice(name: str) -> Callable[[], dict[tuple[Any, str], Any]]:
+    """A reduction of gradients that is made again."""
+
+    def patch() -> dict[tuple[Any, str], Any]:
+        module = reductions()
+        original = getattr(module, name)
+
+        def again(*args: Any, **options: Any) -> None:
+            original(*args, **options)
+            original(*args, **options)
+
+        return {(module, name): again}
+
+    return patch
+
+
+def replicas_not_summed() -> dict[tuple[Any, str], Any]:
+    """Each data parallel rank keeps the gradients of its own rows."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    return {(DistributedDataParallel, "finish_grad_sync"): lambda *args, **options: None}
+
+
+def values_detached() -> dict[tuple[Any, str], Any]:
+    """A branch that is cut off from its gradient: the values of all attention."""
+    from ckptkit.megatron.attention import ExactAttention
+
+    original = ExactAttention.forward
+
+    def forward(self: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
+        return original(self, query, key, value.detach(), *args, **options)
+
+    return {(ExactAttention, "forward"): forward}
+
+
+def shared_detached() -> dict[tuple[Any, str], Any]:
+    """Keys and values that other layers attend to do not learn from those."""
+    from ckptkit.megatron.gemma4.layer import Gemma4Layer
+
+    original = Gemma4Layer._keep
+
+    def keep(self: Any, hidden: Any, context: Any) -> Any:
+        attention = self.self_attention.core_attention
+        attention.kept = None if attention.kept is None else attention.kept.detach()
+        return original(self, hidden, context)
+
+    return {(Gemma4Layer, "_keep"): keep}
+
+
+def weights_of_experts_detached() -> dict[tuple[Any, str], Any]:
+    """Routers that do not learn: the weights that they give are taken as constants."""
+    from ckptkit.megatron.moe import Router
+
+    original = Router.routing
+
+    def routing(self: Any, logits: Any, *args: Any, **options: Any) -> Any:
+        weights, chosen = original(self, logits, *args, **options)
+        return weights.detach(), chosen
+
+    return {(Router, "routing"): routing}
+
+
+def padding_counted() -> dict[tuple[Any, str], Any]:
+    """The rows that pad the vocabulary are part of the softmax of the loss."""
+    import contextlib
+
+    from ckptkit.megatron import training
+
+    return {(training, "_only_vocabulary"): lambda chunk, vocab_size: contextlib.nullcontext()}
+
+
+def prompts_learned() -> dict[tuple[Any, str], Any]:
+    """The mask of the loss is lost: prompts are learned, too."""
+    from ckptkit.verification.training import batches
+
+    return {(batches, "counted"): lambda row: [at < len(row) - 1 for at in range(len(row))]}
+
+
+def backwards(kind: str, tensor: str, patch: Any, **how: Any) -> Fault:
+    """A fault that only gradients show, in `tensor` among others."""
+    return Fault(kind, "gradients", tensor, fp32=False, bf16=False, patch=patch, **how)
 
 
 QKV, PROJ = r"\d+.self_attention.linear_qkv.weight", r"\d+.self_attention.linear_proj.weight"
@@ -412,6 +522,45 @@ FAULTS: dict[str, Fault] = {
     ),
     "packed sequences see one another": Fault("mistral", "logits", None, patch=positions_run_on, packed=True),
     "packed sequences begin one token late": Fault("gqa", "logits", None, patch=bound_late, packed=True),
+    # Gradients.
+    "gradients of norms not summed under sequence parallelism": backwards(
+        "gqa",
+        "model.layers.0.input_layernorm.weight",
+        left_out("_allreduce_non_tensor_model_parallel_grads"),
+        grid=TWO,
+        run={"sequence_parallel": True},
+    ),
+    "gradients of norms summed twice": backwards(
+        "gqa",
+        "model.layers.0.input_layernorm.weight",
+        twice("_allreduce_non_tensor_model_parallel_grads"),
+        grid=TWO,
+        run={"sequence_parallel": True},
+    ),
+    "gradients of norms of queries and keys not summed": backwards(
+        "qwen3",
+        "model.layers.0.self_attn.k_norm.weight",
+        left_out("_allreduce_non_tensor_model_parallel_grads"),
+        grid=TWO,
+    ),
+    "tied gradients of first and last stage not summed": backwards(
+        "tied", "model.embed_tokens.weight", left_out("_allreduce_word_embedding_grads"), grid=Parallelism(1, 2)
+    ),
+    "tied gradients summed twice": backwards(
+        "tied", "model.embed_tokens.weight", twice("_allreduce_word_embedding_grads"), grid=Parallelism(1, 2)
+    ),
+    "gradients of replicas not summed": backwards("gqa", "lm_head.weight", replicas_not_summed, run={"dp": 2}),
+    "values of attention cut off": backwards("gqa", "model.layers.0.self_attn.v_proj.weight", values_detached),
+    "keys and values for later layers cut off": backwards(
+        "gemma4_text-e2b", "model.layers.2.self_attn.v_proj.weight", shared_detached
+    ),
+    "weights of experts cut off": backwards(
+        "mixtral", "model.layers.0.block_sparse_moe.gate.weight", weights_of_experts_detached
+    ),
+    "padding of the vocabulary in the loss": backwards(
+        "gqa", "lm_head.weight", padding_counted, tensors=put("output_layer.weight", padding_trained)
+    ),
+    "prompts in the loss": backwards("gqa", "lm_head.weight", prompts_learned),
 }
 
 

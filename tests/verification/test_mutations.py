@@ -12,17 +12,24 @@ import pytest
 from ckptkit import convert, verify
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
-from ckptkit.verification.reports.report import LogitsReport
+from ckptkit.verification.reports.report import LevelResult, LogitsReport
+from ckptkit.verification.training.level import verify_gradients
 from tests.models import LLAMAS, save_llama, save_model
 from tests.precision import MANY_ROWS
 from tests.verification.conftest import DEVICE
-from tests.verification.mutants import FAULTS, OPENER, Fault, damage
+from tests.verification.mutants import FAULTS, OPENER, Fault, damage, sound
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "verification.md"
 BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
 UPDATE = "CKPTKIT_UPDATE_DOCS"
-EXACT = 1e-5
-SAMPLE = ["gate and up exchanged in one layer", "rotary base 20000 for 10000", "keys and values exchanged"]
+EXACT, EXACT_GRADIENT = 1e-5, 1e-4
+SAMPLE = [
+    "gate and up exchanged in one layer",
+    "rotary base 20000 for 10000",
+    "keys and values exchanged",
+    "tied gradients of first and last stage not summed",
+    "values of attention cut off",
+]
 """What `make test` runs; the rest is slow."""
 
 Seen = dict[str, Any]
@@ -54,10 +61,21 @@ class Models(dict[str, Path]):
 
 def logits_of(source: Path, candidate: Path, opener: str, fault: Fault, pool: RankPool, dtype: str) -> LogitsReport:
     sides = Side(source, "hf"), Side(candidate, "megatron")
-    options: Any = {"packed": fault.packed, "tokens": None if dtype == "float32" else MANY_ROWS}
+    options: Any = {"packed": fault.packed, "tokens": None if dtype == "float32" else MANY_ROWS, **fault.run}
     return verify_logits(
         *sides, dtype=dtype, tolerance=EXACT, greedy=0, pool=pool, device=DEVICE, opener=opener, **options
     )
+
+
+def gradients_of(source: Path, candidate: Path, opener: str, fault: Fault, pool: RankPool) -> LevelResult:
+    sides = Side(source, "hf"), Side(candidate, "megatron")
+    options: Any = {"packed": fault.packed, **fault.run}
+    try:
+        return verify_gradients(
+            *sides, tolerance=EXACT_GRADIENT, pool=pool, device=DEVICE, opener=opener, dtype="float32", **options
+        )
+    finally:
+        sound(str(candidate))  # takes back what the opener did to this process
 
 
 def observe(source: Path, candidate: Path, name: str, pool: RankPool) -> Seen:
@@ -68,12 +86,14 @@ def observe(source: Path, candidate: Path, name: str, pool: RankPool) -> Seen:
     exact = logits_of(source, candidate, opener, fault, pool, "float32")
     low = logits_of(source, candidate, opener, fault, pool, "bfloat16")
     failed = [level.name for level in cheap.levels if not level.passed]
-    return {
-        "cheapest": failed[0] if failed else "logits" if not exact.passed else None,
-        "fp32": not exact.passed,
-        "bf16": not low.passed,
-        "place": exact.location.place if exact.location is not None else None,
-    }
+    failed += ["logits"] * (not exact.passed)
+    place = exact.location.place if exact.location is not None else None
+    if not failed:
+        backwards = gradients_of(source, candidate, opener, fault, pool)
+        failed += ["gradients"] * (not backwards.passed)
+        named = [name for kind in ("differing", "missing", "surplus") for name in backwards.details[kind]]
+        place = fault.place if fault.place in named else str(named)
+    return {"cheapest": failed[0] if failed else None, "fp32": not exact.passed, "bf16": not low.passed, "place": place}
 
 
 @pytest.mark.parametrize(
@@ -88,32 +108,34 @@ def test_a_fault_is_seen(models: dict[str, Path], tmp_path: Path, ranks: RankPoo
     assert observe(source, tmp_path / "meg", name, ranks) == expected
 
 
-KINDS = sorted({(fault.kind, fault.grid, fault.packed) for fault in FAULTS.values()}, key=str)
+KINDS = sorted({(fault.kind, fault.grid, fault.packed, tuple(fault.run.items())) for fault in FAULTS.values()}, key=str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "grid", "packed"), KINDS, ids=str)
+@pytest.mark.parametrize(("kind", "grid", "packed", "run"), KINDS, ids=str)
 def test_without_a_fault_nothing_is_seen(
-    models: dict[str, Path], tmp_path: Path, ranks: RankPool, kind: str, grid: Any, packed: bool
+    models: dict[str, Path], tmp_path: Path, ranks: RankPool, kind: str, grid: Any, packed: bool, run: Any
 ) -> None:
-    source, none = models[kind], Fault(kind, "", None, packed=packed)
+    source, none = models[kind], Fault(kind, "", None, packed=packed, run=dict(run))
     convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
     assert verify(source, tmp_path / "meg", level="weights").passed
     for dtype in ("float32", "bfloat16"):
         report = logits_of(source, tmp_path / "meg", f"{OPENER}sound", none, ranks, dtype)
         assert report.passed, report.summary
+    backwards = gradients_of(source, tmp_path / "meg", f"{OPENER}sound", none, ranks)
+    assert backwards.passed, backwards.summary
 
 
 def test_there_are_enough_faults_of_every_kind() -> None:
     assert len(FAULTS) >= 25
     assert {fault.sits for fault in FAULTS.values()} == {"file", "claim", "reading"}
-    assert {fault.cheapest for fault in FAULTS.values()} == {"structure", "weights", "logits"}
+    assert {fault.cheapest for fault in FAULTS.values()} == {"structure", "weights", "logits", "gradients"}
     assert any(not fault.bf16 for fault in FAULTS.values()) and any(fault.packed for fault in FAULTS.values())
 
 
 def table() -> str:
     """The faults and who sees them, as Markdown."""
-    cheapest = {"structure": 0, "weights": 1, "logits": 2}
+    cheapest = {"structure": 0, "weights": 1, "logits": 2, "gradients": 3}
     lines = ["| fault | model | sits in the | cheapest level | logits, fp32 | logits, bf16 | located at |"]
     lines.append("|---" * 7 + "|")
     for name, fault in sorted(FAULTS.items(), key=lambda item: cheapest[item[1].cheapest]):

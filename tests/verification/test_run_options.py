@@ -12,7 +12,7 @@ import pytest
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
-from ckptkit.verification.ranks.jobs import LogitsJob
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
 from ckptkit.verification.run_options import TIMEOUT, TOLERANCE, RunKeywords, RunOptions
 
 OTHER: dict[str, Any] = {
@@ -24,6 +24,12 @@ OTHER: dict[str, Any] = {
     "sequence_parallel": True,
     "dp": 2,
     "dp_kind": "fsdp2",
+    "recompute": True,
+    "capacity": 4096,
+    "train_steps": 3,
+    "optimizer": "sgd",
+    "lr": 0.5,
+    "train_only": "*adapter*",
     "save_logits": "logits.safetensors",
     "timeout": 60.0,
     "tp": 2,
@@ -49,7 +55,10 @@ def test_every_option_reaches_the_rank() -> None:
     options = RunOptions.of(**OTHER)
     assert vars(options) == OTHER
     opening = SourceOptions("ref", 3, StatedGrid(2, last_stage_layers=1), 9)
-    job = LogitsJob("a", Parallelism(2), options, [[1]], "out", opening=opening, rounded={"*": "bfloat16"})
+    part = TrainingPart("folder", 3, ["output_layer.weight"], "sdpa")
+    job = LogitsJob(
+        "a", Parallelism(2), options, [[1]], "out", opening=opening, rounded={"*": "bfloat16"}, training=part
+    )
     assert LogitsJob.from_json(job.to_json()) == job
     assert all(getattr(options, name) != getattr(RunOptions(), name) for name in OTHER)
 
@@ -64,6 +73,9 @@ def test_the_reference_runs_plainly() -> None:
     plain = RunOptions.of(**OTHER).plain()
     assert not plain.changes_candidate
     assert (plain.device, plain.dtype, plain.replay, plain.timeout) == ("cuda", "float32", False, 60.0)
+    trained = (plain.train_steps, plain.optimizer, plain.lr, plain.train_only)
+    assert trained == (3, "sgd", 0.5, "*adapter*") and not plain.recompute
+    assert RunOptions(dtype="float64").plain().dtype == "float64"
     low = RunOptions.of(**OTHER).in_dtype("float16")
     assert vars(low) == {**OTHER, "dtype": "float16"}
 
@@ -74,6 +86,12 @@ def test_options_of_the_level_logits() -> None:
         "--packed",
         "--sequence-parallel",
         "--dp",
+        "--recompute",
+        "--capacity",
+        "--train-steps",
+        "--optimizer",
+        "--lr",
+        "--train-only",
         "--save-logits",
         "--tp",
         "--pp",
@@ -82,7 +100,19 @@ def test_options_of_the_level_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"device": "tpu"}, {"dtype": "int8"}, {"dp": 0}, {"dp_kind": "zero"}], ids=lambda wrong: next(iter(wrong))
+    "wrong",
+    [
+        {"device": "tpu"},
+        {"dtype": "int8"},
+        {"dp": 0},
+        {"dp_kind": "zero"},
+        {"optimizer": "lion"},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"capacity": 0},
+        {"train_steps": -1},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_what_cannot_run(wrong: dict[str, Any]) -> None:
     RunOptions().check()

@@ -19,6 +19,23 @@ OPENER = "ckptkit:open_checkpoint"
 
 
 @dataclass(frozen=True)
+class TrainingPart:
+    """What a job does that runs backwards.
+
+    Attributes:
+        folder: Directory for gradients, weights and routing (see `training.files`).
+        steps: Steps of the optimizer; 0 for gradients alone.
+        trained: Canonical names of the tensors that are trained, or None for all.
+        attention: Transformers only: its implementation of attention.
+    """
+
+    folder: str
+    steps: int = 0
+    trained: list[str] | None = None
+    attention: str = "eager"
+
+
+@dataclass(frozen=True)
 class LogitsJob:
     """Run a checkpoint in megatron-core and keep its logits.
 
@@ -37,6 +54,7 @@ class LogitsJob:
         opener: The function that opens the checkpoint, as `module:function`.
         opening: Options that open it.
         rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
+        training: What to do instead, if the sides run backwards, or None.
     """
 
     checkpoint: str
@@ -53,6 +71,7 @@ class LogitsJob:
     opener: str = OPENER
     opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
     rounded: dict[str, str] = field(default_factory=dict)
+    training: TrainingPart | None = None
 
     @property
     def world_size(self) -> int:
@@ -77,6 +96,7 @@ class LogitsJob:
             "grid": Parallelism(**raw["grid"]),
             "options": RunOptions(**raw["options"]),
             "opening": SourceOptions.from_json(raw["opening"]),
+            "training": None if raw["training"] is None else TrainingPart(**raw["training"]),
         }
         return LogitsJob(**{**raw, **records})
 

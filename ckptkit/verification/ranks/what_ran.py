@@ -25,12 +25,14 @@ class Observer:
 
     Args:
         pipeline: The pipeline that runs.
+        passes: Look at this many passes only, or None for all.
 
     Attributes:
         seen: Of the last pass; without `packed` and `sequence_parallel` on a rank that has no layer.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, passes: int | None = None) -> None:
+        self._left = passes
         self._layers = [layer for chunk in pipeline.chunks for layer in chunk.decoder.layers]
         self._length = 0
         self.seen: Seen = {"replication": _replication(pipeline), "device": _name(pipeline.device)}
@@ -50,12 +52,27 @@ class Observer:
         self._length = length
 
     def _look(self, layer: torch.nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        if self._left is not None:
+            if not self._left:
+                return
+            self._left -= 1
         states = named["hidden_states"] if "hidden_states" in named else inputs[0]
         packed = named.get("packed_seq_params")
         length = self._length if packed is None else int(packed.cu_seqlens_q[-1])
         self.seen["packed"] = packed is not None
         if length > 1:  # one token cannot be split
             self.seen["sequence_parallel"] = len(states) < length
+
+
+def count_modules(chunks: Sequence[torch.nn.Module]) -> dict[str, int]:
+    """Classes of megatron-core and of ckptkit among the modules of model chunks -> how many."""
+    counts: dict[str, int] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            if name.startswith(("megatron.", "ckptkit.")):
+                counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 def _replication(pipeline: Pipeline) -> str | None:

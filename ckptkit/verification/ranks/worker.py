@@ -64,6 +64,7 @@ def execute(
     import torch
 
     from ckptkit.megatron import parallel
+    from ckptkit.verification.double_precision import double_precision
 
     device = parallel.device_of(job.options.device, rank)
     torch.set_float32_matmul_precision("highest")
@@ -71,7 +72,8 @@ def execute(
         parallel.initialize(
             job.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=job.options.dp
         )
-        return _run(job, rank, device, nobody if rank else tell)
+        with double_precision(job.options.dtype == "float64"):
+            return _run(job, rank, device, nobody if rank else tell)
     except Exception as error:
         failed(error)
         raise
@@ -85,6 +87,7 @@ def execute(
 def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[str, Any]:
     from ckptkit.megatron.replicas import check_alike, check_same_weights, replica_group, replicate
     from ckptkit.verification.probes import megatron_head
+    from ckptkit.verification.ranks.what_ran import count_modules
     from ckptkit.verification.runs import tokens_to_run
 
     start = time.monotonic()
@@ -93,6 +96,11 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
     group = replica_group(job.grid, job.options.dp, rank) if job.options.dp > 1 else None
     if group is not None:
         check_same_weights(pipeline.chunks, group)
+    if job.training is not None:
+        from ckptkit.verification.training.candidate import train
+
+        return train(job, job.training, pipeline, rank)
+    if group is not None:
         pipeline = replace(pipeline, replicated=replicate(job.options.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()
     counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=job.options.packed), "tokens", tell)
@@ -106,7 +114,7 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
     return {
         "rows": rows,
         "feeds": feeds | _head(megatron_head(pipeline.chunks)),
-        "modules": _modules(pipeline.chunks),
+        "modules": count_modules(pipeline.chunks),
         "seen": [runner.observer.seen],
         "versions": installed_versions(),
         "seconds": {"load": loaded - start, "run": time.monotonic() - loaded},
@@ -153,13 +161,9 @@ class _RankRun:
         return logits
 
     def _fits(self, experts: Mapping[int, torch.Tensor] | None) -> bool:
-        """Whether the other side's choice can be replayed.
+        from ckptkit.verification.routing import can_replay
 
-        A router that chooses another number of experts, or is none of the other side's, goes by its own choice.
-        """
-        return experts is not None and all(
-            layer in experts and experts[layer].size(-1) == router.topk for layer, router in self.routers.items()
-        )
+        return experts is not None and can_replay(experts, self.routers)
 
     def save(self, rank: int, groups: Mapping[int, torch.Tensor]) -> None:
         """Write this rank's logits and records. Only the first of the replicas writes: all of them are equal."""
@@ -226,13 +230,15 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         dtype=getattr(torch, job.options.dtype),
         device=device,
         sequence_parallel=job.options.sequence_parallel,
+        recompute=job.options.recompute,
     )
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
         place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"
         where = f"{job.checkpoint} ({place})"
         load_strict(chunk, shard, where=where)
         shard.clear()
-    return Pipeline(chunks, job.grid, device, 1 if value_head else checkpoint.config.vocab_size)
+    outputs = 1 if value_head else checkpoint.config.vocab_size
+    return Pipeline(chunks, job.grid, device, outputs, job.options.capacity)
 
 
 def _rounded(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> Checkpoint:
@@ -259,17 +265,6 @@ def _padded_vocab_size(shards: list[dict[str, torch.Tensor]], tp: int, stated: i
 
 def _head(names: list[str]) -> dict[str, list[str]]:
     return {"head": names} if names else {}
-
-
-def _modules(chunks: list[Any]) -> dict[str, int]:
-    """Classes of megatron-core and of ckptkit among the modules -> how many."""
-    counts: dict[str, int] = {}
-    for chunk in chunks:
-        for module in chunk.modules():
-            name = f"{type(module).__module__}.{type(module).__qualname__}"
-            if name.startswith(("megatron.", "ckptkit.")):
-                counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:

@@ -105,7 +105,7 @@ class LogitsReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite becomes null."""
-        result: dict[str, Any] = _jsonable(asdict(self))
+        result: dict[str, Any] = jsonable(asdict(self))
         return result
 
     def level(self) -> LevelResult:
@@ -156,7 +156,7 @@ class VerificationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite becomes null."""
-        result: dict[str, Any] = _jsonable({**asdict(self), "verdict": self.verdict})
+        result: dict[str, Any] = jsonable({**asdict(self), "verdict": self.verdict})
         return result
 
 
@@ -171,11 +171,12 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """As JSON types; a number that is not finite becomes null."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,0 +1,53 @@
+"""Reports of the tests of gradients as a Markdown table; of a case that is in several files, the last one counts.
+
+CKPTKIT_GRADIENT_REPORT=gradients.jsonl python -m pytest tests/verification/training/test_gradients.py
+python -m benchmarks.gradient_table gradients.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SHORT = {"sequence_parallel": "SP", "packed": "packed", "recompute": "recompute"}
+Case = dict[str, Any]
+
+
+def main() -> None:
+    """Prints one row for each kind of model: where it ran, and the largest errors."""
+    lines = [line for file in sys.argv[1:] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    cases = {(case["kind"], way(case), case["dtype"]): case for case in map(json.loads, lines)}
+    kinds: dict[str, list[Case]] = {}
+    for key in sorted(cases):
+        kinds.setdefault(key[0], []).append(cases[key])
+    print("| model | fp32: runs | largest error | its run | fp64: largest error | bf16: worst ratio |")
+    print("|---|---|---|---|---|---|")
+    for kind, runs in kinds.items():
+        exact = [run for run in runs if run["dtype"] == "float32"]
+        worst = max(exact, key=lambda run: run["error"], default=None)
+        cells = [str(len(exact)), *(["-", "-"] if worst is None else [f"{worst['error']:.1e}", way(worst)])]
+        cells += [figure(runs, "float64", "error", ".1e"), figure(runs, "bfloat16", "ratio", ".2f")]
+        print(f"| {kind} | {' | '.join(cells)} |")
+    versions = {", ".join(f"{name} {version}" for name, version in case["versions"].items()) for case in cases.values()}
+    print(
+        f"\n{len(cases)} runs, {sum(case['passed'] for case in cases.values())} passed; {'; '.join(sorted(versions))}"
+    )
+
+
+def way(case: Case) -> str:
+    """How a case ran: its grid without sizes of 1, and its options."""
+    sizes = [size for size in case["grid"].split(" x ") if not size.endswith(("P1", " 1"))] or ["one rank"]
+    options = [SHORT[name] for name in SHORT if case["how"].get(name)]
+    return " ".join(["x".join(sizes), *([f"DP{case['how']['dp']}"] if "dp" in case["how"] else []), *options])
+
+
+def figure(runs: list[Case], dtype: str, name: str, form: str) -> str:
+    """The largest of a figure over the runs in one type."""
+    found = [run[name] for run in runs if run["dtype"] == dtype and run[name] is not None]
+    return format(max(found), form) if found else "-"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Forwards and backwards as Megatron trains: its schedules, its DistributedDataParallel, its reduction of gradients.
+
+    training = Training(pipeline)
+    loss, tokens = training.run(microbatches)  # each data parallel rank's own
+    training.gradients(0)["decoder.layers.0.mlp.linear_fc2.weight"]  # of this rank's first chunk, reduced
+
+The loss is the sum over the tokens that count, divided by their number over all microbatches and data parallel ranks;
+so are the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ckptkit.megatron.compat import trains_on
+from ckptkit.megatron.model import CausalModel, expected_tensors
+from ckptkit.megatron.moe import routers
+from ckptkit.megatron.packed_inputs.batch import PackedBatch
+from ckptkit.megatron.pipeline import Pipeline
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """Rows that go through the model together.
+
+    Attributes:
+        tokens: Token ids, int64 [batch, sequence]; packed rows are [1, tokens].
+        labels: The token that follows each one, of the same shape; of no meaning where it does not count.
+        counted: Whether a position counts in the loss, of the same shape.
+        packed: The sequences of a packed row, or None.
+        experts: Global layer number -> experts that the tokens are routed to, int64 [batch, sequence, experts per
+            token]; empty for the routers' own choice.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    counted: torch.Tensor
+    packed: PackedBatch | None = None
+    experts: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Training:
+    """One rank's part of a model that is trained together with the other ranks.
+
+    Args:
+        pipeline: The loaded model.
+        frozen: For each chunk the names of its parameters that have no gradient.
+
+    Attributes:
+        pipeline: As given.
+        chunks: The chunks, wrapped for data parallelism.
+    """
+
+    def __init__(self, pipeline: Pipeline, frozen: Sequence[Collection[str]] = ()) -> None:
+        self.pipeline = pipeline
+        for chunk, names in zip(pipeline.chunks, frozen, strict=bool(frozen)):
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(name not in names)
+        config = pipeline.chunks[0].config
+        config.calculate_per_token_loss = True
+        config.finalize_model_grads_func = finalize_model_grads
+        config.variable_seq_lengths = True  # every microbatch is as long as its rows
+        half = config.params_dtype in (torch.bfloat16, torch.float16)
+        with trains_on(pipeline.device):
+            self.chunks = [
+                DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=half), chunk.train())
+                for chunk in pipeline.chunks
+            ]
+
+    def run(self, batches: Sequence[Microbatch], *, backwards: bool = True) -> tuple[float, int]:
+        """All microbatches forwards, and backwards; gradients of a run before are forgotten.
+
+        All ranks call this with as many microbatches; those of one data parallel rank are given to all its tensor and
+        pipeline parallel ranks. With virtual stages their number is a multiple of the pipeline parallel size.
+
+        Args:
+            batches: The microbatches of this data parallel rank.
+            backwards: Whether gradients are wanted.
+
+        Returns:
+            The loss per token that counts, over all data parallel ranks, and the number of those tokens.
+        """
+        device = self.pipeline.device
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        with trains_on(device), ExitStack() as stack:
+            for chunk in self.pipeline.chunks:
+                stack.enter_context(_only_vocabulary(chunk, self.pipeline.vocab_size))
+                stack.enter_context(_inputs_with_gradient(chunk))
+                stack.enter_context(_routed(chunk, batches))
+            found = get_forward_backward_func()(
+                forward_step_func=self._forward,
+                data_iterator=[iter(batches) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(batches),
+                seq_length=max(batch.tokens.size(1) for batch in batches),
+                micro_batch_size=batches[0].tokens.size(0),
+                forward_only=not backwards,
+            )
+        for chunk in self.pipeline.chunks:
+            _forget(chunk)
+        return self._loss(found)
+
+    def _forward(
+        self, batches: Iterator[Microbatch], chunk: Any
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, tuple[float, int]]]]:
+        batch, device = next(batches), self.pipeline.device
+        counted = batch.counted.to(device)
+
+        def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
+            # Where nothing counts the label may be one that has no loss at all.
+            total = torch.where(counted, losses, 0.0).sum()
+            number = counted.sum().to(torch.int)
+            return total, number, (float(total.detach()), int(number))
+
+        tokens = batch.tokens.to(device)
+        positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
+        labels = batch.labels.to(device)
+        packed = None if batch.packed is None else batch.packed.to(device).params()
+        return chunk(tokens, positions, None, labels=labels, packed_seq_params=packed), loss
+
+    def _loss(self, found: Sequence[tuple[float, int]]) -> tuple[float, int]:
+        """Loss and tokens of all microbatches and data parallel ranks, on every rank."""
+        sums = [sum(loss for loss, _ in found), float(sum(number for _, number in found))]
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.pipeline.device)
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
+        loss, number = totals.tolist()
+        return loss / max(1.0, number), int(number)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters that have a gradient."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters() if parameter.requires_grad]
+
+    def gradients(self, number: int) -> dict[str, torch.Tensor]:
+        """The reduced gradients of a chunk: name -> gradient, zeros for what has none; not copied.
+
+        Args:
+            number: Virtual stage of the chunk.
+        """
+        return {name: _gradient(value) for name, value in expected_tensors(self.pipeline.chunks[number]).items()}
+
+
+def _gradient(value: torch.Tensor) -> torch.Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(value)
+    found: torch.Tensor = value.main_grad  # type: ignore[attr-defined]
+    return found
+
+
+def _forget(chunk: CausalModel) -> None:
+    """Drops what dispatchers of tokens keep of the last forward pass.
+
+    It ends the graph of that pass, in which hooks of the gradients refer to the chunk again: a circle through C++,
+    which no garbage collector sees. The chunk and all its process groups, with their threads, would stay.
+    """
+    for module in chunk.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        if dispatcher is None:
+            continue
+        for name, value in list(vars(dispatcher).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, None)
+
+
+@contextmanager
+def _only_vocabulary(chunk: CausalModel, vocab_size: int) -> Iterator[None]:
+    """Takes the rows that pad the vocabulary out of the softmax: the model that is compared with has none."""
+    if not chunk.post_process:
+        yield
+        return
+    head: Any = chunk.output_layer
+
+    def hide(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        width = logits.size(-1)
+        first = width * parallel_state.get_tensor_model_parallel_rank()
+        if first + width <= vocab_size:
+            return output
+        padding = torch.arange(first, first + width, device=logits.device) >= vocab_size
+        return logits.masked_fill(padding, float("-inf")), bias
+
+    handle = head.register_forward_hook(hide)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _inputs_with_gradient(chunk: CausalModel) -> Iterator[None]:
+    """Lets what follows a frozen embedding have gradients: schedules go back through every stage, as recompute does."""
+    if not chunk.pre_process:
+        yield
+        return
+
+    def mark(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        needed = torch.is_grad_enabled() and not output.requires_grad
+        return output.requires_grad_() if needed else output
+
+    handle = chunk.embedding.register_forward_hook(mark)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _routed(chunk: CausalModel, batches: Sequence[Microbatch]) -> Iterator[None]:
+    """Prescribes the experts of every microbatch.
+
+    The schedules let each chunk see the microbatches in their order, and go backwards in that order, too. What is
+    recomputed runs a second time, with gradients, when later microbatches may have run forwards.
+    """
+    handles, found = [], routers([chunk])
+    recompute = chunk.config.recompute_granularity is not None
+
+    def turns(layer: int) -> Callable[[Any, Any], None]:
+        first, again = iter(batches), iter(batches)
+
+        def prescribe(router: Any, inputs: Any) -> None:
+            batch = next(again if recompute and torch.is_grad_enabled() else first)
+            router.replay = batch.experts[layer] if batch.experts else None
+
+        return prescribe
+
+    for layer, router in found.items():
+        handles.append(router.register_forward_pre_hook(turns(layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for router in found.values():
+            router.replay = None

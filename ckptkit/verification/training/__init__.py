@@ -1,0 +1,1 @@
+"""Levels that run backwards: gradients, and steps of training."""

@@ -1,0 +1,143 @@
+"""One rank's part of a run that goes backwards in megatron-core."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.megatron.model import CausalModel, expected_tensors
+from ckptkit.megatron.moe import routers
+from ckptkit.megatron.pipeline import Pipeline
+from ckptkit.megatron.replicas import seat
+from ckptkit.megatron.training import Microbatch, Training
+from ckptkit.sharding.grid import Rank
+from ckptkit.sharding.stages import split_layers
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find
+from ckptkit.verification.ranks.what_ran import Observer, count_modules
+from ckptkit.verification.reports.report import installed_versions
+from ckptkit.verification.routing import can_replay, read_experts
+from ckptkit.verification.training import files
+from ckptkit.verification.training.batches import Sharing
+from ckptkit.verification.training.optimizers import make_optimizer
+
+
+def train(job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> dict[str, Any]:
+    """Runs the rows forwards and backwards, and takes the steps that are asked for.
+
+    Args:
+        job: The job, the same on all its ranks.
+        part: What it is to do.
+        pipeline: This rank's part of the model.
+        rank: Global rank.
+
+    Returns:
+        `losses` before each step and after the last one, `tokens` that count, `moved` (names of tensors that changed
+        although they are not trained), and what `Run` has of a rank.
+    """
+    return _RankTraining(job, part, pipeline, rank).run()
+
+
+class _RankTraining:
+    """A rank's part of the model, and what it is to do."""
+
+    def __init__(self, job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> None:
+        self.job, self.part, self.pipeline = job, part, pipeline
+        self.seat = seat(job.grid, job.options.dp, rank)
+        self.training = Training(pipeline, self._frozen() if part.trained is not None else ())
+        self.moved: list[str] = []
+        self.observer = Observer(replace(pipeline, replicated=self.training.chunks), passes=1)
+
+    def run(self) -> dict[str, Any]:
+        start = time.monotonic()
+        losses = []
+        with self.observer.watching():
+            loss, tokens = self._run(0)
+            losses.append(loss)
+            self._write(files.GRADIENTS, self.training.gradients)
+            if self.part.steps:
+                losses += self._steps()
+        return {
+            "losses": losses,
+            "tokens": tokens,
+            "moved": self.moved,
+            "modules": count_modules(self.pipeline.chunks),
+            "seen": [self.observer.seen],
+            "versions": installed_versions(),
+            "seconds": {"run": time.monotonic() - start},
+        }
+
+    def _steps(self) -> list[float]:
+        """The losses before each further step, and after the last one; what they changed is written."""
+        before = [_copies(chunk) for chunk in self.pipeline.chunks]
+        parameters = self.training.parameters()
+        optimizer = make_optimizer(self.job.options, parameters) if parameters else None
+        losses = []
+        for step in range(1, self.part.steps + 1):
+            for parameter in parameters:
+                parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(self._run(step, backwards=step < self.part.steps)[0])
+        updates = [
+            {name: value - own[name] for name, value in _copies(chunk).items()}
+            for chunk, own in zip(self.pipeline.chunks, before, strict=True)
+        ]
+        self.moved = sorted(
+            name for number, own in enumerate(updates) for name in self._untrained(number) if own[name].any()
+        )
+        self._write(files.UPDATES, updates.__getitem__)
+        return losses
+
+    def _run(self, step: int, backwards: bool = True) -> tuple[float, int]:
+        batches = self._batches(step)
+        self.observer.expect(batches[0].tokens.size(1))
+        return self.training.run(batches, backwards=backwards)
+
+    def _batches(self, step: int) -> list[Microbatch]:
+        options, grid = self.job.options, self.job.grid
+        experts = read_experts(files.routing_of(self.job.replay, step)) if self.job.replay else {}
+        if not all(can_replay(chosen, routers(self.pipeline.chunks)) for chosen in experts.values()):
+            experts = {}
+        sharing = Sharing(
+            ranks=parallel_state.get_data_parallel_world_size(),
+            rank=parallel_state.get_data_parallel_rank(),
+            multiple=grid.pp if grid.vpp > 1 else 1,
+            split=grid.tp if options.sequence_parallel else 1,
+            capacity=options.capacity if options.packed else None,
+        )
+        return sharing.deal(self.job.rows, experts)
+
+    def _frozen(self) -> list[set[str]]:
+        """For each chunk the names of its parameters that are not trained."""
+        checkpoint: Checkpoint = find(self.job.opener)(self.job.checkpoint, **self.job.opening.keywords())
+        spelling, trained = checkpoint.family.spelling("local", text=True), set(self.part.trained or ())
+        stages = split_layers(checkpoint.config.num_layers, self.job.grid)
+        here: Rank = self.seat.place
+        return [
+            {name for key, name in checkpoint.names_on(stage, here, self.job.grid, spelling) if key not in trained}
+            for stage in stages
+            if stage.pp_rank == here.pp
+        ]
+
+    def _untrained(self, number: int) -> list[str]:
+        """Names of a chunk's tensors that are not trained, buffers included."""
+        tensors = expected_tensors(self.pipeline.chunks[number])
+        return [name for name, value in tensors.items() if not value.requires_grad]
+
+    def _write(self, kind: str, tensors: Callable[[int], dict[str, torch.Tensor]]) -> None:
+        """Writes what every chunk has. Only the first of the replicas does: all of them are equal."""
+        if self.seat.replica:
+            return
+        for number in range(len(self.pipeline.chunks)):
+            files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), tensors(number))
+
+
+def _copies(chunk: CausalModel) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in expected_tensors(chunk).items()}

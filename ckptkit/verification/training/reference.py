@@ -1,0 +1,152 @@
+"""A run that goes backwards in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ckptkit.errors import UnsupportedError
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
+from ckptkit.verification.reference import with_model
+from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
+from ckptkit.verification.tokens import group_by_length
+from ckptkit.verification.training import files
+from ckptkit.verification.training.batches import counted, tokens_that_count
+from ckptkit.verification.training.names import trace
+from ckptkit.verification.training.optimizers import make_optimizer
+
+
+def train_reference(job: LogitsJob, part: TrainingPart) -> dict[str, Any]:
+    """Runs the rows forwards and backwards in transformers, and takes the steps that are asked for.
+
+    Args:
+        job: The rows, and how they run; it has no grid here.
+        part: What is to be done.
+
+    Returns:
+        `losses` before each step and after the last one, `tokens` that count, `padding` (name of an embedding in memory
+        -> its `padding_idx`), `shapes` of all tensors by their names in memory, and whether there is the attention that
+        was asked for (`found`).
+
+    Raises:
+        CkptkitError: As `reference.with_model`; or the model has no next-token loss.
+    """
+    return with_model(job, lambda model: _ReferenceTraining(model, job, part).run())
+
+
+class _ReferenceTraining:
+    """A loaded model, and what to do with it."""
+
+    def __init__(self, model: Any, job: LogitsJob, part: TrainingPart) -> None:
+        if hasattr(model, "score"):
+            raise UnsupportedError("a value model has no next-token loss", where=job.checkpoint)
+        self.model, self.job, self.part = model, job, part
+        self.routers = hf_routers(model) if job.routing or job.replay else {}
+        self.total = tokens_that_count(job.rows)
+        of_length = group_by_length(job.rows)
+        self.places = {at: place for numbers in of_length.values() for place, at in enumerate(numbers)}
+
+    def run(self) -> dict[str, Any]:
+        if not self._attends():
+            return {"losses": [], "tokens": 0, "padding": {}, "found": False, "shapes": {}}
+        padding = _take_padding(self.model)
+        self._freeze()
+        named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        optimizer = make_optimizer(self.job.options, named.values()) if self.part.steps else None
+        before = {name: value.detach().clone() for name, value in named.items()} if self.part.steps else {}
+        losses = []
+        for step in range(self.part.steps + 1):
+            last = step == self.part.steps
+            loss, gradients = self._backwards(step, named, backwards=step == 0 or not last)
+            losses.append(loss)
+            if step == 0:
+                self._write(files.GRADIENTS, gradients)
+            if optimizer is not None and not last:
+                for name, parameter in named.items():
+                    parameter.grad = gradients.get(name)
+                optimizer.step()
+                optimizer.zero_grad()
+        if self.part.steps:
+            self._write(files.UPDATES, {name: value.detach() - before[name] for name, value in named.items()})
+        return {
+            "losses": losses,
+            "tokens": self.total,
+            "padding": padding,
+            "found": True,
+            "shapes": _shapes(self.model),
+        }
+
+    def _attends(self) -> bool:
+        """Switches to the implementation of attention that is asked for; whether the model has it."""
+        try:
+            self.model.set_attn_implementation(self.part.attention)
+        except (AttributeError, ImportError, NotImplementedError, ValueError):
+            return False
+        return True
+
+    def _freeze(self) -> None:
+        if self.part.trained is None:
+            return
+        named = dict(self.model.named_parameters())
+        trained = trace(self.job.checkpoint, _shapes(self.model)).made_of(self.part.trained)
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in trained)
+
+    def _backwards(
+        self, step: int, named: dict[str, torch.nn.Parameter], backwards: bool
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        """The loss per token that counts, and the gradients of it, summed over the rows in float32 or wider."""
+        record, loss = Record(), 0.0
+        prescribed = read_experts(files.routing_of(self.job.replay, step)) if self.job.replay else {}
+        sums: dict[str, torch.Tensor] = {}
+        for number, row in enumerate(self.job.rows):
+            place = self.places[number]
+            experts = {layer: e[place : place + 1] for layer, e in prescribed.get(len(row), {}).items()} or None
+            with hf_routing(self.routers, 1, len(row), record, experts), torch.set_grad_enabled(backwards):
+                part = self._loss(row)
+            loss += float(part.detach())
+            if not backwards or not part.requires_grad:
+                continue
+            part.backward()
+            for name, parameter in named.items():
+                if parameter.grad is not None:
+                    wide = parameter.grad if parameter.dtype == torch.float64 else parameter.grad.float()
+                    sums[name] = sums[name] + wide if name in sums else wide
+                    parameter.grad = None
+        if self.job.routing:
+            record.save(files.routing_of(self.job.routing, step))
+        return loss, sums
+
+    def _loss(self, row: list[int]) -> torch.Tensor:
+        """This row's part of the loss per token that counts."""
+        tokens = torch.tensor([row], device=self.model.device)
+        logits = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        counts = torch.tensor(counted(row), device=logits.device)
+        losses = F.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+        return (losses * counts[:-1]).sum() / max(1, self.total)
+
+    def _write(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+        files.write(self.part.folder, kind, files.WHOLE, tensors)
+
+
+def _shapes(model: Any) -> dict[str, list[int]]:
+    """Name in memory -> shape of parameters and persistent buffers; a tied one has the name of its parameter only."""
+    named = dict(model.named_parameters())
+    own = {id(parameter) for parameter in named.values()}
+    return {
+        name: list(value.shape)
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name in named or id(value) not in own
+    }
+
+
+def _take_padding(model: Any) -> dict[str, int]:
+    """Lets padding tokens have gradients, as in Megatron: name of an embedding -> the row that had none."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            found[f"{name}.weight"] = module.padding_idx
+            module.padding_idx = None
+    return found

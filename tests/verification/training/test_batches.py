@@ -1,0 +1,55 @@
+"""How rows are shared out: every one once, and as much on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptkit.verification.tokens import group_by_length
+from ckptkit.verification.training.batches import Sharing, counted, tokens_that_count
+
+ROWS = st.lists(st.lists(st.integers(1, 249), min_size=1, max_size=12), min_size=1, max_size=7)
+
+
+def experts_of(rows: list[list[int]]) -> dict[int, dict[int, torch.Tensor]]:
+    """Experts that can be told apart: those of a token are its own id."""
+    groups = group_by_length(rows)
+    return {
+        length: {1: torch.tensor([rows[number] for number in numbers])[..., None]} for length, numbers in groups.items()
+    }
+
+
+@given(ROWS, st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), st.sampled_from([None, 1, 9, 100]))
+def test_every_row_once(rows: list[list[int]], ranks: int, multiple: int, split: int, capacity: int | None) -> None:
+    dealt = [Sharing(ranks, rank, multiple, split, capacity).deal(rows, experts_of(rows)) for rank in range(ranks)]
+    assert len({len(batches) for batches in dealt}) == 1 and len(dealt[0]) % multiple == 0
+    for together in zip(*dealt, strict=True):
+        lengths = {batch.tokens.size(1) for batch in together}
+        assert len(lengths) == 1 and lengths.pop() % split == 0
+    pairs: list[tuple[int, int]] = []
+    for batches in dealt:
+        for batch in batches:
+            assert batch.tokens.shape == batch.labels.shape == batch.counted.shape
+            pairs += zip(batch.tokens[batch.counted].tolist(), batch.labels[batch.counted].tolist(), strict=True)
+            for chosen in batch.experts.values():
+                assert torch.equal(chosen[0, :, 0], batch.tokens[0, : chosen.size(1)])
+            if capacity is not None:
+                assert batch.packed is not None and torch.equal(batch.packed.input_ids, batch.tokens[0])
+    expected = [(row[at], row[at + 1]) for row in rows for at, counts in enumerate(counted(row)) if counts]
+    assert sorted(pairs) == sorted(expected)
+    assert len(pairs) == tokens_that_count(rows)
+
+
+def test_the_prompt_and_the_last_token_do_not_count() -> None:
+    assert counted(range(8)) == [False, False, True, True, True, True, True, False]
+    assert counted([5]) == [False]
+
+
+@pytest.mark.parametrize(("capacity", "sizes"), [(None, [3, 4, 5]), (7, [7, 5]), (100, [12]), (1, [3, 4, 5])])
+def test_capacity(capacity: Any, sizes: list[int]) -> None:
+    rows = [[1] * 3, [2] * 4, [3] * 5]
+    assert [batch.tokens.size(1) for batch in Sharing(1, 0, capacity=capacity).deal(rows, {})] == sizes
