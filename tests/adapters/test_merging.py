@@ -227,7 +227,8 @@ def test_untouched_tensors_are_copies(tmp_path: Path) -> None:
     tensors["model.norm.weight"].view(torch.int16)[:3] = torch.tensor([0x7FA1, -1, 0x7F80], dtype=torch.int16)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     adapter = save_adapter(tmp_path / "adapter", base, target_modules=["o_proj"], layers_to_transform=[2])
-    merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    result = merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    assert result.memory_needed > convert(base, tmp_path / "copy", to="hf").memory_needed
     found = diff(base, tmp_path / "merged")
     assert [item.name for item in found.tensors if item.differing] == ["model.layers.2.self_attn.o_proj.weight"]
 
