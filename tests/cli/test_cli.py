@@ -385,6 +385,12 @@ def test_verify_passes_and_differs(verify):
         "sequence_parallel": False,
         "dp": 1,
         "dp_kind": "ddp",
+        "recompute": False,
+        "capacity": 8192,
+        "train_steps": 0,
+        "optimizer": "adamw",
+        "lr": None,
+        "train_only": None,
         "save_logits": None,
         "timeout": None,
         "tp": None,
@@ -406,6 +412,7 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
     report = tmp_path / "report.json"
     line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
     how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
+    how += " --recompute --capacity 4096 --train-steps 3 --optimizer sgd --lr 0.5 --train-only *a*"
     how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
     arguments = [*line.split(), *how.split(), "--hash", "--prompt", "one", "--prompt", "two three"]
     result = run(*arguments)
@@ -423,6 +430,12 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "sequence_parallel": True,
         "dp": 2,
         "dp_kind": "fsdp2",
+        "recompute": True,
+        "capacity": 4096,
+        "train_steps": 3,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "train_only": "*a*",
         "save_logits": "l",
         "timeout": 60.0,
         "tp": 4,
