@@ -11,12 +11,12 @@ ARGS ?=
 # A file's tests stay in one process, which keeps its ranks; every process has four of them.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # Where tests compute numbers, and what makes torch compute them as on a processor without vector instructions.
-NUMERIC := tests/verification tests/megatron tests/surgery tests/inspection tests/io/test_casts.py tests/test_value_models.py
+NUMERIC := tests/verification tests/megatron tests/surgery tests/inspection tests/io/test_casts.py tests/conversion/test_value_models.py
 PLAIN_PROCESSOR := ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-processors test-gpu test-vllm bench lint format clean
+.PHONY: help setup demo test test-all test-processors test-gpu test-te test-vllm bench lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -36,16 +36,19 @@ demo: setup ## Convert, verify and convert back a real model (SmolLM2-135M), on 
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: setup lint ## Lint, types, and the fast tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not te" $(PARALLEL) $(ARGS)
 
 test-all: setup lint test-processors ## Lint, types, and every test that needs no GPU, with new random examples
-	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu" $(PARALLEL) $(ARGS)
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu and not te" $(PARALLEL) $(ARGS)
 
 test-processors: setup ## The fast tests that compute numbers, rounded as on a processor without vector instructions
-	$(PLAIN_PROCESSOR) $(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) $(ARGS) $(NUMERIC)
+	$(PLAIN_PROCESSOR) $(BIN)/python -m pytest -q -m "not slow and not gpu and not te" $(PARALLEL) $(ARGS) $(NUMERIC)
 
 test-gpu: ## The GPU tests, with the current python and whatever it has installed
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu $(ARGS)
+
+test-te: ## What Transformer Engine's modules load, on one or two GPUs, with the current python; it installs nothing
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -rs -m te $(ARGS)
 
 # vLLM wants an older transformers, so it gets an environment of its own (3.5 GB). What torchvision, torchaudio and
 # torchcodec come with is for CUDA: vLLM works without them, and not with ones that cannot be imported.

@@ -1,8 +1,9 @@
-"""Measures whole conversions of a synthetic Llama against `cp -r --reflink=never` and what people do today.
+"""Measures whole conversions of a synthetic model against `cp -r --reflink=never` and what people do today.
 
     make bench                                             1 GB in RAM, three runs of everything
     python -m benchmarks --size-gb 6                       6 GB in RAM
     python -m benchmarks --size-gb 12 --dir /var/tmp       12 GB on a disk, both sides synced
+    python -m benchmarks --size-gb 6 --shape 30b-a3b       6 GB with the experts of Qwen3-30B-A3B
     python -m benchmarks --growth 1,2,4,8 --plot docs/growth.svg
 
 Every command runs as a process of its own, in turns with `cp` of the same source; figures are median / best of the
@@ -26,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.cases import CASES, GROWTH, MARGIN, Bench, Result
+from benchmarks.cases import MARGIN, Bench, Result, cases_of
 from benchmarks.measure import CommandError, available_memory, is_memory
 from benchmarks.model import SHAPES, shape_for
 from benchmarks.plot import Chart, Points, draw
@@ -64,7 +65,7 @@ def _standard(bench: Bench, size: int, options: argparse.Namespace) -> dict[str,
     """Every conversion, then today's ways, at one size."""
     shape = SHAPES[options.shape] if options.shape else shape_for(size / 1e9)
     bench = replace(bench, size=size, shape=shape)
-    cases = [case for case in CASES if options.only is None or options.only in case.name]
+    cases = [case for case in cases_of(shape) if options.only is None or options.only in case.name]
     results = list(bench.conversions(cases))
     print(f"\n{shape.name} shapes\n\n" + report.conversions_table(results, sync=not is_memory(bench.place)), flush=True)
     print("\nwhere the time goes\n\n" + report.phases_table(results), flush=True)
@@ -80,7 +81,7 @@ def _growth(bench: Bench, sizes: list[int], options: argparse.Namespace) -> dict
     shape = SHAPES[options.shape or "1.1b"]
     results: list[Result] = []
     for size in sizes:
-        results += replace(bench, size=size, shape=shape).conversions([GROWTH])
+        results += replace(bench, size=size, shape=shape).conversions(cases_of(shape)[:1])
     sync = not is_memory(bench.place)
     print(f"\n{shape.name} shapes\n\n" + report.conversions_table(results, sync=sync))
     if options.plot:
@@ -97,7 +98,7 @@ def _charts(results: list[Result], sync: bool) -> list[Chart]:
     memory = [(x, result.whole.anonymous / report.MIB) for x, result in zip(sizes, results, strict=True)]
     where = "on a disk" if sync else "in RAM"
     return [
-        Chart(f"Seconds, {GROWTH.name}, {where}", "GB", times),
+        Chart(f"Seconds, {results[0].name}, {where}", "GB", times),
         Chart("Peak anonymous memory, MiB", "GB", {"ckptkit": memory}, (f"budget: {BUDGET_MIB} MiB", BUDGET_MIB)),
     ]
 

@@ -11,12 +11,9 @@ from typing import Any
 
 from benchmarks.alternatives import ALTERNATIVES, installed
 from benchmarks.measure import Run, Summary, available_memory, cp_command, is_memory, remove, run, settle
-from benchmarks.model import Shape, write_llama
+from benchmarks.model import Qwen, Shape, write_model
 
 MARGIN = 1 << 30
-GRID = ("--to", "torch", "--tp", "2", "--pp", "2")
-DISTRIBUTED = ("--to", "torch_dist", "--tp", "2", "--pp", "2")
-CONVERTED = {"torch": GRID, "torch_dist": DISTRIBUTED}
 
 
 @dataclass(frozen=True)
@@ -28,19 +25,38 @@ class Case:
     options: tuple[str, ...]
 
 
-CASES = (
-    Case("hf -> torch TP2 x PP2", "hf", GRID),
-    Case("hf -> packed", "hf", ("--to", "packed")),
-    Case("hf -> hf", "hf", ("--to", "hf")),
-    Case("hf -> torch TP2 x PP2 --hash", "hf", (*GRID, "--hash")),
-    Case("torch TP2 x PP2 -> hf", "torch", ("--to", "hf")),
-    Case("torch TP2 x PP2 -> torch TP1 x PP2", "torch", ("--to", "torch", "--pp", "2")),
-    Case("hf -> torch_dist TP2 x PP2", "hf", DISTRIBUTED),
-    Case("torch_dist TP2 x PP2 -> hf", "torch_dist", ("--to", "hf")),
-    Case("torch_dist TP2 x PP2 -> torch TP1 x PP2", "torch_dist", ("--to", "torch", "--pp", "2")),
-    Case("hf F32 -> torch TP2 x PP2 --dtype bfloat16", "hf-f32", (*GRID, "--dtype", "bfloat16")),
-)
-GROWTH = CASES[0]
+LLAMA = ("TP2 x PP2", ("--tp", "2", "--pp", "2"))
+EXPERTS = ("TP2 x EP4", ("--tp", "2", "--ep", "4"))
+Grid = tuple[str, tuple[str, ...]]
+
+
+def grid_of(shape: Shape) -> Grid:
+    """The grid on which models of a shape are measured: its name and its options."""
+    return EXPERTS if isinstance(shape, Qwen) else LLAMA
+
+
+def cases_of(shape: Shape) -> list[Case]:
+    """What is measured with models of a shape."""
+    grid, options = grid_of(shape)
+    torch, distributed = ("--to", "torch", *options), ("--to", "torch_dist", *options)
+    there = [
+        Case(f"hf -> torch {grid}", "hf", torch),
+        Case("hf -> packed", "hf", ("--to", "packed")),
+        Case("hf -> hf", "hf", ("--to", "hf")),
+        Case(f"hf -> torch {grid} --hash", "hf", (*torch, "--hash")),
+        Case(f"hf -> torch_dist {grid}", "hf", distributed),
+    ]
+    back = [Case(f"{kind} {grid} -> hf", kind, ("--to", "hf")) for kind in ("torch", "torch_dist")]
+    back.append(Case("packed -> hf", "packed", ("--to", "hf")))
+    if isinstance(shape, Qwen):
+        return [*there, *back]
+    other = ("--to", "torch", "--pp", "2")
+    return [
+        *there,
+        *back,
+        *(Case(f"{kind} {grid} -> torch TP1 x PP2", kind, other) for kind in ("torch", "torch_dist")),
+        Case(f"hf F32 -> torch {grid} --dtype bfloat16", "hf-f32", (*torch, "--dtype", "bfloat16")),
+    ]
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class Bench:
         """The one output that exists at a time."""
         return self.place / "out"
 
-    def conversions(self, cases: Sequence[Case] = CASES) -> Iterator[Result]:
+    def conversions(self, cases: Sequence[Case]) -> Iterator[Result]:
         """Measures cases, grouped by source so that one source exists at a time."""
         for kind in dict.fromkeys(case.source for case in cases):
             source = self._source(kind)
@@ -180,9 +196,11 @@ class Bench:
         """Makes a source; a sharded one is converted from a Hugging Face one that is deleted then."""
         self.say(f"making the source ({kind}, {self.size / 1e9:g} GB)")
         path = self.place / kind
-        write_llama(self.place / "model", self.size, self.shape, "F32" if kind == "hf-f32" else "BF16")
-        if kind in CONVERTED:
-            run([sys.executable, "-m", "ckptkit", "convert", str(self.place / "model"), str(path), *CONVERTED[kind]])
+        write_model(self.place / "model", self.size, self.shape, "F32" if kind == "hf-f32" else "BF16")
+        if not kind.startswith("hf"):
+            grid = () if kind == "packed" else grid_of(self.shape)[1]
+            convert = [sys.executable, "-m", "ckptkit", "convert", str(self.place / "model"), str(path)]
+            run([*convert, "--to", kind, *grid])
             remove(self.place / "model")
         else:
             (self.place / "model").rename(path)

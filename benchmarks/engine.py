@@ -31,8 +31,9 @@ import numpy as np
 from ckptkit.dtypes import DTYPES
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
-from ckptkit.io.plan import Checksum, OutputFile, Plan, Segment
+from ckptkit.io.plan import OutputFile, Plan
 from ckptkit.io.schedule import Limits
+from ckptkit.io.segments import Checksum, Segment
 from ckptkit.tensors import Tensor, hstack, vstack
 
 BF16 = DTYPES["BF16"]

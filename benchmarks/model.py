@@ -1,4 +1,4 @@
-"""Synthetic Llamas of any size: real shapes and names, weights that repeat one block of random numbers.
+"""Synthetic models of any size: real shapes and names, weights that repeat one block of random numbers.
 
 Converting never looks at the values, except for casts, which take the same time whatever they are; so the block is
 drawn once (normal, standard deviation 0.02) and repeated. It is not compressible within 8 MiB.
@@ -7,12 +7,15 @@ drawn once (normal, standard deviation 0.02) and repeated. It is not compressibl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from benchmarks.planning import Experts
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.hf import INDEX
 from ckptkit.formats.safetensors import build_header
@@ -21,9 +24,26 @@ from ckptkit.tensors import Tensor
 BLOCK = 8 << 20
 
 
+Sizes = dict[str, tuple[int, ...]]
+
+
+class Shape(Protocol):
+    """The sizes of a model, whatever the number of its layers; embedding and head are not tied."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    def tensors(self, layers: int) -> Sizes:
+        """Names and shapes, in the model's order."""
+
+    def config(self, layers: int) -> dict[str, object]:
+        """config.json, for BF16."""
+
+
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a Llama; embedding and head are not tied. Numbers of elements."""
+class Llama:
+    """The sizes of a Llama. Numbers of elements."""
 
     name: str
     hidden: int
@@ -37,8 +57,14 @@ class Shape:
         """Width of an attention head."""
         return self.hidden // self.heads
 
-    def layer(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a decoder layer."""
+    def tensors(self, layers: int) -> Sizes:
+        """Names and shapes, in the model's order."""
+        names: Sizes = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for index in range(layers):
+            names.update(self._layer(index))
+        return {**names, "model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocab, self.hidden)}
+
+    def _layer(self, index: int) -> Sizes:
         q, kv, prefix = self.hidden, self.groups * self.head_dim, f"model.layers.{index}"
         return {
             f"{prefix}.self_attn.q_proj.weight": (q, self.hidden),
@@ -52,11 +78,58 @@ class Shape:
             f"{prefix}.post_attention_layernorm.weight": (self.hidden,),
         }
 
+    def config(self, layers: int) -> dict[str, object]:
+        """config.json, for BF16."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
 
-SHAPES = {
-    "tiny": Shape("tiny", 1024, 2816, 16, 4, 32000),
-    "1.1b": Shape("TinyLlama-1.1B", 2048, 5632, 32, 4, 32000),
-    "8b": Shape("Llama-3.1-8B", 4096, 14336, 32, 8, 128256),
+
+@dataclass(frozen=True)
+class Qwen:
+    """The sizes of a Qwen3-MoE, a tensor for each projection of each expert."""
+
+    model: Experts
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.model.name
+
+    def tensors(self, layers: int) -> Sizes:
+        """Names and shapes, in the model's order."""
+        return dict(replace(self.model, layers=layers).tensors())
+
+    def config(self, layers: int) -> dict[str, object]:
+        """config.json, for BF16."""
+        return replace(self.model, layers=layers).config()
+
+
+# A few layers of Qwen3-30B-A3B have their true share of the model only beside a small embedding.
+SHAPES: dict[str, Shape] = {
+    "tiny": Llama("tiny", 1024, 2816, 16, 4, 32000),
+    "1.1b": Llama("TinyLlama-1.1B", 2048, 5632, 32, 4, 32000),
+    "8b": Llama("Llama-3.1-8B", 4096, 14336, 32, 8, 128256),
+    "tiny-moe": Qwen(Experts("tiny with experts", 0, 8, 256, 128, 4, vocab=4096)),
+    "30b-a3b": Qwen(Experts("Qwen3-30B-A3B, a tenth of its vocabulary", 0, 128, 2048, 768, 32, vocab=15360)),
 }
 
 
@@ -76,7 +149,7 @@ class Model:
     nbytes: int
 
 
-def write_llama(path: Path, size: int, shape: Shape, dtype: str = "BF16") -> Model:
+def write_model(path: Path, size: int, shape: Shape, dtype: str = "BF16", shards: int = 6) -> Model:
     """Writes a Hugging Face directory of about `size` bytes, at least two layers and an even number of them.
 
     Args:
@@ -84,39 +157,41 @@ def write_llama(path: Path, size: int, shape: Shape, dtype: str = "BF16") -> Mod
         size: Bytes wanted.
         shape: Everything but the number of layers.
         dtype: `BF16` or `F32`.
+        shards: Files wanted; a large tensor may leave fewer.
     """
-    itemsize = DTYPES[dtype].itemsize
-    ends = (2 * shape.vocab + 1) * shape.hidden * itemsize
-    layer = sum(int(np.prod(dims)) for dims in shape.layer(0).values()) * itemsize
-    layers = max(2, 2 * round((size - ends) / layer / 2))
+    ends, two = (_nbytes(shape.tensors(layers), dtype) for layers in (0, 2))
+    layers = max(2, 2 * round((size - ends) / (two - ends)))
     path.mkdir(parents=True)
-    config = path / "config.json"
-    config.write_text(json.dumps(_config(shape, layers, dtype), indent=2) + "\n", encoding="utf-8")
+    config = {**shape.config(layers), "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype]}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     block = _block(dtype)
-    shards = list(_shards(shape, layers, (ends + layers * layer) // 6, dtype))
+    names = shape.tensors(layers)
+    total = _nbytes(names, dtype)
+    parts = list(_shards(names, total // shards, dtype))
     weight_map = {}
-    for number, tensors in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for number, tensors in enumerate(parts, 1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         _write_shard(path / name, tensors, block)
         weight_map.update(dict.fromkeys(tensors, name))
-    total = ends + layers * layer
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Model(path, shape, layers, dtype, sum(file.stat().st_size for file in path.iterdir()))
 
 
-def _shards(shape: Shape, layers: int, limit: int, dtype: str) -> Iterator[dict[str, Tensor]]:
+def _nbytes(names: Sizes, dtype: str) -> int:
+    return sum(math.prod(dims) for dims in names.values()) * DTYPES[dtype].itemsize
+
+
+def _shards(names: Sizes, limit: int, dtype: str) -> Iterator[dict[str, Tensor]]:
     """Tensors in the model's order, a new shard once one is full."""
-    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
-    for index in range(layers):
-        names.update(shape.layer(index))
-    names.update({"model.norm.weight": (shape.hidden,), "lm_head.weight": (shape.vocab, shape.hidden)})
     shard: dict[str, Tensor] = {}
+    size = 0
     for name, dims in names.items():
         shard[name] = Tensor.full(DTYPES[dtype], dims)
-        if sum(tensor.nbytes for tensor in shard.values()) >= limit:
+        size += shard[name].nbytes
+        if size >= limit:
             yield shard
-            shard = {}
+            shard, size = {}, 0
     if shard:
         yield shard
 
@@ -135,27 +210,3 @@ def _block(dtype: str) -> bytes:
     if dtype == "F32":
         return values.tobytes()
     return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes() * 2
-
-
-def _config(shape: Shape, layers: int, dtype: str) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype],
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.groups,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }

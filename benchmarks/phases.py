@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--to", required=True)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--hash", action="store_true")
     parser.add_argument("--plan-only", action="store_true")
     arguments = parser.parse_args()
@@ -52,7 +54,8 @@ def main() -> None:
         source = open_checkpoint(arguments.src)
     with phase("plan"):
         dtype = DTYPES_BY_TORCH_NAME[arguments.dtype] if arguments.dtype else None
-        plan = make_plan(source, arguments.to, Options(grid=Parallelism(arguments.tp, arguments.pp), dtype=dtype))
+        grid = Parallelism(tp=arguments.tp, pp=arguments.pp, ep=arguments.ep)
+        plan = make_plan(source, arguments.to, Options(grid=grid, dtype=dtype))
     with phase("check"):
         destination = Destination(arguments.dst, plan, sources=[source.path])
     if not arguments.plan_only:
@@ -60,7 +63,8 @@ def main() -> None:
             with phase("prepare"):
                 stack.enter_context(destination)
             with phase("move"):
-                run(plan, destination.directory, journal=destination.journal, hash=arguments.hash)
+                how = {"threads": arguments.threads, "hash": arguments.hash}
+                run(plan, destination.directory, journal=destination.journal, **how)
             with phase("commit"):
                 destination.commit()
     tensors = sum(file.tensors for file in plan.files)

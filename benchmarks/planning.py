@@ -107,8 +107,8 @@ MODELS = (
     Experts("Qwen3-30B-A3B", 48, 128, 2048, 768, 32),
     Experts("Qwen3-235B-A22B", 94, 128, 4096, 1536, 64),
 )
-CURVE = (8, 24, 128, 384, 544)
-"""Experts of a model of 128 layers: 4,000 to 210,000 tensors."""
+CURVE = ((32, 8), (128, 24), (128, 128), (128, 256), (128, 544))
+"""Layers and experts of models with 1,000 to 210,000 tensors, the number of Kimi-K2-Thinking."""
 
 
 def write_sparse(path: Path, model: Experts) -> int:
@@ -163,10 +163,12 @@ def measure(command: Sequence[str], source: Path, out: Path) -> tuple[float, flo
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curve", action="store_true", help="models from 4,000 to 210,000 tensors")
+    parser.add_argument("--curve", action="store_true", help="models from 1,000 to 210,000 tensors")
     parser.add_argument("--only", choices=COMMANDS, nargs="*", default=list(COMMANDS))
     options = parser.parse_args()
-    curve = (Experts(f"{n} experts", 128, n, 2048, 768, 32) for n in CURVE)
+    curve = (
+        Experts(f"{layers} layers, {experts} experts", layers, experts, 2048, 768, 32) for layers, experts in CURVE
+    )
     print("| model | tensors | command | CPU s | peak MiB |\n|---|---|---|---|---|")
     for model in chain(curve if options.curve else MODELS):
         with tempfile.TemporaryDirectory() as folder:

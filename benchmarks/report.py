@@ -18,8 +18,8 @@ MIB = 1 << 20
 _PACKAGES = ("numpy", "torch", "safetensors", "transformers", "mergekit")
 
 
-def machine(place: Path) -> dict[str, str]:
-    """What the figures depend on."""
+def machine(place: Path, module: str = "benchmarks") -> dict[str, str]:
+    """What the figures depend on; `module` was run."""
     kind = _output("stat", "-f", "-c", "%T", str(place))
     versions = [f"{name} {_version(name)}" for name in _PACKAGES]
     return {
@@ -30,7 +30,7 @@ def machine(place: Path) -> dict[str, str]:
         "file system": "RAM (tmpfs)" if kind == "tmpfs" else f"{kind} on a disk",
         "load average before": " ".join(f"{value:.2f}" for value in os.getloadavg()),
         "versions": ", ".join([f"Python {platform.python_version()}", _ckptkit(), *versions, _cp()]),
-        "command": f"python -m benchmarks {' '.join(sys.argv[1:])}".rstrip(),
+        "command": f"python -m {module} {' '.join(sys.argv[1:])}".rstrip(),
     }
 
 

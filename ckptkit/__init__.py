@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ckptkit.checkpoints.opening import open_checkpoint
     from ckptkit.conversion.architectures import supported_architectures
     from ckptkit.conversion.convert import convert
+    from ckptkit.deltas.apply import apply_delta
+    from ckptkit.deltas.make import make_delta
     from ckptkit.inspection.differences import diff
     from ckptkit.inspection.hashing import hash_checkpoint
     from ckptkit.inspection.summary import inspect
@@ -25,11 +27,13 @@ from ckptkit.version import __version__
 __all__ = [
     "Parallelism",
     "__version__",
+    "apply_delta",
     "convert",
     "convert_to_packed",
     "diff",
     "hash_checkpoint",
     "inspect",
+    "make_delta",
     "open_checkpoint",
     "supported_architectures",
     "validate",
@@ -38,11 +42,13 @@ __all__ = [
 
 _HOMES = {
     "Parallelism": "ckptkit.sharding.grid",
+    "apply_delta": "ckptkit.deltas.apply",
     "convert": "ckptkit.conversion.convert",
     "convert_to_packed": "ckptkit.megatron.packed_inputs.convert",
     "diff": "ckptkit.inspection.differences",
     "hash_checkpoint": "ckptkit.inspection.hashing",
     "inspect": "ckptkit.inspection.summary",
+    "make_delta": "ckptkit.deltas.make",
     "open_checkpoint": "ckptkit.checkpoints.opening",
     "supported_architectures": "ckptkit.conversion.architectures",
     "validate": "ckptkit.inspection.validation",

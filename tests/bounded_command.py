@@ -7,9 +7,19 @@ import multiprocessing
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+PRELOADED = (
+    "ckptkit.cli.app",
+    "ckptkit.inspection.summary",
+    "httpx",
+    "yaml",
+    "tqdm",
+    "filelock",
+    "tests.bounded_command",
+)
 SECONDS = 10  # of the processor; the system kills what takes more
 ADDRESSES = 3 << 30  # bytes; what asks for more gets none
 
@@ -23,11 +33,15 @@ class Ended:
     memory: int
 
 
-def run_bounded(folder: Path, *arguments: str) -> Ended:
-    """Runs `ckptkit` with these arguments; `folder` is for what it says."""
+def run_bounded(folder: Path, *arguments: str, environment: Mapping[str, str | None] | None = None) -> Ended:
+    """Runs `ckptkit` with these arguments; `folder` is for what it says.
+
+    `environment` sets variables, or removes those that are None. It counts before huggingface_hub is imported, which
+    reads its variables then; what that library is made of is imported beforehand.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ckptkit.cli.app", "ckptkit.inspection.summary", "tests.bounded_command"])
-    process = context.Process(target=_run, args=(str(folder), arguments))
+    context.set_forkserver_preload(list(PRELOADED))
+    process = context.Process(target=_run, args=(str(folder), arguments, dict(environment or {})))
     process.start()
     process.join()
     memory = folder / "memory"
@@ -35,8 +49,13 @@ def run_bounded(folder: Path, *arguments: str) -> Ended:
     return Ended(process.exitcode, said, json.loads(memory.read_text()) if memory.exists() else 0)
 
 
-def _run(folder: str, arguments: tuple[str, ...]) -> None:
+def _run(folder: str, arguments: tuple[str, ...], environment: dict[str, str | None]) -> None:
     from ckptkit.cli.app import app
+
+    os.environ.update({name: value for name, value in environment.items() if value is not None})
+    for name in environment:
+        if environment[name] is None:
+            os.environ.pop(name, None)
 
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))

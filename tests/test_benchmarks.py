@@ -39,8 +39,17 @@ def test_the_table_and_the_plot(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "figures.json").read_text())
     for conversion in figures["conversions"]:
         assert f"| {conversion['name']} |" in table
+    experts = run("benchmarks", *small, "--no-alternatives", "--shape", "tiny-moe")
+    assert all(f"| {name} |" in experts for name in ("hf -> torch_dist TP2 x EP4", "packed -> hf"))
     run("benchmarks", *small, "--growth", "0.01,0.02", "--shape", "tiny", "--plot", str(tmp_path / "growth.svg"))
     assert (tmp_path / "growth.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_the_table_of_threads(tmp_path: Path) -> None:
+    small = ("--size-gb", "0.01", "--repeat", "1", "--shape", "tiny-moe", "--dir", str(tmp_path))
+    table = run("benchmarks.cores", *small, "--threads", "1,2")
+    assert table.startswith("| threads | `xargs -P N cp` |") and "\n| 2 | " in table
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

@@ -8,30 +8,33 @@ shards are joined into it; both are slicing, so nothing is loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES, DType
 from ckptkit.errors import UsageError
 from ckptkit.formats.sidecar import Sidecar
-from ckptkit.formats.torch_legacy import OptimizerState
+from ckptkit.formats.torch_legacy import OptimizerState, Shards
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.plan import Comparison, Dropped
 from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import Parallelism, Rank
-from ckptkit.sharding.rules import expert_home, pad_rows, padded_vocab_size
+from ckptkit.sharding.rules import Shard, Split, expert_home, pad_rows, padded_vocab_size
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
 from ckptkit.tables.divisibility import check_divides
 from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
-from ckptkit.tables.spelling import Spelling
+from ckptkit.tables.spelling import HfSpelling, Spelling
 from ckptkit.tensors import Tensor, vstack
 
 if TYPE_CHECKING:
     import torch
+
+    from ckptkit.checkpoints.lora.record import Lora
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 DEFAULT_DIVISIBLE_BY = 128
@@ -43,7 +46,7 @@ class Checkpoint:
 
     Attributes:
         path: Where it is.
-        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp` or `fsdp`.
+        format: `hf`, `packed`, `torch`, `torch_dist`, `dcp`, `fsdp` or `peft`.
         family: The family whose table it follows.
         config: The model; for Megatron formats stored `args` override the sidecar's config.json.
         sidecar: The Hugging Face side: config.json and small files, headers, tensors without a Megatron slot.
@@ -60,6 +63,7 @@ class Checkpoint:
         disagreements: Fields in which `args` contradict config.json, as sentences.
         optimizer: The optimizer's state beside the model, which is left out.
         seen: Fingerprints of its files from before they were read.
+        lora: The facts about an adapter, whose factors the tensors are; None for a model.
     """
 
     path: Path
@@ -80,6 +84,7 @@ class Checkpoint:
     disagreements: tuple[str, ...] = ()
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     seen: Seen = field(default_factory=Seen)
+    lora: Lora | None = None
 
     def noting(self, *notes: str) -> Checkpoint:
         """The same checkpoint with further notes."""
@@ -103,7 +108,9 @@ class Checkpoint:
     @property
     def towers_are_missing(self) -> bool:
         """Whether this is a multimodal model of which the checkpoint holds the text part only."""
-        if self.family.text_only is None or self.format == "hf":  # a Hugging Face directory counts as complete
+        if (
+            self.family.text_only is None or self.format == "hf" or self.lora is not None
+        ):  # a Hugging Face directory counts as complete
             return False
         towers = {name for name in self.stored_names if self.family.is_extra(name, self.config)}
         return bool(towers - self.sidecar.extras.keys()) if self.stored_names else not self.sidecar.extras
@@ -115,7 +122,7 @@ class Checkpoint:
             names: Names of the tensors in the original model, to get the same spelling; empty for canonical names.
         """
         family, config = self.family, self.config
-        spelling = family.hf_spelling(names, config) if names else family.hf_spellings[0]
+        spelling = self._hf_spelling(names)
         tensors: dict[str, Tensor] = {}
         for key, item in self.items.items():
             tensors.update(item.unpack(self.tensors[key]))
@@ -123,11 +130,17 @@ class Checkpoint:
                 if slot.hf is not None and spelling.written(slot.hf) in names:
                     tensors[slot.hf] = found
         tensors.update(self.sidecar.extras)
+        if self.lora is not None:
+            return tensors
         tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[self.main_dtype]))
         for replica in family.replicas:
             if spelling.written(replica.hf) in names and replica.when(config):
                 tensors[replica.hf] = tensors[replica.of]
         return family.fuse(tensors, config, spelling.name)
+
+    def _hf_spelling(self, names: Collection[str]) -> HfSpelling:
+        family = self.family
+        return family.hf_spelling(names, self.config, self.items.values()) if names else family.hf_spellings[0]
 
     def dropped(self, names: Collection[str]) -> list[Dropped]:
         """Stored parts that `hf_tensors` drops, because the model does not use them.
@@ -137,7 +150,7 @@ class Checkpoint:
         Args:
             names: As for `hf_tensors`.
         """
-        spelling = self.family.hf_spelling(names, self.config) if names else self.family.hf_spellings[0]
+        spelling = self._hf_spelling(names)
         return [
             Dropped(slot.slot.name, key, found, expected)
             for key, item in self.items.items()
@@ -160,8 +173,11 @@ class Checkpoint:
         Raises:
             UsageError: A tensor does not divide over the ranks.
         """
-        names = self.names_on(stage, rank, grid, spelling)
-        return {name: self._cut(key, rank, grid, divisible_by, spelling) for key, name in names}
+        found = {}
+        for key, name in self.names_on(stage, rank, grid, spelling):
+            tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
+            found[name] = _cut(key, tensor, Shard(split, *_place(split, rank, grid)))
+        return found
 
     def names_on(self, stage: Stage, rank: Rank, grid: Parallelism, spelling: Spelling) -> Iterator[tuple[str, str]]:
         """The tensors of one model chunk of one rank: canonical name, and name under the rank's own numbers.
@@ -174,24 +190,59 @@ class Checkpoint:
             grid: The grid.
             spelling: Spelling of the rank's names.
         """
-        local = {layer: number for number, layer in enumerate(stage.layers)}
-        for key, item in self.items.items():
-            if not is_on(item, stage, grid):
-                continue
-            home, expert = (rank.ep, None)
-            if item.expert is not None:
-                home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
-            if home == rank.ep:
-                yield key, spelling.written(item.name(None if item.layer is None else local[item.layer], expert))
-        if self.config.tied and stage.last and (spelling.tied_head or not stage.first):
-            yield EMBEDDING, spelling.written(HEAD)
+        return ((key, name) for name, key in self._held([stage], grid, spelling)[stage, rank.ep].items())
 
-    def _cut(self, key: str, rank: Rank, grid: Parallelism, divisible_by: int, spelling: Spelling) -> Tensor:
-        tensor, split = self.padded(key, grid.tp, divisible_by), self.items[key].split(spelling)
-        try:
-            return split.cut(tensor, *((rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)))
-        except UsageError as error:
-            raise UsageError(error.what, where=key, hint=error.hint) from None
+    def shards(
+        self, stages: Sequence[Stage], grid: Parallelism, spelling: Spelling, divisible_by: int
+    ) -> Iterator[tuple[Stage, Rank, Shards]]:
+        """`chunk` of every stage for each of its ranks, without a tensor for each shard.
+
+        Raises:
+            UsageError: A tensor does not divide over the ranks.
+        """
+        splits = {key: item.split(spelling) for key, item in self.items.items()}
+        cuts: dict[tuple[int, int, int], Shard] = {}
+        forms: dict[tuple[object, ...], tuple[DType, tuple[int, ...]]] = {}
+        for (stage, ep), keys in self._held(stages, grid, spelling).items():
+            wholes = tuple(self.padded(key, grid.tp, divisible_by) for key in keys.values())
+            for rank in grid.ranks():
+                if (rank.pp, rank.ep) != (stage.pp_rank, ep):
+                    continue
+                shards = Shards(tuple(keys), wholes, [], [])
+                for key, whole in zip(keys.values(), wholes, strict=True):
+                    split = splits[key]
+                    place = id(split), *_place(split, rank, grid)
+                    cut = cuts.get(place) or cuts.setdefault(place, Shard(split, *place[1:]))
+                    kind = place, whole.shape, whole.dtype.name, whole.out_dtype.name
+                    if kind not in forms:
+                        shard = _cut(key, whole, cut)
+                        forms[kind] = shard.out_dtype, shard.shape
+                    shards.cuts.append(cut)
+                    shards.forms.append(forms[kind])
+                yield stage, rank, shards
+
+    def _held(
+        self, stages: Iterable[Stage], grid: Parallelism, spelling: Spelling
+    ) -> dict[tuple[Stage, int], dict[str, str]]:
+        """For each stage and expert parallel rank: names under its own layer and expert numbers -> canonical names."""
+        held: dict[tuple[Stage, int], dict[str, str]] = {(stage, ep): {} for stage in stages for ep in range(grid.ep)}
+        written = lru_cache(maxsize=None)(lambda name, layer, expert: spelling.written(name.format(i=layer, e=expert)))
+        for stage in stages:
+            local = {layer: number for number, layer in enumerate(stage.layers)}
+            for key, item in self.items.items():
+                if not is_on(item, stage, grid):
+                    continue
+                homes, expert = range(grid.ep), None
+                if item.expert is not None:
+                    home, expert = expert_home(item.expert, self.config.num_experts, grid.ep)
+                    homes = range(home, home + 1)
+                name = written(item.row.megatron, None if item.layer is None else local[item.layer], expert)
+                for ep in homes:
+                    held[stage, ep][name] = key
+            if self.config.tied and self.lora is None and stage.last and (spelling.tied_head or not stage.first):
+                for ep in range(grid.ep):
+                    held[stage, ep][spelling.written(HEAD)] = EMBEDDING
+        return held
 
     def padded(self, key: str, tp: int, divisible_by: int) -> Tensor:
         """The whole tensor of a canonical name, with vocabulary padding for `tp` ranks where it has a vocabulary.
@@ -274,11 +325,23 @@ class Checkpoint:
         return {name: load(tensor) for name, tensor in chunk.items()}
 
 
+def _place(split: Split, rank: Rank, grid: Parallelism) -> tuple[int, int]:
+    """Number of a rank among those that a rule splits tensors over, and how many these are."""
+    return (rank.etp, grid.expert_tp) if split.expert else (rank.tp, grid.tp)
+
+
+def _cut(key: str, tensor: Tensor, cut: Shard) -> Tensor:
+    try:
+        return cut(tensor)
+    except UsageError as error:
+        raise UsageError(error.what, where=key, hint=error.hint) from None
+
+
 def most_common_dtype(tensors: Iterable[Tensor]) -> DType:
     """The element type that most bytes of tensors have as written."""
     sizes: Counter[DType] = Counter()
     for tensor in tensors:
-        sizes[tensor.out_dtype] += tensor.nbytes
+        sizes[tensor.cast or tensor.dtype] += tensor.nbytes
     return sizes.most_common(1)[0][0]
 
 

@@ -27,11 +27,22 @@ from ckptkit.tables.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Given:
-    """Facts that the user states about a Megatron checkpoint."""
+    """Facts that the user states about a checkpoint.
+
+    Attributes:
+        reference: The Hugging Face directory that describes the model, or None.
+        grid: The stored grid.
+        vocab_size: The true size of the vocabulary, or None.
+        lora_alpha: Alpha of a Megatron adapter, or None.
+        part: `adapter` or `model`, the part that is wanted of a Megatron checkpoint that holds both; None if it holds
+            one.
+    """
 
     reference: HfFiles | None
     grid: StatedGrid
     vocab_size: int | None
+    lora_alpha: float | None = None
+    part: str | None = None
 
 
 def complete(files: HfFiles) -> tuple[HfFiles, list[str]]:
@@ -123,6 +134,8 @@ def _describe_by_args(
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
     ]
+    if origin := args.get("hf_model_id"):
+        notes.append(f"run_config.yaml says that it was made of {origin}")
     known = vocabulary.in_args is not None and vocabulary.counted
     if not known and given.vocab_size is None:
         notes.append(f"the true vocabulary size is unknown: all {rows} stored rows are kept (--vocab-size supplies it)")

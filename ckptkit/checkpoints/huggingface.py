@@ -34,17 +34,19 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     config = family.parse(files.config)
     check_counts(config, files.tensors.values(), files.path)
     items = {item.key: item for item in family.items(config)}
-    stored, _ = family.unfuse(files.tensors, config)
+    stored, _ = family.unfuse(files.tensors, config, items.values())
     left = dict(stored)
-    dtype = most_common_dtype(stored.values()) if stored else DTYPES["F32"]
+    made = any(not item.hf for item in items.values())  # tensors of slots alone: they get the type that most have
+    dtype = most_common_dtype(stored.values()) if made and stored else DTYPES["F32"]
     problems = Problems(files.path)
     tensors = {}
     for key, item in items.items():
-        parts = [problems.take(left, name, shape) for name, shape in item.parts.items()]
+        taken = [problems.take(left, name, shape) for name, shape in zip(item.hf, item.kind.parts, strict=True)]
+        parts = [part for part in taken if part is not None]
         held = {slot.hf: problems.take(left, slot.hf, slot.shape) for slot in item.slots if slot.hf in left}
         unused = {name: tensor for name, tensor in held.items() if name is not None and tensor is not None}
-        if all(part is not None for part in parts):
-            tensors[key] = item.pack([part for part in parts if part is not None], unused, dtype)
+        if len(parts) == len(taken):
+            tensors[key] = item.pack(parts, unused, dtype)
     used = len(files.tensors) - len(left)
     comparisons = []
     for replica in family.replicas:

@@ -11,6 +11,7 @@ from ckptkit.formats.dcp.reading import METADATA
 from ckptkit.formats.foreign import refuse_foreign_names
 from ckptkit.formats.hf import HF, has_shards, is_weights
 from ckptkit.formats.links import check_link, check_links
+from ckptkit.formats.peft import is_peft
 from ckptkit.formats.registry import format_of, formats_of, is_huggingface
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_dist import CONFIG, TORCH_DIST, holds_model
@@ -54,6 +55,12 @@ def find_place(path: Path, iteration: int | None = None, *, referenced: bool = F
     """
     if not path.is_dir():
         raise _no_directory(path)
+    if is_peft(path):
+        if iteration is not None:
+            raise UsageError("--iteration is about the root of a Megatron checkpoint", where=path, hint="drop it")
+        check_links(path, path)
+        described = (path / "config.json").is_file()
+        return _alone(Place(path, path, path if described and not referenced else None))
     if is_huggingface(path):
         if iteration is not None:
             raise UsageError("--iteration is about the root of a Megatron checkpoint", where=path, hint="drop it")

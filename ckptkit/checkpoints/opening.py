@@ -8,16 +8,20 @@ from pathlib import Path
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.description import Given, complete
 from ckptkit.checkpoints.locating import Place, find_place
+from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
 from ckptkit.checkpoints.readers import READERS
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.foreign import refuse_foreign_files
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.hf import HfFiles, open_reference
-from ckptkit.formats.registry import format_of
+from ckptkit.formats.registry import format_of, is_huggingface
+from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
 from ckptkit.io.source import Seen
 from ckptkit.sharding.grid import StatedGrid
 
 
+@collection_paused()
 def open_checkpoint(
     path: str | Path,
     *,
@@ -25,6 +29,9 @@ def open_checkpoint(
     iteration: int | None = None,
     stored_grid: StatedGrid | None = None,
     vocab_size: int | None = None,
+    lora_alpha: float | None = None,
+    part: str | None = None,
+    base: Checkpoint | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint of any format; only headers are read.
 
@@ -36,6 +43,9 @@ def open_checkpoint(
         iteration: Number of the iteration, if `path` is the root of several.
         stored_grid: The grid of `mp_rank_*` files whose `args` do not say it.
         vocab_size: The true size of the vocabulary, where nothing else tells it from its padding.
+        lora_alpha: Alpha of a Megatron adapter; it outranks what files say.
+        base: The model that an adapter is for; it says what `hf_reference` would say, unless there is a sidecar.
+        part: `adapter` or `model`, the wanted part of a Megatron checkpoint that may hold both.
 
     Raises:
         InputError: It is damaged, incomplete, or holds tensors that the family does not have.
@@ -44,18 +54,26 @@ def open_checkpoint(
     """
     place = find_place(Path(path), iteration, referenced=hf_reference is not None)
     reference = place.reference if hf_reference is None else Path(hf_reference)
+    if part == ADAPTER and is_huggingface(place.folder):
+        raise UsageError("no adapter in it", where=path, hint="the model comes first, then its adapters")
     around = [place.root / "ckptkit", *([] if reference is None else [reference])]
     seen = Seen.of(place.folder, *(folder for folder in around if folder.is_dir()))
     files = None if reference is None else complete(open_reference(reference))[0]
-    if files is not None and hf_reference is None and reference == place.root:
+    if base is not None and files is None and not (place.root / FOLDER).is_dir():
+        files = HfFiles(base.path, base.sidecar.config, {}, {}, dict(base.sidecar.small))
+    if files is not None and hf_reference is None and reference is not None and reference == place.root:
         files = _of_root(files)
-    given = Given(files, stored_grid or StatedGrid(), vocab_size)
+    given = Given(files, stored_grid or StatedGrid(), vocab_size, lora_alpha, part)
     checkpoint = replace(_open(place, given), seen=seen).noting(*place.notes)
-    if files is not None:
+    if files is not None and checkpoint.lora is None:
         checkpoint = _with_extras(checkpoint, files)
     if hf_reference is None and place.reference is not None:
         there = place.reference.relative_to(place.root).name or "the folder itself"
         checkpoint = checkpoint.noting(f"config and tokenizer are those of {there}")
+    if checkpoint.lora is None and (lora_alpha is not None or part == ADAPTER):
+        raise UsageError("no adapter in it", where=path, hint="drop --lora-alpha" if lora_alpha is not None else None)
+    if checkpoint.lora is not None and part == MODEL:
+        raise UsageError("an adapter, and no model", where=path, hint="give the model that it is for")
     if checkpoint.format != "torch" and given.grid.sizes():
         raise UsageError(f"--src-* applies only to mp_rank checkpoints; this is {checkpoint.format}", where=path)
     if vocab_size not in (None, checkpoint.config.vocab_size):

@@ -14,6 +14,8 @@ from ckptkit.checkpoints.huggingface import open_hf_files
 from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
+from ckptkit.checkpoints.lora.megatron import ADAPTER, choose_part, is_adapter_name, read_megatron
+from ckptkit.checkpoints.lora.peft_directory import read_peft
 from ckptkit.checkpoints.recognition import refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.second_weights import check_second_weights
@@ -72,8 +74,11 @@ def _read_torch(place: Place, given: Given) -> Checkpoint:
     files = replace(files, args=checked_args(files.args, files.path))
     grid = _grid_of_ranks(files, given.grid)
     ranks, wrapping = _unwrapped(files.ranks, files.path)
+    chosen, is_adapter = choose_part(ranks, given, files.path)
+    if is_adapter:
+        return read_megatron(place, "torch", chosen, grid, files.args, given).noting(*_told(wrapping))
     with located(files.path):
-        ranks = ungrouped_experts(ranks)
+        ranks = ungrouped_experts(chosen)
     checkpoint = _join(place, "torch", ranks, grid, files.args, given).noting(*_told(wrapping))
     if not files.args:
         note = f"there are no args: the folders and --src sizes give the grid {grid}"
@@ -170,11 +175,20 @@ def _stored_size(grid: Parallelism, name: str) -> int | str | None:
 
 def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     """Distributed checkpoints hold whole tensors: they are joined like one rank's, and the grid comes from `args`."""
-    files = open_torch_dist(place.folder, place.root)
+    wanted = {ADAPTER: is_adapter_name}.get(given.part or "", lambda key: True)
+    files = open_torch_dist(place.folder, place.root, wanted)
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)
     wrapping = find_wrapping(files.tensors, fit_of_megatron)
     tensors = wrapping.removed(files.tensors, files.path)
+    chosen, is_adapter = choose_part({(0, 0, 0): {"model": tensors}}, given, files.path)
+    tensors = chosen[0, 0, 0]["model"]
+    if is_adapter:
+        written = grid_of(args)
+        adapter = read_megatron(
+            place, "torch_dist", chosen, Parallelism(), args, given, stacked=files.stacked, stored=written
+        )
+        return adapter.noting(*notes, *_told(wrapping))
     norms = norms_from_local_spec(tensors)
     tensors = {norms.get(name, name): tensor for name, tensor in tensors.items()}
     checkpoint = _whole(place, "torch_dist", tensors, args, given, stacked=files.stacked)
@@ -238,7 +252,7 @@ def _known(names: set[str], reference: HfFiles, state: ModuleState) -> int:
     family = family_of(reference.config, reference.path / "config.json")
     config = family.parse(reference.config)
     check_counts(config, state.tensors.values(), state.path)
-    canonical = [name for item in family.items(config) for name in item.parts]
+    canonical = [name for item in family.items(config) for name in item.hf]
     return max(len(names & spelling.names(canonical, config)) for spelling in family.hf_spellings)
 
 
@@ -337,6 +351,7 @@ def _join(
 
 READERS: Mapping[str, Reader] = {
     "hf": _read_shards,
+    "peft": read_peft,
     "torch": _read_torch,
     "torch_dist": _read_torch_dist,
     "dcp": _read_dcp,

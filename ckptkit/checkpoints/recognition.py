@@ -56,7 +56,7 @@ _OF_TRAINERS = {
     ),
     "adapter": (
         "adapters of Megatron beside the weights",
-        "merge them into the weights with the tool that trained them, before they are saved",
+        "`ckptkit adapter merge` puts an adapter into the weights",
     ),
     "value": (
         "the value head of TRL, which no class of transformers has",

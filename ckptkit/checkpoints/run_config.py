@@ -23,7 +23,14 @@ from ckptkit.tables.spelling import GROUPED, Spelling
 
 
 def run_config(
-    source: Checkpoint, grid: Parallelism, divisible_by: int, spelling: Spelling, folder: str, *, text: bool
+    source: Checkpoint,
+    grid: Parallelism,
+    divisible_by: int,
+    spelling: Spelling,
+    folder: str,
+    *,
+    text: bool,
+    peft: dict[str, Any] | None = None,
 ) -> OutputFile:
     """The file that lets Megatron-Bridge build the model of a distributed checkpoint.
 
@@ -33,6 +40,7 @@ def run_config(
         divisible_by: `make_vocab_size_divisible_by`.
         spelling: How names and experts are written.
         folder: The folder of `.metadata`, below the checkpoint's root.
+        peft: The `peft` section of an adapter, or None.
         text: Whether only the text part of a multimodal model is written as a model.
 
     Raises:
@@ -41,13 +49,14 @@ def run_config(
     family = source.family
     if text and family.text_only is not None:
         family = family_of(family.text_only(source.sidecar.config), source.path)
-    config = replace(source.config, architecture=family.architectures[0], dtype=source.main_dtype)
+    dtype = source.main_dtype if source.lora is None else source.config.dtype or source.main_dtype
+    config = replace(source.config, architecture=family.architectures[0], dtype=dtype)
     local = spelling.name == "local" or source.family.quirks.local_only(source.config)
     provider = provider_of(family, config, grid, divisible_by, local=local, grouped=spelling.experts == GROUPED)
     values = {
         key: reference(value.name) if isinstance(value, Named) else value for key, value in provider.values.items()
     }
-    return lay_out_run_config({"_target_": provider.target, **values}, folder)
+    return lay_out_run_config({"_target_": provider.target, **values}, folder, peft)
 
 
 def args_of_run_config(folder: Path, *, layout_alone: bool = False) -> dict[str, Any]:

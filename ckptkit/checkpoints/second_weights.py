@@ -29,7 +29,7 @@ def check_second_weights(path: Path, shards: Shards) -> list[str]:
     Raises:
         InputError: There are others, or adapters that may or may not have been merged.
     """
-    (used, _), *others = weight_sets(path) or [("", [])]
+    (used, _), *others = weight_sets(path, shards.names) or [("", [])]
     if adapter := next((name for name in _ADAPTERS if (path / name).is_file()), None):
         what = f"two sets of weights, {used} and {adapter}: nothing says whether the adapters are merged"
         raise InputError(what, where=path, hint="move the adapters away if they are, else merge them with peft")

@@ -11,7 +11,7 @@ from typing import Any
 from ckptkit.errors import CkptkitError
 from ckptkit.sharding.grid import StatedGrid
 
-_OPTION = re.compile(r"--(?=(?:hf-reference|iteration|vocab-size|src)\b)")
+_OPTION = re.compile(r"--(?=(?:hf-reference|iteration|vocab-size|lora-alpha|src)\b)")
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,34 @@ class SourceOptions:
         iteration: Number of the iteration.
         stored_grid: Sizes of the stored grid that `args` do not record.
         vocab_size: The true size of the vocabulary.
+        lora_alpha: Alpha of a Megatron adapter.
     """
 
     hf_reference: str | None = None
     iteration: int | None = None
     stored_grid: StatedGrid = StatedGrid()  # noqa: RUF009  frozen
     vocab_size: int | None = None
+    lora_alpha: float | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Those that are given, as arguments of `open_checkpoint`."""
-        found = {"hf_reference": self.hf_reference, "iteration": self.iteration, "vocab_size": self.vocab_size}
+        found = {
+            "hf_reference": self.hf_reference,
+            "iteration": self.iteration,
+            "vocab_size": self.vocab_size,
+            "lora_alpha": self.lora_alpha,
+        }
         given: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
         return given | ({"stored_grid": self.stored_grid} if self.stored_grid.sizes() else {})
 
     def words(self, prefix: str) -> list[str]:
         """Those that are given, as words of a command line whose options begin with `prefix`."""
-        found = {"hf-reference": self.hf_reference, "iteration": self.iteration, "vocab-size": self.vocab_size}
+        found = {
+            "hf-reference": self.hf_reference,
+            "iteration": self.iteration,
+            "vocab-size": self.vocab_size,
+            "lora-alpha": self.lora_alpha,
+        }
         sizes = {f"src-{name.replace('_', '-')}": size for name, size in self.stored_grid.sizes().items()}
         return [
             word

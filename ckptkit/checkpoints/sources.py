@@ -9,7 +9,8 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.opening import open_checkpoint
-from ckptkit.formats.hub import locate
+from ckptkit.checkpoints.source_options import SourceOptions, options_called
+from ckptkit.formats.hub import is_reference, locate
 
 
 def open_source(
@@ -30,6 +31,32 @@ def open_source(
         reference = stack.enter_context(locate(hf_reference, headers_only=headers_only)).path
     source = open_checkpoint(located.path, hf_reference=reference, **options)
     return replace(source, sidecar=replace(source.sidecar, origin=located.origin)) if located.origin else source
+
+
+def open_side(
+    stack: ExitStack,
+    path: str | Path,
+    source: SourceOptions,
+    prefix: str,
+    hf_reference: str | Path | None,
+    *,
+    headers_only: bool,
+) -> Checkpoint:
+    """Opens one of two checkpoints. Hugging Face directories and models on the hub describe themselves.
+
+    Args:
+        stack: Keeps fetched files until it closes.
+        path: A directory, or `org/model@revision` on the hub.
+        source: Facts about this side that it does not record itself.
+        prefix: What the options of this side begin with, for messages.
+        hf_reference: Hugging Face directory that describes a side in another format.
+        headers_only: Fetch no more than a plan needs.
+    """
+    described = is_reference(path) or (Path(path) / "config.json").is_file()
+    options = source.keywords()
+    reference = options.pop("hf_reference", None if described else hf_reference)
+    with options_called(prefix):
+        return open_source(stack, path, reference, headers_only=headers_only, **options)
 
 
 def facts_of(source: Checkpoint) -> dict[str, Any]:

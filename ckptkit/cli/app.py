@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli import convert, families, looking, split_llama, verify
+from ckptkit.cli import adapter, convert, delta, families, looking, split_llama, verify
 from ckptkit.cli.exits import EXIT_CODES, Commands
 from ckptkit.cli.help import GroupedCommand
 from ckptkit.cli.records import with_records
@@ -19,10 +19,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
+_adapter = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Merge LoRA adapters into their model, or take one out of a Megatron checkpoint.",
+)
 _split_llama = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Join the first layers of a narrow Llama and the last layers of a wide Llama, with an adapter between them.",
+)
+_delta = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Publish new weights of a model as the difference from the old ones.",
 )
 
 
@@ -47,6 +57,12 @@ _add(app, "validate", looking.validate, looking.VALIDATE_EXAMPLES)
 _add(app, "hash", looking.hash_, looking.HASH_EXAMPLES)
 _add(app, "verify", verify.verify, verify.EXAMPLES)
 _add(app, "families", families.families, families.EXAMPLES)
+_add(_adapter, "merge", adapter.merge, adapter.MERGE_EXAMPLES)
+_add(_adapter, "export", adapter.export, adapter.EXPORT_EXAMPLES)
 _add(_split_llama, "build", split_llama.build, split_llama.BUILD_EXAMPLES)
 _add(_split_llama, "fit", split_llama.fit, split_llama.FIT_EXAMPLES)
+_add(_delta, "make", delta.make, delta.MAKE_EXAMPLES)
+_add(_delta, "apply", delta.apply, delta.APPLY_EXAMPLES)
+app.add_typer(_delta, name="delta")
+app.add_typer(_adapter, name="adapter")
 app.add_typer(_split_llama, name="split-llama")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-FORMATS = ("hf", "packed", "torch", "torch_dist")
+MODEL_FORMATS = ("hf", "packed", "torch", "torch_dist")
+FORMATS = (*MODEL_FORMATS, "peft")
+PRECISIONS = ("float32", "float64")
 EXPERTS = ("grouped", "sequential")
 HASHED = ("tensors", "files")

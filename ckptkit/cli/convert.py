@@ -13,6 +13,7 @@ from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
 from ckptkit.tables.hybrid_names import GPT, MODELS
+from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
 HINTS = {
@@ -28,7 +29,8 @@ Examples:
   ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2 --dry-run
   ckptkit convert llama-tp4pp2 llama-pp3 --to torch --pp 3
   ckptkit convert checkpoints/iter_0001000 trained-hf --to hf --hf-reference Llama-3.1-8B
-  ckptkit convert model model-bf16 --to hf --dtype bfloat16 --shard-size 5GB --json"""
+  ckptkit convert model model-bf16 --to hf --dtype bfloat16 --shard-size 5GB --json
+  ckptkit convert adapter adapter-tp4 --to torch_dist --tp 4 --hf-reference Llama-3.1-8B"""
 
 
 def convert(
@@ -42,7 +44,7 @@ def convert(
             "--to",
             FORMATS,
             "Format to write: Hugging Face; packed, Megatron's names in unsharded safetensors files; Megatron-LM's"
-            " mp_rank files; or Megatron-Core's distributed checkpoint.",
+            " mp_rank files; Megatron-Core's distributed checkpoint; or for an adapter a directory of PEFT.",
             panel=FORMAT,
             hints=HINTS,
         ),
@@ -135,6 +137,24 @@ def convert(
             rich_help_panel=FORMAT,
         ),
     ] = False,
+    adapter_layout: Annotated[
+        str | None,
+        choice(
+            "--adapter-layout",
+            ADAPTER_LAYOUTS,
+            "How an adapter of q, k and v (or gate and up) is named in Megatron: as one (LoRA of Megatron-Bridge, the"
+            " default), each for itself (its CanonicalLoRA), or as one under PEFT's names (ms-swift).",
+            panel=FORMAT,
+        ),
+    ] = None,
+    lossy: Annotated[
+        bool,
+        typer.Option(
+            "--lossy",
+            help="Round the factors of an adapter where Megatron's one scale for all layers asks for it.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Convert a checkpoint to another format or parallel grid.
@@ -165,6 +185,8 @@ def convert(
             shard_size=None if shard_size is None else parse_size(shard_size),
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             strict_config=strict_config,
+            adapter_layout=adapter_layout,
+            lossy=lossy,
             progress=progress,
             **source.keywords(),
             **vars(execution),

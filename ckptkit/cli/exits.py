@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from typer.core import TyperGroup
@@ -22,6 +23,7 @@ EXIT_DIFFERS = 1
 EXIT_USAGE = 2
 EXIT_STORAGE = 5
 EXIT_INTERNAL = 70
+_RESUMABLE = {("split-llama", "build"), ("delta", "make"), ("delta", "apply")}
 TRACEBACK_VARIABLE = "CKPTKIT_TRACEBACK"
 
 EXIT_CODES = """\b
@@ -31,6 +33,14 @@ Exit codes:
   2 usage                      70 internal error, a bug in ckptkit
   3 damaged or inconsistent   130 interrupted (SIGINT)
   4 not supported             143 terminated (SIGTERM)"""
+
+
+_COMMAND: ContextVar[str] = ContextVar("command")
+
+
+def command_line() -> str | None:
+    """The command line that is being run, as a shell takes it."""
+    return _COMMAND.get(None)
 
 
 class Interrupted(BaseException):
@@ -67,6 +77,7 @@ class Commands(TyperGroup):
 
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
         output = Output(_json_file(arguments))
+        _COMMAND.set(shlex.join(["ckptkit", *arguments]))
         try:
             try:
                 return int(super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0)
@@ -137,7 +148,7 @@ def _state_of_destination(error: Interrupted, arguments: list[str]) -> str:
 
 def how_to_resume(arguments: list[str]) -> str:
     """The command that continues a stopped conversion: the same line with --resume."""
-    resumable = arguments[0] == "convert" or arguments[:2] == ["split-llama", "build"]
+    resumable = arguments[0] == "convert" or tuple(arguments[:2]) in _RESUMABLE
     if not resumable or "--dry-run" in arguments:
         return ""
     command = ["ckptkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from ckptkit.cli.exits import EXIT_DIFFERS
 from ckptkit.cli.options import Json, Source, Threads, choice
 from ckptkit.cli.output import Output
 from ckptkit.cli.records import Prefix
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, UnsupportedError, UsageError
 
 CheckpointPath = Annotated[
     str,
@@ -25,23 +26,46 @@ INSPECT_EXAMPLES = """\b
 Examples:
   ckptkit inspect Llama-3.1-8B
   ckptkit inspect checkpoints --iteration 2000
-  ckptkit inspect llama-tp4pp2 --json"""
+  ckptkit inspect llama-tp4pp2 --json
+  ckptkit inspect step-200.delta
+  torchrun pretrain_gpt.py --load llama-tp4pp2 $(ckptkit inspect --megatron-flags llama-tp4pp2) ..."""
 
 
 def inspect(
     path: CheckpointPath,
     source: Source,
+    megatron_flags: Annotated[
+        bool,
+        typer.Option(
+            "--megatron-flags",
+            help="Print only the flags with which Megatron-LM builds the model: --use-checkpoint-args and what that"
+            " leaves out, or all of them where Megatron-LM cannot load the checkpoint itself.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Show the format, grid, sizes and dtypes of a checkpoint.
+    """Show the format, grid, sizes and dtypes of a checkpoint, or what is in a delta.
 
     Reads headers only, so it answers at once at any size.
     """
     from ckptkit.cli import rendering
-    from ckptkit.inspection import summary
+    from ckptkit.formats.delta.reading import is_delta
+    from ckptkit.inspection import delta_summary, summary
 
+    output = Output("-" if json else None)
+    if is_delta(Path(path)):
+        if megatron_flags:
+            raise UsageError("a delta has no flags of Megatron-LM", where=path, hint="ask for those of the checkpoint")
+        output.result(delta_summary.inspect_delta(path), rendering.delta)
+        return
     result = summary.inspect(path, **source.keywords())
-    Output("-" if json else None).result(result, rendering.inspection)
+    if not megatron_flags:
+        output.result(result, rendering.inspection)
+        return
+    if result.megatron_flags is None:
+        reasons = "; ".join(result.inexpressible)
+        raise UnsupportedError(f"no flags of Megatron-LM build this model: {reasons}", where=path)
+    output.result(result.megatron_flags, rendering.megatron_flags, {"megatron_flags": result.megatron_flags})
 
 
 DIFF_EXAMPLES = """\b

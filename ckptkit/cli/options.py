@@ -99,7 +99,7 @@ class Execution:
             "--threads",
             min=1,
             metavar="N",
-            help="Threads that move bytes; any number gives the same result.",
+            help="Threads that move bytes; any number gives the same result. Default: one for each core, 4 to 8.",
             rich_help_panel=EXECUTION,
         ),
     ] = None
@@ -152,6 +152,15 @@ class Source:
             rich_help_panel=SOURCE,
         ),
     ] = None
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--lora-alpha",
+            metavar="ALPHA",
+            help="Alpha of a Megatron adapter that does not record it.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
     src_tp: Annotated[int | None, _size("--src-tp", "Tensor model parallel size")] = None
     src_pp: Annotated[int | None, _size("--src-pp", "Pipeline model parallel size")] = None
     src_vpp: Annotated[int | None, _size("--src-vpp", "Virtual pipeline size")] = None
@@ -179,6 +188,7 @@ class Source:
             "hf_reference": self.hf_reference,
             "iteration": self.iteration,
             "vocab_size": self.vocab_size,
+            "lora_alpha": self.lora_alpha,
             "stored_grid": StatedGrid(
                 self.src_tp,
                 self.src_pp,

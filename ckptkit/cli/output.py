@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from ckptkit.cli.github import MOST, error_line, in_actions, inert
 from ckptkit.cli.streams import encodes_everything, silence
 from ckptkit.errors import CkptkitError, StorageError
 from ckptkit.io.system import write_text
 from ckptkit.printable import printable, printable_json
+from ckptkit.steps import Step, Tell, nobody
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,10 +50,11 @@ class Output:
 
     Attributes:
         json_file: The file for JSON. `-` is stdout; None means no JSON.
+        text: Whether stdout may carry text for people.
     """
 
-    def __init__(self, json_file: str | None = None) -> None:
-        self.json_file = json_file
+    def __init__(self, json_file: str | None = None, *, text: bool = True) -> None:
+        self.json_file, self.text = json_file, text
 
     @property
     def json_only(self) -> bool:
@@ -71,9 +74,20 @@ class Output:
         """
         if self.json_file is not None:
             self.json(result.to_dict() if isinstance(result, _Result) else data)
-        if not self.json_only:
+        if self.text and not self.json_only:
             with self.console() as console:
                 render(result, console)
+
+    def document(self, text: str, file: str) -> None:
+        """Writes a document to a file, or to stdout if that is `-`.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        if file == "-":
+            _write_stdout(text if encodes_everything(sys.stdout) else text.encode("ascii", "backslashreplace").decode())
+        else:
+            write_text(file, text)
 
     def json(self, data: object) -> None:
         """Writes one JSON document to stdout or to the JSON file.
@@ -94,12 +108,13 @@ class Output:
         """A rich console whose text goes to stdout in one write, coloured only if that is a terminal."""
         buffer = _Buffer(sys.stdout)
         yield _console(sys.stdout, buffer)
-        _write_stdout(buffer.getvalue())
+        _write_stdout(inert(buffer.getvalue()))
 
     def error(self, error: CkptkitError | None, message: str, exit_code: int) -> None:
         """One line on stderr; with JSON asked for, an object `{"error": ...}` there too."""
         line = printable(" ".join(message.split("\n")))
         say(line, label="error", style="bold red")
+        annotate([line], "ckptkit")
         if self.json_file is None:
             return
         details = {
@@ -134,10 +149,35 @@ class Output:
             # A full bar disappears: the work after it (syncing, starting ranks) is not measured in bytes.
             yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
 
+    @contextmanager
+    def steps(self, *, shown: bool = True) -> Iterator[Tell]:
+        """What runs, on stderr: a moving line on a terminal, otherwise a line now and then.
+
+        Args:
+            shown: Whether this process is the one that shows it.
+
+        Yields:
+            A callable that takes steps, from any thread.
+        """
+        from ckptkit.cli import watching
+
+        if not shown:
+            yield nobody
+            return
+        terminal = sys.stderr.isatty()
+        with watching.moving_line(_console(sys.stderr, sys.stderr)) if terminal else watching.plain_lines(say) as tell:
+            yield tell
+
+
+def bytes_of(what: str, tell: Tell) -> Progress:
+    """Passes (bytes done, bytes in all) on as a step."""
+    return lambda done, total: tell(Step(what, done, total, "bytes"))
+
 
 def say(text: str, *, label: str = "", style: str = "") -> None:
     """Prints a message on stderr, each line made printable. A closed stderr or a full disk is no reason to fail."""
     text = "\n".join(map(printable, text.split("\n")))
+    text = text if label else inert(text)
     try:
         if label and sys.stderr.isatty():
             from rich.text import Text
@@ -148,6 +188,16 @@ def say(text: str, *, label: str = "", style: str = "") -> None:
             print(f"{label}: {text}" if label else text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         silence(sys.stderr)
+
+
+def annotate(messages: Sequence[str], title: str) -> None:
+    """Makes messages annotations where GitHub Actions runs this process: commands on stderr, which it reads, too."""
+    if not in_actions():
+        return
+    with suppress(OSError, ValueError):
+        for message in messages[:MOST]:
+            text = "\n".join(map(printable, message.split("\n")))
+            print(error_line(text, printable(title)), file=sys.stderr, flush=True)
 
 
 class _Buffer(io.StringIO):

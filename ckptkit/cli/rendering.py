@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from ckptkit.sizes import human_size, three_digits
 if TYPE_CHECKING:
     from ckptkit.conversion.architectures import Architecture
     from ckptkit.conversion.execution import ConversionResult
+    from ckptkit.deltas.make import MadeDelta
+    from ckptkit.inspection.delta_summary import DeltaInspection
     from ckptkit.inspection.differences import Differences, Structure, TensorDifference
     from ckptkit.inspection.hashing import Hashes
     from ckptkit.inspection.summary import Inspection
@@ -54,6 +57,9 @@ def conversion(result: ConversionResult, console: Console) -> None:
     sentences(console, [_dropped(record) for record in result.dropped], "dropped", "cyan")
     sentences(console, result.notes, "note", "cyan")
     console.print(_closing_line(result))
+    if flags := target.get("megatron_flags"):
+        console.print(line("Megatron-LM builds this model with:"))
+        megatron_flags(flags, console)
 
 
 def _layout(side: dict[str, Any]) -> str:
@@ -89,8 +95,52 @@ def _closing_line(result: ConversionResult) -> Text:
     seconds = result.seconds
     if result.dry_run:
         return line((f"Planned in {seconds:.2f} s. Nothing was written.", "bold"))
-    rate = human_size(int(result.bytes_total / seconds)) if seconds > 0 else "-"
-    return line((f"Wrote {human_size(result.bytes_total)} in {seconds:.2f} s ({rate}/s).", GOOD))
+    copying, fitted = seconds - result.seconds_fitting, ""
+    if result.seconds_fitting:
+        fitted = f"Fitted the adapter in {result.seconds_fitting:.2f} s. "
+    rate = human_size(int(result.bytes_total / copying)) if copying > 0 else "-"
+    return line((f"{fitted}Wrote {human_size(result.bytes_total)} in {copying:.2f} s ({rate}/s).", GOOD))
+
+
+def made_delta(result: MadeDelta, console: Console) -> None:
+    """What a new delta holds, and how large it is."""
+    console.print(line((f"{result.new['architecture']} ({result.new['family']}): delta", "bold")))
+    for name, side in (("OLD", result.old), ("NEW", result.new)):
+        console.print(line((f"{name}  ", "bold"), side["path"], (f"  {_layout(side)}", "dim")), soft_wrap=True)
+    _largest_changes(result.tensors, console)
+    for path, sha256 in result.hashes.items():
+        console.print(line(f"{sha256}  {path}"), soft_wrap=True)
+    about = [
+        ("tensors", _codings(result.codings)),
+        ("changed", f"{_share_of(result.changed, result.elements)} of {human_count(result.elements)} elements"),
+        ("total", f"{human_size(result.bytes_total)} for {human_size(result.bytes_new)} of weights"),
+    ]
+    console.print(facts(about))
+    sentences(console, result.notes, "note", "cyan")
+    if result.dry_run:
+        console.print(line((f"Planned in {result.seconds:.2f} s. Nothing was written.", "bold")))
+    else:
+        console.print(line((f"Wrote {human_size(result.bytes_total)} in {result.seconds:.2f} s.", GOOD)))
+
+
+def _largest_changes(tensors: Sequence[dict[str, Any]], console: Console) -> None:
+    """A table of the tensors that take most of a delta."""
+    most = sorted(tensors, key=lambda item: (-item["stored"], item["name"]))
+    rows = [
+        (item["name"], item["coding"], human_size(item["bytes"]), human_size(item["stored"])) for item in most[:SHOWN]
+    ]
+    if rows:
+        console.print(table(("Tensor", "Coding", "Size", "In the delta"), rows))
+    if (more := len(most) - SHOWN) > 0:
+        console.print(line((f"... and {more:,} more tensors (--json has all)", "dim")))
+
+
+def _codings(codings: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {coding}" for coding, count in codings.items())
+
+
+def _share_of(part: int, total: int) -> str:
+    return f"{part / total:.3%}" if total else "0%"
 
 
 # looking --------------------------------------------------------------------------------------------------------------
@@ -110,8 +160,38 @@ def inspection(result: Inspection, console: Console) -> None:
         ("size", human_size(result.bytes)),
         ("dtypes", ", ".join(f"{name} {human_size(size)}" for name, size in result.dtypes.items())),
     ]
+    if result.adapter is not None:
+        about += [(name, _counted(value)) for name, value in result.adapter.items() if value]
     console.print(facts(about))
     sentences(console, result.notes, "note", "cyan")
+
+
+def delta(result: DeltaInspection, console: Console) -> None:
+    """What is in a delta."""
+    console.print(line((f"{result.architecture}, delta", "bold")))
+    console.print(line((result.path, "dim")), soft_wrap=True)
+    _largest_changes([item for item in result.tensors if item["coding"] != "unchanged"], console)
+    tiles = ", ".join(f"{count:,} {coding}" for coding, count in result.tiles.items())
+    about = [
+        ("old", result.old),
+        ("new", result.new),
+        ("tensors", _codings(result.codings)),
+        ("tiles", tiles or "none"),
+        ("size", f"{human_size(result.bytes)} for {human_size(result.bytes_new)} of weights"),
+    ]
+    console.print(facts(about))
+
+
+def _counted(value: Any) -> str:
+    """A fact about an adapter: a number, a word, or values with the number of layers that have each."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({count:,})" for name, count in value.items())
+    return ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def megatron_flags(words: Sequence[str], console: Console) -> None:
+    """A command line, as a shell reads it."""
+    console.print(line(shlex.join(words)), soft_wrap=True)
 
 
 def differences(result: Differences, console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ckptkit.cli.options import Execution, Json, ShardSize
-from ckptkit.cli.output import Output
+from ckptkit.cli.output import Output, bytes_of
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
 
@@ -153,7 +153,7 @@ def build(
     else:
         recipe = building.SplitRecipe(first, last, num_layers_8, num_layers_70, adapter or "linear")
     output = Output("-" if json else None)
-    with output.progress("building") as progress:
+    with output.steps() as tell:
         result = building.build(
             replace(
                 recipe,
@@ -165,7 +165,8 @@ def build(
             accept_differences=accept_differences,
             layout="legacy" if legacy else "full",
             shard_size=None if shard_size is None else parse_size(shard_size),
-            progress=progress,
+            progress=bytes_of("writing", tell),
+            tell=tell,
             **vars(execution),
         )
     output.result(result, rendering.conversion)
@@ -200,7 +201,7 @@ def fit(
     from ckptkit.surgery.refit import refit
 
     output = Output("-" if json else None)
-    with output.progress("fitting") as progress:
+    with output.steps() as tell:
         result = refit(
             split,
             out,
@@ -209,7 +210,8 @@ def fit(
             init=adapter_init,
             options=calibration.options(),
             shard_size=None if shard_size is None else parse_size(shard_size),
-            progress=progress,
+            progress=bytes_of("writing", tell),
+            tell=tell,
             **vars(execution),
         )
     output.result(result, rendering.conversion)

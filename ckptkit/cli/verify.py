@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ckptkit.cli.exits import EXIT_DIFFERS
+from ckptkit.cli.exits import EXIT_DIFFERS, command_line
 from ckptkit.cli.options import OUTPUT, Source, choice
-from ckptkit.cli.output import Output
+from ckptkit.cli.output import Output, annotate, bytes_of
 from ckptkit.cli.records import Prefix
 from ckptkit.errors import UsageError
 from ckptkit.megatron import DDP, DP_KINDS
@@ -33,6 +33,7 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --device cuda --dtype bfloat16
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --prompt "The capital of France is" --json report.json
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --junit report.xml --html report.html
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --markdown - >> "$GITHUB_STEP_SUMMARY"
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --level gradients --sequence-parallel --recompute
   ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
@@ -235,6 +236,22 @@ def verify(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    markdown: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the report as Markdown for the summary of a step in GitHub Actions; - is stdout.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    hash: Annotated[
+        bool,
+        typer.Option(
+            "--hash",
+            help="Also give the SHA-256 of both sides' tensors. Both are read once more.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
 ) -> None:
     """Prove that two checkpoints are the same model.
 
@@ -247,14 +264,17 @@ def verify(
     from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
     from ckptkit.verification import levels
-    from ckptkit.verification.reports.writing import check_places, errors_reported, write_reports
+    from ckptkit.verification.reports.writing import Reports, check_places
 
     if prompt and tokens:
         raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
-    output = Output(json)
-    check_places(json, junit, html, run.save_logits)
+    if json == markdown == "-":
+        raise UsageError("--json - and --markdown - exclude each other", hint="write one of them to a file")
+    output = Output(json, text=markdown != "-")
+    check_places(json, junit, html, markdown, run.save_logits)
     first_rank = os.environ.get("RANK", "0") == "0"
-    with errors_reported(junit if first_rank else None, reference, candidate), output.progress("verifying") as progress:
+    reports = Reports(junit, html, markdown) if first_rank else Reports()
+    with reports.errors(reference, candidate, output.document), output.steps(shown=first_rank) as tell:
         report = levels.verify(
             reference,
             candidate,
@@ -264,12 +284,18 @@ def verify(
             keep_going=keep_going,
             reference_source=SourceOptions(**reference_source.keywords()),
             candidate_source=SourceOptions(**candidate_source.keywords()),
-            progress=progress,
+            progress=bytes_of("comparing the weights", tell),
+            tell=tell,
+            command=command_line(),
+            hash=hash,
             **vars(run),
         )
     if first_rank:
-        write_reports(report, junit=junit, html=html)
+        reports.write(report, output.document)
         output.result(report, rendering.verification)
+        for answer in report.levels:
+            failed = [check.summary for check in answer.checks if not check.passed]
+            annotate(["\n".join([summary, *answer.messages]) for summary in failed], f"ckptkit verify: {answer.name}")
     if not report.passed:
         raise typer.Exit(EXIT_DIFFERS)
 

@@ -40,6 +40,9 @@ def convert(
     head: str | None = None,
     head_init: str | None = None,
     megatron_model: str = GPT,
+    adapter_layout: str | None = None,
+    lora_alpha: float | None = None,
+    lossy: bool = False,
     **how: Unpack[How],
 ) -> ConversionResult:
     """Converts a checkpoint of any format and grid to another.
@@ -47,7 +50,7 @@ def convert(
     Args:
         src: A checkpoint of any format that `open_checkpoint` knows, or `org/model@revision` on the hub.
         dst: The directory to create.
-        to: `hf`, `packed`, `torch` or `torch_dist`.
+        to: `hf`, `packed`, `torch` or `torch_dist`; for an adapter `peft`, `torch` or `torch_dist`.
         grid: The grid of a `torch` or `torch_dist` output.
         spec: Whose Megatron names to write: those of the `te` or the `local` layer spec, or of another writer that the
             family knows.
@@ -66,6 +69,10 @@ def convert(
         head: `value` turns a language model into a value model: one output per token in place of the logits.
         head_init: Weights of the new head: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
         megatron_model: The model class of Megatron-Core whose names and arguments are written: `gpt` or `hybrid`.
+        adapter_layout: Names of an adapter in Megatron: `fused` (the default), `canonical` or `peft`.
+        lora_alpha: Alpha of a Megatron adapter that does not record it.
+        lossy: Whether the factors of an adapter may be rounded, where their scales differ by other ratios than powers
+            of two.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`.
 
@@ -89,6 +96,8 @@ def convert(
         layout=layout,
         head=head,
         head_init=head_init,
+        adapter_layout=adapter_layout,
+        lossy=lossy,
     )
     with ExitStack() as stack:
         source = open_source(
@@ -99,8 +108,9 @@ def convert(
             iteration=iteration,
             stored_grid=stored_grid,
             vocab_size=vocab_size,
+            lora_alpha=lora_alpha,
         )
         plan = make_plan(source, to, options)
         source_facts = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
-        target_facts = {"path": str(dst), "format": to, "grid": str(grid)}
+        target_facts = {"path": str(dst), "format": to, "grid": str(grid), **plan.facts}
         return carry_out(plan, [source], source_facts, target_facts, execution, started)

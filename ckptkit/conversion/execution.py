@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import StorageError
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
+from ckptkit.steps import Tell, nobody
 
 if TYPE_CHECKING:
     from ckptkit.io.commit import Destination
@@ -24,9 +26,10 @@ class Execution:
         dry_run: Plan only; nothing is written.
         overwrite: Replace an existing destination, atomically.
         resume: Continue a killed run from its partial directory.
-        threads: Threads that move bytes; None for one per core, at most 4.
+        threads: Threads that move bytes; None for one per core, at least 4 and at most 8.
         hash: Also compute the SHA-256 of every output file.
         progress: Called with (bytes done, bytes in all).
+        tell: Told what is computed before bytes move, where that takes long.
     """
 
     dry_run: bool = False
@@ -35,6 +38,7 @@ class Execution:
     threads: int | None = None
     hash: bool = False
     progress: Callable[[int, int], None] | None = None
+    tell: Tell = nobody
 
 
 class How(TypedDict, total=False):
@@ -46,6 +50,7 @@ class How(TypedDict, total=False):
     threads: int | None
     hash: bool
     progress: Callable[[int, int], None] | None
+    tell: Tell
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class ConversionResult:
     parts of Megatron tensors that the model does not use and the output does not hold, one record for each kind:
     `what`, `parts`, `elements`, and the largest difference from the values that a conversion to Megatron puts there
     (`max_abs_difference`, with the tensor in `where`). A dry run reads no weights, so its difference is None.
+    `seconds` is the time of the whole command; `seconds_fitting` is the part of it in which an adapter was fitted.
     """
 
     source: dict[str, Any]
@@ -74,6 +80,7 @@ class ConversionResult:
     dry_run: bool
     seconds: float
     hashes: dict[str, str]
+    seconds_fitting: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -87,6 +94,10 @@ def carry_out(
     target_facts: dict[str, Any],
     execution: Execution,
     started: float,
+    fitting: float = 0.0,
+    *,
+    also: Sequence[Path] = (),
+    check: Callable[[Path], None] | None = None,
 ) -> ConversionResult:
     """Carries a plan out and sums it up. A dry run only sums it up.
 
@@ -97,6 +108,9 @@ def carry_out(
         target_facts: `target` of the result; its `path` is the destination.
         execution: How to do it.
         started: When the whole command started, as `time.monotonic` gives it.
+        fitting: Seconds since then in which nothing but an adapter was computed.
+        also: Further folders that the plan reads.
+        check: Called with the directory of the finished files before they are committed; an error stops that.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
@@ -104,16 +118,20 @@ def carry_out(
         StorageError: The destination cannot be written.
     """
     # Imported here because they import NumPy: header-only commands start faster without it.
-    from ckptkit.io.drift import summarise
-    from ckptkit.io.engine import MEMORY_LIMIT
+    with collection_paused():
+        from ckptkit.io.computed import MEMORY, holds_computed
+        from ckptkit.io.drift import summarise
+        from ckptkit.io.engine import MEMORY_LIMIT
 
     dropped = summarise(plan.dropped, measure=not execution.dry_run)
     hashes: dict[str, str] = {}
     try:
-        destination = _destination(plan, sources, target_facts["path"], execution)
+        destination = _destination(plan, sources, target_facts["path"], execution, also)
         free = destination.free
         if not execution.dry_run:
-            hashes = destination.write(threads=execution.threads, hash=execution.hash, progress=execution.progress)
+            hashes = destination.write(
+                threads=execution.threads, hash=execution.hash, progress=execution.progress, check=check
+            )
     except StorageError as error:
         if not execution.dry_run:
             raise
@@ -126,7 +144,7 @@ def carry_out(
         bytes_total=plan.nbytes,
         bytes_through=through,
         bytes_rearranged=rearranged,
-        memory_needed=MEMORY_LIMIT,
+        memory_needed=MEMORY_LIMIT + (MEMORY if holds_computed(plan) else 0),
         disk_needed=plan.nbytes,
         disk_free=free,
         coverage=dict(plan.coverage),
@@ -136,16 +154,20 @@ def carry_out(
         dry_run=execution.dry_run,
         seconds=time.monotonic() - started,
         hashes=hashes,
+        seconds_fitting=fitting,
     )
 
 
-def _destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> Destination:
+@collection_paused()
+def _destination(
+    plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution, also: Sequence[Path] = ()
+) -> Destination:
     from ckptkit.io.commit import Destination
 
     return Destination(
         out,
         plan,
-        sources=[folder for checkpoint in sources for folder in (checkpoint.path, *checkpoint.seen.folders)],
+        sources=[*(folder for item in sources for folder in (item.path, *item.seen.folders)), *also],
         seen=[checkpoint.seen for checkpoint in sources],
         overwrite=execution.overwrite,
         resume=execution.resume,

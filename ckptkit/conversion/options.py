@@ -9,6 +9,7 @@ from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, DType
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.hybrid_names import GPT, MODELS
+from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 if TYPE_CHECKING:
     from ckptkit.conversion.target import WritableFormat
@@ -54,6 +55,8 @@ class Options:
             layout of a split Llama.
         head: `value` for a value head in place of the language model head, or None.
         head_init: Initialisation of the new head, see `value_head.to_value_model`.
+        adapter_layout: Names of an adapter in Megatron, see `tables/lora.py`; None for `fused`.
+        lossy: Whether the factors of an adapter may be rounded where their scales ask for it.
     """
 
     grid: Parallelism = field(default_factory=Parallelism, metadata=_SHARDED)
@@ -67,6 +70,8 @@ class Options:
     layout: str = field(default=FULL, metadata={"choices": LAYOUTS})
     head: str | None = field(default=None, metadata={"choices": (VALUE,)})
     head_init: str | None = None
+    adapter_layout: str | None = field(default=None, metadata={**_SHARDED, "choices": ADAPTER_LAYOUTS})
+    lossy: bool = False
 
 
 _FLAGS = {"grid": "a parallel size such as --tp"}

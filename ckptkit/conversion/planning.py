@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.element_types import check_element_types
+from ckptkit.conversion.adapters import PEFT_FORMAT, make_adapter_plan
 from ckptkit.conversion.changes import changes
 from ckptkit.conversion.options import Options, check_options
-from ckptkit.conversion.target import Target
+from ckptkit.conversion.target import Target, WritableFormat
 from ckptkit.conversion.targets import format_called
-from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
 from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.tables.divisibility import sharing_problem
 from ckptkit.tables.hybrid_names import inexpressible_as_hybrid
 
 
+@collection_paused()
 def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
     """The complete plan of a conversion.
 
@@ -32,6 +35,9 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
             hint="pass --hf-reference with the right config.json, which outranks the stored one",
         )
     check_element_types(source)
+    if source.lora is not None:
+        return make_adapter_plan(source, format, options)
+    _refuse_adapter_options(options, format)
     lossy: list[str] = []
     for change in changes(options, format):
         source, lost = change(source)
@@ -46,7 +52,17 @@ def make_plan(source: Checkpoint, to: str, options: Options) -> Plan:
         coverage["unused parts dropped"] = len(unused)
     tp, divisible_by = (target.grid.tp, target.divisible_by) if format.megatron else (1, 1)
     unused += source.padding_left_out(tp, divisible_by)
-    return Plan(tuple(files), source.comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused))
+    facts = {"megatron_flags": target.megatron_flags} if format.sharded else {}
+    return Plan(tuple(files), source.comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused), facts)
+
+
+def _refuse_adapter_options(options: Options, format: WritableFormat) -> None:
+    """Options and formats that are about adapters, where the source is a model."""
+    if format.name == PEFT_FORMAT:
+        raise UsageError("--to peft is for adapters, and the source is a model", hint="choose another --to")
+    if options.adapter_layout is not None or options.lossy:
+        flag = "--lossy" if options.lossy else "--adapter-layout"
+        raise UsageError(f"{flag} is about adapters, and the source is a model", hint="drop it")
 
 
 def _megatron_notes(target: Target) -> list[str]:

@@ -9,19 +9,29 @@ from functools import cached_property
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid, vocabulary_multiple
+from ckptkit.checkpoints.lora.layouts import Record
 from ckptkit.checkpoints.run_config import run_config
+from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.torch_dist import FOLDER
 from ckptkit.io.plan import OutputFile
+from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import Stage, split_layers
-from ckptkit.tables.hybrid_names import GPT, HYBRID, hybrid_args
+from ckptkit.tables.hybrid_names import GPT, HYBRID, hybrid_args, inexpressible_as_hybrid
 from ckptkit.tables.spelling import Spelling
 from ckptkit.version import __version__
+
+_NULL_TOKENIZER = "NullTokenizer"
+"""Without a run_config.yaml, Megatron-Bridge asks `args` for a tokenizer, by which it counts tokens: one more than
+`vocab_size`, since this tokenizer has an end of its own."""
+
+_OF_MEGATRON_LM = ("te", "local")
+"""Spellings whose names are those of Megatron-LM's own models."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class WritableFormat:
         takes: Fields of `Options` that the format takes, beyond the fields that every format takes.
         fits: Spelling of Megatron's names -> whether the format can be written with it.
         notes: Target -> notes for the user about this output.
+        any_grid: Whether an output loads on any grid, whatever grid it was written for.
     """
 
     name: str
@@ -41,6 +52,7 @@ class WritableFormat:
     takes: frozenset[str] = frozenset()
     fits: Callable[[Spelling], bool] = lambda spelling: True
     notes: Callable[[Target], list[str]] = lambda target: []
+    any_grid: bool = False
 
     @property
     def megatron(self) -> bool:
@@ -71,11 +83,13 @@ class Target:
         source: The model, after all changes.
         options: The requested output.
         format: The format.
+        adapter: For an adapter in a layout of Megatron, how its ranks are made up; else None.
     """
 
     source: Checkpoint
     options: Options
     format: WritableFormat
+    adapter: Record | None = None
 
     @property
     def grid(self) -> Parallelism:
@@ -125,13 +139,26 @@ class Target:
     def args(self) -> dict[str, Any]:
         """Megatron-LM's `args`, as plain values."""
         source, spelling = self.source, self.spelling
-        rows = padded_vocab_size(source.tensors[EMBEDDING].shape[0], self.divisible_by, self.grid.tp)
+        tokens = source.config.vocab_size if self.adapter is not None else source.tensors[EMBEDDING].shape[0]
+        rows = padded_vocab_size(tokens, self.divisible_by, self.grid.tp)
         config = replace(source.config, dtype=source.main_dtype)
-        args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts)
+        local = spelling.name == "local" or source.family.quirks.local_only(source.config)
+        args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts, local=local)
+        if self.format.any_grid and isinstance(self.run_config, NoRunConfig):
+            args |= {"tokenizer_type": _NULL_TOKENIZER, "vocab_size": args["vocab_size"] - 1}
         if not spelling.hybrid:
             return args
         stages = sorted(self.stages, key=lambda stage: (stage.vp_stage, stage.pp_rank))
         return hybrid_args(args, [layer.moe for layer in config.layers], [stage.layers for stage in stages])
+
+    @cached_property
+    def megatron_flags(self) -> list[str] | None:
+        """The words after `pretrain_gpt.py` with which Megatron-LM builds this model, or None where no words do."""
+        ropes = [layer.rope.kind for layer in self.source.config.layers]
+        if self.spelling.name not in _OF_MEGATRON_LM or (self.spelling.hybrid and inexpressible_as_hybrid(ropes)):
+            return None
+        fixed = None if self.format.any_grid else self.grid
+        return megatron_flags(self.source.family, self.source.config, self.args, fixed)
 
     @cached_property
     def run_config(self) -> OutputFile | NoRunConfig:
@@ -140,7 +167,8 @@ class Target:
             return NoRunConfig("a run_config.yaml can describe GPTModel only")
         text = self.options.layout == TEXT
         try:
-            return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text)
+            peft = None if self.adapter is None else bridge_section(self.source, self.spelling.prefix, self.adapter)
+            return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text, peft=peft)
         except UnsupportedError as error:
             return NoRunConfig(error.what)
 
@@ -167,6 +195,7 @@ class Target:
             "prefix": spelling.prefix,
             "grid": asdict(self.grid),
             "make_vocab_size_divisible_by": self.divisible_by,
+            **({"megatron_flags": self.megatron_flags} if self.format.sharded else {}),
         }
         small = {name: path for name, path in source.sidecar.small.items() if name != "config.json"}
         files = replace(source.sidecar, small=small).lay_out(manifest)

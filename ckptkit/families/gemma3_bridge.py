@@ -74,5 +74,5 @@ def _args(values: Mapping[str, Any]) -> dict[str, Any]:
 GEMMA3_BRIDGE = BridgeProvider(
     "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider",
     activation=_ACTIVATION,
-    attention=OwnAttention("interleaved_attn_pattern", _problem, _values, _args),
+    attention=OwnAttention("interleaved_attn_pattern", _problem, _values, _args, lacks="global_head_dim"),
 )

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptkit.families.blocks import experts, router, stacked
+from ckptkit.families.gemma4_bridge import GEMMA4_BRIDGE
 from ckptkit.families.gemma4_config import WRAPPER, from_args, parse_text, to_args, unparse_text
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.sharding.rules import COLUMN, REPLICATED
@@ -194,6 +195,7 @@ GEMMA4_TEXT = Family(
         parallel=("per_layer_model_proj",),
         foreign=FOREIGN,
     ),
+    bridge=GEMMA4_BRIDGE,
 )
 
 _TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
@@ -215,4 +217,5 @@ GEMMA4 = replace(
     prefix="language_model.",
     text_only=WRAPPER.text_only,
     sizes_in="text_config",
+    bridge=None,
 )

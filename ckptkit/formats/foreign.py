@@ -47,8 +47,13 @@ FOREIGN = (
     ),
     _foreign(
         r"adapter_config\.json|adapter_model\.(safetensors|bin)",
-        "adapters of PEFT without the model that they adapt",
-        "merge them into it with peft (merge_and_unload), save that, and convert it",
+        "a part of an adapter of PEFT",
+        "adapter_config.json and adapter_model.safetensors belong into one folder: give that",
+    ),
+    _foreign(
+        r"delta\.json",
+        "a delta between two checkpoints",
+        "`ckptkit delta apply` makes the second of the first, `ckptkit inspect` says what is in it",
     ),
     _foreign(
         r"(.*/)?consolidated\.\d+\.pth",

@@ -1,6 +1,6 @@
-"""Pauses the garbage collector while headers are read.
+"""Pauses the garbage collector while headers are read and plans are made.
 
-Reading headers makes millions of small objects, and the search for cycles among them doubles the time.
+Both make millions of small objects without cycles, and the search for cycles among them doubles the time.
 """
 
 from __future__ import annotations

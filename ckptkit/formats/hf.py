@@ -122,6 +122,7 @@ def read_shards(path: Path) -> Shards:
     names, index = weight_files(path)
     headers: dict[str, Header] = {}
     tensors: dict[str, Tensor] = {}
+    held: dict[str, str] = {}
     for name in names:
         shard = path / name
         found, header = read_shard(shard)
@@ -130,8 +131,9 @@ def read_shards(path: Path) -> Shards:
         if twice := sorted(found.keys() & tensors.keys()):
             raise InputError(f"tensor {twice[0]} is in two shards", where=shard)
         tensors.update(found)
+        held.update(dict.fromkeys(found, name))
     if index is not None:
-        _check_index(path, index, tensors)
+        _check_index(path, index["weight_map"], held)
     return Shards(tensors, headers, names)
 
 
@@ -203,8 +205,9 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, Any] | None]:
                 raise InputError("the index has no weight_map", where=path / index_name)
             for name in sorted(set(shards.values())):
                 _check_shard_name(path / index_name, name)
-            index["weight_map"] = {key: PurePosixPath(name).as_posix() for key, name in shards.items()}
-            return sorted(set(index["weight_map"].values())), index
+            usual = {name: PurePosixPath(name).as_posix() for name in set(shards.values())}
+            index["weight_map"] = {key: usual[name] for key, name in shards.items()}
+            return sorted(set(usual.values())), index
     refuse_foreign_files(path)
     found = sorted(item.name for item in path.glob("*.safetensors")) if path.is_dir() else []
     what = f"{', '.join(found[:3])} without {INDEX}" if found else f"no {SINGLE} and no {INDEX}"
@@ -221,19 +224,26 @@ def _index_in_use(path: Path) -> str | None:
     return None
 
 
-def weight_sets(path: Path) -> list[tuple[str, list[str]]]:
+def weight_sets(path: Path, read: list[str]) -> list[tuple[str, list[str]]]:
     """The weights that are whole in a directory: what describes them, and their files; those first that are read.
 
     An index without its files describes nothing; one of a single file that is known by itself describes no others.
+
+    Args:
+        path: The directory.
+        read: The files that are read.
     """
     found: list[tuple[str, list[str]]] = []
+    used = _index_in_use(path)
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / single).is_file():
             found.append((single, [single]))
-        if (path / index).is_file():
+        if index == used and read != [single]:
+            found.append((index, read))
+        elif (path / index).is_file():
             listed = read_json(path / index).get("weight_map")
             listed = listed if isinstance(listed, dict) else {}
-            names = sorted({PurePosixPath(str(name)).as_posix() for name in listed.values()})
+            names = sorted({PurePosixPath(name).as_posix() for name in set(map(str, listed.values()))})
             if names and names != [single] and all((path / name).is_file() for name in names):
                 for name in names:
                     _check_shard_name(path / index, name)
@@ -250,17 +260,16 @@ def _check_shard_name(index: Path, name: str) -> None:
         raise InputError(f"the index names {name}, which is missing", where=index, hint="fetch the missing shard")
 
 
-def _check_index(path: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    listed: dict[str, str] = index["weight_map"]
-    if missing := sorted(listed.keys() - tensors.keys()):
+def _check_index(path: Path, listed: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Whether the index lists every tensor in the file that holds it."""
+    if listed == held:
+        return
+    if missing := sorted(listed.keys() - held.keys()):
         raise InputError(f"the index lists {missing[0]} in {listed[missing[0]]}, which does not hold it", where=path)
-    if extra := sorted(tensors.keys() - listed.keys()):
+    if extra := sorted(held.keys() - listed.keys()):
         raise InputError(f"the shards hold {extra[0]}, which the index does not list", where=path)
-    files = {name: str(path / name) for name in set(listed.values())}
-    for name, tensor in tensors.items():
-        holder = next((piece.file for band in tensor.bands for piece in band.pieces if hasattr(piece, "file")), None)
-        if holder is not None and holder != files[listed[name]]:
-            raise InputError(f"the index lists {name} in {listed[name]}, it is in {Path(holder).name}", where=path)
+    name = next(name for name, file in held.items() if listed[name] != file)
+    raise InputError(f"the index lists {name} in {listed[name]}, it is in {held[name]}", where=path)
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

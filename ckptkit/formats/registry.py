@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ckptkit.formats.format import Format
 from ckptkit.formats.hf import HF
+from ckptkit.formats.peft import PEFT
 from ckptkit.formats.torch_dist import TORCH_DIST
 from ckptkit.formats.torch_legacy import TORCH, has_iterations
 from ckptkit.formats.trainer_states.dcp import DCP
 from ckptkit.formats.trainer_states.fsdp import FSDP
 
-FORMATS = (HF, TORCH, TORCH_DIST, DCP, FSDP)
+FORMATS = (HF, PEFT, TORCH, TORCH_DIST, DCP, FSDP)
 """In the order in which they are asked: the first that recognises a folder has it."""
 
 

@@ -46,16 +46,18 @@ def is_reference(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("_target_"), str) and value.get("_call_") is False
 
 
-def lay_out_run_config(model: Mapping[str, Any], folder: str) -> OutputFile:
+def lay_out_run_config(model: Mapping[str, Any], folder: str, peft: Mapping[str, Any] | None = None) -> OutputFile:
     """The file that describes a model.
 
     Args:
         model: The `model` section: `_target_`, and values of plain types or made by `reference`.
         folder: The folder of `.metadata`, below the checkpoint's root.
+        peft: The `peft` section of an adapter, or None.
     """
     import yaml
 
-    text = yaml.safe_dump({"model": dict(model), "checkpoint": dict(_CHECKPOINT)}, sort_keys=True)
+    sections = {"model": dict(model), "checkpoint": dict(_CHECKPOINT), **({} if peft is None else {"peft": dict(peft)})}
+    text = yaml.safe_dump(sections, sort_keys=True)
     return OutputFile.small(f"{folder}/{RUN_CONFIG}", text.encode())
 
 
@@ -86,6 +88,24 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: It is damaged, or has no such section.
     """
+    content = _read(folder)
+    model = content.get("model")
+    if content and not isinstance(model, dict):
+        raise InputError("no section `model`", where=folder / RUN_CONFIG)
+    return model if isinstance(model, dict) else {}
+
+
+def read_section(folder: Path, name: str) -> dict[str, Any]:
+    """Another section of the file; empty if there is no such file or section.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    section = _read(folder).get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / RUN_CONFIG
     if not os.path.lexists(path):
         return {}
@@ -98,7 +118,6 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         problem = " ".join(str(error).split())[:120]
         raise InputError(f"not valid YAML ({problem})", where=path) from None
     check_tree(content, len(data), "it", path)
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
+    if not isinstance(content, dict):
         raise InputError("no section `model`", where=path)
-    return model
+    return content

@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(?!.*\blayers\.\d+\.)(.*?\blayers)\.(.+)")
-_STORED_EXPERT = re.compile(r"(.*\.experts)\.experts\.(?:(\d+)\.)?([a-z]\w*)\.(weight|bias)(_[wv])?")
-_EXPERT = re.compile(r"(.*\.experts)\.([a-z]\w*\.(?:weight|bias|_extra_state))(\d+)")
+_MODULE = r"[a-z]\w*(?:\.adapter(?:\.adapter_\w+)?\.linear_(?:in|out)|\.lora_[AB]\.\w+)?"  # or its adapter
+_STORED_EXPERT = re.compile(rf"(.*\.experts)\.experts\.(?:(\d+)\.)?({_MODULE})\.(weight|bias)(_[wv])?")
+_EXPERT = re.compile(rf"(.*\.experts)\.({_MODULE}\.(?:weight|bias|_extra_state))(\d+)")
 _HALF = re.compile(r"(.*\.(?:weight|bias)\d*)_([wv])")
 _NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler")
 _ATTENTION, _STACKED_BLOCK = "self_attention.", "decoder.layers"  # layers of multi-token prediction are not stacked
@@ -74,8 +75,13 @@ def is_torch_dist(path: Path) -> bool:
     return (path / CONFIG).is_file() and "sharded_backend" in read_json(path / CONFIG)
 
 
-def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
+def open_torch_dist(path: Path, root: Path, wanted: Callable[[str], bool] = lambda key: True) -> TorchDistFiles:
     """Opens a checkpoint; reads metadata and the headers of the model's chunks.
+
+    Args:
+        path: The folder with metadata.json.
+        root: The folder with the tracker file, or `path` itself.
+        wanted: Key -> whether it is read. Nothing of other keys is read, not even headers.
 
     Raises:
         InputError: Files are missing or damaged, or chunks do not make up their tensors.
@@ -91,7 +97,8 @@ def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
     if not is_dcp(path):
         raise InputError("no .metadata", where=path, hint="fetch or copy it again (its name starts with a dot)")
     files = open_dcp(path)
-    keys = [key for key in files.tensors if not _NOT_MODEL.match(key)]
+    of_model = [key for key in files.tensors if not _NOT_MODEL.match(key)]
+    keys = [key for key in of_model if wanted(key)]
     found: dict[str, Tensor] = {}
     for key in keys:
         for name, tensor in _canonical(files, key):
@@ -104,8 +111,8 @@ def open_torch_dist(path: Path, root: Path) -> TorchDistFiles:
         _read_args(files),
         _join_halves(found, path),
         any(_STACKED.fullmatch(key) for key in keys),
-        tuple(sorted(files.tensors.keys() - set(keys))),
-        optimizer_state(files, files.tensors.keys() - set(keys)),
+        tuple(sorted(files.tensors.keys() - set(of_model))),
+        optimizer_state(files, files.tensors.keys() - set(of_model)),
     )
 
 
@@ -289,8 +296,9 @@ def lay_out_torch_dist(
         shape = (*place.counts, *item.tensor.shape)
         if whole.setdefault(place.key, shape) != shape:
             raise UsageError(f"{item.name} has another shape than its siblings")
-        chunks += _chunks(item, place, grid)
-        objects += [NewObject(keys.of_state(name), _EMPTY_STATE, _file(item, place, grid, 0)) for name in item.states]
+        chunks.append(_chunk(item, place, grid))
+        (file,) = _files(_first_rank(item, place, grid), 1)
+        objects += [NewObject(keys.of_state(name), _EMPTY_STATE, file) for name in item.states]
     common = {
         "args": Namespace({**args, "ckpt_format": "torch_dist", "params_dtype": TorchDType(dtype)}),
         "checkpoint_version": 3.0,
@@ -368,53 +376,39 @@ class _Keys:
         return f"{place.key}/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, counts))}"
 
 
-def _chunks(item: GlobalTensor, place: _Place, grid: Parallelism) -> Iterator[NewChunk]:
+def _chunk(item: GlobalTensor, place: _Place, grid: Parallelism) -> NewChunk:
     """The chunks that the ranks which hold a tensor write of it."""
-    tensor, lead = item.tensor, (1,) * len(place.at)
+    tensor, offsets = item.tensor, (*place.at, *(0 for _ in item.tensor.shape))
     if item.axis is None:
-        yield NewChunk(
-            place.key,
-            (*place.at, *(0 for _ in tensor.shape)),
-            tensor.reshape((*lead, *tensor.shape)),
-            _file(item, place, grid, 0),
-        )
-        return
+        return NewChunk(place.key, offsets, tensor, _files(_first_rank(item, place, grid), 1))
     if not item.blocks:
         raise UnsupportedError(f"{item.name}: its parts have unequal sizes, and torch_dist has no form for them")
     size = grid.expert_tp if place.expert else grid.tp
     axis = item.axis % len(tensor.shape)
-    share, rest = divmod(tensor.shape[axis], item.blocks * size)
-    if rest:
+    if tensor.shape[axis] % (item.blocks * size):
         raise UsageError(
             f"{item.name}: {tensor.shape[axis]} do not divide over {item.blocks} x {size} tensor parallel ranks",
             hint="choose another --tp",
         )
-    for block, rank in product(range(item.blocks), range(size)):
-        start = (block * size + rank) * share
-        part = _cut(tensor, axis, start, start + share)
-        offsets = tuple(start if number == axis else 0 for number in range(len(tensor.shape)))
-        yield NewChunk(
-            place.key, (*place.at, *offsets), part.reshape((*lead, *part.shape)), _file(item, place, grid, rank)
-        )
+    files = _files(_first_rank(item, place, grid), size) * item.blocks
+    return NewChunk(place.key, offsets, tensor, files, axis)
 
 
-def _cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    if axis == len(tensor.shape) - 1:
-        return tensor.cols(start, stop)
-    if axis == 0:
-        return tensor.rows(start, stop)
-    raise ValueError(f"ranks divide the first or the last axis, not {axis} of {len(tensor.shape)}")
+def _first_rank(item: GlobalTensor, place: _Place, grid: Parallelism) -> int:
+    """The first rank that holds a tensor."""
+    first = item.pp_rank * grid.stage_size
+    if not place.expert:
+        return first
+    expert, count = place.at[-1], place.counts[-1]
+    if count % grid.ep:
+        raise UsageError(f"{count} experts do not divide over {grid.ep} ranks", hint="choose another --ep")
+    return first + expert // (count // grid.ep) * grid.expert_tp
 
 
-def _file(item: GlobalTensor, place: _Place, grid: Parallelism, tp_rank: int) -> str:
-    """The file of the rank that writes a chunk: the first rank that holds it."""
-    rank = tp_rank
-    if place.expert:
-        expert, count = place.at[-1], place.counts[-1]
-        if count % grid.ep:
-            raise UsageError(f"{count} experts do not divide over {grid.ep} ranks", hint="choose another --ep")
-        rank += expert // (count // grid.ep) * grid.expert_tp
-    return f"__{item.pp_rank * grid.stage_size + rank}_0.distcp"
+@lru_cache(maxsize=1024)
+def _files(first: int, count: int) -> tuple[str, ...]:
+    """The files of ranks: a chunk is written by the first rank that holds it."""
+    return tuple(f"__{rank}_0.distcp" for rank in range(first, first + count))
 
 
 def _empty_state() -> bytes:

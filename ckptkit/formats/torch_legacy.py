@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.format import Archive, Format
 from ckptkit.formats.torch_file.pickles import (
@@ -25,6 +27,7 @@ from ckptkit.formats.torch_file.pickles import (
 )
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import read_bounded
+from ckptkit.io.segments import Cut, Form
 from ckptkit.tensors import Tensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -211,13 +214,59 @@ def rank_folder(rank: RankKey, pp: int, ep: int) -> str:
     return name if ep == 1 else f"{name}_{ep_rank:03d}"
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The shards of one model chunk that one rank holds; they are cut while they are written.
+
+    Attributes:
+        names: Their local names.
+        wholes: The tensors that they are cut from.
+        cuts: How each is cut.
+        forms: Element type and shape of each.
+        states: Local names of the empty `_extra_state`s after them.
+    """
+
+    names: tuple[str, ...]
+    wholes: tuple[Tensor, ...]
+    cuts: list[Cut]
+    forms: list[tuple[DType, tuple[int, ...]]]
+    states: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Shards:
+        """Shards that are cut already."""
+        forms = [(tensor.out_dtype, tensor.shape) for tensor in tensors.values()]
+        return cls(tuple(tensors), tuple(tensors.values()), [_as_it_is] * len(forms), forms)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Local name -> shard."""
+        return {name: cut(whole) for name, whole, cut in zip(self.names, self.wholes, self.cuts, strict=True)}
+
+    def written(self) -> Iterator[tuple[Tensor, Cut]]:
+        """The whole tensor and the cut of each shard that has bytes."""
+        return (
+            (whole, cut)
+            for whole, cut, (_, shape) in zip(self.wholes, self.cuts, self.forms, strict=True)
+            if prod(shape)
+        )
+
+    def blank(self) -> dict[str, Tensor | None]:
+        """The content of a file without its bytes."""
+        tensors = (Tensor.full(dtype, shape) for dtype, shape in self.forms)
+        return {**dict(zip(self.names, tensors, strict=True)), **dict.fromkeys(self.states)}
+
+
 def lay_out_torch_legacy(
-    ranks: Mapping[RankKey, Mapping[str, Mapping[str, Tensor | None]]], args: Mapping[str, Any], dtype: str
+    ranks: Mapping[RankKey, Mapping[str, Shards]], args: Mapping[str, Any], dtype: str
 ) -> list[OutputFile]:
     """The files of a checkpoint that Megatron-LM's `--load` finds as `release`.
 
     Args:
-        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> local name -> tensor; None stands for an empty `_extra_state`.
+        ranks: (pp_rank, tp_rank, ep_rank) -> chunk -> its shards.
         args: Arguments as plain values.
         dtype: torch's name of the parameters' type, for `args.params_dtype`.
     """
@@ -225,10 +274,18 @@ def lay_out_torch_legacy(
     ep = 1 + max(ep_rank for _, _, ep_rank in ranks)
     namespace = Namespace({**args, "params_dtype": TorchDType(dtype)})
     files = [OutputFile.small(TRACKER, b"release")]
+    forms: dict[object, Form] = {}
     for rank, chunks in sorted(ranks.items()):
-        content = {"args": namespace, "checkpoint_version": 3.0, "iteration": 0}
-        content.update({key: dict(chunk) for key, chunk in chunks.items()})
-        files.append(lay_out_torch_file(f"release/{rank_folder(rank, pp, ep)}/{FILE}", content))
+        kind = tuple((key, shards.names, shards.states, tuple(shards.forms)) for key, shards in chunks.items())
+        if kind not in forms:
+            blanks = {key: shards.blank() for key, shards in chunks.items()}
+            content = {"args": namespace, "checkpoint_version": 3.0, "iteration": 0, **blanks}
+            file = lay_out_torch_file(FILE, content)
+            tensors = [tensor for blank in blanks.values() for tensor in blank.values() if tensor is not None]
+            forms[kind] = Form.of(file.size, file.segments, file.checksums, tensors)
+        path = f"release/{rank_folder(rank, pp, ep)}/{FILE}"
+        written = [pair for shards in chunks.values() for pair in shards.written()]
+        files.append(OutputFile.filled(path, forms[kind], written))
     return files
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from ckptkit.errors import InputError
 from ckptkit.tensors import Tensor
 
-_BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_WORDS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+_BETWEEN = re.compile(rf"(?<![^.])({'|'.join(_WORDS)})\.")
 
 Fit = Callable[[set[str]], int]
 """How many of some names a model has."""
@@ -71,7 +72,9 @@ def find_wrapping(names: Iterable[str], fit: Fit) -> Wrapping:
         fit: How many of these names the model has. The start that fits most counts; of equals, the longest name.
     """
     stored = list(names)
-    between = tuple(sorted({word for name in stored for word in _BETWEEN.findall(name)}))
+    between: tuple[str, ...] = ()
+    if any(word in text for text in ["\n".join(stored)] for word in _WORDS):  # most have none, and this is soon seen
+        between = tuple(sorted({word for name in stored for word in _BETWEEN.findall(name)}))
     bare = [_BETWEEN.sub("", name) for name in stored] if between else stored
     common = _common_start(bare)
     starts = [common[:end] for end in (0, *(match.end() for match in re.finditer(r"\.", common)))]

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.source_options import SourceOptions, options_called
-from ckptkit.checkpoints.sources import open_source
+from ckptkit.checkpoints.source_options import SourceOptions
+from ckptkit.checkpoints.sources import open_side
 from ckptkit.errors import InputError
-from ckptkit.formats.hub import is_reference
-from ckptkit.inspection.structure import config_differences
+from ckptkit.inspection.structure import adapter_differences, config_differences
 from ckptkit.inspection.values import Gap, Survey, common_type, gap, survey
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import compare, in_step
@@ -140,7 +139,7 @@ def diff(
     started = time.monotonic()
     with ExitStack() as stack:
         sides = [
-            _open(stack, path, source, prefix, hf_reference, headers_only=not values)
+            open_side(stack, path, source, prefix, hf_reference, headers_only=not values)
             for path, source, prefix in ((a, a_source, "a"), (b, b_source, "b"))
         ]
         left, right = (side.hf_tensors(()) for side in sides)
@@ -167,23 +166,6 @@ def diff(
     )
 
 
-def _open(
-    stack: ExitStack,
-    path: str | Path,
-    source: SourceOptions,
-    prefix: str,
-    hf_reference: str | Path | None,
-    *,
-    headers_only: bool,
-) -> Checkpoint:
-    """Opens a side. Hugging Face directories and models on the hub describe themselves, others by `hf_reference`."""
-    described = is_reference(path) or (Path(path) / "config.json").is_file()
-    options = source.keywords()
-    reference = options.pop("hf_reference", None if described else hf_reference)
-    with options_called(prefix):
-        return open_source(stack, path, reference, headers_only=headers_only, **options)
-
-
 def _about(path: str | Path, side: Checkpoint) -> dict[str, str]:
     architecture = side.config.architecture
     return {"path": str(path), "format": side.format, "architecture": architecture, "grid": str(side.grid)}
@@ -197,7 +179,7 @@ def _structure(a: Checkpoint, b: Checkpoint, left: Mapping[str, Tensor], right: 
     ]
     both = [(name, left[name], right[name]) for name in sorted(left.keys() & right.keys())]
     return Structure(
-        [*config_differences(a.config, b.config, SIDES), *contradictions],
+        [*config_differences(a.config, b.config, SIDES), *adapter_differences(a, b, SIDES), *contradictions],
         sorted(left.keys() - right.keys()),
         sorted(right.keys() - left.keys()),
         {name: (list(x.shape), list(y.shape)) for name, x, y in both if x.shape != y.shape},

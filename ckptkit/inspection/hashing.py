@@ -6,10 +6,9 @@ a Hugging Face directory and any Megatron conversion of it give the same.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,22 +20,13 @@ from ckptkit.errors import UsageError
 from ckptkit.formats.links import CACHES, is_linked_folder
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
+from ckptkit.io.hashes import TensorHash, hash_of_model
 from ckptkit.io.reading import hash_file
 from ckptkit.io.regular import walk
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Region, Tensor
 
 PARTS = ("tensors", "files")
-
-
-@dataclass(frozen=True)
-class TensorHash:
-    """A tensor, under its Hugging Face name, and the SHA-256 of its bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ def hash_checkpoint(
         format=checkpoint.format,
         architecture=checkpoint.config.architecture,
         grid=str(checkpoint.grid),
-        model=_of_model(hashed) if hashed else None,
+        model=hash_of_model(hashed) if hashed else None,
         tensors=hashed,
         files=[FileHash(task.name, task.nbytes, found[str, task.name]) for task in tasks if task.name in files],
         bytes=sum(task.nbytes for task in tasks),
@@ -176,8 +166,3 @@ def _end(tensor: Tensor) -> tuple[str, int]:
 
 def _sha256(readers: Readers, task: _Task) -> str:
     return readers.first.sha256(task.target) if isinstance(task.target, Tensor) else hash_file(Path(task.target))
-
-
-def _of_model(hashed: Iterable[TensorHash]) -> str:
-    lines = "".join(f"{item.name} {item.dtype} {list(item.shape)} {item.sha256}\n" for item in hashed)
-    return hashlib.sha256(lines.encode()).hexdigest()

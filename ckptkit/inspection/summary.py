@@ -8,13 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.sources import open_source
+from ckptkit.megatron_args.flags import megatron_flags
+from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
+from ckptkit.tables.lora import A
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A summary of the headers of a checkpoint. Sizes in bytes."""
+    """A summary of the headers of a checkpoint. Sizes in bytes.
+
+    `megatron_flags` holds the words after `pretrain_gpt.py` with which Megatron-LM builds the model, or None where no
+    words do, for the reasons in `inexpressible`.
+    """
 
     path: str
     format: str
@@ -26,7 +35,10 @@ class Inspection:
     dtypes: dict[str, int]
     roles: list[dict[str, Any]]
     optimizer: dict[str, int]
+    megatron_flags: list[str] | None
+    inexpressible: list[str]
     notes: list[str]
+    adapter: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values."""
@@ -40,6 +52,7 @@ def inspect(
     iteration: int | None = None,
     stored_grid: StatedGrid | None = None,
     vocab_size: int | None = None,
+    lora_alpha: float | None = None,
 ) -> Inspection:
     """Reads the headers of a checkpoint and sums them up by role.
 
@@ -49,6 +62,7 @@ def inspect(
         iteration: Number of the iteration.
         stored_grid: The stored grid, where `args` do not say it.
         vocab_size: The true size of the vocabulary.
+        lora_alpha: Alpha of a Megatron adapter that does not record it.
 
     Raises:
         InputError: It is damaged or incomplete.
@@ -63,16 +77,18 @@ def inspect(
             iteration=iteration,
             stored_grid=stored_grid,
             vocab_size=vocab_size,
+            lora_alpha=lora_alpha,
         )
+    alike = Counter((source.items[key].kind, tensor.dtype, tensor.nbytes) for key, tensor in source.tensors.items())
     dtypes: Counter[str] = Counter()
     roles: dict[str, dict[str, Any]] = {}
-    for key, tensor in source.tensors.items():
-        name = source.items[key].row.megatron.replace("decoder.layers.{i}", "layers.*")
+    for (kind, dtype, nbytes), count in alike.items():
+        name = kind.row.megatron.replace("decoder.layers.{i}", "layers.*")
         role = roles.setdefault(name, {"role": name, "tensors": 0, "parameters": 0, "bytes": 0})
-        role["tensors"] += 1
-        role["parameters"] += source.items[key].parameters
-        role["bytes"] += tensor.nbytes
-        dtypes[tensor.dtype.name] += tensor.nbytes
+        role["tensors"] += count
+        role["parameters"] += count * kind.parameters
+        role["bytes"] += count * nbytes
+        dtypes[dtype.name] += count * nbytes
     return Inspection(
         path=str(path),
         format=source.format,
@@ -84,5 +100,31 @@ def inspect(
         dtypes=dict(dtypes),
         roles=list(roles.values()),
         optimizer=asdict(source.optimizer),
+        megatron_flags=_megatron_flags(source),
+        inexpressible=inexpressible(source.config),
         notes=[*source.notes, *source.disagreements],
+        adapter=None if source.lora is None else _of_adapter(source.lora, source),
     )
+
+
+def _of_adapter(lora: Lora, source: Checkpoint) -> dict[str, Any]:
+    """Ranks and scales of an adapter, each with the number of linear layers that have it."""
+    ranks = Counter(source.tensors[linear.key(A)].shape[0] for linear in lora.linears.values())
+    scales = Counter(lora.scales.values())
+    return {
+        "layout": lora.layout or "peft",
+        "modules": len(lora.linears),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "scales": {f"{scale:.6g}": count for scale, count in sorted(scales.items())},
+        "kept whole": sorted(source.sidecar.extras),
+    }
+
+
+def _megatron_flags(source: Checkpoint) -> list[str] | None:
+    """Megatron-LM's flags for a checkpoint; one that it cannot load by itself is described as a whole."""
+    loadable = source.format in ("torch", "torch_dist")
+    args = source.args if loadable and "num_layers" in source.args else {}
+    if args and source.spelling.name == "local":
+        args = {"transformer_impl": "local", **args}
+    grid = source.grid if source.format == "torch" else None
+    return megatron_flags(source.family, source.config, args, grid)

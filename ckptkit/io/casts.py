@@ -44,6 +44,33 @@ def convert(data: Bytes, source: DType, target: DType) -> Bytes:
         return _encode(decode(data, source), target).view(np.uint8)
 
 
+def encode(values: NDArray[np.float32] | NDArray[np.float64], target: DType) -> Bytes:
+    """Numbers as the bytes of elements of `target`, each rounded once, to nearest even.
+
+    Args:
+        values: float32 or float64, of any shape.
+        target: F64, F32, F16 or BF16.
+    """
+    with np.errstate(all="ignore"):
+        if values.dtype == np.float64 and target.name in ("F16", "BF16"):
+            values = _odd(values.astype(np.float64, copy=False))
+        return np.ascontiguousarray(_encode(values, target)).reshape(-1).view(np.uint8)
+
+
+def _odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """float64 as float32 "rounded to odd": towards zero, and the last bit says whether anything was cut off.
+
+    Rounding that to nearest in a narrower type gives what rounding the float64 there at once gives.
+    """
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32).copy()
+    wide = near.astype(np.float64)
+    inexact = np.isfinite(near) & (wide != values)
+    bits[inexact & (np.abs(wide) > np.abs(values))] -= np.uint32(1)
+    bits[inexact] |= np.uint32(1)
+    return bits.view(np.float32)
+
+
 def decode(data: Bytes, source: DType) -> NDArray[np.float32] | NDArray[np.float64]:
     """The elements of `data` as NumPy's floats: F64 as float64, F32, F16 and BF16 as float32."""
     if source.name == "F64":

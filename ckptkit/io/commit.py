@@ -136,6 +136,7 @@ class Destination:
         threads: int | None = None,
         hash: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> dict[str, str]:
         """Carries out the plan and commits it.
 
@@ -143,6 +144,7 @@ class Destination:
             threads: As for `ckptkit.io.engine.run`.
             hash: Also compute the SHA-256 of every file.
             progress: Called with (bytes done, bytes in all).
+            check: Called with the directory of the finished files before they are committed; an error stops that.
 
         Returns:
             SHA-256 by output path, if asked for.
@@ -167,6 +169,8 @@ class Destination:
                 count(self._plan.nbytes)
                 return {file.path: hash_file(self.path / file.path) for file in self._plan.files} if hash else {}
             result = run(self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash)
+            if check is not None:
+                check(self.directory)
             self.commit()
         return result.hashes
 

@@ -6,12 +6,9 @@ of work are made one at a time.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
-import zlib
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,19 +18,17 @@ from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ckptkit.io import faults
 from ckptkit.io.castable import check_cast
 from ckptkit.io.casts import convert
-from ckptkit.io.crc import crc32_combine
+from ckptkit.io.cores import MOST_MOVERS, moving_threads
 from ckptkit.io.crew import Crew, start_threads
 from ckptkit.io.gather import Gatherer
-from ckptkit.io.plan import Comparison, OutputFile, Plan
+from ckptkit.io.output import Output
+from ckptkit.io.plan import Comparison, Plan
 from ckptkit.io.reading import compare, first_difference, hash_file, hash_tensor, read_tensor
 from ckptkit.io.schedule import Limits, Schedule, Unit
 from ckptkit.io.source import Sources
-from ckptkit.io.system import allocate, nothing_written, start_writeback, storage_error
 from ckptkit.tensors import Region
 
 __all__ = [
@@ -49,12 +44,10 @@ __all__ = [
     "run",
 ]
 
-MEMORY_LIMIT = 64 << 20
+MEMORY_LIMIT = 96 << 20
 """Upper bound of the anonymous memory that moving bytes takes, in bytes, at any size of model."""
 
-_MAX_THREADS = 4
-_DEFAULT = Limits()
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_TELL = 0.05  # seconds between two reports of a thread on its progress
 
 
 class Journal(Protocol):
@@ -94,18 +87,18 @@ def run(
     progress: Callable[[int], None] | None = None,
     journal: Journal | None = None,
     hash: bool = False,
-    limits: Limits = _DEFAULT,
+    limits: Limits | None = None,
 ) -> EngineResult:
     """Makes the comparisons of a plan, then writes every file under `directory` and makes it durable.
 
     Args:
         plan: The plan.
         directory: The folder to write into; sub-directories are created.
-        threads: Threads that move bytes; by default one per core, at most 4.
+        threads: Threads that move bytes; by default as `ckptkit.io.cores.moving_threads` has it.
         progress: Called in this thread with the bytes finished since the last call. The sum is `plan.nbytes`.
         journal: Names the files that are finished already, and records those that this run finishes.
         hash: Also compute the SHA-256 of every file.
-        limits: Sizes of buffers.
+        limits: Sizes of buffers, by default what suits the threads.
 
     Raises:
         InputError: A source is gone or ends early, or two tensors that must be equal differ.
@@ -114,137 +107,32 @@ def run(
     """
     plan.check()
     started = time.monotonic()
-    job = _Job(plan, directory, journal, hash, limits)
-    job.run(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0))), progress or (lambda count: None))
+    count = threads or moving_threads()
+    job = _Job(plan, directory, journal, hash, limits or Limits.of(count))
+    job.run(count, progress or (lambda count: None))
     written = plan.nbytes - job.kept
     compared = sum(comparison.left.nbytes for comparison in plan.comparisons)
     return EngineResult(written, job.kept, compared, time.monotonic() - started, job.hashes)
 
 
-class _Output:
-    """One output file while it is written. The first thread that has bytes for it opens it."""
+class _Background:
+    """What runs beside the threads that move bytes, because it waits for the disk or for them.
 
-    def __init__(self, spec: OutputFile, path: Path) -> None:
-        self.spec = spec
-        self.path = path
-        self._pending = spec.size
-        self._fd = -1
-        self._lock = threading.Lock()
-        self._pwrite, self._copy = faults.writer()
-        self._stops = [checksum.stop for checksum in spec.checksums]
-        self._sums: list[list[tuple[int, int, int]]] = [[] for _ in spec.checksums]
+    Attributes:
+        send: Has the kernel begin to write; waits while the disk's queue is full.
+        hash: Hashes what is written.
+        sync: Finishes files.
+    """
 
-    def fd(self) -> int:
-        """The open file, at its full size.
-
-        Raises:
-            StorageError: It cannot be created, or there is no room.
-        """
-        with self._lock:
-            if self._fd < 0:
-                try:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-                    self._fd = os.open(self.path, flags, 0o666)
-                    allocate(self._fd, self.spec.size)
-                except OSError as error:
-                    raise storage_error(error, self.path) from error
-            return self._fd
-
-    def write(self, data: NDArray[np.uint8], offset: int) -> None:
-        """Writes bytes and adds them to the checksums that cover them.
-
-        Raises:
-            StorageError: The disk is full or answers with an error.
-        """
-        view = data.data
-        self._add_to_checksums(view, offset)
-        self._put(view, offset)
-
-    def copy(self, source: int, start: int, size: int, offset: int) -> int:
-        """Copies inside the kernel and returns the number of bytes: less than `size` where the kernel cannot copy.
-
-        An error of the source and an error of this file look the same here, so only a full disk is raised. After any
-        other error the caller copies by reading and writing, which shows the file at fault.
-
-        Raises:
-            StorageError: The disk is full.
-        """
-        done, fd = 0, self.fd()
-        while done < size and self._copy is not None:
-            try:
-                count = self._copy(source, fd, size - done, start + done, offset + done)
-            except OSError as error:
-                if error.errno in _FULL:
-                    raise storage_error(error, self.path) from error
-                count = 0
-            if not count:
-                break
-            start_writeback(fd, offset + done, count)
-            done += count
-        return done
-
-    def settle(self, size: int) -> bool:
-        """Counts `size` more bytes as written. Returns True if these were the last."""
-        with self._lock:
-            self._pending -= size
-            return not self._pending
-
-    def complete(self) -> None:
-        """Writes the checksums, which completes the file. An empty file is created here.
-
-        Raises:
-            StorageError: The disk is full or answers with an error.
-        """
-        self.fd()
-        for checksum, parts in zip(self.spec.checksums, self._sums, strict=True):
-            value = 0
-            for _, crc, size in sorted(parts):
-                value = crc32_combine(value, crc, size)
-            for at in checksum.at:
-                self._put(memoryview(value.to_bytes(4, "little")), at)
-
-    def sync(self) -> None:
-        """Makes the file durable and closes it.
-
-        Raises:
-            StorageError: The disk answers with an error.
-        """
-        try:
-            os.fdatasync(self.fd())
-        except OSError as error:
-            raise storage_error(error, self.path) from error
-        self.close()
+    def __init__(self, count: int, hash: bool) -> None:
+        self.send = Crew(1, "ckptkit-send")
+        self.hash = Crew(min(count, MOST_MOVERS) if hash else 0, "ckptkit-hash")
+        self.sync = Crew(count, "ckptkit-sync")
 
     def close(self) -> None:
-        """Closes the file, finished or not."""
-        with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-
-    def _put(self, view: memoryview, offset: int) -> None:
-        fd = self.fd()
-        while view:
-            try:
-                count = self._pwrite(fd, view, offset)
-            except OSError as error:
-                raise storage_error(error, self.path) from error
-            if not count:
-                raise nothing_written(self.path)
-            start_writeback(fd, offset, count)
-            view, offset = view[count:], offset + count
-
-    def _add_to_checksums(self, view: memoryview, offset: int) -> None:
-        end = offset + len(view)
-        for index in range(bisect_right(self._stops, offset), len(self._stops)):
-            checksum = self.spec.checksums[index]
-            if checksum.start >= end:
-                break
-            start, stop = max(checksum.start, offset), min(checksum.stop, end)
-            if start < stop:
-                part = view[start - offset : stop - offset]
-                self._sums[index].append((start, zlib.crc32(part), stop - start))
+        """Waits until all is done."""
+        for crew in (self.send, self.hash, self.sync):
+            crew.close()
 
 
 class _Job:
@@ -255,7 +143,7 @@ class _Job:
         self._hash = hash
         self._limits = limits
         self._comparisons = deque(plan.comparisons)
-        self._outputs = [_Output(file, directory / file.path) for file in plan.files]
+        self._outputs = [Output(file, directory / file.path, hash) for file in plan.files]
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -267,14 +155,13 @@ class _Job:
         """Carries everything out with `count` threads."""
         live = self._unfinished(progress)
         schedule = Schedule([output.spec for output in self._outputs], live, self._limits)
-        # Syncing waits for the disk, so it runs in the background while the next files are written.
-        finisher = Crew(count, "ckptkit-sync")
+        background = _Background(count, self._hash)
         workers: list[threading.Thread] = []
         try:
             for index in live:
                 if not self._outputs[index].spec.size:
-                    finisher.submit(partial(self._finish, self._outputs[index]))
-            works = [partial(self._work, index, schedule, finisher) for index in range(count)]
+                    background.sync.submit(partial(self._guard, partial(self._finish, self._outputs[index])))
+            works = [partial(self._work, index, schedule, background) for index in range(count)]
             workers = start_threads(works, "ckptkit")
             if not workers:
                 works[0]()  # the system allows no further thread, so this one does the work
@@ -291,7 +178,7 @@ class _Job:
         finally:
             for worker in workers:
                 worker.join()
-            finisher.close()
+            background.close()
             for output in self._outputs:
                 output.close()
         if self._error is not None:
@@ -309,7 +196,7 @@ class _Job:
                 live.append(index)
         return live
 
-    def _is_kept(self, output: _Output, sha256: str | None) -> bool:
+    def _is_kept(self, output: Output, sha256: str | None) -> bool:
         try:
             if os.stat(output.path, follow_symlinks=False).st_size != output.spec.size:
                 return False
@@ -323,7 +210,8 @@ class _Job:
         self.hashes[output.spec.path] = found
         return True
 
-    def _work(self, index: int, schedule: Schedule, finisher: Crew) -> None:
+    def _work(self, index: int, schedule: Schedule, background: _Background) -> None:
+        done, told = 0, 0.0
         try:
             while not self._stop.is_set() and (comparison := self._next_comparison()) is not None:
                 compare(comparison, limits=self._limits)
@@ -331,10 +219,15 @@ class _Job:
                 mover = _Mover(self._outputs, sources, self._limits)
                 while not self._stop.is_set() and (unit := schedule.next(index)) is not None:
                     mover.move(unit)
-                    self._settle(unit, finisher)
+                    done += self._settle(unit, background)
+                    # Not after every unit: whoever is told takes Python's lock from a thread that moves bytes.
+                    if (now := time.monotonic()) - told >= _TELL:
+                        self._mailbox.put(done)
+                        done, told = 0, now
         except BaseException as error:
             self._fail(error)
         finally:
+            self._mailbox.put(done)
             self._mailbox.put(None)
 
     def _next_comparison(self) -> Comparison | None:
@@ -343,28 +236,39 @@ class _Job:
         except IndexError:
             return None
 
-    def _settle(self, unit: Unit, finisher: Crew) -> None:
+    def _settle(self, unit: Unit, background: _Background) -> int:
+        """Has done what follows the writes of a unit, and gives their bytes."""
+        written = 0
         for write in unit.writes:
             output, size = self._outputs[write.file], unit.written(write)
-            if output.settle(size):
-                finisher.submit(partial(self._finish, output))
-            self._mailbox.put(size)
+            if output.follower is not None and output.follower.written(write.offset, write.offset + size):
+                background.hash.submit(partial(self._guard, output.follower.advance))
+            last, unsent = output.settle(size)
+            if last:
+                background.sync.submit(partial(self._guard, partial(self._finish, output)))
+            elif unsent:
+                background.send.submit(partial(self._guard, output.send))
+            written += size
+        return written
 
-    def _finish(self, output: _Output) -> None:
-        """Completes a file and makes it durable; only then it counts as finished."""
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Does some work in the background, unless the run has failed."""
         try:
-            if self._stop.is_set():
-                return
-            output.complete()
-            # Hashed before the sync, because the disk writes in the meantime.
-            sha256 = hash_file(output.path) if self._hash else None
-            output.sync()
-            if sha256 is not None:
-                self.hashes[output.spec.path] = sha256
-            if self._journal is not None:
-                self._journal.record(output.spec.path, output.spec.size, sha256)
+            if not self._stop.is_set():
+                work()
         except BaseException as error:
             self._fail(error)
+
+    def _finish(self, output: Output) -> None:
+        """Completes a file and makes it durable; only then it counts as finished."""
+        output.complete()
+        # Hashed before the sync, because the disk writes in the meantime.
+        sha256 = output.follower.finish() if output.follower is not None else None
+        output.sync()
+        if sha256 is not None:
+            self.hashes[output.spec.path] = sha256
+        if self._journal is not None:
+            self._journal.record(output.spec.path, output.spec.size, sha256)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -376,7 +280,7 @@ class _Job:
 class _Mover:
     """Moves bytes in one thread, with the buffers of that thread."""
 
-    def __init__(self, outputs: Sequence[_Output], sources: Sources, limits: Limits) -> None:
+    def __init__(self, outputs: Sequence[Output], sources: Sources, limits: Limits) -> None:
         self._outputs = outputs
         self._sources = sources
         self._gatherer = Gatherer(sources, limits.scratch)

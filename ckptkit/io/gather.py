@@ -53,9 +53,22 @@ class Gatherer:
             if isinstance(first.piece, Region):
                 self._read(group, first.piece, out)
             elif isinstance(first.piece, Literal):
-                _rows(out, first)[...] = _literal_rows(first.piece)
+                self._fill_literal(first.piece, _rows(out, first))
             else:
                 _fill_pattern(_rows(out, first), first.piece.pattern)
+
+    def _fill_literal(self, piece: Literal, rows: Bytes) -> None:
+        """Bytes at hand; those that are made on demand are made here, and of wide rows a few at a time."""
+        strides = (piece.pitch, 1)
+        if isinstance(piece.data, bytes):
+            rows[...] = np.ndarray((piece.rows, piece.width), np.uint8, piece.data, piece.offset, strides)
+            return
+        step = piece.rows if piece.contiguous else max(1, len(self._scratch) // piece.pitch)
+        for top in range(0, piece.rows, step):
+            part = piece.cut(top, min(top + step, piece.rows), 0, piece.width)
+            span = (part.rows - 1) * part.pitch + part.width
+            made = piece.data.read(part.offset, part.offset + span)
+            rows[top : top + part.rows] = np.ndarray((part.rows, part.width), np.uint8, made, 0, strides)
 
     def _read(self, group: Sequence[Placement], first: Region, out: Bytes) -> None:
         if len(group) == 1 and group[0].solid:
@@ -94,15 +107,6 @@ def _rows(out: Bytes, placement: Placement) -> Bytes:
     """The bytes of `out` that a placement covers, as rows."""
     piece = placement.piece
     return np.ndarray((piece.rows, piece.width), np.uint8, out, placement.start, (placement.pitch, 1))
-
-
-def _literal_rows(piece: Literal) -> Bytes:
-    """The rows of bytes at hand; those that are made on demand are made here."""
-    shape, strides = (piece.rows, piece.width), (piece.pitch, 1)
-    if isinstance(piece.data, bytes):
-        return np.ndarray(shape, np.uint8, piece.data, piece.offset, strides)
-    span = (piece.rows - 1) * piece.pitch + piece.width
-    return np.ndarray(shape, np.uint8, piece.data.read(piece.offset, piece.offset + span), 0, strides)
 
 
 def _fill_pattern(rows: Bytes, pattern: bytes) -> None:

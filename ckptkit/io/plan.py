@@ -6,36 +6,20 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import PurePosixPath
 
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.castable import check_cast
+from ckptkit.io.segments import Checksum, Cut, Form, Segment, form_of, kinds, origins, spans
 from ckptkit.io.source import Fingerprint
-from ckptkit.tensors import Const, Literal, Piece, Region, Tensor
+from ckptkit.tensors import Const, Literal, Made, Piece, Region, Tensor
 
 _RECIPE = 1  # raise it when the same recipe starts to give other bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The row-major bytes of `tensor`, written at byte `offset` of a file."""
-
-    offset: int
-    tensor: Tensor
-    name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Checksum:
-    """The CRC-32 of bytes `start:stop` of a file. It is written little-endian at each offset in `at`."""
-
-    start: int
-    stop: int
-    at: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,13 +36,18 @@ class OutputFile:
 
     path: str
     size: int
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
     checksums: tuple[Checksum, ...] = ()
     tensors: int = 0
 
     @classmethod
-    def small(cls, path: str, data: bytes) -> OutputFile:
-        """A file whose bytes are in memory."""
+    def filled(cls, path: str, form: Form, tensors: Sequence[tuple[Tensor, Cut]]) -> OutputFile:
+        """A file of a form; `tensors` as for `Form.filled`."""
+        return cls(path, form.size, form.filled(tensors), form.checksums, form.tensors)
+
+    @classmethod
+    def small(cls, path: str, data: bytes | Made) -> OutputFile:
+        """A file whose bytes are in memory, or made when they are wanted."""
         segments = (Segment(0, literal(data)),) if data else ()
         return cls(path, len(data), segments)
 
@@ -69,8 +58,8 @@ class OutputFile:
         return cls(path, size, (Segment(0, tensor),) if size else ())
 
 
-def literal(data: bytes) -> Tensor:
-    """Bytes in memory, as a tensor of one row."""
+def literal(data: bytes | Made) -> Tensor:
+    """Bytes in memory, or made when they are wanted, as a tensor of one row."""
     return Tensor.from_bytes(data, DTYPES["U8"], (1, len(data)))
 
 
@@ -121,6 +110,7 @@ class Plan:
         notes: Sentences for the user (config features without a Megatron argument, ...).
         coverage: Number of stored tensors that are used, are replicas, go into the sidecar, ...
         dropped: Parts of stored tensors that the model does not use and the output does not hold.
+        facts: Further facts about the output, for the result.
     """
 
     files: tuple[OutputFile, ...]
@@ -129,6 +119,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     coverage: dict[str, int] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +128,7 @@ class Plan:
 
     def sources(self) -> set[str]:
         """The files that it reads."""
-        return source_files(self._tensors())
+        return source_files(chain(origins(file.segments for file in self.files), self._compared()))
 
     def check(self) -> None:
         """Checks that the plan is consistent. Reads no file.
@@ -152,16 +143,17 @@ class Plan:
             if not _inside(file.path) or file.path in taken:
                 raise InputError("an output file cannot have this name", where=repr(file.path))
             taken.add(file.path)
+        for file in {form_of(file.segments): file for file in self.files}.values():
             _check_spans(file)
-        for tensor in self._tensors():
-            check_cast(tensor.dtype, tensor.out_dtype)
+        for dtype, out_dtype in dict.fromkeys((tensor.dtype, tensor.out_dtype) for tensor, _ in self._kinds):
+            check_cast(dtype, out_dtype)
 
     def digest(self, sources: Iterable[Fingerprint]) -> str:
         """A SHA-256 that identifies the output: equal digests mean equal output bytes."""
         recipe = hashlib.sha256(f"ckptkit plan {_RECIPE}".encode())
         for source in sources:
             recipe.update(json.dumps(source.identity).encode())
-        known: dict[int, str] = {}
+        known: dict[int | str, str] = {}
         for file in self.files:
             sums = [(checksum.start, checksum.stop, checksum.at) for checksum in file.checksums]
             recipe.update(json.dumps([file.path, file.size, sums]).encode())
@@ -172,25 +164,26 @@ class Plan:
                     recipe.update(repr([_recipe(piece, known) for piece in band.pieces]).encode())
         return recipe.hexdigest()
 
-    def _tensors(self) -> Iterator[Tensor]:
-        for file in self.files:
-            for segment in file.segments:
-                yield segment.tensor
-        for comparison in self.comparisons:
-            yield comparison.left
-            yield comparison.right
-
     def traffic(self) -> tuple[int, int]:
         """(bytes that are copied as whole runs, bytes that are rearranged, filled in or cast)."""
         through = rearranged = 0
-        for segment in (s for file in self.files for s in file.segments):
-            direct = segment.tensor.cast is None and all(
+        for tensor, count in self._kinds:
+            direct = tensor.cast is None and all(
                 len(band.pieces) == 1 and band.pieces[0].contiguous and isinstance(band.pieces[0], Region)
-                for band in segment.tensor.bands
+                for band in tensor.bands
             )
-            through += segment.tensor.nbytes if direct else 0
-            rearranged += 0 if direct else segment.tensor.nbytes
+            through += count * tensor.nbytes if direct else 0
+            rearranged += 0 if direct else count * tensor.nbytes
         return through, rearranged
+
+    @cached_property
+    def _kinds(self) -> list[tuple[Tensor, int]]:
+        return list(kinds(file.segments for file in self.files))
+
+    def _compared(self) -> Iterator[Tensor]:
+        for comparison in self.comparisons:
+            yield comparison.left
+            yield comparison.right
 
 
 def source_files(tensors: Iterable[Tensor]) -> set[str]:
@@ -210,8 +203,7 @@ def _inside(path: str) -> bool:
 
 
 def _check_spans(file: OutputFile) -> None:
-    spans = [(segment.offset, segment.offset + segment.tensor.nbytes) for segment in file.segments]
-    for (_, end), (start, _) in pairwise([(0, 0), *spans, (file.size, file.size)]):
+    for (_, end), (start, _) in pairwise([(0, 0), *spans(file.segments), (file.size, file.size)]):
         if start < end:
             raise ValueError(f"{file.path}: a segment at byte {start} overlaps the one that ends at {end}")
     sums = file.checksums
@@ -226,14 +218,17 @@ def _check_spans(file: OutputFile) -> None:
             )
 
 
-def _recipe(piece: Piece, known: dict[int, str]) -> tuple[object, ...]:
+def _recipe(piece: Piece, known: dict[int | str, str]) -> tuple[object, ...]:
     """A description of a piece for the digest of the plan.
 
-    Many pieces share the same bytes in memory, so `known` keeps the digests of these by identity.
+    Many pieces share the same file, or the same bytes in memory, so `known` keeps the absolute paths of files, and the
+    digests of bytes by identity.
     """
     match piece:
         case Region(path, offset, rows, pitch, width):
-            return (os.path.abspath(path), offset, rows, pitch, width)
+            if path not in known:
+                known[path] = os.path.abspath(path)
+            return (known[path], offset, rows, pitch, width)
         case Literal(data, offset, rows, pitch, width):
             if id(data) not in known:
                 known[id(data)] = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else data.digest

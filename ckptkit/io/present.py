@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckptkit.dtypes import DTYPES
-from ckptkit.io.plan import Checksum, OutputFile, Plan, literal
+from ckptkit.io.plan import OutputFile, Plan, literal
 from ckptkit.io.reading import TensorReader, first_difference, read_tensor
+from ckptkit.io.segments import Checksum
 from ckptkit.tensors import Tensor
 
 _U8 = DTYPES["U8"]

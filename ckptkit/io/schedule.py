@@ -10,15 +10,19 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ckptkit.dtypes import DType
+from ckptkit.io.cores import MOST_MOVERS
 from ckptkit.io.gather import Placement
-from ckptkit.io.plan import OutputFile, Segment
+from ckptkit.io.plan import OutputFile
+from ckptkit.io.segments import Segment
 from ckptkit.tensors import Band, Const, Region, Tensor, flat
 
 Cast = tuple[DType, DType]
+
+_MOST_WORKERS = 3  # on one file: one writes, and meanwhile the others read and sum up what they write next
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +30,30 @@ class Limits:
     """Sizes in bytes, measured with `benchmarks/engine.py`; each is a multiple of 8.
 
     Attributes:
-        staging: Size of the buffer that a unit fills; half of a core's cache is best.
+        staging: Size of the buffer that a unit fills. Where many threads run, fewer and larger units are better than
+            units that fit into a core's cache, because threads wait for Python's lock after every call.
         scratch: Size of the buffer for rows from which columns are taken.
+        casting: A unit that is cast fills this much of the buffer, because a cast needs room, too.
         direct: A run of at least this size is copied inside the kernel, unless a cast or a checksum needs its bytes.
         extent: Largest copy inside the kernel in one call.
     """
 
-    staging: int = 1 << 20
-    scratch: int = 256 << 10
+    staging: int = 4 << 20
+    scratch: int = 1 << 20
+    casting: int = 512 << 10
     direct: int = 1 << 20
     extent: int = 8 << 20
+
+    @classmethod
+    def of(cls, threads: int) -> Limits:
+        """The sizes for a number of threads: more than eight share the memory of eight."""
+        usual, parts = cls(), max(1, -(-threads // MOST_MOVERS))
+        return replace(
+            usual,
+            staging=usual.staging // parts & -8,
+            scratch=usual.scratch // parts & -8,
+            casting=usual.casting // parts & -8,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +124,13 @@ class _Block:
     def width(self) -> int:
         return sum(column.region.width for column in self.columns)
 
-    def units(self, limit: int) -> Iterator[Unit]:
+    def units(self, limits: Limits) -> Iterator[Unit]:
         """The units of the whole block for the first caller, and none for later ones."""
         if self.taken:
             return
         self.taken = True
         rows = self.columns[0].region.rows
-        step = _source_limit(limit, self.cast) // self.width
+        step = _source_limit(limits, self.cast) // self.width
         for top in range(0, rows, step):
             yield self._unit(top, min(rows, top + step))
 
@@ -144,7 +162,7 @@ class _Filler:
         for item in layout:
             if isinstance(item, _Block):
                 yield from self._flush()
-                yield from item.units(self._limits.staging)
+                yield from item.units(self._limits)
             elif self._passes(item):
                 yield from self._flush()
                 yield from self._extents(item)
@@ -167,7 +185,7 @@ class _Filler:
         if run.cast != self._cast:
             yield from self._flush()
             self._cast = run.cast
-        limit = _source_limit(self._limits.staging, run.cast)
+        limit = _source_limit(self._limits, run.cast)
         width, done, size = _width(run.band), 0, run.nbytes
         grain = run.grain if run.band.rows == 1 else width
         while done < size:
@@ -204,14 +222,15 @@ class Schedule:
     """Hands out the units of some files to several workers.
 
     A worker has a file of its own while there are enough, because writers to one file wait for each other in the
-    kernel. After that it helps with the files of other workers. The output does not depend on the division of work.
+    kernel. After that it helps with the files of other workers, where few do: more would only wait. The output does not
+    depend on the division of work.
     """
 
     def __init__(self, files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits) -> None:
         live = list(chosen)
         blocks = _find_blocks(files, live, limits)
         self._waiting = deque(_units(index, files[index], blocks, limits) for index in live)
-        self._running: list[Iterator[Unit]] = []
+        self._running: dict[Iterator[Unit], int] = {}  # and how many workers each has
         self._own: dict[int, Iterator[Unit]] = {}
         self._lock = threading.Lock()
 
@@ -222,18 +241,23 @@ class Schedule:
                 unit = next(stream, None)
                 if unit is not None:
                     return unit
-                if stream in self._running:
-                    self._running.remove(stream)
+                self._running.pop(stream, None)
                 del self._own[worker]
             return None
 
     def _stream(self, worker: int) -> Iterator[Unit] | None:
         if worker not in self._own:
             if self._waiting:
-                self._running.append(self._waiting.popleft())
-                self._own[worker] = self._running[-1]
+                stream = self._waiting.popleft()
+                self._running[stream] = 0
             elif self._running:
-                self._own[worker] = self._running[worker % len(self._running)]
+                stream = min(self._running, key=self._running.__getitem__)
+            else:
+                return None
+            if self._running[stream] == _MOST_WORKERS:
+                return None
+            self._running[stream] += 1
+            self._own[worker] = stream
         return self._own.get(worker)
 
 
@@ -303,7 +327,7 @@ def _runs(offset: int, band: Band, tensor: Tensor, limits: Limits) -> Iterator[_
     grain, cast, width = tensor.dtype.itemsize, _cast(tensor), _width(band)
     if len(band.pieces) == 1 and band.pieces[0].contiguous:
         yield _Run(offset, Band(1, (flat(band.pieces[0]),)), grain, cast)
-    elif band.rows > 1 and width <= _source_limit(limits.staging, cast):
+    elif band.rows > 1 and width <= _source_limit(limits, cast):
         yield _Run(offset, band, grain, cast)
     else:
         for row in range(band.rows):
@@ -336,7 +360,7 @@ def _find_blocks(files: Sequence[OutputFile], chosen: Iterable[int], limits: Lim
                     candidates[key].append(_Column(index, offset, region))
     found: dict[tuple[int, int], _Block] = {}
     for (*_, cast), columns in candidates.items():
-        for group in _side_by_side(columns, _source_limit(limits.staging, cast)):
+        for group in _side_by_side(columns, _source_limit(limits, cast)):
             block = _Block(group, cast)
             found.update({(column.file, column.offset): block for column in group})
     return found
@@ -371,11 +395,11 @@ def _written(size: int, cast: Cast | None) -> int:
     return size if cast is None else size // cast[0].itemsize * cast[1].itemsize
 
 
-def _source_limit(limit: int, cast: Cast | None) -> int:
-    """How many bytes of a source keep both sides of a cast within `limit`."""
+def _source_limit(limits: Limits, cast: Cast | None) -> int:
+    """How many bytes of a source fit into a staging buffer, on both sides of a cast."""
     if cast is None:
-        return limit
-    return limit // max(cast[0].itemsize, cast[1].itemsize) * cast[0].itemsize
+        return limits.staging
+    return min(limits.staging, limits.casting) // max(cast[0].itemsize, cast[1].itemsize) * cast[0].itemsize
 
 
 def _width(band: Band) -> int:

@@ -94,14 +94,14 @@ def allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Asks the kernel to begin writing these bytes to the disk, and does not wait for it.
+def start_writeback(fd: int) -> None:
+    """Asks the kernel to begin writing to the disk what it holds of a file.
 
-    Otherwise it begins when a file is synced, and the disk idles until then. A hint only: where it
-    cannot be followed, or fails, the sync at the end says so.
+    Otherwise it begins when a file is synced, and the disk idles until then. The call waits while the disk's queue is
+    full, but not for the data. A hint only: where it cannot be followed, or fails, the sync at the end says so.
     """
     with suppress(OSError):
-        _call("sync_file_range", fd, ctypes.c_longlong(offset), ctypes.c_longlong(size), _SYNC_FILE_RANGE_WRITE)
+        _call("sync_file_range", fd, ctypes.c_longlong(0), ctypes.c_longlong(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def exchange(left: Path, right: Path) -> bool:

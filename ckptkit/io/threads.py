@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from threading import Event, local
 from typing import TypeVar
 
+from ckptkit.io.cores import reading_threads
 from ckptkit.io.crew import Crew
 from ckptkit.io.reading import TensorReader
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 Progress = Callable[[int, int], None]
-
-MOST_THREADS = 16
 
 
 class Readers(local):
@@ -48,7 +46,7 @@ def read_all(
     Raises:
         CkptkitError: What `work` raised.
     """
-    count = threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    count = threads or reading_threads()
     opened: list[TensorReader] = []
     readers, stopped = Readers(opened), Event()
     total, done = sum(map(size, tasks)), 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,12 +23,36 @@ from typing import Any
 import torch
 
 
-def import_megatron() -> None:
-    """Import megatron-core without its warnings about optional packages (Apex, Transformer Engine)."""
-    with warnings.catch_warnings():
+def import_megatron(*, eager: bool = False) -> None:
+    """Import megatron-core without its warnings about optional packages (Apex, Transformer Engine).
+
+    Args:
+        eager: Mark nothing for compilation, for a process that runs on the CPU only: the marks alone load torch's
+            compiler, which takes as long as everything else.
+    """
+    with warnings.catch_warnings(), _nothing_compiled() if eager else contextlib.nullcontext():
         warnings.simplefilter("ignore")
         import megatron.core.models.gpt  # noqa: F401
+    if eager:
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()  # for modules that are imported later
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Make `torch.compile` give back what it gets."""
+    original = torch.compile
+
+    def as_it_is(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else lambda function: function
+
+    torch.compile = as_it_is
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 def local_layer_spec(qk_norm: bool, num_experts: int | None = None) -> Any:
@@ -67,7 +92,7 @@ def runs_on(device: torch.device) -> Iterator[None]:
     fails where there is no driver; so does saving the state of its generator, which activation recomputation does. In
     this context the first answers with the CPU and there is no such state; a CUDA `device` becomes the current one.
     On the CPU what megatron-core marks for compilation runs as it is: where there is a GPU, the compiler of torch does
-    not take the answer.
+    not take the answer. Where that is not loaded, nothing is marked.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -84,7 +109,7 @@ def runs_on(device: torch.device) -> Iterator[None]:
     for module, name, stand_in in replaced:
         setattr(module, name, stand_in)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
             yield
     finally:
         for (module, name, _), original in zip(replaced, originals, strict=True):

@@ -34,6 +34,7 @@ class Pipeline:
         vocab_size: Outputs per token: entries of the vocabulary, the padding after it is cut off; 1 of a value model.
         tokens_per_pass: Upper bound of the tokens in flight, unless one sequence is longer.
         replicated: The modules that run instead of the chunks under data parallelism (`replicas.replicate`), or empty.
+        passed: Called with the number of tokens of a batch that has gone through this rank's part.
     """
 
     chunks: list[CausalModel]
@@ -42,6 +43,7 @@ class Pipeline:
     vocab_size: int
     tokens_per_pass: int = TOKENS_PER_PASS
     replicated: Sequence[Callable[..., torch.Tensor]] = ()
+    passed: Callable[[int], None] = lambda tokens: None
 
     def forward(self, tokens: torch.Tensor, *, replay: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor | None:
         """Logits of every position.
@@ -140,7 +142,9 @@ class Pipeline:
                     logits = parallel.gather_over_tensor_ranks(logits, dim=-1)
             else:
                 parallel.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
-        return None if logits is None else logits[..., : self.vocab_size].cpu()
+        logits = None if logits is None else logits[..., : self.vocab_size].cpu()
+        self.passed(tokens.size(0) * length)
+        return logits
 
     def _run(self, number: int, tokens: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor:
         """One batch through one chunk: [sequence / split, batch, hidden], or logits [batch, sequence, entries / tp]."""

@@ -52,7 +52,8 @@ def provider_of(
     Raises:
         UnsupportedError: Megatron-Bridge has no provider that builds this model.
     """
-    bridge = family.bridge
+    bridges = () if family.bridge is None else family.bridge.all()
+    bridge = next((one for one in bridges if one.when(config)), None)
     if bridge is None:
         raise UnsupportedError(f"none of Megatron-Bridge {VERSION}'s providers is known here for {config.architecture}")
     if problem := _problem(bridge, config, local):
@@ -62,13 +63,13 @@ def provider_of(
         {
             **_set(written(fields_of(config), "provider", config, config.layers[0])),
             "activation_func": ACTIVATIONS[config.activation],
-            **(_attention(bridge, config) if bridge.attention is None else bridge.attention.values(config)),
             **(_experts(grouped) if config.num_experts else {}),
+            **(_attention(bridge, config) if bridge.attention is None else bridge.attention.values(config)),
             **core_grid(grid),
             "expert_tensor_parallel_size": grid.etp,  # None leaves it at the tensor parallel size
             **_vocabulary(config, grid, divisible_by),
             **_dtype(config),
-            **({"transformer_layer_spec": Named(LOCAL_SPEC)} if local else {}),
+            **({"transformer_layer_spec": Named(LOCAL_SPEC)} if local and bridge.attention is None else {}),
         },
     )
 
@@ -178,6 +179,7 @@ _ARGS_OF: Mapping[str, str] = {
     **{field.core: field.args for field in GRID_FIELDS},
     **{name: name for name in _SAME},
     "gated_linear_unit": "gated_linear_unit",
+    "hf_model_id": "hf_model_id",
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "yarn_rotary_scaling_factor": "rotary_scaling_factor",
@@ -237,9 +239,7 @@ def _groups(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own_attention(provider: Provider) -> OwnAttention | None:
     """How a stored provider describes ropes and windows, if it is not like `GPTModelProvider` there."""
-    for bridge in (family.bridge for family in families()):
-        if bridge is None or bridge.attention is None:
-            continue
-        if provider.target == bridge.target or bridge.attention.mark in provider.values:
-            return bridge.attention
-    return None
+    bridges = [one for family in families() if family.bridge is not None for one in family.bridge.all()]
+    own = {one.target: one.attention for one in bridges if one.attention is not None}
+    marked = (one for one in own.values() if one.mark in provider.values and one.lacks not in provider.values)
+    return own.get(provider.target) or next(marked, None)

@@ -26,6 +26,7 @@ _KIND_OF: dict[str, Kind] = {
     "adapter_after": COUNT,
     "adapter_hidden_size": COUNT,
     "make_vocab_size_divisible_by": COUNT,
+    "hf_model_id": NAME,
     "vocab_size": COUNT_OR_ZERO,
 }
 

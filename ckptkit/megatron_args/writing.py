@@ -5,6 +5,7 @@ Names and meanings are those of `megatron/training/arguments.py`; `--use-checkpo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,28 @@ from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import Adapter, ModelConfig
 from ckptkit.tables.spelling import GROUPED
 
+RUN_ARGS: Mapping[str, Any] = {
+    "multi_latent_attention": False,
+    "heterogeneous_layers_config_path": None,
+    "mtp_num_layers": None,
+    "qk_l2_norm": False,
+    "is_hybrid_model": False,
+    "no_persist_layer_norm": False,
+    "bias_swiglu_fusion": True,
+    "bias_gelu_fusion": True,
+    "init_method_xavier_uniform": False,
+    "init_model_with_meta_device": False,
+    "fp8_param_gather": False,
+    "fp16_lm_cross_entropy": False,
+    "overlap_p2p_comm": True,
+    "cp_comm_type": ["p2p"],
+    "config_logger_dir": "",
+}
+"""What Megatron-Bridge takes from `args` where there is no run_config.yaml: the defaults of Megatron-LM's parser.
+
+Source: `mlm_compat` of Megatron-Bridge 0.6.2.
+"""
+
 
 def to_args(
     family: Family,
@@ -22,6 +45,8 @@ def to_args(
     padded_vocab_size: int,
     divisible_by: int,
     experts: str = GROUPED,
+    *,
+    local: bool = False,
 ) -> dict[str, Any]:
     """A model on a grid as plain values.
 
@@ -32,9 +57,12 @@ def to_args(
         padded_vocab_size: Rows of the stored embedding over all ranks.
         divisible_by: `--make-vocab-size-divisible-by`.
         experts: How expert tensors are named, `grouped` or `sequential`.
+        local: Whether layers are those of the local spec, without Transformer Engine.
     """
     return {
         **model_args(family, config),
+        **RUN_ARGS,
+        "transformer_impl": "local" if local else "transformer_engine",
         **_grid_args(grid),
         **({"moe_grouped_gemm": experts == GROUPED} if config.num_experts else {}),
         **({"adapter_first": grid.adapter_first} if config.adapter is not None else {}),

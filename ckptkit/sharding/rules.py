@@ -44,6 +44,19 @@ class Split:
     by_part: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """The shard that `rank` of `size` ranks has of every tensor which a rule splits."""
+
+    split: Split
+    rank: int
+    size: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The shard of `tensor`."""
+        return self.split.cut(tensor, self.rank, self.size)
+
+
 def _share(length: int, size: int, axis: str) -> int:
     if length % size:
         raise UsageError(

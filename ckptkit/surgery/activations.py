@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint
@@ -20,7 +20,12 @@ EMBEDDING_ROWS = 8192
 
 
 def residual_stream(
-    model: Checkpoint, num_layers: int, sequences: Sequence[Sequence[int]], *, device: str = "cpu"
+    model: Checkpoint,
+    num_layers: int,
+    sequences: Sequence[Sequence[int]],
+    *,
+    device: str = "cpu",
+    done: Callable[[int], None] = lambda layers: None,
 ) -> list[torch.Tensor]:
     """The input of layer `num_layers` of a Llama; or the output of its last layer, before the norm.
 
@@ -31,6 +36,7 @@ def residual_stream(
         num_layers: Layers to run.
         sequences: Token ids.
         device: Where the layers run. On the CPU they compute in float32, elsewhere in the checkpoint's own dtype.
+        done: Called with 1 after every layer.
 
     Returns:
         For each sequence fp32 [tokens, width] in host memory.
@@ -58,6 +64,7 @@ def residual_stream(
                 out = layer(states, position_ids=positions, position_embeddings=rotary(states, position_ids=positions))
                 for index, state in zip(batch, out.cpu(), strict=True):
                     streams[index] = state
+            done(1)
         return [stream.float() for stream in streams]
 
 

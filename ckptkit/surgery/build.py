@@ -19,6 +19,7 @@ from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.split_llama import ARCHITECTURE, KINDS, LINEAR, RELU, SPLIT_LLAMA, compose
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.sidecar import Sidecar
+from ckptkit.steps import Tell, nobody
 from ckptkit.surgery.initialisation import FITTED, Request, initialise
 from ckptkit.surgery.matching import differences
 from ckptkit.tables.model_config import ModelConfig
@@ -124,8 +125,8 @@ def build(
         accept_differences: Continue even if settings differ that should match.
         layout: `full`, or `legacy` for the published layout. Loading that needs the directories of both models.
         shard_size: Largest safetensors shard in bytes.
-        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
-            `Execution`.
+        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`, `tell`):
+            see `Execution`.
 
     Raises:
         UsageError: The request cannot work.
@@ -144,11 +145,14 @@ def build(
         )
         notes = _check(recipe, first, last, accept_differences)
         options = Options(layout=layout, shard_size=shard_size)
-        if recipe.init.partition(":")[0] in FITTED:  # which takes long, and is lost if nothing can be written then
+        fits = recipe.init.partition(":")[0] in FITTED
+        if fits:  # which takes long, and is lost if nothing can be written then
             unfitted = replace(recipe, options={**recipe.options, "dry_run": True})
             rehearsed = make_plan(assemble(unfitted, first, last, notes), "hf", options)
             check_destination(rehearsed, [first, last], out, execution)
-        hybrid = assemble(recipe, first, last, notes)
+        fitting = time.monotonic()
+        hybrid = assemble(recipe, first, last, notes, execution.tell)
+        fitted = time.monotonic() - fitting if fits and not execution.dry_run else 0.0
         plan = make_plan(hybrid, "hf", options)
         source = {
             "path": f"{recipe.first} + {recipe.last}",
@@ -159,7 +163,7 @@ def build(
             "recipe": hybrid.sidecar.config[RECIPE],
         }
         target = {"path": str(out), "format": "hf", "grid": str(hybrid.grid)}
-        return carry_out(plan, [first, last], source, target, execution, started)
+        return carry_out(plan, [first, last], source, target, execution, started, fitted)
 
 
 def _check(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, accept: bool) -> list[str]:
@@ -191,7 +195,9 @@ def _check_stated(stated: Mapping[str, Any], last: ModelConfig) -> None:
             raise InputError(f"--config says {key} {value!r}, the models say {known[key]!r}")
 
 
-def assemble(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: list[str]) -> Checkpoint:
+def assemble(
+    recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: list[str], tell: Tell = nobody
+) -> Checkpoint:
     """The split Llama of two opened models as a checkpoint that can be laid out in any format.
 
     Args:
@@ -199,6 +205,7 @@ def assemble(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: li
         first: The narrow model.
         last: The wide one.
         notes: Sentences about the two that a user should read.
+        tell: Told what a fit is at.
 
     Raises:
         UsageError: The adapter cannot be initialised so.
@@ -218,6 +225,7 @@ def assemble(recipe: SplitRecipe, first: Checkpoint, last: Checkpoint, notes: li
         recipe.num_first,
         recipe.num_last,
         recipe.options,
+        tell,
     )
     made = initialise(name, request)
     dtype = DTYPES_BY_TORCH_NAME[last.main_dtype]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UsageError
+from ckptkit.steps import Counted, Step
 from ckptkit.surgery import matrices
 from ckptkit.surgery.calibration import Calibration, read_sequences, split
 from ckptkit.surgery.initialisation import Initialised, Request, realise
@@ -273,8 +274,14 @@ def _run(
 
     used, held = split(sequences)
     layers = (request.num_first, last.config.num_layers - request.num_last)
-    xs, ys = (
-        residual_stream(model, count, [*used, *held], device=device)
-        for model, count in zip((first, last), layers, strict=True)
+    tokens = sum(map(len, sequences))
+    told = (
+        Counted(f"{tokens:,} tokens through the {name} model", count, "layers", request.tell)
+        for name, count in zip(("narrow", "wide"), layers, strict=True)
     )
+    xs, ys = (
+        residual_stream(model, count, [*used, *held], device=device, done=counted.add)
+        for model, count, counted in zip((first, last), layers, told, strict=True)
+    )
+    request.tell(Step("fitting the adapter"))
     return fit(solve, xs, ys, len(held), device)

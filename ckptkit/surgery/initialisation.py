@@ -21,6 +21,7 @@ from ckptkit.errors import InputError, UsageError
 from ckptkit.families.split_llama import LINEAR, RELU
 from ckptkit.formats import safetensors
 from ckptkit.io.reading import hash_tensor, read_tensor
+from ckptkit.steps import Tell, nobody
 from ckptkit.surgery import matrices
 from ckptkit.surgery.matrices import Matrix
 from ckptkit.tensors import Tensor
@@ -60,6 +61,7 @@ class Request:
         num_first: Layers taken from the front of `first`.
         num_last: Layers taken from the end of `last`.
         options: Options of single initialisations: calibration text, device, ...
+        tell: Told what runs where an initialisation takes long.
     """
 
     kind: str
@@ -72,6 +74,7 @@ class Request:
     num_first: int = 0
     num_last: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    tell: Tell = nobody
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.families.split_llama import ARCHITECTURE, FIRST, HALF, LAST, SPLIT_LLAMA, half
+from ckptkit.steps import Tell, nobody
 from ckptkit.surgery.build import ADAPTER, RECIPE
 from ckptkit.surgery.initialisation import FITTED, Request, initialise
 
@@ -42,8 +43,8 @@ def refit(
         init: `lstsq`, `ridge`, `ridge:STRENGTH` or `procrustes`.
         options: `calibration` and the other fields of `Calibration`.
         shard_size: Largest safetensors shard in bytes.
-        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
-            `Execution`.
+        how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`, `tell`):
+            see `Execution`.
 
     Raises:
         UsageError: The request cannot work.
@@ -69,13 +70,17 @@ def refit(
         # The fit takes long, and is lost if nothing can be written then.
         rehearsed = _fitted(split, narrow, wide, init, {**(options or {}), "dry_run": True})
         check_destination(make_plan(rehearsed, "hf", given), read, out, execution)
-        made = rehearsed if execution.dry_run else _fitted(split, narrow, wide, init, dict(options or {}))
+        made = rehearsed
+        fitting = time.monotonic()
+        if not execution.dry_run:
+            made = _fitted(split, narrow, wide, init, dict(options or {}), execution.tell)
+        fitted = time.monotonic() - fitting
         plan = make_plan(made, "hf", given)
         facts = {"family": SPLIT_LLAMA.name, "architecture": ARCHITECTURE}
         source = {"path": str(hybrid), "format": split.format, **facts, "grid": str(split.grid)}
         source["recipe"] = made.sidecar.config[RECIPE]
         target = {"path": str(out), "format": "hf", "grid": str(made.grid)}
-        return carry_out(plan, read, source, target, execution, started)
+        return carry_out(plan, read, source, target, execution, started, fitted)
 
 
 def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> None:
@@ -100,7 +105,14 @@ def _check_half(split: Checkpoint, key: str, model: Checkpoint, option: str) -> 
         raise UnsupportedError(f"{option} is not what this half was made of: {'; '.join(unequal)}", where=model.path)
 
 
-def _fitted(split: Checkpoint, first: Checkpoint, last: Checkpoint, init: str, options: dict[str, Any]) -> Checkpoint:
+def _fitted(
+    split: Checkpoint,
+    first: Checkpoint,
+    last: Checkpoint,
+    init: str,
+    options: dict[str, Any],
+    tell: Tell = nobody,
+) -> Checkpoint:
     """`split` with another adapter, recorded in its config.json."""
     adapter = split.config.adapter
     assert adapter is not None
@@ -114,6 +126,7 @@ def _fitted(split: Checkpoint, first: Checkpoint, last: Checkpoint, init: str, o
         first=first,
         last=last,
         options=options,
+        tell=tell,
         **counts,
     )
     made = initialise(name, request)

@@ -14,8 +14,23 @@ from ckptkit.tensors import Tensor
 
 MAX_LAYERS = 10_000
 MAX_EXPERTS = 10_000
+MAX_EXPERTS_IN_ALL = 1_000_000
+"""Of a model that an adapter is for: its few tensors say nothing about the size of the model."""
 MAX_SIZE = 1 << 53
 """The largest size of anything else, in elements; up to here a number has the same value as a float."""
+
+
+def check_adapted(config: ModelConfig, where: object) -> None:
+    """Checks that the model of an adapter can be listed in bounded time.
+
+    Raises:
+        InputError: It has more experts than any model.
+    """
+    experts = config.num_experts * sum(layer.moe for layer in config.layers)
+    if experts > MAX_EXPERTS_IN_ALL:
+        raise InputError(
+            f"the config has {experts:,} experts in all, at most {MAX_EXPERTS_IN_ALL:,} are read", where=where
+        )
 
 
 def check_counts(config: ModelConfig, tensors: Collection[Tensor], where: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,12 +39,14 @@ class OwnAttention:
         values: Model -> the fields.
         args: All fields of a stored provider -> Megatron-LM's arguments with the same meaning. May raise
             UnsupportedError; raises TypeError, ValueError or KeyError if the fields make no sense.
+        lacks: A field that classes of another family have beside `mark`, or None.
     """
 
     mark: str
     problem: Callable[[ModelConfig, bool], str | None]
     values: Callable[[ModelConfig], dict[str, Any]]
     args: Callable[[Mapping[str, Any]], dict[str, Any]]
+    lacks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class BridgeProvider:
         ropes: Kinds of rotary embeddings that the family's bridge sets.
         with_windows: Further fields that it sets for a model with windows.
         attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
+        when: Model -> whether the class is for it.
+        other: The class for the other models of the family, or None.
     """
 
     target: str = GPT_PROVIDER
@@ -64,3 +68,11 @@ class BridgeProvider:
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     with_windows: Mapping[str, Any] = field(default_factory=dict)
     attention: OwnAttention | None = None
+    when: Callable[[ModelConfig], bool] = lambda config: True
+    other: BridgeProvider | None = None
+
+    def all(self) -> Iterator[BridgeProvider]:
+        """This class and the others of the family."""
+        yield self
+        if self.other is not None:
+            yield from self.other.all()

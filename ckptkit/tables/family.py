@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from ckptkit.dtypes import DType
 from ckptkit.errors import UsageError
 from ckptkit.tables.bridge import BridgeProvider
-from ckptkit.tables.items import Item, number, resolve
+from ckptkit.tables.items import Item, Kind, number
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tables.rows import Buffer, Raw, Replica, Row
 from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
@@ -124,14 +124,15 @@ class Family:
 
     def items(self, config: ModelConfig) -> Iterator[Item]:
         """Every Megatron tensor of a model with this config: those outside of layers, then layer by layer."""
-        for row in self.rows:
+        kind = lru_cache(maxsize=None)(lambda at, layer: Kind(self.rows[at], layer, config))
+        for at, row in enumerate(self.rows):
             if "{i}" not in row.megatron and row.when(config, config.layers[0]):
-                yield resolve(row, config, None, None)
+                yield from kind(at, config.layers[0]).items(None)
         for index, layer in enumerate(config.layers):
-            for row in self.rows:
+            for at, row in enumerate(self.rows):
                 if "{i}" in row.megatron and row.when(config, layer):
-                    for expert in range(config.num_experts) if "{e}" in row.megatron else (None,):
-                        yield resolve(row, config, index, expert)
+                    experts = range(config.num_experts) if "{e}" in row.megatron else (None,)
+                    yield from kind(at, layer).items(index, experts)
 
     def attention_groups(self, config: ModelConfig) -> list[str]:
         """The suffix of `self_attention` in each layer's torch_dist keys; empty where all layers stack together."""
@@ -174,16 +175,24 @@ class Family:
         }
         return {name: number(value, dtype) for name, value in names.items() if name not in present}
 
-    def unfuse(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], str]:
+    def unfuse(
+        self, tensors: Mapping[str, Tensor], config: ModelConfig, items: Collection[Item] = ()
+    ) -> tuple[dict[str, Tensor], str]:
         """Hugging Face tensors under the names of any writer -> canonical names, and the name of the writer's spelling.
+
+        Args:
+            tensors: Everything in the files.
+            config: The model.
+            items: Its items, if they are at hand.
 
         Raises:
             InputError: Stacked experts are missing, or their shape contradicts the config.
         """
-        spelling = self.hf_spelling(tensors, config)
+        items = items or list(self.items(config))
+        spelling = self.hf_spelling(tensors, config, items)
         if spelling.canonical_as_is:
             return dict(tensors), spelling.name
-        shapes = {name: shape for item in self.items(config) for name, shape in item.parts.items()}
+        shapes = {name: shape for item in items for name, shape in item.parts.items()}
         return spelling.split(tensors, shapes, config), spelling.name
 
     def fuse(self, tensors: Mapping[str, Tensor], config: ModelConfig, spelling: str) -> dict[str, Tensor]:
@@ -198,12 +207,21 @@ class Family:
             raise UsageError(f"{self.name} has no spelling {spelling!r}", hint=_names(self.hf_spellings))
         return dict(tensors) if found.canonical_as_is else found.join(tensors, config)
 
-    def hf_spelling(self, names: Collection[str], config: ModelConfig) -> HfSpelling:
-        """The spelling in which most of these Hugging Face names occur."""
+    def hf_spelling(self, names: Collection[str], config: ModelConfig, items: Collection[Item] = ()) -> HfSpelling:
+        """The spelling in which most of these Hugging Face names occur.
+
+        Args:
+            names: The names.
+            config: The model.
+            items: Its items, if they are at hand.
+        """
+        first = self.hf_spellings[0]
         if len(self.hf_spellings) == 1:
-            return self.hf_spellings[0]
-        canonical = [name for item in self.items(config) for name in item.parts]
+            return first
+        canonical = [name for item in items or self.items(config) for name in item.hf]
         present = set(names)
+        if first.canonical_as_is and present.issuperset(canonical):  # no spelling has more names
+            return first
         return max(self.hf_spellings, key=lambda spelling: len(spelling.names(canonical, config) & present))
 
     def spelling(self, name: str, experts: str | None = None, *, text: bool = False) -> Spelling:

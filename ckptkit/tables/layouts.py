@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckptkit.sharding.blocks import Block, in_blocks
 from ckptkit.sharding.rules import COLUMN, GATED_COLUMN, Split
@@ -132,12 +133,19 @@ class SizedLayout:
         """Rows of each part."""
         return [height for _, heights in self.tensors for height in heights]
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every Hugging Face tensor is one part."""
+        return all(len(heights) == 1 for _, heights in self.tensors)
+
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Hugging Face tensors -> the Megatron tensor.
 
         Raises:
             ValueError: They differ in dtype or columns, or their numbers of rows do not fit the layout.
         """
+        if self.plain:
+            return _together(tensors, self.groups)
         pairs = zip(tensors, self.tensors, strict=True)
         return _together(
             [part for tensor, (groups, heights) in pairs for part in _apart(tensor, groups, heights)], self.groups
@@ -173,7 +181,7 @@ def _together(parts: Sequence[Tensor], groups: int) -> Tensor:
     """Cuts each part into `groups` blocks, and puts the blocks together in turns."""
     if len(parts) == 1:
         return parts[0]
-    return vstack(list(_blocks(parts, groups)))
+    return vstack(parts if groups == 1 else list(_blocks(parts, groups)))
 
 
 def _blocks(parts: Iterable[Tensor], groups: int) -> Iterable[Tensor]:

@@ -2,10 +2,13 @@
 
 A module may have an `_extra_state`: an object beside its tensors. It is empty unless the module computes in FP8, but
 strict loading asks for it. In per-rank files only modules of Transformer Engine have one. In a distributed checkpoint
-every parallel linear layer has one, whatever its layer spec.
+every parallel linear layer has one, whatever its layer spec; so has the last norm, which Megatron-Core takes from
+Transformer Engine in every spec, wherever that is installed (but for one way of building models with experts from the
+local spec, where the key is one too many). Attention has none in a distributed checkpoint: its module saves a state
+there only with a learnable softmax, which no convertible model has.
 
 Source: `get_extra_state` of Transformer Engine's modules, and `sharded_state_dict` of Megatron-Core's
-`ColumnParallelLinear`, `RowParallelLinear` and `TransformerLayer`, 0.16.1 and 0.19.2.
+`ColumnParallelLinear`, `RowParallelLinear`, `TEDotProductAttention` and `TransformerLayer`, 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ _WEIGHT = re.compile(r"(.+)\.weight(\d*)")
 _TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2")
 _LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm")
 _QKV, _CORE = "linear_qkv", "core_attention"
-_HYBRID_NORM, _HEAD = "decoder.final_norm", "output_layer"
+_LAST_NORM, _HYBRID_NORM, _HEAD = "decoder.final_layernorm", "decoder.final_norm", "output_layer"
 _NORM_BEFORE_EXPERTS, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 _EXPERTS = re.compile(r"(.+\.mlp)\.experts\..+")
 
@@ -34,7 +37,8 @@ def rank_states(name: str, quirks: MegatronQuirks) -> list[str]:
     """
     module = name.rpartition(".")[0]
     modules = [module] if module.endswith((*_TE_LINEAR, *_NORMS)) and not module.endswith(quirks.plain) else []
-    modules += [_core(module)] if module.endswith(f".self_attention.{_QKV}") else []
+    if module.endswith(f".self_attention.{_QKV}"):
+        modules.append(module.removesuffix(_QKV) + _CORE)
     return [f"{module}.{_STATE}" for module in modules]
 
 
@@ -43,7 +47,7 @@ def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str
 
     Args:
         name: Canonical name of the tensor, or its name in HybridModel.
-        spec: `te`, or another layer spec. Only in `te` norms and attention have a state.
+        spec: `te`, or another layer spec. Only in `te` other norms than the last have a state.
         quirks: The quirks of its family.
     """
     match = _WEIGHT.fullmatch(name)
@@ -54,14 +58,9 @@ def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str
     modules = [module] if last.startswith(_LINEAR) or last in quirks.parallel else []
     if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
         modules.append(module.removesuffix(_HYBRID_NORM) + _HEAD)
-    if spec == "te":
-        modules += [module] if module.endswith(_NORMS) else []
-        modules += [_core(module)] if last == _QKV else []
+    if module.endswith(_NORMS if spec == "te" else (_LAST_NORM, _HYBRID_NORM)):
+        modules.append(module)
     return [f"{module}.{_STATE}{expert}" for module in modules]
-
-
-def _core(module: str) -> str:
-    return module.removesuffix(_QKV) + _CORE
 
 
 def norms_of_local_spec(names: Iterable[str]) -> dict[str, str]:

@@ -17,8 +17,11 @@ from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor, vstack
 
 GROUPED, SEQUENTIAL = "grouped", "sequential"
-_GROUPED_NAME = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
-_SEQUENTIAL_NAME = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_EXPERT_LAYER = (
+    r"(linear_fc[12](?:\.(?:adapter\.(?:adapter_\w+\.)?linear_(?:in|out)|lora_[AB]\.\w+))?)"  # or its adapter
+)
+_GROUPED_NAME = re.compile(rf"\.experts\.{_EXPERT_LAYER}\.weight(\d+)$")
+_SEQUENTIAL_NAME = re.compile(rf"\.experts\.local_experts\.(\d+)\.{_EXPERT_LAYER}\.weight$")
 _NUMBER = re.compile(r"\.\d+(?=\.)|(?<=\.weight)\d+$")
 
 

@@ -7,26 +7,32 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions, options_called
-from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.errors import CkptkitError, UnsupportedError, UsageError
 from ckptkit.formats.hub import locate
+from ckptkit.inspection.hashing import hash_checkpoint
+from ckptkit.io.threads import Progress
 from ckptkit.sharding.stages import split_layers
+from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
-from ckptkit.verification.reports.report import LevelResult, VerificationReport
+from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.reports.results import Check
 from ckptkit.verification.rounding import rounding_of
 from ckptkit.verification.run_options import BACKWARD, LEVELS, STEPS, RunKeywords, RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate
 from ckptkit.verification.training.level import verify_gradients, verify_training
 from ckptkit.verification.weights import check_structure, check_weights
+
+T = TypeVar("T")
 
 OWN_GRID = ("torch", "torch_dist")
 """Formats that say which grid they are for."""
@@ -43,7 +49,10 @@ def verify(
     reference_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     candidate_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
     progress: Callable[[int, int], None] | None = None,
+    tell: Tell = nobody,
     pool: Ranks | None = None,
+    command: str | None = None,
+    hash: bool = False,
     **run: Unpack[RunKeywords],
 ) -> VerificationReport:
     """Verifies a checkpoint against another one; any formats, any grids.
@@ -62,7 +71,10 @@ def verify(
         reference_source: Facts about the reference that it does not record itself.
         candidate_source: Facts about the candidate that it does not record itself.
         progress: Called with (bytes compared, bytes in all) at the weights level.
+        tell: Told what runs at the logits level, and how far it is.
         pool: Ranks to use instead of starting some.
+        command: The command line, for the report.
+        hash: Also give the SHA-256 of both sides' tensors, for which both are read once more.
         run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
             packed, sequence_parallel, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
             grid of its own, which megatron-core then runs.
@@ -76,6 +88,7 @@ def verify(
     if level not in LEVELS:
         raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
     options = RunOptions.of(**run)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
         opened = (
             _open(stack, reference, reference_source, "ref"),
@@ -104,20 +117,26 @@ def verify(
     asked = _Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
     asked.ask("structure", lambda: check_structure(*checkpoints))
     diff = _diff_command(reference, candidate, reference_source, candidate_source)
-    asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff)))
-    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, run))
+    asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff, sides[1].grid)))
+    hashes = _once(lambda: [_hash(*side, progress) for side in opened]) if hash else [None, None]
+    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, tell, run))
     for name, question in (("gradients", verify_gradients), ("training", verify_training)):
-        asked.ask(name, partial(_backwards, question, checkpoints, sides, prompts, tokens, pool, run))
+        asked.ask(name, partial(_backwards, name, question, checkpoints, sides, prompts, tokens, pool, tell, run))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
         levels=asked.answers,
         messages=[*(_messages(sides) if level in LEVELS[2:] else []), *asked.messages],
         sides={
-            "reference": describe(checkpoints[0]),
-            "candidate": describe(checkpoints[1], sides[1].grid),
+            name: describe(checkpoint, side.grid, sha256)
+            for name, checkpoint, side, sha256 in zip(
+                ("reference", "candidate"), checkpoints, sides, hashes, strict=True
+            )
         },
         not_run=asked.not_run,
+        command=command,
+        started=started,
+        versions=installed_versions(),
     )
 
 
@@ -165,7 +184,11 @@ def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str
     if source.hf_reference is not None:
         source = replace(source, hf_reference=str(stack.enter_context(locate(source.hf_reference)).path))
     with options_called(prefix):
-        return open_checkpoint(found, **source.keywords()), replace(source, iteration=None)
+        checkpoint = open_checkpoint(found, **source.keywords())
+    if checkpoint.lora is not None:
+        hint = "`ckptkit diff` compares adapters; `ckptkit adapter merge` makes a model that can be verified"
+        raise UnsupportedError("an adapter is no model that runs", where=path, hint=hint)
+    return checkpoint, replace(source, iteration=None)
 
 
 def _sides(
@@ -200,11 +223,19 @@ def _diff_command(
     return shlex.join(["ckptkit", "diff", str(reference), str(candidate), *words])
 
 
+def _hash(checkpoint: Checkpoint, source: SourceOptions, progress: Progress | None) -> str | None:
+    """SHA-256 of a side's tensors, as `ckptkit hash --only tensors` prints it last."""
+    return hash_checkpoint(checkpoint.path, only="tensors", progress=progress, **source.keywords()).model
+
+
+def _once(task: Callable[[], T]) -> T:
+    """The result (JSON types) of one of the processes that torchrun started: they would all read the same."""
+    return TorchrunRanks().once(task) if inside_torchrun() else task()
+
+
 def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
-    """The answer, found by one of the processes that torchrun started: they would all read the same."""
-    if not inside_torchrun():
-        return question()
-    answer = TorchrunRanks().once(lambda: asdict(question()))
+    """The answer, found by one of the processes that torchrun started."""
+    answer = _once(lambda: asdict(question()))
     return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
 
 
@@ -236,12 +267,13 @@ def _logits(
     prompts: Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
     pool: Ranks | None,
+    tell: Tell,
     run: RunKeywords,
 ) -> LevelResult:
     tokenizer = _tokenizer(checkpoints) if prompts else None
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
-    report = verify_logits(*sides, tokens=tokens, pool=pool, **run)
+    report = verify_logits(*sides, tokens=tokens, pool=pool, tell=tell, **run)
     answer = report.level()
     if tokenizer is not None and report.greedy is not None:
         texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]
@@ -252,17 +284,20 @@ def _logits(
 
 
 def _backwards(
+    level: str,
     question: Callable[..., LevelResult],
     checkpoints: tuple[Checkpoint, Checkpoint],
     sides: tuple[Side, Side],
     prompts: Sequence[str] | None,
     tokens: Sequence[Sequence[int]] | None,
     pool: Ranks | None,
+    tell: Tell,
     run: RunKeywords,
 ) -> LevelResult:
     if prompts:
         tokenizer = _tokenizer(checkpoints)
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    tell(Step(f"the level {level}"))
     return question(*sides, tokens=tokens, pool=pool, **run)
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Unpack
 
+from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.judging import Judgement, Pair, Runs, find_place, judge, run_both
 from ckptkit.verification.passes import Passes
 from ckptkit.verification.ranks.jobs import OPENER
@@ -35,6 +36,7 @@ def verify_logits(
     greedy: int = GREEDY_STEPS,
     pool: Ranks | None = None,
     opener: str = OPENER,
+    tell: Tell = nobody,
     **run: Unpack[RunKeywords],
 ) -> LogitsReport:
     """Runs two checkpoints over the same tokens and compares their logits at every position.
@@ -55,6 +57,7 @@ def verify_logits(
         greedy: Tokens of the greedy continuation.
         pool: Ranks to use; None starts as many as needed.
         opener: The function that opens a Megatron checkpoint, as `module:function`; ranks import it.
+        tell: Told what runs, and how far it is.
         run: How the sides run: the fields of `RunOptions`.
 
     Raises:
@@ -75,11 +78,12 @@ def verify_logits(
     rows = rows_of(tokens, vocabularies[0])
     steps = 0 if pair.reference.value_head or pair.candidate.value_head else greedy
     with ExitStack() as stack:
-        ranks = pool or stack.enter_context(own_ranks(pair, options.dp))
+        ranks = pool or stack.enter_context(own_ranks(pair, options))
         folder = Path(ranks.once(lambda: tempfile.mkdtemp(prefix="ckptkit-verify-")))
         stack.callback(_remove, ranks, folder)
-        passes = Passes(ranks, folder, opener)
+        passes = Passes(ranks, folder, opener, tell)
         runs = run_both(passes, pair, rows, options, steps)
+        tell(Step("comparing the logits"))
         judgement = judge(runs, options, steps)
         location, messages = None, _notes(pair, runs, options)
         if not judgement.passed:
@@ -104,14 +108,14 @@ def rows_of(tokens: Tokens, vocab_size: int, default: int = 2) -> list[list[int]
     return rows
 
 
-def own_ranks(pair: Pair, replicas: int) -> AbstractContextManager[Ranks]:
+def own_ranks(pair: Pair, options: RunOptions) -> AbstractContextManager[Ranks]:
     """The processes that are there, or a pool for the larger grid, which starts while transformers runs its side."""
     if inside_torchrun():
         return nullcontext(TorchrunRanks())
     sides = (pair.reference, pair.candidate)
-    pool = RankPool(max(side.grid.world_size for side in sides) * replicas)
+    pool = RankPool(max(side.grid.world_size for side in sides) * options.dp)
     if any(side.side.kind == MEGATRON for side in sides):
-        pool.begin()
+        pool.begin(options.device)
     return pool
 
 

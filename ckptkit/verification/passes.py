@@ -7,12 +7,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.ranks.what_ran import Seen, check_ran
 from ckptkit.verification.run_options import EXACT, RunOptions
 from ckptkit.verification.runs import Run
 from ckptkit.verification.sides import HF, OpenedSide
+
+_SIDES = {
+    "reference": "reference",
+    "low_reference": "reference",
+    "candidate": "candidate",
+    "probe_reference": "reference",
+    "probe_candidate": "candidate",
+}
+"""Name of a pass -> the side that runs."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +33,13 @@ class Passes:
         ranks: The processes.
         folder: Where the files go.
         opener: The function that opens a Megatron checkpoint, as `module:function`.
+        tell: Told what runs.
     """
 
     ranks: Ranks
     folder: Path
     opener: str
+    tell: Tell = nobody
 
     def run(
         self,
@@ -46,7 +58,7 @@ class Passes:
         Args:
             opened: The side.
             rows: Token ids.
-            name: Name of its files.
+            name: Name of its files: `reference`, `low_reference`, `candidate`, `probe_reference` or `probe_candidate`.
             options: How it runs.
             greedy: Tokens to append to every row.
             whole_layers: Keep hidden states between layers only, not within them.
@@ -73,20 +85,26 @@ class Passes:
             opening=opened.side.opening,
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
         )
-        return self._run_hf(job) if hf else self._run_megatron(job)
+        where = "transformers" if hf else f"{job.world_size} rank{'s' if job.world_size > 1 else ''}"
+        title = f"{_SIDES[name]} ({where}, {options.dtype})"
 
-    def _run_hf(self, job: LogitsJob) -> Run:
+        def tell(step: Step) -> None:
+            self.tell(replace(step, what=f"{title}: {step.what}"))
+
+        return self._run_hf(job, tell) if hf else self._run_megatron(job, tell)
+
+    def _run_hf(self, job: LogitsJob, tell: Tell) -> Run:
         from ckptkit.verification.reference import run_reference
 
         def task() -> dict[str, Any]:
-            return {key: value for key, value in asdict(run_reference(job)).items() if key not in job.files}
+            return {key: value for key, value in asdict(run_reference(job, tell)).items() if key not in job.files}
 
         run = Run(**job.files, **self.ranks.once(task))
         # Not every model has a second implementation of attention.
         return run if run.again is None or run.again.is_file() else replace(run, again=None)
 
-    def _run_megatron(self, job: LogitsJob) -> Run:
-        answers = self.ranks.run(job)
+    def _run_megatron(self, job: LogitsJob, tell: Tell) -> Run:
+        answers = self.ranks.run(job, tell)
         run = Run(**job.files, **answers[0])
         for answer in answers[1:]:
             run.seen.extend(answer["seen"])

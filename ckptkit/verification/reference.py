@@ -17,10 +17,11 @@ from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.gemma4 import GEMMA4_TEXT
 from ckptkit.families.split_llama import ARCHITECTURE, AUTO_MAP
 from ckptkit.formats.json_files import read_json
+from ckptkit.steps import Counted, Step, Tell, nobody
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.rounding import round_model
-from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes
+from ckptkit.verification.runs import Run, run_by_length, save_logits, save_probes, tokens_to_run
 
 if TYPE_CHECKING:
     import torch
@@ -35,26 +36,28 @@ TOKENS_PER_PASS = 8192
 """Tokens that go through the model at a time; at least one sequence."""
 
 
-def run_reference(job: LogitsJob) -> Run:
+def run_reference(job: LogitsJob, tell: Tell = nobody) -> Run:
     """Run a Hugging Face directory over the tokens.
 
     Args:
         job: The tokens to run and the results to keep; it has no grid here.
+        tell: Told what it is at.
 
     Raises:
         InputError: The directory is damaged, or weights are missing, unexpected or mis-shaped.
         UnsupportedError: This transformers has no such class, or its routing cannot be replayed.
         VerificationError: There is no memory for it, or the device failed.
     """
-    return Run(**with_model(job, lambda model: _ReferenceRun(model, job).run()))
+    return Run(**with_model(job, lambda model: _ReferenceRun(model, job, tell).run(), tell))
 
 
-def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell = nobody) -> dict[str, Any]:
     """Loads the model of a job, rounded as it says, and does something with it.
 
     Args:
         job: The checkpoint, and how it runs.
         run: Gets the model, and returns fields of an answer.
+        tell: Told what it is at.
 
     Returns:
         These fields, with `versions` and `seconds`.
@@ -62,11 +65,14 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]]) -> dict[str
     Raises:
         CkptkitError: As `load_model`, or it could not be run.
     """
+    start = time.monotonic()
+    tell(Step("importing transformers"))
     import torch
+    import transformers  # noqa: F401
 
     from ckptkit.verification.double_precision import double_precision
 
-    start = time.monotonic()
+    tell(Step("loading"))
     model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
     if job.rounded:
         round_model(model, job.rounded, job.checkpoint)
@@ -170,11 +176,12 @@ def architecture_of(path: Path) -> str:
 class _ReferenceRun:
     """A loaded model and what to keep of a run."""
 
-    def __init__(self, model: Any, job: LogitsJob) -> None:
+    def __init__(self, model: Any, job: LogitsJob, tell: Tell) -> None:
         from ckptkit.verification.probes import Recorder, hf_sites
         from ckptkit.verification.routing import Record, hf_routers, read_experts
 
         self.model, self.job = model, job
+        self.counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=bool(job.again)), "tokens", tell)
         self.recorder = Recorder(hf_sites(model) if job.probes else {}, job.whole_layers)
         self.record = Record()
         self.routers = hf_routers(model) if job.routing or job.replay else {}
@@ -238,6 +245,7 @@ class _ReferenceRun:
             batch = tokens[first : first + rows].to(self.model.device)
             with around(batch, first):
                 parts.append(_outputs(self.model, batch).float().cpu())
+            self.counted.add(batch.numel())
         return torch.cat(parts)
 
     def _continue(self, tokens: torch.Tensor, steps: int) -> torch.Tensor:

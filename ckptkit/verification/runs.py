@@ -72,6 +72,18 @@ def run_by_length(
     return extended, groups
 
 
+def tokens_to_run(rows: Sequence[Sequence[int]], greedy: int, *, again: bool = False) -> int:
+    """Tokens that go through a model in `run_by_length`.
+
+    Args:
+        rows: Token ids.
+        greedy: Tokens that `extend` appends to each row, one by one.
+        again: Whether the rows run once more, with their continuation.
+    """
+    passes = sum(len(row) * (greedy + 1) for row in rows) + len(rows) * greedy * (greedy + 1) // 2
+    return passes + again * sum(len(row) + greedy for row in rows)
+
+
 def save_logits(path: str | Path, groups: Mapping[int, torch.Tensor]) -> None:
     """Write logits, fp32 [rows, length, vocabulary] for each length."""
     from safetensors.torch import save_file

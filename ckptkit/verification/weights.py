@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
@@ -12,12 +13,16 @@ from ckptkit.inspection.values import Gap, gap
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import difference, hash_file, in_step
 from ckptkit.io.threads import Progress, Readers, read_all
+from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
+from ckptkit.verification.guilt import guilty_ranks
 from ckptkit.verification.reports.report import LevelResult
-from ckptkit.verification.reports.results import Check
+from ckptkit.verification.reports.results import Check, TensorDifference
 
 NAMED = 5
 """How many of the worst tensors a message names."""
+LISTED = 50
+"""How many of them the details list, with the ranks that hold the difference."""
 _SIDES = ("the reference", "the candidate")
 _TOKENIZER = (
     "tokenizer",
@@ -135,7 +140,11 @@ def _difference(readers: Readers, comparison: Comparison) -> list[_Gap]:
 
 
 def check_weights(
-    reference: Checkpoint, candidate: Checkpoint, progress: Progress | None = None, diff: str = "ckptkit diff"
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    progress: Progress | None = None,
+    diff: str = "ckptkit diff",
+    grid: Parallelism | None = None,
 ) -> LevelResult:
     """Every byte that the model uses equal after translation, streamed; replicated shards and tied copies equal too.
 
@@ -146,6 +155,7 @@ def check_weights(
         candidate: The side in question.
         progress: Called with (bytes compared, bytes in all).
         diff: The command that shows every difference of the two.
+        grid: The grid of the ranks that are blamed for a difference; the candidate's own by default.
     """
     replicas = [*reference.comparisons, *candidate.comparisons]
     keys = [key for key in reference.tensors if _alike(reference, candidate, key)]
@@ -178,6 +188,7 @@ def check_weights(
         "tensors": len(reference.tensors),
         "casts": casts,
         "problems": problems[:20],
+        "differences": _differences(reference, candidate, differ, grid or candidate.grid),
         "messages": _worst(differ, diff),
     }
     unequal = [str(gap) for gap in differ] + problems[len(apart) + len(differ) :]
@@ -199,12 +210,31 @@ def _casts(reference: Checkpoint, candidate: Checkpoint, keys: Sequence[str]) ->
     return sorted(f"{source} -> {target}" for source, target in pairs if source != target)
 
 
+def _differences(
+    reference: Checkpoint, candidate: Checkpoint, gaps: Sequence[_Gap], grid: Parallelism
+) -> list[dict[str, Any]]:
+    """The tensors that differ most, as JSON types, and the ranks that hold the difference."""
+    found = []
+    for one in _by_size(gaps)[:LISTED]:
+        key = one.what.partition(" (")[0]
+        known = key in candidate.items  # an extra is on no rank
+        layer = candidate.items[key].layer if known else None
+        ranks = guilty_ranks(reference, candidate, key, grid) if known else []
+        found.append(TensorDifference(one.what, layer, one.differing or 0, one.elements, one.largest, ranks))
+    return [asdict(difference) for difference in found]
+
+
+def _by_size(gaps: Sequence[_Gap]) -> list[_Gap]:
+    """Those that were counted, the largest difference first."""
+    counted = [gap for gap in gaps if gap.differing is not None]
+    return sorted(counted, key=lambda gap: (-gap.largest, -(gap.differing or 0) / max(gap.elements, 1)))
+
+
 def _worst(gaps: Sequence[_Gap], diff: str) -> list[str]:
     """How much differs in all, the tensors that differ most, and how to see the rest."""
-    counted = [gap for gap in gaps if gap.differing is not None]
+    worst = counted = _by_size(gaps)
     if not counted:
         return []
-    worst = sorted(counted, key=lambda gap: gap.largest, reverse=True)
     named = ", ".join(f"{gap.what} (by {gap.largest:.3g})" for gap in worst[:NAMED])
     rest = f" and {len(worst) - NAMED} more" if len(worst) > NAMED else ""
     differing, elements = sum(gap.differing or 0 for gap in counted), sum(gap.elements for gap in counted)

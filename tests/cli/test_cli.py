@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,8 +32,10 @@ from ckptkit.errors import (
 from ckptkit.inspection import summary
 from ckptkit.inspection.summary import Inspection
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.steps import Step
 from ckptkit.verification import levels
 from ckptkit.verification.reports.report import LevelResult, VerificationReport
+from ckptkit.verification.reports.results import Check
 from fixtures.make_damaged import SOUND
 
 RESULT = ConversionResult(
@@ -73,6 +76,8 @@ INSPECTION = Inspection(
     dtypes={"BF16": 269_030_016},
     roles=[{"role": "embedding", "tensors": 1, "parameters": 28_311_552, "bytes": 56_623_104}],
     optimizer={"tensors": 2, "nbytes": 512},
+    megatron_flags=None,
+    inexpressible=[],
     notes=[],
 )
 SAME = VerificationReport("a", "b", [LevelResult("weights", True, "5 bytes equal")])
@@ -93,6 +98,11 @@ class Callee:
         if self.error is not None:
             raise self.error
         return self.result
+
+    def told(self) -> None:
+        """Checks, and takes off, what the function is to call while it works."""
+        self.options.pop("progress")(1, 2)
+        self.options.pop("tell")(Step("loading"))
 
 
 @pytest.fixture
@@ -133,6 +143,9 @@ def test_defaults_of_convert(convert):
         "head": None,
         "head_init": None,
         "megatron_model": "gpt",
+        "adapter_layout": None,
+        "lora_alpha": None,
+        "lossy": False,
         "dry_run": False,
         "overwrite": False,
         "resume": False,
@@ -150,6 +163,7 @@ def test_every_option_of_convert_arrives(convert):
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
         " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
+        " --adapter-layout peft --lora-alpha 16 --lossy"
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {
@@ -169,6 +183,9 @@ def test_every_option_of_convert_arrives(convert):
         "head": "value",
         "head_init": "normal",
         "megatron_model": "hybrid",
+        "adapter_layout": "peft",
+        "lora_alpha": 16.0,
+        "lossy": True,
         "dry_run": True,
         "overwrite": True,
         "resume": True,
@@ -233,6 +250,12 @@ def test_a_finished_conversion_and_its_hashes(convert):
     text = run("convert", "a", "b", "--to", "torch", "--hash").stdout
     assert "Wrote 45.3 MB in 0.50 s (90.6 MB/s)" in text
     assert "ab" * 32 in text
+
+
+def test_the_time_of_a_fit_is_no_copying_rate(convert):
+    convert.result = replace(RESULT, dry_run=False, seconds=60.5, seconds_fitting=60.0)
+    text = run("convert", "a", "b", "--to", "torch").stdout
+    assert "Fitted the adapter in 60.00 s. Wrote 45.3 MB in 0.50 s (90.6 MB/s)." in text
 
 
 def test_convert_as_json(convert):
@@ -349,6 +372,7 @@ def test_verify_passes_and_differs(verify):
     result = run("verify", "a", "b")
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "same"
     assert verify.arguments == ("a", "b")
+    verify.told()
     assert verify.options == {
         "level": "logits",
         "device": "cpu",
@@ -375,7 +399,8 @@ def test_verify_passes_and_differs(verify):
         "keep_going": False,
         "reference_source": SourceOptions(),
         "candidate_source": SourceOptions(),
-        "progress": None,
+        "command": "ckptkit verify a b",
+        "hash": False,
     }
     verify.result = DIFFERS
     result = run("verify", "a", "b", "--json", "-")
@@ -389,13 +414,15 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
     how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
     how += " --recompute --capacity 4096 --train-steps 3 --optimizer sgd --lr 0.5 --train-only *a*"
     how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
-    result = run(*line.split(), *how.split(), "--prompt", "one", "--prompt", "two")
+    arguments = [*line.split(), *how.split(), "--hash", "--prompt", "one", "--prompt", "two three"]
+    result = run(*arguments)
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "same"
+    verify.told()
     assert verify.options == {
         "level": "weights",
         "device": "cuda",
         "dtype": "bfloat16",
-        "prompts": ["one", "two"],
+        "prompts": ["one", "two three"],
         "tokens": None,
         "tolerance": 1e-4,
         "replay": True,
@@ -417,7 +444,8 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "keep_going": True,
         "reference_source": SourceOptions("r", 3),
         "candidate_source": SourceOptions(None, 4, StatedGrid(2), 9),
-        "progress": None,
+        "command": shlex.join(["ckptkit", *arguments]),
+        "hash": True,
     }
     assert json.loads(report.read_text()) == SAME.to_dict()
 
@@ -452,6 +480,32 @@ def test_a_failed_verification_run_is_in_the_json_file(verify, tmp_path):
     result = run("verify", "a", "b", "--json", str(report))
     assert (result.exit_code, result.stdout) == (6, "")
     assert json.loads(report.read_text())["error"]["kind"] == "verification"
+
+
+def test_markdown_on_stdout_is_alone_there(verify, tmp_path):
+    verify.result = DIFFERS
+    report = tmp_path / "report.json"
+    result = run("verify", "a", "b", "--markdown", "-", "--json", str(report))
+    assert result.exit_code == 1
+    assert result.stdout.startswith("## ") and result.stdout.count("The models differ") == 1
+    assert "differs\n" not in result.stdout and json.loads(report.read_text()) == DIFFERS.to_dict()
+    verify.error = VerificationError("a rank died")
+    assert "could not be run" in run("verify", "a", "b", "--markdown", "-").stdout
+    verify.arguments = ()
+    assert run("verify", "a", "b", "--markdown", "-", "--json", "-").exit_code == 2
+    assert verify.arguments == ()
+
+
+def test_failed_checks_are_annotations_in_github_actions(verify, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert "::error" not in run("verify", "a", "b").stderr
+    level = LevelResult("weights", False, "", {"messages": ["100 %"]}, [Check("bytes", False, "a, b")])
+    verify.result = VerificationReport("a", "b", [level])
+    result = run("verify", "a", "b", "--json", "-")
+    assert result.stderr.splitlines() == ["::error title=ckptkit verify%3A weights::a, b%0A100 %25"]
+    assert json.loads(result.stdout)["verdict"] == "differs"
+    verify.error = VerificationError("a rank died")
+    assert "::error title=ckptkit::a rank died" in run("verify", "a", "b").stderr.splitlines()
 
 
 def test_under_torchrun_only_rank_zero_reports(verify, monkeypatch):

@@ -94,11 +94,13 @@ def test_options_of_a_command_stand_under_headings(command: str, headings: list[
 
 
 def test_choices_are_those_of_the_modules_that_use_them() -> None:
-    from ckptkit.conversion.targets import NAMES
+    from ckptkit.adapters.commands import PRECISIONS
+    from ckptkit.conversion.targets import ADAPTER_NAMES, NAMES
     from ckptkit.inspection.hashing import PARTS
     from ckptkit.tables.spelling import GROUPED, SEQUENTIAL
 
-    assert (choices.FORMATS, choices.HASHED) == (NAMES, PARTS)
+    assert (choices.MODEL_FORMATS, choices.HASHED) == (NAMES, PARTS)
+    assert (*NAMES, *ADAPTER_NAMES) == choices.FORMATS and choices.PRECISIONS == PRECISIONS
     assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL}
 
 
@@ -110,7 +112,10 @@ def test_options_of_verify_are_the_fields_of_run_options() -> None:
 def test_options_of_execution_are_those_of_the_conversion() -> None:
     from ckptkit.conversion.execution import Execution as Carried
 
-    assert {field.name for field in fields(Execution)} == {field.name for field in fields(Carried)} - {"progress"}
+    assert {field.name for field in fields(Execution)} == {field.name for field in fields(Carried)} - {
+        "progress",
+        "tell",
+    }
 
 
 def test_grids_and_sources_keep_every_size() -> None:

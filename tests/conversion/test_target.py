@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "make_vocab_size_divisible_by": 64,
     "megatron_model": "hybrid",
     "shard_size": 1000,
+    "adapter_layout": "canonical",
 }
 """A value besides the default, for each option that not all formats take."""
 

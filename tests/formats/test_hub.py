@@ -102,16 +102,18 @@ def hub(model: Path) -> Iterator[type[Hub]]:
     server.server_close()
 
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+
+
+def variables_of(hub: Any, tmp_path: Path) -> dict[str, str | None]:
+    """The environment in which the command asks this hub; None removes a variable."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+    return {**settings, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **dict.fromkeys(PROXIES)}
+
+
 def ckptkit(hub: Any, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
-    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        environment.pop(proxy, None)
+    changes = variables_of(hub, tmp_path)
+    environment = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
     command = [sys.executable, "-m", "ckptkit", *arguments]
     return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=120)
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fixtures.make_damaged import SOUND
-from tests.formats.test_hub import COMMIT, REPOSITORY, Hub, ckptkit
+from tests.bounded_command import Ended, run_bounded
+from tests.formats.test_hub import COMMIT, REPOSITORY, Hub, variables_of
 from tests.models import files_of
 
 
@@ -169,13 +170,18 @@ def hub() -> Iterator[type[OddHub]]:
     server.server_close()
 
 
+def ckptkit(hub: Any, tmp_path: Path, *arguments: str) -> Ended:
+    (said := tmp_path / "said").mkdir()
+    return run_bounded(said, *arguments, environment=variables_of(hub, tmp_path))
+
+
 def refused(hub: Any, tmp_path: Path, code: int, message: str, *options: str) -> None:
     result = ckptkit(hub, tmp_path, "convert", REPOSITORY, str(tmp_path / "out"), "--to", "torch", *options)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == code, result.stderr[-600:]
+    assert result.code == code, result.stderr[-600:]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.stderr, result.stderr[-600:]
     assert len(lines[0]) < 600
-    outside = [file for file in files_of(tmp_path) if not file.startswith("cache/")]
+    outside = [file for file in files_of(tmp_path) if not file.startswith(("cache/", "said/"))]
     assert outside == []
 
 
@@ -208,7 +214,7 @@ def test_an_index_that_names_files_above(hub: Any, tmp_path: Path) -> None:
 def test_a_sound_hub_is_believed(hub: Any, tmp_path: Path) -> None:
     hub.odd = lambda hub, path: False
     result = ckptkit(hub, tmp_path, "convert", REPOSITORY, str(tmp_path / "out"), "--to", "hf")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert files_of(tmp_path / "out") == files_of(SOUND / "hf")
 
 
@@ -217,5 +223,5 @@ def test_a_missing_folder_is_named_before_the_hub_is_blamed(hub: Any, tmp_path: 
     """A path with one slash looks like a model of the hub."""
     hub.url = "http://127.0.0.1:9"
     result = ckptkit(hub, tmp_path, "inspect", reference)
-    assert result.returncode in (3, 5)
+    assert result.code in (3, 5)
     assert result.stderr.startswith(f"error: {reference}: no such local path, and the hub did not answer")

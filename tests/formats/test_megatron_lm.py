@@ -6,6 +6,7 @@ CPU, the question for the GPU's architecture is answered with one, and nothing e
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,10 @@ pytest.importorskip("torch")
 pytest.importorskip("megatron.training", reason="the wheel of megatron-core 0.16.1 has no megatron.training")
 pytestmark = pytest.mark.gpu
 
-STRICT, USUAL = "raise_all", "assume_ok_unexpected"
+TE = importlib.util.find_spec("transformer_engine") is not None
+STRICT, USUAL = "raise_all" if TE else "raise_unexpected", "assume_ok_unexpected"
+"""Without Transformer Engine, `raise_all` sees one key too many: the state of the last norm."""
+
 FROM_CHECKPOINT = {"use_checkpoint_args": True}
 
 
@@ -37,7 +41,8 @@ def cases() -> list[tuple[Job, str, Parallelism, str]]:
     found = []
     grids = {"qwen3": (2, 2, 1), "qwen3_tied": (1, 2, 1), "qwen3_moe": (2, 1, 2)}
     for model, (tp, pp, ep) in grids.items():
-        one, grid = Job("megatron_lm", "", model), Job("megatron_lm", "", model, tp=tp, pp=pp, ep=ep)
+        one = Job("megatron_lm", "", model, strict=STRICT)
+        grid = replace(one, tp=tp, pp=pp, ep=ep)
         for metadata in ({}, FROM_CHECKPOINT):
             for job in (replace(one, metadata=metadata), replace(grid, metadata=metadata)):
                 own = Parallelism(job.tp, job.pp, ep=job.ep)
@@ -63,6 +68,6 @@ def test_a_checkpoint_of_another_model_is_refused(megatron_ranks: RankProcesses,
     """What passes above could fail: the weights of another model, and arguments that contradict the command line."""
     source = save_hf(tmp_path / "hf", "qwen3_tied")
     convert(source, tmp_path / "megatron", to="torch_dist", spec="local", make_vocab_size_divisible_by=DIVISIBLE_BY)
-    job = Job("megatron_lm", str(tmp_path / "megatron"), "qwen3")
+    job = Job("megatron_lm", str(tmp_path / "megatron"), "qwen3", strict=STRICT)
     (problem,) = run(megatron_ranks, [job])
     assert "output_layer.weight" in problem

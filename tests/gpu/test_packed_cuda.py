@@ -74,6 +74,7 @@ def test_packed_rows(
     assert report.passed, logits.summary
 
 
+@pytest.mark.te  # where there are two GPUs, FSDP2 runs, too
 @pytest.mark.parametrize("by", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
     ("kind", "grid"),

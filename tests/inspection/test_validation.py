@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[str, Damage, str, str]] = {
         "torch_dist",
         lambda p: os.truncate(p / "release" / "__0_0.distcp", 5000),
         "files",
-        "__0_0.distcp: bytes .* are wanted, the file has 5,000.*and 13 more in it",
+        "__0_0.distcp: bytes .* are wanted, the file has 5,000.*and 11 more in it",
     ),
     "sizes": ("hf", edit_json("config.json", intermediate_size=145), "tensors", r"the config says \[145, 96\]"),
     "index": (

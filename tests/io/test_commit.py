@@ -21,7 +21,8 @@ from ckptkit.errors import CkptkitError, InputError, StorageError, UsageError
 from ckptkit.io import commit, faults, system
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
-from ckptkit.io.plan import OutputFile, Plan, Segment
+from ckptkit.io.plan import OutputFile, Plan
+from ckptkit.io.segments import Segment
 from ckptkit.io.source import Seen
 from ckptkit.tensors import Tensor
 
@@ -652,12 +653,12 @@ class TestSystem:
     def test_writeback_is_only_a_hint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         called: list[tuple[object, ...]] = []
         with open(tmp_path / "f", "wb") as file:
-            system.start_writeback(file.fileno(), 0, 10)
-        system.start_writeback(-1, 0, 10)
+            system.start_writeback(file.fileno())
+        system.start_writeback(-1)
         monkeypatch.setattr(system, "_call", lambda *arguments: called.append(arguments))
-        system.start_writeback(3, 5, 7)
+        system.start_writeback(3)
         name, fd, offset, size, _ = called[0]
-        assert (name, fd, offset.value, size.value) == ("sync_file_range", 3, 5, 7)  # type: ignore[attr-defined]
+        assert (name, fd, offset.value, size.value) == ("sync_file_range", 3, 0, 0)  # type: ignore[attr-defined]
 
     def test_unknown_call(self) -> None:
         assert not system._call("no_such_function")

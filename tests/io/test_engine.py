@@ -21,8 +21,9 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, StorageError, UnsupportedError
 from ckptkit.io import engine, faults
 from ckptkit.io.engine import MEMORY_LIMIT, compare, hash_tensor, read_tensor, run
-from ckptkit.io.plan import Checksum, Comparison, OutputFile, Plan, Segment, literal
+from ckptkit.io.plan import Comparison, OutputFile, Plan, literal
 from ckptkit.io.schedule import Limits, Schedule, tensor_units
+from ckptkit.io.segments import Checksum, Segment
 from ckptkit.tensors import Tensor, hstack, vstack
 from tests.test_tensors import FILE, Pair, pairs
 
@@ -149,6 +150,8 @@ def test_checksums(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
         content[start - 8 : start] = zlib.crc32(content[start:stop]).to_bytes(4, "little") * 2
     plan = Plan((OutputFile("f", len(content), tuple(segments), checksums),))
     assert written(plan, tmp_path_factory.mktemp("out"), threads=threads, limits=limits)["f"] == content
+    hashes = run(plan, tmp_path_factory.mktemp("out"), threads=threads, limits=limits, hash=True).hashes
+    assert hashes == {"f": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -229,6 +232,16 @@ class TestUnits:
         file = OutputFile("o", 5000, tuple(Segment(10 * i, tensor) for i, tensor in enumerate(tensors)))
         schedule = Schedule([file], [0], Limits())
         assert [unit.size for unit in iter(lambda: schedule.next(0), None)] == [5000]
+
+    def test_a_file_has_few_workers(self) -> None:
+        """Writers to one file wait for each other, so workers go to other files, and what is too much gets nothing."""
+        files = [OutputFile(name, 40 << 20, (Segment(0, Tensor.full(U8, (40, 1 << 20))),)) for name in "ab"]
+        schedule = Schedule(files, [0, 1], Limits())
+        units = [schedule.next(worker) for worker in range(8)]
+        assert [unit and unit.writes[0].file for unit in units] == [0, 1, 0, 1, 0, 1, None, None]
+        rest = [list(iter(lambda: schedule.next(worker), None)) for worker in range(8)]  # noqa: B023
+        assert sum(unit.size for units in (units, *rest) for unit in units if unit) == 80 << 20
+        assert schedule.next(7) is None
 
 
 class TestComparisons:
@@ -380,7 +393,8 @@ class TestFaults:
         assert threading.active_count() == before
 
 
-def test_memory_does_not_grow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [4, 40])
+def test_memory_does_not_grow(tmp_path: Path, threads: int) -> None:
     """Peak of anonymous memory while 192 MiB pass, most of it rearranged and cast."""
     size = 64 << 20
     with open(tmp_path / "big", "wb") as file:
@@ -394,7 +408,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         nonlocal peak
         peak = max(peak, anonymous())
 
-    engine.run(plan, tmp_path / "out", threads=4, progress=sample)
+    engine.run(plan, tmp_path / "out", threads=threads, progress=sample, hash=True)
     assert peak - before < MEMORY_LIMIT
 
 

@@ -17,7 +17,8 @@ from ckptkit.io import faults
 from ckptkit.io.commit import Destination
 from ckptkit.io.engine import run
 from ckptkit.io.leftovers import strangers
-from ckptkit.io.plan import OutputFile, Plan, Segment
+from ckptkit.io.plan import OutputFile, Plan
+from ckptkit.io.segments import Segment
 from ckptkit.io.source import MOST_SAMPLES, Fingerprint, TouchedError, fingerprints, sample_of
 from ckptkit.tensors import Tensor
 from tests.io.test_commit import contents, in_child

@@ -12,8 +12,9 @@ import pytest
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.engine import run
-from ckptkit.io.plan import Checksum, OutputFile, Plan, Segment, literal
+from ckptkit.io.plan import OutputFile, Plan, literal
 from ckptkit.io.present import holds, resembles
+from ckptkit.io.segments import Checksum, Segment
 from ckptkit.tensors import Tensor
 
 F32 = DTYPES["F32"]

@@ -48,6 +48,7 @@ class Job:
         folder: Where each rank leaves its answer.
         sequence_parallel: Whether the sequence is split over tensor parallel ranks.
         recompute: Whether activations are computed again backwards.
+        device: `cpu`, or `cuda` with a GPU for each rank, over NCCL.
     """
 
     grid: dict[str, Any]
@@ -57,6 +58,7 @@ class Job:
     folder: str
     sequence_parallel: bool = False
     recompute: bool = False
+    device: str = "cpu"
 
 
 def run(ranks: RankProcesses, job: Job) -> list[dict[str, Any]]:
@@ -120,7 +122,9 @@ def run_schedule(chunks: list[Any], forward_only: bool = False) -> list[float]:
 
     def forward(batches: Iterator[Any], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         tokens, labels = next(batches)
-        return chunk(tokens, None, None, labels=labels), lambda losses: (losses.mean(), {"loss": losses.mean().item()})
+        device = next(chunk.parameters()).device
+        losses = chunk(tokens.to(device), None, None, labels=labels.to(device))
+        return losses, lambda losses: (losses.mean(), {"loss": losses.mean().item()})
 
     found = get_forward_backward_func()(
         forward_step_func=forward,
@@ -134,7 +138,7 @@ def run_schedule(chunks: list[Any], forward_only: bool = False) -> list[float]:
     return [loss["loss"] for loss in found]
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job, device: torch.device) -> dict[str, Any]:
     """What a rank sees of the step."""
     from megatron.core import parallel_state
 
@@ -150,7 +154,7 @@ def train(job: Job) -> dict[str, Any]:
         return open_checkpoint(path).shard(grid=grid, vp_stage=stage, spec="local", **place)
 
     how = {"sequence_parallel": job.sequence_parallel, "recompute": job.recompute}
-    chunks = build_chunks(checkpoint.config, grid, VOCABULARY, dtype=torch.float32, device=CPU, **how)
+    chunks = build_chunks(checkpoint.config, grid, VOCABULARY, dtype=torch.float32, device=device, **how)
     for number, chunk in enumerate(chunks):
         load_strict(chunk, shard(job.checkpoint, number))
         chunk.train()
@@ -162,7 +166,7 @@ def train(job: Job) -> dict[str, Any]:
             if getattr(parameter, "sequence_parallel", False):  # each rank saw a part of the tokens
                 dist.all_reduce(parameter.grad, group=group)
     errors = {
-        f"{number} {name}": relative_error(parameter.grad, gradient)
+        f"{number} {name}": relative_error(parameter.grad.cpu(), gradient)
         for number, own in enumerate(parameters)
         for name, gradient in shard(job.gradients, number).items()
         for parameter in [own[name]]
@@ -170,7 +174,7 @@ def train(job: Job) -> dict[str, Any]:
     assert len(errors) == sum(len(expected_tensors(chunk)) for chunk in chunks)
     torch.optim.SGD([parameter for own in parameters for parameter in own.values()], lr=RATE).step()
     after = [
-        relative_error(own[name].detach(), weight)
+        relative_error(own[name].detach().cpu(), weight)
         for number, own in enumerate(parameters)
         for name, weight in shard(job.after, number).items()
     ]
@@ -191,10 +195,14 @@ def main(rank: int) -> int:
 
     for content, store in incoming():
         grid, folder = Parallelism(**content["grid"]), Path(content["folder"])
+        device = parallel.device_of(content.get("device", "cpu"), rank)
         try:
-            parallel.initialize(grid, rank, store=dist.FileStore(store, grid.world_size), device=CPU)
-            with compat.runs_on(CPU), schedule_on_cpu():
-                answer = train(Job(**content)) if "gradients" in content else adapter_training.train_all(folder, rank)
+            parallel.initialize(grid, rank, store=dist.FileStore(store, grid.world_size), device=device)
+            with compat.runs_on(device), schedule_on_cpu() if device == CPU else contextlib.nullcontext():
+                if "gradients" in content:
+                    answer: Any = train(Job(**content), device)
+                else:
+                    answer = adapter_training.train_all(folder, rank)
             parallel.finalize()
             (folder / f"{rank}.json").write_text(json.dumps(answer))
         except BaseException:

@@ -19,6 +19,7 @@ from ckptkit.cli import app as cli
 from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError, UsageError
 from ckptkit.io.room import Room
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.steps import Step
 from ckptkit.surgery import fitting
 from ckptkit.surgery.activations import residual_stream
 from ckptkit.surgery.build import build
@@ -286,7 +287,14 @@ def test_refit_gives_what_a_build_gives(wide_pair: Pair, tmp_path: Path, calibra
     expected = load_file(direct / "model.safetensors")
     for number, (source, first) in enumerate([(built, None), (built, wide_pair[0]), (tmp_path / "meg", None)]):
         out = tmp_path / f"out{number}"
-        refit(source, out, last=wide_pair[1], first=first, options=given)
+        told: list[Step] = []
+        done = refit(source, out, last=wide_pair[1], first=first, options=given, tell=told.append)
+        assert 0 < done.seconds_fitting < done.seconds
+        counts = {"narrow": NUM_FIRST, "wide": LAST["num_hidden_layers"] - NUM_LAST}
+        for model, count in counts.items():
+            layers = [step for step in told if f"the {model} model" in step.what]
+            assert [(step.done, step.total) for step in layers] == [(done, count) for done in range(count + 1)]
+        assert told[-1] == Step("fitting the adapter")
         weights = load_file(out / "model.safetensors")
         # The rest is copied; the adapter is computed once more.
         assert relative_error(weights.pop(ADAPTER), expected[ADAPTER]) < 1e-3

@@ -64,7 +64,7 @@ def step_of_transformers(where: dict[str, Path]) -> None:
 
 
 def answers_of(
-    ranks: RankProcesses, where: dict[str, Path], folder: Path, grid: dict[str, Any], **how: bool
+    ranks: RankProcesses, where: dict[str, Path], folder: Path, grid: dict[str, Any], **how: Any
 ) -> list[dict[str, Any]]:
     return run(ranks, Job(grid, *(str(where[name]) for name in ("model", "gradients", "after")), str(folder), **how))
 
@@ -130,6 +130,22 @@ def test_another_model_is_noticed(two_ranks: RankProcesses, prepared: Prepared, 
     file.write_text(json.dumps({**json.loads(file.read_text()), "adapter": "two-linear", "mlp": False}))
     for answer in answers_of(two_ranks, {**where, "model": tmp_path / "other"}, tmp_path, NARROW_CUT):
         assert min(answer["gradients"].values()) > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.te
+@pytest.mark.parametrize("grid", [NARROW_CUT, {"pp": 2, "vpp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_gpus(
+    two_ranks: RankProcesses, prepared: Prepared, tmp_path: Path, kind: str, grid: dict[str, Any]
+) -> None:
+    """The same over NCCL."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    where = prepared(kind)
+    check(answers_of(two_ranks, where, tmp_path, grid, sequence_parallel="tp" in grid, device="cuda"), where)
 
 
 @pytest.mark.slow

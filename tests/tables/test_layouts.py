@@ -17,10 +17,10 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UsageError
 from ckptkit.sharding.rules import BY_PART, COLUMN, GATED_COLUMN, REPLICATED, ROW, VOCAB
 from ckptkit.tables.dims import GROUPS, HEADS, KV, D, Dim, F, Q, V
-from ckptkit.tables.items import resolve
+from ckptkit.tables.items import Item, Kind
 from ckptkit.tables.layouts import Fused, Layout, SizedLayout, by_head, copy, flat, gate_up, interleave, qkv, stack
 from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
-from ckptkit.tables.rows import Slot, layer, once
+from ckptkit.tables.rows import Row, Slot, layer, once
 from ckptkit.tables.spelling import TE, VERL
 from ckptkit.tensors import Tensor
 from tests.test_tensors import materialise
@@ -30,6 +30,12 @@ Array = NDArray[np.uint16]
 
 LAYER = LayerConfig(num_heads=4, num_kv_heads=2, head_dim=2, ffn_hidden_size=6, rope=Rope(10000.0))
 CONFIG = ModelConfig("llama", "LlamaForCausalLM", WIDTH, 7, (LAYER,), False, 1e-5, 16)
+
+
+def resolve(row: Row) -> Item:
+    """The tensor of the first layer."""
+    (item,) = Kind(row, CONFIG.layers[0], CONFIG).items(0)
+    return item
 
 
 def size(value: int, name: str = "") -> Dim:
@@ -208,7 +214,7 @@ def test_linear_attention_splits_by_heads(layout: Layout) -> None:
         "self_attention.in_proj.weight",
         layout("linear_attn.*", **{f"t{n}": (size(h), D) for n, h in enumerate(heights)}),
     )
-    item = resolve(row, CONFIG, 0, None)
+    item = resolve(row)
     parts = arrays([NK * DK, NK * DK, NV * DV, NV * DV, NV, NV])
     split = item.split(TE)
     for rank in range(ranks):
@@ -257,7 +263,7 @@ def test_a_row_says_what_has_no_default() -> None:
 
 def test_only_heads_change_the_rule_of_a_writer_in_blocks() -> None:
     """A writer that lays queries, keys and values one behind another cuts gate and up as Megatron-Core does."""
-    fc1 = resolve(layer("mlp.linear_fc1.weight", gate_up("*", gate=(F, D), up=(F, D))), CONFIG, 0, None)
-    attention = resolve(layer("linear_qkv.weight", qkv("*", q=(Q, D), k=(KV, D), v=(KV, D))), CONFIG, 0, None)
+    fc1 = resolve(layer("mlp.linear_fc1.weight", gate_up("*", gate=(F, D), up=(F, D))))
+    attention = resolve(layer("linear_qkv.weight", qkv("*", q=(Q, D), k=(KV, D), v=(KV, D))))
     assert fc1.split(VERL) is fc1.split(TE) is GATED_COLUMN
     assert attention.split(TE) is COLUMN and attention.split(VERL) is not COLUMN

@@ -1,6 +1,7 @@
 """States beside tensors, and the norm before experts: what the modules of both layer specs have.
 
-That real modules ask for exactly these is tested in `tests/formats/test_torch_dist.py`, with Megatron-Core.
+That real modules ask for exactly these is tested with Megatron-Core in `tests/formats/test_torch_dist.py`, and with
+what Transformer Engine's modules ask for in `tests/formats/test_te_keys.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ OWN = MegatronQuirks(plain=("post_moe_layernorm",), parallel=("per_layer_model_p
 @pytest.mark.parametrize(
     ("name", "ranks", "te", "local"),
     [
-        ("self_attention.linear_qkv.weight", ["linear_qkv", "core_attention"], ["linear_qkv", "core_attention"], True),
+        ("self_attention.linear_qkv.weight", ["linear_qkv", "core_attention"], ["linear_qkv"], True),
         ("self_attention.linear_qkv.layer_norm_weight", ["linear_qkv", "core_attention"], [], True),
         ("self_attention.q_layernorm.weight", ["q_layernorm"], ["q_layernorm"], False),
         ("mlp.linear_fc2.bias", ["linear_fc2"], [], True),
@@ -38,7 +39,10 @@ def test_states_outside_of_layers_and_of_experts() -> None:
     assert distributed_states("per_layer_model_proj.weight", "local", MegatronQuirks()) == []
     hybrid = ["output_layer._extra_state", "decoder.final_norm._extra_state"]
     assert distributed_states("decoder.final_norm.weight", "te", OWN) == hybrid
-    assert distributed_states("decoder.final_norm.weight", "local", OWN) == hybrid[:1]
+    assert distributed_states("decoder.final_norm.weight", "local", OWN) == hybrid
+    last = "decoder.final_layernorm"
+    for spec in ("te", "local"):
+        assert distributed_states(f"{last}.weight", spec, OWN) == [f"{last}._extra_state"]
     expert = LAYER + "mlp.experts.linear_fc1."
     assert distributed_states(f"{expert}weight12", "local", OWN) == [f"{expert}_extra_state12"]
     assert rank_states(f"{expert}weight12", OWN) == [f"{expert}_extra_state"]

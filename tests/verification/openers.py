@@ -58,3 +58,7 @@ class OneOther(StandIn):
 def one_other(path: str) -> StandIn:
     found = open_stand_in(path)
     return OneOther(found.path, found.config, found.grid, found.padded_vocab_size)
+
+
+def say_what_is_loaded(path: str) -> StandIn:
+    raise InputError(f"the compiler of torch is {'' if 'torch._dynamo' in sys.modules else 'not '}loaded", where=path)

@@ -10,6 +10,7 @@ import pytest
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError, VerificationError
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.steps import Step
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LogitsReport
@@ -60,6 +61,33 @@ def test_every_kind_on_every_grid(pool: RankPool, llama: Saved, tmp_path: Path, 
     assert report.own_modules["ckptkit.megatron.attention.ExactAttention"] == layers
     assert report.megatron_modules["megatron.core.transformer.mlp.MLP"] == layers
     assert report.megatron_modules["megatron.core.tensor_parallel.layers.RowParallelLinear"] == 2 * layers
+
+
+@pytest.mark.parametrize(("options", "passes"), [({}, 1), ({"dtype": "bfloat16"}, 2), ({"packed": True}, 1)])
+def test_what_runs_is_told(pool: RankPool, llama: Saved, tmp_path: Path, options: dict[str, Any], passes: int) -> None:
+    """Every token that goes through a model is counted, and no other."""
+    source, told = llama("gqa"), list[Step]()
+    candidate = write_stand_in(source, tmp_path / "meg", Parallelism(1, 2))
+    rows = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10]]
+    assert verify(source, candidate, pool, tokens=rows, greedy=2, tell=told.append, **options).passed
+    dtype = options.get("dtype", "float32")
+    runs: dict[str, list[Step]] = {}
+    for step in told:
+        if step.total:
+            runs.setdefault(step.what, []).append(step)
+    names = ["reference (transformers, float32)", "reference (transformers, bfloat16)", f"candidate (2 ranks, {dtype})"]
+    assert list(runs) == [f"{name}: running" for name in names if passes == 2 or "bfloat16" not in name]
+    length, greedy = 10 + 3 * 2, 10 + (10 + 3) + (10 + 3 * 2)
+    totals = {"float32": greedy, "bfloat16": 2 * length}
+    for what, steps in runs.items():
+        counts = [step.done for step in steps]
+        total = (1 + ("packed" in options)) * length if "candidate" in what else totals[what.split()[2][:-2]]
+        assert counts[0] == 0 and counts == sorted(counts)
+        assert counts[-1] == steps[-1].total == total, what
+    whats = [step.what for step in told]
+    for phase in ("reference (transformers, float32): loading", f"candidate (2 ranks, {dtype}): loading"):
+        assert phase in whats
+    assert whats[-1] == "comparing the logits"
 
 
 UNEVEN = {

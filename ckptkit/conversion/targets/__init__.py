@@ -19,9 +19,13 @@ _MODULES = {
     "torch": "torch_legacy",
     "torch_dist": "torch_dist",
 }
-"""Name of a format -> its module in this folder."""
+"""Name of a format of models -> its module in this folder."""
+
+_ADAPTERS = {"peft": "peft"}
+"""The same for formats that hold adapters alone."""
 
 NAMES = tuple(_MODULES)
+ADAPTER_NAMES = tuple(_ADAPTERS)
 
 
 def format_called(name: str) -> WritableFormat:
@@ -30,7 +34,8 @@ def format_called(name: str) -> WritableFormat:
     Raises:
         UsageError: There is none.
     """
-    if name not in _MODULES:
-        raise UsageError(f"--to {name}", hint=f"one of {', '.join(NAMES)}")
-    found: WritableFormat = import_module(f"{__name__}.{_MODULES[name]}").FORMAT
+    modules = {**_MODULES, **_ADAPTERS}
+    if name not in modules:
+        raise UsageError(f"--to {name}", hint=f"one of {', '.join(modules)}")
+    found: WritableFormat = import_module(f"{__name__}.{modules[name]}").FORMAT
     return found

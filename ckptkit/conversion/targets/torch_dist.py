@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.checkpoints.checkpoint import is_on
+from ckptkit.checkpoints.lora.megatron import bridge_gated, is_bridge_gated
 from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
 from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
@@ -23,10 +24,16 @@ def _lay_out(target: Target) -> list[OutputFile]:
         dtype=source.main_dtype,
         grid=target.grid,
         groups=source.family.attention_groups(source.config),
-        stacked=False if target.spelling.hybrid else None,
+        stacked=False if target.spelling.hybrid or _some_layers(target) else None,
     )
     run_config = [] if isinstance(target.run_config, NoRunConfig) else [target.run_config]
     return [*files, *run_config, *target.sidecar]
+
+
+def _some_layers(target: Target) -> bool:
+    """Whether only some layers have tensors, as those of an adapter may: a stack would have holes."""
+    layers = {item.layer for item in target.source.items.values() if item.layer is not None}
+    return target.adapter is not None and len(layers) < target.source.config.num_layers
 
 
 def _tensors(target: Target) -> list[GlobalTensor]:
@@ -46,7 +53,12 @@ def _tensors(target: Target) -> list[GlobalTensor]:
             stage = next(stage for stage in stages if is_on(item, stage, grid))
         whole, split = source.padded(key, grid.tp, target.divisible_by), item.split(spelling)
         name, states = norms.get(names[key], names[key]), tuple(distributed_states(names[key], spec, quirks))
-        tensors.append(GlobalTensor(name, whole, split.axis, split.blocks, stage.pp_rank, states))
+        blocks = split.blocks
+        if target.adapter is not None:
+            states = ()  # Megatron-Bridge saves adapters without them
+            if is_bridge_gated(item):
+                whole, blocks = bridge_gated(whole, grid.expert_tp if split.expert else grid.tp), 2
+        tensors.append(GlobalTensor(name, whole, split.axis, blocks, stage.pp_rank, states))
     return tensors
 
 
@@ -59,7 +71,8 @@ def _notes(target: Target) -> list[str]:
 FORMAT = WritableFormat(
     "torch_dist",
     _lay_out,
-    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model"}),
+    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model", "adapter_layout"}),
     fits=lambda spelling: spelling.name in _SPECS,
     notes=_notes,
+    any_grid=True,
 )

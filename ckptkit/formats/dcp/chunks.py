@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from ckptkit.dtypes import DType
+from ckptkit.dtypes import DTYPES, DType
 from ckptkit.tensors import Tensor, hstack, vstack
 
 _MAX_PIECES = 4_000_000
@@ -53,6 +53,37 @@ def join_chunks(dtype: DType, shape: tuple[int, ...], boxes: Iterable[Box]) -> T
     """
     ((_, tensor),) = split_chunks(dtype, shape, boxes, 0)
     return tensor
+
+
+def check_cover(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Whether boxes fill a tensor: every element lies in exactly one of them.
+
+    Args:
+        shape: Size of the tensor on every axis.
+        boxes: First index and size of each box on every axis.
+
+    Raises:
+        ChunkError: One leaves the tensor, two overlap, or some elements are in none.
+    """
+    if not _is_lattice(shape, boxes):
+        byte = DTYPES["U8"]
+        join_chunks(byte, shape, (Box(offsets, Tensor.full(byte, sizes)) for offsets, sizes in boxes))
+
+
+def _is_lattice(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether boxes are alike and stand on all points of a lattice that fills the tensor, each on one."""
+    alike = {sizes for _, sizes in boxes}
+    sizes = next(iter(alike), ())
+    if len(alike) > 1 or len(sizes) != len(shape) or not all(sizes):
+        return False
+    points = [range(0, length, size) for length, size in zip(shape, sizes, strict=True)]
+    places = {offsets for offsets, _ in boxes}
+    return (
+        not any(length % size for length, size in zip(shape, sizes, strict=True))
+        and len(places) == len(boxes) == prod(map(len, points))
+        and all(len(place) == len(shape) for place in places)
+        and all(set(values) <= set(axis) for values, axis in zip(zip(*places, strict=True), points, strict=True))
+    )
 
 
 def split_chunks(

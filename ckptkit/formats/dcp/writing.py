@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from math import prod
+from typing import NamedTuple
 
 from ckptkit.dtypes import TORCH_DTYPE_NAMES, DType
 from ckptkit.errors import InputError
-from ckptkit.formats.dcp.chunks import Box, ChunkError, join_chunks
-from ckptkit.formats.dcp.reading import METADATA, Span
-from ckptkit.formats.torch_file.pickles import Record, TorchDType, dumps, lay_out_torch_file
+from ckptkit.formats.dcp.chunks import ChunkError, check_cover
+from ckptkit.formats.dcp.reading import METADATA
+from ckptkit.formats.torch_file.pickles import Record, TorchDType, lay_out_torch_file
+from ckptkit.formats.torch_file.pickling import Pattern, Writer, Written, encoded, integer, reference
 from ckptkit.formats.torch_file.zipfiles import ALIGNMENT
-from ckptkit.io.plan import Checksum, OutputFile, Segment, literal
+from ckptkit.io.deflated import Deflated
+from ckptkit.io.plan import OutputFile, literal
+from ckptkit.io.segments import Checksum, Cut, Form, Place, Segment
 from ckptkit.tensors import Literal, Tensor
 
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -20,12 +27,26 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 
 @dataclass(frozen=True, slots=True)
 class NewChunk:
-    """A chunk to write: its first index on every axis of tensor `key`, its bytes, and the `.distcp` file it goes to."""
+    """A chunk to write, or equal chunks side by side: a box of tensor `key`.
+
+    Attributes:
+        key: The tensor.
+        offsets: First index of the box on every axis of the tensor.
+        tensor: The box. Axes that it lacks are the tensor's first ones, on which its size is 1.
+        files: The `.distcp` file of each chunk.
+        axis: The axis of `tensor` that is divided into as many chunks as there are files.
+    """
 
     key: str
     offsets: tuple[int, ...]
     tensor: Tensor
-    file: str
+    files: tuple[str, ...]
+    axis: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Size of the box on every axis of the tensor."""
+        return (*(1,) * (len(self.offsets) - len(self.tensor.shape)), *self.tensor.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +59,7 @@ class NewObject:
 
 
 def lay_out_dcp(
-    folder: str, shapes: Mapping[str, tuple[int, ...]], chunks: Sequence[NewChunk], objects: Iterable[NewObject] = ()
+    folder: str, shapes: Mapping[str, tuple[int, ...]], chunks: Sequence[NewChunk], objects: Sequence[NewObject] = ()
 ) -> list[OutputFile]:
     """The files of a checkpoint that torch.distributed.checkpoint and Megatron-Core load.
 
@@ -54,16 +75,26 @@ def lay_out_dcp(
         InputError: Chunks of one tensor have different dtypes.
         ChunkError: Chunks do not make up their tensor.
     """
-    metadata = _Metadata(shapes, _check_chunks(shapes, chunks))
-    files: dict[str, _Distcp] = {}
+    dtypes = _check_chunks(shapes, chunks)
+    alike: dict[object, _Alike] = {}
+    kinds = [_alike(chunk, alike) for chunk in chunks]
+    files: dict[str, _Distcp] = defaultdict(_Distcp)
     for new in objects:
-        metadata.add_object(new.key, files.setdefault(new.file, _Distcp(new.file)).add_object(new.data))
-    for chunk in chunks:
-        span = files.setdefault(chunk.file, _Distcp(chunk.file)).add_tensor(chunk.tensor, chunk.key)
-        metadata.add_chunk(chunk, span)
+        files[new.file].objects.append(new.data)
+    for chunk, kind in zip(chunks, kinds, strict=True):
+        for name, cut in zip(chunk.files, kind.cuts, strict=True):
+            file = files[name]
+            file.kinds.append(kind)
+            file.tensors.append((chunk.tensor, cut))
+    forms: dict[object, _Form] = {}
+    placed = {name: file.form(forms) for name, file in files.items()}
     prefix = f"{folder}/" if folder else ""
-    described = OutputFile.small(prefix + METADATA, metadata.pickle())
-    return [*(file.output(prefix) for _, file in sorted(files.items())), described]
+    metadata = _Metadata(shapes, objects, zip(chunks, kinds, strict=True))
+    described = metadata.pickle(dtypes, {name: iter(form.spans) for name, form in placed.items()})
+    return [
+        *(OutputFile.filled(prefix + name, placed[name].form, file.written()) for name, file in sorted(files.items())),
+        OutputFile.small(prefix + METADATA, described.content()),
+    ]
 
 
 def _check_chunks(shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[NewChunk]) -> dict[str, DType]:
@@ -83,43 +114,134 @@ def _check_chunks(shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[NewChu
             )
         (dtypes[key],) = kinds
         try:
-            join_chunks(
-                dtypes[key],
-                shapes[key],
-                [Box(chunk.offsets, Tensor.full(dtypes[key], chunk.tensor.shape)) for chunk in part],
-            )
+            check_cover(shapes[key], [(chunk.offsets, chunk.sizes) for chunk in part])
         except ChunkError as error:
             raise ChunkError(f"{key}: {error}") from None
     return dtypes
 
 
-class _Distcp:
-    """One `.distcp` file: archives and objects one after the other, objects first."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slice:
+    """One of the chunks that a box is divided into: indices `start:stop` of an axis, as a tensor of `shape`."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    axis: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.shape and (self.start, self.stop) != (0, tensor.shape[self.axis]):
+            last = self.axis == len(tensor.shape) - 1
+            tensor = tensor.cols(self.start, self.stop) if last else tensor.rows(self.start, self.stop)
+        return tensor.reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alike:
+    """What boxes have in common that differ in their place and their bytes.
+
+    Attributes:
+        key: The stored tensor.
+        archive: The archive of each of their chunks.
+        sizes: The size of a chunk on every axis of the stored tensor.
+        cuts: How each chunk is cut from the box.
+        axis: The axis of the stored tensor along which the chunks lie side by side.
+        starts: Where each chunk starts in the box.
+    """
+
+    key: str
+    archive: OutputFile
+    sizes: tuple[int, ...]
+    cuts: tuple[_Slice, ...]
+    axis: int
+    starts: tuple[int, ...]
+
+
+def _alike(chunk: NewChunk, known: dict[object, _Alike]) -> _Alike:
+    """What a box has in common with others.
+
+    Raises:
+        ChunkError: It does not divide into equal chunks.
+    """
+    tensor, count = chunk.tensor, len(chunk.files)
+    kind = (chunk.key, tensor.out_dtype.name, chunk.sizes, len(tensor.shape), chunk.axis, count)
+    if kind in known:
+        return known[kind]
+    axis = chunk.axis % len(tensor.shape) if tensor.shape else 0
+    length = tensor.shape[axis] if tensor.shape else 1
+    share, rest = divmod(length, count)
+    if rest or (count > 1 and axis not in (0, len(tensor.shape) - 1)):
+        raise ChunkError(f"{chunk.key}: axis {axis} of {list(tensor.shape)} does not divide into {count} chunks")
+    lead = len(chunk.sizes) - len(tensor.shape)
+    starts = tuple(number * share for number in range(count))
+    sizes = tuple(share if tensor.shape and at == lead + axis else size for at, size in enumerate(chunk.sizes))
+    known[kind] = _Alike(
+        chunk.key,
+        _archive(tensor.out_dtype, sizes),
+        sizes,
+        tuple(_Slice(axis, start, start + share, sizes) for start in starts),
+        lead + axis,
+        starts,
+    )
+    return known[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A `.distcp` file without its tensors, and (offset, length) of its objects and archives."""
+
+    form: Form
+    spans: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class _Distcp:
+    """The content of one `.distcp` file: objects, then archives."""
+
+    objects: list[bytes] = field(default_factory=list)
+    kinds: list[_Alike] = field(default_factory=list)
+    tensors: list[tuple[Tensor, Cut]] = field(default_factory=list)
+
+    def form(self, known: dict[object, _Form]) -> _Form:
+        """Its form. Ranks that hold alike chunks share one."""
+        kind = (*self.objects, *self.kinds)
+        if kind not in known:
+            layout = _Layout()
+            spans = [*map(layout.add_object, self.objects), *map(layout.add_tensor, self.kinds)]
+            known[kind] = _Form(layout.form(), spans)
+        return known[kind]
+
+    def written(self) -> list[tuple[Tensor, Cut]]:
+        """The tensor and the cut of each chunk that has bytes."""
+        return [pair for pair, kind in zip(self.tensors, self.kinds, strict=True) if prod(kind.sizes)]
+
+
+class _Layout:
+    """Lays out a `.distcp` file: objects and archives one after the other."""
+
+    def __init__(self) -> None:
         self._size = 0
-        self._segments: list[Segment] = []
+        self._parts: list[Segment | Place] = []
         self._checksums: list[Checksum] = []
         self._tensors = 0
         self._pending = bytearray()
+        self._literals: dict[bytes, Tensor] = {}
 
-    def add_object(self, data: bytes) -> Span:
-        """Appends bytes as they are."""
+    def add_object(self, data: bytes) -> tuple[int, int]:
+        """Appends bytes as they are. Returns where they start, and their length."""
         start = self._size
         self._pending += data
         self._size += len(data)
-        return Span(self._name, start, len(data))
+        return start, len(data)
 
-    def add_tensor(self, tensor: Tensor, label: str) -> Span:
-        """Appends an archive of torch.save; it starts aligned, so that its data does."""
+    def add_tensor(self, kind: _Alike) -> tuple[int, int]:
+        """Appends an archive of torch.save; it starts aligned, so that its data does. Returns its start and length."""
         self._pad()
-        start = self._size
-        archive = _archive(tensor.out_dtype, tensor.shape)
+        start, archive = self._size, kind.archive
         for segment in archive.segments:
             if segment.name == _HERE:
                 self._flush(start + segment.offset)
-                self._segments.append(Segment(start + segment.offset, tensor, label))
+                self._parts.append(Place(start + segment.offset, segment.tensor.nbytes, kind.key))
             else:
                 self._pending += _bytes_of(segment)
         self._size += archive.size
@@ -128,14 +250,12 @@ class _Distcp:
             for check in archive.checksums
         )
         self._tensors += 1
-        return Span(self._name, start, archive.size)
+        return start, archive.size
 
-    def output(self, prefix: str) -> OutputFile:
+    def form(self) -> Form:
         """The finished file."""
         self._flush(self._size)
-        return OutputFile(
-            prefix + self._name, self._size, tuple(self._segments), tuple(self._checksums), tensors=self._tensors
-        )
+        return Form(self._size, tuple(self._parts), tuple(self._checksums), self._tensors)
 
     def _pad(self) -> None:
         missing = -self._size % ALIGNMENT
@@ -143,9 +263,11 @@ class _Distcp:
         self._size += missing
 
     def _flush(self, stop: int) -> None:
-        """Writes pending bytes, which end at byte `stop`, as one segment."""
+        """Writes pending bytes, which end at byte `stop`, as one segment; between alike archives they are the same."""
         if self._pending:
-            self._segments.append(Segment(stop - len(self._pending), literal(bytes(self._pending))))
+            data = bytes(self._pending)
+            tensor = self._literals.setdefault(data, literal(data))
+            self._parts.append(Segment(stop - len(data), tensor))
             self._pending.clear()
 
 
@@ -157,7 +279,7 @@ def _archive(dtype: DType, shape: tuple[int, ...]) -> OutputFile:
     """An archive with one tensor, whose segment is named `_HERE`: all of one dtype and shape differ only in that."""
     blank = Tensor.full(dtype, shape)
     file = lay_out_torch_file("archive", blank)
-    segments = tuple(replace(segment, name=_HERE) if segment.tensor is blank else segment for segment in file.segments)
+    segments = tuple(segment._replace(name=_HERE) if segment.tensor is blank else segment for segment in file.segments)
     return replace(file, segments=segments)
 
 
@@ -168,53 +290,182 @@ def _bytes_of(segment: Segment) -> bytes:
     return piece.data
 
 
+class _Sizes:
+    """The `torch.Size`s in a pickle. One that occurred among the last 4096 is the same object.
+
+    Attributes:
+        places: Number of a size -> its number in the pickle, or 0 as long as it is not written.
+        number: Values -> number of the size.
+    """
+
+    def __init__(self) -> None:
+        self.places = array("I")
+        self.number = lru_cache(maxsize=4096)(self._add)
+
+    def _add(self, values: tuple[int, ...]) -> int:
+        self.places.append(0)
+        return len(self.places) - 1
+
+    def written(self, number: int, values: tuple[int, ...]) -> Written:
+        """The size as a part of what is to be written."""
+        return Written(partial(self._save, number, values))
+
+    def _save(self, number: int, values: tuple[int, ...], writer: Writer) -> None:
+        if self.places[number]:
+            writer.out += reference(self.places[number])
+            return
+        size = _size(values)
+        writer.kept.append(size)
+        writer.save(size)
+        self.places[number] = writer.puts - 1
+
+
+class _Box(NamedTuple):
+    """A box in `.metadata`; the numbers of its sizes stand from `first` among those of all."""
+
+    chunk: NewChunk
+    kind: _Alike
+    first: int
+
+    def offsets(self) -> list[tuple[int, ...]]:
+        """First index of each chunk on every axis."""
+        axis, first = self.kind.axis, self.chunk.offsets
+        before, after = first[:axis], first[axis + 1 :]
+        return [(*before, first[axis] + start, *after) for start in self.kind.starts] if first else [()]
+
+
 class _Metadata:
-    """The content of `.metadata`, as records that torch's loader turns into its classes."""
+    """The content of `.metadata`, as records that torch's loader turns into its classes.
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, DType]) -> None:
-        self._stored: dict[object, object] = {}
-        self._chunks: dict[str, list[object]] = {key: [] for key in shapes}
-        properties = {dtype: _properties(dtype) for dtype in set(dtypes.values())}
-        self._described: dict[str, object] = {
-            key: Record(
-                _MODULE,
+    There are hundreds of thousands of chunks with two records each, so these are written by patterns.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        objects: Sequence[NewObject],
+        chunks: Iterable[tuple[NewChunk, _Alike]],
+    ) -> None:
+        """Gives every size its number, in the order of the chunks."""
+        self._sizes = _Sizes()
+        self._shapes = {key: self._sizes.written(self._sizes.number(shape), shape) for key, shape in shapes.items()}
+        self._objects = objects
+        self._boxes: list[_Box] = []
+        self._numbers = array("I")
+        for chunk, kind in chunks:
+            self._boxes.append(box := _Box(chunk, kind, len(self._numbers)))
+            for offsets in box.offsets():
+                self._numbers.append(self._sizes.number(offsets))
+                self._numbers.append(self._sizes.number(kind.sizes))
+
+    def pickle(self, dtypes: Mapping[str, DType], spans: Mapping[str, Iterator[tuple[int, int]]]) -> Deflated:
+        """The file.
+
+        Args:
+            dtypes: Key -> element type of every tensor.
+            spans: File -> start and length of its objects, then of its archives.
+        """
+        content = Deflated()
+        writer = Writer(content.append)
+        properties = {dtype: _properties(dtype) for dtype in dict.fromkeys(dtypes.values())}
+        boxes: dict[str, list[_Box]] = {key: [] for key in self._shapes}
+        for box in self._boxes:
+            boxes[box.chunk.key].append(box)
+        described: dict[str, object] = {
+            key: _record(
                 "TensorStorageMetadata",
-                state={"properties": properties[dtypes[key]], "size": _size(shape), "chunks": self._chunks[key]},
+                properties=properties[dtypes[key]],
+                size=size,
+                chunks=Written(partial(self._save_chunks, boxes[key])),
             )
-            for key, shape in shapes.items()
+            for key, size in self._shapes.items()
         }
+        described.update((new.key, _BYTES) for new in self._objects)
+        metadata = _record(
+            "Metadata",
+            state_dict_metadata=described,
+            planner_data=None,
+            storage_data=Written(partial(self._save_places, spans)),
+            storage_meta=None,
+        )
+        writer.save(metadata)
+        writer.finish()
+        return content
 
-    def add_object(self, key: str, span: Span) -> None:
-        """Notes where an object is."""
-        self._described[key] = _BYTES
-        self._stored[Record(_MODULE, "MetadataIndex", state={"fqn": key, "index": None})] = _storage_info(span)
+    def _save_chunks(self, boxes: Sequence[_Box], writer: Writer) -> None:
+        writer.out += b"]"
+        writer.put()
+        writer.elements(self._chunks(boxes, writer), sum(len(box.kind.cuts) for box in boxes))
 
-    def add_chunk(self, chunk: NewChunk, span: Span) -> None:
-        """Notes where a chunk is."""
-        offsets = _size(chunk.offsets)
-        box = {"offsets": offsets, "sizes": _size(chunk.tensor.shape)}
-        self._chunks[chunk.key].append(Record(_MODULE, "ChunkStorageMetadata", state=box))
-        place = {"fqn": chunk.key, "index": None, "offset": offsets}
-        self._stored[Record(_MODULE, "MetadataIndex", state=place)] = _storage_info(span)
+    def _chunks(self, boxes: Sequence[_Box], writer: Writer) -> Iterator[None]:
+        """Writes where each chunk lies in its tensor."""
+        places, axes = self._sizes.places, len(boxes[0].chunk.offsets)
+        at_known = Pattern(writer, lambda offsets, sizes: (_chunk(offsets, sizes),))
+        at_new = Pattern(writer, lambda offsets, sizes: (_chunk(_size((offsets, *[_NOTHING] * (axes - 1))), sizes),))
+        for box in boxes:
+            numbers = iter(self._numbers[box.first : box.first + 2 * len(box.kind.cuts)])
+            for offsets, at, size in zip(box.offsets(), numbers, numbers, strict=False):
+                if places[at] and places[size]:
+                    at_known.save(reference(places[at]), reference(places[size]))
+                elif places[size] and axes and "sizes" in writer.memo:
+                    at_new.save(b"".join(map(_integer, offsets)), reference(places[size]))
+                    places[at] = writer.puts - 1  # nothing after the offsets was new
+                else:
+                    sizes = self._sizes
+                    at_known.save_new(sizes.written(at, offsets), sizes.written(size, box.kind.sizes))
+                yield
 
-    def pickle(self) -> bytes:
-        """The file."""
-        state = {
-            "state_dict_metadata": self._described,
-            "planner_data": None,
-            "storage_data": self._stored,
-            "storage_meta": None,
-        }
-        return dumps(Record(_MODULE, "Metadata", state=state))
+    def _save_places(self, spans: Mapping[str, Iterator[tuple[int, int]]], writer: Writer) -> None:
+        writer.out += b"}"
+        writer.put()
+        size = len(self._objects) + sum(len(box.kind.cuts) for box in self._boxes)
+        writer.items(self._places(spans, writer), size)
+
+    def _places(self, spans: Mapping[str, Iterator[tuple[int, int]]], writer: Writer) -> Iterator[None]:
+        """Writes which bytes of which file hold each object and each chunk."""
+        of_object = Pattern(writer, lambda key, *info: (_index(key), _storage_info(*info)))
+        of_chunk = Pattern(writer, lambda key, offset, *info: (_index(key, offset=offset), _storage_info(*info)))
+
+        def save(pattern: Pattern, file: str, *place: bytes) -> None:
+            start, length = next(spans[file])
+            if file in writer.memo:
+                pattern.save(*place, reference(writer.memo[file]), integer(start), _integer(length))
+            else:
+                pattern.save_new(*map(encoded, place), file, start, length)
+
+        for new in self._objects:
+            save(of_object, new.file, reference(writer.memo[new.key]))
+            yield
+        for box in self._boxes:
+            key = reference(writer.memo[box.chunk.key])
+            numbers = self._numbers[box.first : box.first + 2 * len(box.kind.cuts) : 2]
+            for file, at in zip(box.chunk.files, numbers, strict=True):
+                save(of_chunk, file, key, reference(self._sizes.places[at]))
+                yield
 
 
-@lru_cache(maxsize=4096)
-def _size(values: tuple[int, ...]) -> Record:
+_integer = lru_cache(maxsize=4096)(integer)
+_NOTHING = encoded(b"")
+
+
+def _record(name: str, **state: object) -> Record:
+    return Record(_MODULE, name, state=state)
+
+
+def _size(values: tuple[object, ...]) -> Record:
     return Record("torch", "Size", (values,))
 
 
-def _storage_info(span: Span) -> Record:
-    state = {"relative_path": span.file, "offset": span.offset, "length": span.length}
+def _chunk(offsets: object, sizes: object) -> Record:
+    return _record("ChunkStorageMetadata", offsets=offsets, sizes=sizes)
+
+
+def _index(key: object, **offset: object) -> Record:
+    return _record("MetadataIndex", fqn=key, index=None, **offset)
+
+
+def _storage_info(file: object, start: object, length: object) -> Record:
+    state = {"relative_path": file, "offset": start, "length": length}
     return Record("torch.distributed.checkpoint.filesystem", "_StorageInfo", state=state)
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptkit.errors import InputError, StorageError, UnsupportedError
-from ckptkit.io.plan import Checksum, Segment, literal
+from ckptkit.io.plan import literal
 from ckptkit.io.regular import open_regular
+from ckptkit.io.segments import Checksum, Segment
 from ckptkit.tensors import Tensor
 
 ALIGNMENT = 64

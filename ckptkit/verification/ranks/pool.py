@@ -8,10 +8,7 @@ import itertools
 import json
 import os
 import queue
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import traceback
 import uuid
@@ -21,7 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 from ckptkit.errors import UsageError, VerificationError
+from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.ranks.jobs import LogitsJob, decode_error, encode_error
+from ckptkit.verification.ranks.processes import Processes
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -34,14 +33,13 @@ GRACE = 5.0
 """Seconds that the other ranks get to answer once one has failed."""
 LONG = 24 * 3600.0
 """Seconds that a process waits for what another one does alone: a run of transformers may take its time."""
-TAIL_LINES, TAIL_CHARACTERS = 3, 400
 
 
 class Ranks(Protocol):
     """Something that runs a job on all its ranks."""
 
-    def run(self, job: LogitsJob) -> list[dict[str, Any]]:
-        """Run a job and return every rank's answer, in order of ranks."""
+    def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
+        """Run a job and return every rank's answer, in order of ranks; `tell` is told what the first rank is at."""
         ...
 
     def once(self, task: Callable[[], T]) -> T:
@@ -57,7 +55,8 @@ class RankPool:
     """Worker processes on this machine, each of which can be any rank of a job.
 
     The processes start with the first job, or before it with `begin`, and stay for the next ones. After a failure that
-    may have left ranks waiting for one another they are killed, and start again with the next job.
+    may have left ranks waiting for one another they are killed, and start again with the next job; also where they were
+    started for another device.
 
     Args:
         world_size: Largest number of ranks that a job may need.
@@ -67,9 +66,8 @@ class RankPool:
     def __init__(self, world_size: int, start_timeout: float = START_TIMEOUT) -> None:
         self.world_size = world_size
         self.start_timeout = start_timeout
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: Processes | None = None
         self._ready = False
-        self._replies: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="ckptkit-ranks-")
 
     def __enter__(self) -> Self:
@@ -85,28 +83,33 @@ class RankPool:
     def wait_for_all(self) -> None:
         """Return at once: there is only one caller."""
 
-    def begin(self) -> None:
+    def begin(self, device: str = "cpu") -> Processes:
         """Let the processes start while the caller does something else, if they are not running."""
-        if self._processes:
-            return
-        self._replies = queue.SimpleQueue()
-        self._processes = [self._spawn(rank) for rank in range(self.world_size)]
+        if self._processes is not None and self._processes.device != device:
+            self._kill()
+        if self._processes is None:
+            self._processes = Processes(self.world_size, Path(self._folder.name), device)
+        return self._processes
 
-    def start(self) -> None:
+    def start(self, device: str = "cpu") -> Processes:
         """Start the processes, if they are not running, and wait until they have.
 
         Raises:
             VerificationError: One of them ended or took too long.
         """
-        self.begin()
-        if self._ready:
-            return
-        with self._killed_unless_done():
-            self._collect(range(self.world_size), self.start_timeout, "starting the ranks")
-        self._ready = True
+        processes = self.begin(device)
+        if not self._ready:
+            with self._killed_unless_done():
+                self._collect(processes, range(self.world_size), self.start_timeout, "starting the ranks")
+            self._ready = True
+        return processes
 
-    def run(self, job: LogitsJob) -> list[dict[str, Any]]:
+    def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
         """Run a job on the first `job.world_size` processes.
+
+        Args:
+            job: The job.
+            tell: Told what the first rank is at.
 
         Returns:
             Each rank's answer, in order of ranks.
@@ -118,15 +121,13 @@ class RankPool:
         """
         if job.world_size > self.world_size:
             raise UsageError(f"{job.grid} needs {job.world_size} ranks, the pool has {self.world_size}")
-        self.start()
+        tell(Step("starting the ranks"))
+        processes = self.start(job.options.device)
         meeting_point = str(Path(self._folder.name) / uuid.uuid4().hex)
-        for rank, process in enumerate(self._processes[: job.world_size]):
-            message = {"rank": rank, "meeting_point": meeting_point, "job": job.to_json()}
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # a dead rank is reported by `_collect`
-                print(json.dumps(message), file=process.stdin, flush=True)
+        for rank in range(job.world_size):
+            processes.send(rank, json.dumps({"rank": rank, "meeting_point": meeting_point, "job": job.to_json()}))
         with self._killed_unless_done():
-            answers = self._collect(range(job.world_size), job.options.timeout, str(job))
+            answers = self._collect(processes, range(job.world_size), job.options.timeout, str(job), tell)
         return [answers[rank]["result"] for rank in range(job.world_size)]
 
     def close(self) -> None:
@@ -134,39 +135,31 @@ class RankPool:
         self._kill()
         self._folder.cleanup()
 
-    def _spawn(self, rank: int) -> subprocess.Popen[str]:
-        with open(self._stderr(rank), "w") as stderr:
-            process = subprocess.Popen(
-                # -P: what lies in the current directory, a checkout of Megatron-LM perhaps, is not imported.
-                [sys.executable, "-P", "-m", "ckptkit.verification.ranks.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=_environment(self.world_size),
-            )
-        threading.Thread(target=_forward, args=(process, rank, self._replies), daemon=True).start()
-        return process
-
-    def _collect(self, ranks: range, timeout: float, where: str) -> dict[int, dict[str, Any]]:
-        """Wait for one answer of each rank."""
+    def _collect(
+        self, processes: Processes, ranks: range, timeout: float, where: str, tell: Tell = nobody
+    ) -> dict[int, dict[str, Any]]:
+        """Wait for one answer of each rank, and pass on what it says before."""
         deadline = time.monotonic() + timeout
         answers: dict[int, dict[str, Any]] = {}
         failed: dict[str, str | None] | None = None
         while len(answers) < len(ranks):
             try:
-                rank, line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+                rank, line = processes.replies.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 waiting = [rank for rank in ranks if rank not in answers]
                 if failed is None:
-                    hint = "; ".join(f"rank {rank}: {self._tail(rank)}" for rank in waiting[:2])
+                    hint = "; ".join(f"rank {rank}: {processes.tail(rank)}" for rank in waiting[:2])
                     self._kill()
                     what = f"no answer from {_ranks(waiting)} within {timeout:g} seconds (--timeout)"
                     raise VerificationError(what, where=where, hint=hint) from None
                 break
             if line is None:
-                raise self._died(rank, where)
-            answers[rank] = json.loads(line)
+                raise self._died(processes, rank, where)
+            message = json.loads(line)
+            if "step" in message:
+                tell(Step(**message["step"]))
+                continue
+            answers[rank] = message
             if failed is None and "error" in answers[rank]:
                 failed, deadline = answers[rank]["error"], min(deadline, time.monotonic() + GRACE)
         if failed is not None:
@@ -186,30 +179,17 @@ class RankPool:
             self._kill()
             raise
 
-    def _died(self, rank: int, where: str) -> VerificationError:
-        code = self._processes[rank].wait()
-        tail = self._tail(rank)
+    def _died(self, processes: Processes, rank: int, where: str) -> VerificationError:
+        code, tail = processes.exit_code(rank), processes.tail(rank)
         self._kill()
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         hint = f"its last words: {tail}" + ("; was the machine out of memory?" if code == -9 else "")
         return VerificationError(f"rank {rank} died ({how})", where=where, hint=hint)
 
     def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
-        self._processes, self._ready = [], False
-
-    def _stderr(self, rank: int) -> Path:
-        return Path(self._folder.name) / f"rank_{rank}.stderr"
-
-    def _tail(self, rank: int) -> str:
-        lines = [line.strip() for line in self._stderr(rank).read_text(errors="replace").splitlines() if line.strip()]
-        return " | ".join(lines[-TAIL_LINES:])[-TAIL_CHARACTERS:] or "(nothing)"
+        processes, self._processes, self._ready = self._processes, None, False
+        if processes is not None:
+            processes.kill()
 
 
 class TorchrunRanks:
@@ -222,8 +202,12 @@ class TorchrunRanks:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._store: dist.Store | None = None
 
-    def run(self, job: LogitsJob) -> list[dict[str, Any]]:
+    def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
         """Run a job on the first `job.world_size` processes; the others wait.
+
+        Args:
+            job: The job.
+            tell: Told, in the first process, what it is at.
 
         Raises:
             UsageError: There are too few processes.
@@ -242,7 +226,7 @@ class TorchrunRanks:
             def failed(error: Exception) -> None:
                 self._set(prefix, self.rank, {"error": encode_error(error)})
 
-            self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed))
+            self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed, tell))
         return [self._get(prefix, rank, job.options.timeout) for rank in range(job.world_size)]
 
     def once(self, task: Callable[[], T]) -> T:
@@ -299,25 +283,6 @@ class TorchrunRanks:
 def inside_torchrun() -> bool:
     """Whether torchrun or another launcher started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _forward(process: subprocess.Popen[str], rank: int, replies: queue.SimpleQueue[tuple[int, str | None]]) -> None:
-    """Pass a process's lines on; None when it ends."""
-    assert process.stdout is not None
-    with process.stdout:
-        for line in process.stdout:
-            replies.put((rank, line))
-    replies.put((rank, None))
-
-
-def _environment(world_size: int) -> dict[str, str]:
-    """The environment of a worker: it finds the same modules, and the ranks share the cores."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are all here; the host's name may not resolve
-    return environment
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -1,28 +1,35 @@
-"""One rank: `python -m ckptkit.verification.ranks.worker`.
+"""One rank, or several: `python -m ckptkit.verification.ranks.worker DEVICE FOLDER NUMBER DESCRIPTOR...`.
 
-It imports megatron-core once, then takes jobs from standard input.
+It imports megatron-core once, then takes jobs from the socket with that descriptor. Of several sockets, each goes to a
+process of its own, which is forked then.
 
-A job is a line of JSON with a rank and a meeting point; the answer is a line of JSON on standard output. Whatever
-libraries print goes to standard error.
+A job is a line of JSON with a rank and a meeting point; the answer is a line of JSON, too. Whatever libraries print
+goes to standard error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
-from ckptkit.verification.ranks.jobs import LogitsJob, decode_error, encode_error, find
+from ckptkit.steps import Counted, Step, Tell, nobody
+from ckptkit.verification.ranks.forking import fork_each
+from ckptkit.verification.ranks.jobs import OPENER, LogitsJob, decode_error, encode_error, find
 from ckptkit.verification.reports.report import installed_versions
 
 if TYPE_CHECKING:
@@ -33,7 +40,11 @@ if TYPE_CHECKING:
 
 
 def execute(
-    job: LogitsJob, rank: int, store: dist.Store, failed: Callable[[Exception], None] = lambda error: None
+    job: LogitsJob,
+    rank: int,
+    store: dist.Store,
+    failed: Callable[[Exception], None] = lambda error: None,
+    tell: Tell = nobody,
 ) -> dict[str, Any]:
     """Do one rank's part of a job.
 
@@ -42,6 +53,7 @@ def execute(
         rank: Global rank, below `job.world_size`.
         store: A fresh store on which the ranks meet.
         failed: Told of an error before the group is left, which may wait for ranks that never come.
+        tell: Told what the first rank is at.
 
     Returns:
         The fields of `runs.Run` that a rank knows, as JSON types.
@@ -61,7 +73,7 @@ def execute(
             job.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=job.options.dp
         )
         with double_precision(job.options.dtype == "float64"):
-            return _run(job, rank, device)
+            return _run(job, rank, device, nobody if rank else tell)
     except Exception as error:
         failed(error)
         raise
@@ -72,12 +84,14 @@ def execute(
             torch.cuda.empty_cache()
 
 
-def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
+def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[str, Any]:
     from ckptkit.megatron.replicas import check_alike, check_same_weights, replica_group, replicate
     from ckptkit.verification.probes import megatron_head
     from ckptkit.verification.ranks.what_ran import count_modules
+    from ckptkit.verification.runs import tokens_to_run
 
     start = time.monotonic()
+    tell(Step("loading"))
     pipeline = _together(job, rank, device)
     group = replica_group(job.grid, job.options.dp, rank) if job.options.dp > 1 else None
     if group is not None:
@@ -89,7 +103,8 @@ def _run(job: LogitsJob, rank: int, device: torch.device) -> dict[str, Any]:
     if group is not None:
         pipeline = replace(pipeline, replicated=replicate(job.options.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()
-    runner = _RankRun(job, pipeline)
+    counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=job.options.packed), "tokens", tell)
+    runner = _RankRun(job, replace(pipeline, passed=counted.add))
     rows, groups = runner.run()
     if group is not None:
         for logits in groups.values():
@@ -253,7 +268,7 @@ def _head(names: list[str]) -> dict[str, list[str]]:
 
 
 def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
-    """Does what a line of standard input asks for, and replies once."""
+    """Does what a line asks for, and replies once, after the steps that it goes through."""
     import torch.distributed as dist
 
     message, replied = json.loads(line), False
@@ -268,7 +283,7 @@ def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
     try:
         job = LogitsJob.from_json(message["job"])
         store = dist.FileStore(message["meeting_point"], job.world_size)
-        result = execute(job, message["rank"], store, failed)
+        result = execute(job, message["rank"], store, failed, lambda step: reply({"step": asdict(step)}))
     except Exception as error:
         failed(error)
     else:
@@ -276,12 +291,13 @@ def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _lines(source: TextIO) -> Iterator[str]:
-    """Lines of `source`. The process ends with its parent, even while it waits for ranks that are gone."""
+    """Lines of `source`. The process ends with it, even while it waits for ranks that are gone."""
     queue: SimpleQueue[str] = SimpleQueue()
 
     def read() -> None:
-        for line in source:
-            queue.put(line)
+        with contextlib.suppress(OSError):
+            for line in source:
+                queue.put(line)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -289,22 +305,58 @@ def _lines(source: TextIO) -> Iterator[str]:
         yield queue.get()
 
 
-def main() -> None:
-    """Serve jobs until standard input ends."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+_NEEDED = (
+    "ckptkit.megatron.model",
+    "ckptkit.megatron.pipeline",
+    "ckptkit.megatron.replicas",
+    "ckptkit.verification.packing",
+    "ckptkit.verification.probes",
+    "ckptkit.verification.ranks.what_ran",
+    "ckptkit.verification.routing",
+    "ckptkit.verification.runs",
+    "megatron.core.distributed",
+    "safetensors.torch",
+    "torch.distributed.tensor",
+)
+"""Modules that every job imports."""
+
+
+def _warm_up(device: str) -> None:
+    """Import what jobs need. Nothing here may start a thread or CUDA: the process may be forked."""
+    from ckptkit.megatron import compat
+
+    compat.import_megatron(eager=device == "cpu")
+    for name in _NEEDED:
+        importlib.import_module(name)
+    find(OPENER)
+
+
+def _serve_all(channel: socket.socket, seconds: float) -> None:
+    """Serve jobs until the channel ends."""
+    replies = channel.makefile("w", buffering=1, encoding="utf-8")
 
     def reply(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=replies, flush=True)
 
-    start = time.monotonic()
-    from ckptkit.megatron import compat
-
-    compat.import_megatron()
-    reply({"ready": time.monotonic() - start})
-    for line in _lines(sys.stdin):
+    reply({"ready": seconds})
+    for line in _lines(channel.makefile("r", encoding="utf-8")):
         _serve(line, reply)
 
 
+def main(device: str, folder: str, number: str, *descriptors: str) -> None:
+    """Serve jobs until the pool ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pool's process too, which ends this one
+    start = time.monotonic()
+    _warm_up(device)
+    seconds = time.monotonic() - start
+    channels = [socket.socket(fileno=int(descriptor)) for descriptor in descriptors]
+    if len(channels) == 1:
+        os.dup2(2, 1)
+        _serve_all(channels[0], seconds)
+        return
+    again = [sys.executable, "-P", "-m", "ckptkit.verification.ranks.worker", device, folder]
+    fork_each(channels, Path(folder), lambda channel: _serve_all(channel, seconds), again)
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

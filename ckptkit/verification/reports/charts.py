@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
 
 from ckptkit.printable import printable
+from ckptkit.verification.reports.contents import rows_of
 
 WIDTH, HEIGHT = 920, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 30, 16, 32
 NARROWEST = 1e-9
 """Errors below this are drawn as this: it is far under what fp32 can tell."""
 
+LONG_WORD = 20
+"""Characters of a word that need not break."""
+
 
 def shown(text: str) -> str:
     """A text as HTML: visible characters, and none that means markup."""
     return escape(printable(text))
+
+
+def name_shown(text: str) -> str:
+    """A text as HTML whose long words, names and paths, may break after their parts and nowhere else."""
+    return " ".join(
+        "<wbr>".join(escape(part) for part in re.findall(r"[^./_]*[./_]+|[^./_]+", word))
+        if len(word) > LONG_WORD
+        else escape(word)
+        for word in printable(text).split(" ")
+    )
 
 
 @dataclass(frozen=True)
@@ -134,11 +149,12 @@ HUES = (212, 28, 150, 330, 265, 48, 184, 0)
 """Degrees; neighbours are far apart, and stages repeat them from the ninth on."""
 
 
-def rank_map(side: Mapping[str, Any]) -> str:
+def rank_map(side: Mapping[str, Any], guilty: Collection[tuple[int, int]] = ()) -> str:
     """The layers, top to bottom, over the ranks of a grid, left to right; each block is a model chunk.
 
     Args:
         side: A `SideReport` as JSON.
+        guilty: (rank, row) of what is outlined; row 0 is the embedding, the last one the head.
     """
     ranks, layers = side["ranks"], side["num_layers"]
     roomy = len(ranks) <= LABELLED
@@ -161,7 +177,16 @@ def rank_map(side: Mapping[str, Any]) -> str:
             parts.append(f'<text class="tick" x="{middle:.1f}" y="29" text-anchor="middle">{_place(rank, side)}</text>')
         for chunk in rank["chunks"]:
             parts += _blocks(rank, chunk, side, (x, top, column, row), roomy)
+        for at in sorted(at for holder, at in guilty if holder == rank["rank"]):
+            parts.append(
+                f'<rect class="guilty" x="{x + 1}" y="{top + at * row}" width="{column - 2}" height="{row}" rx="2">'
+                f"<title>rank {rank['rank']}, {_row_name(at, layers)}: differs</title></rect>"
+            )
     return "".join([*parts, "</svg>"])
+
+
+def _row_name(row: int, layers: int) -> str:
+    return "embedding" if row == 0 else "final norm and head" if row > layers else f"layer {row - 1}"
 
 
 def _stage_names(ranks: Sequence[Mapping[str, Any]], left: int, column: int) -> Iterator[str]:
@@ -206,9 +231,7 @@ def _blocks(
     """The content of a chunk: its layers, with the embedding above and the head below them."""
     x, top, column, row = box
     gap = 2 if column >= 16 else 1
-    rows = (
-        [0] * chunk["embedding"] + [layer + 1 for layer in chunk["layers"]] + [side["num_layers"] + 1] * chunk["head"]
-    )
+    rows = rows_of(chunk, side)
     hue = HUES[rank["pp"] % len(HUES)]
     text = _describe(rank, chunk, side)
     for _, run in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):

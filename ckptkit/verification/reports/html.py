@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from ckptkit.verification.reports.charts import Series, log_chart, rank_map, shown
+from ckptkit.verification.reports.charts import Series, log_chart, name_shown, rank_map, shown
+from ckptkit.verification.reports.contents import (
+    DIFFERENCES,
+    Facts,
+    details_of,
+    difference_rows,
+    fed_by,
+    guilty_places,
+    guilty_ranks,
+    run_facts,
+    side_facts,
+    title_of,
+)
 from ckptkit.verification.reports.report import VerificationReport
 
 
 def html_page(report: VerificationReport) -> str:
-    """The whole page."""
+    """The whole page: the verdict, what differs, the answers, the run, and what is of interest now and then folded."""
     data = report.to_dict()
-    details: dict[str, Any] = next((level["details"] for level in data["levels"] if level["name"] == "logits"), {})
+    details = details_of(data, "logits")
     sections = [
+        *_differences(data),
         _levels(data),
+        _run(data),
         *_error_growth(details),
-        *_positions(details),
-        *_routers(details),
+        *([] if report.passed else _routers(details)),
         *_maps(data),
-        *_facts(details),
+        *([_details("Routers", text) for text in _routers(details)] if report.passed else []),
+        *_folded(details),
     ]
-    good = report.passed
-    verdict = (
-        f'<span class="verdict {"good" if good else "bad"}">{"Same model" if good else "The models differ"}</span>'
-    )
+    verdict = f'<span class="verdict {"good" if report.passed else "bad"}">{title_of(data)}</span>'
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{shown(data['verdict'])}: {shown(report.candidate)}</title>"
         f"<style>{_style()}</style></head><body><main>"
-        f'<header>{verdict}<h1>{shown(report.candidate)}</h1><p class="soft path">against {shown(report.reference)}'
-        f"</p></header>{''.join(f'<section>{section}</section>' for section in sections)}"
-        f"<footer>{_footer(data, details)}</footer></main></body></html>\n"
+        f'<header>{verdict}<h1>{name_shown(report.candidate)}</h1><p class="soft">against'
+        f" {name_shown(report.reference)}</p></header>"
+        f"{''.join(f'<section>{section}</section>' for section in sections)}"
+        f"<footer>ckptkit verify, schema {data['schema']}</footer></main></body></html>\n"
     )
 
 
@@ -41,9 +53,49 @@ def _style() -> str:
     return files("ckptkit.verification.reports").joinpath("report.css").read_text(encoding="utf-8")
 
 
-def _footer(data: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in details.get("versions", {}).items())
-    return shown(f"ckptkit verify, schema {data['schema']}" + (f"; {versions}" if versions else ""))
+def _differences(data: Mapping[str, Any]) -> Iterator[str]:
+    """The tensors that differ, by size, and the place where the computations part."""
+    rows, parted = difference_rows(data), fed_by(data)
+    if not rows and parted is None:
+        return
+    parts = ["<h2>What differs</h2>"]
+    if parted is not None:
+        place, tensors = parted
+        parts.append(f'<p>The models part at <b class="bad">{shown(place)}</b>, which is fed by</p>')
+        parts.append(f'<ul class="names">{"".join(f"<li>{name_shown(name)}</li>" for name in tensors)}</ul>')
+    if ranks := guilty_ranks(data):
+        parts.append(f'<p>It is held by <b class="bad">{shown(ranks)}</b> of the candidate.</p>')
+    if rows:
+        parts.append('<p class="soft">Tensors by the size of the difference:</p>')
+        parts.append(_wide_table(DIFFERENCES, rows))
+    yield "".join(parts)
+
+
+def _wide_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a name and figures. On a narrow screen each row is a block, and each figure has its heading."""
+    heading = "".join(f"<th>{shown(name.capitalize())}</th>" for name in head)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td data-head="{shown(name.capitalize())}">{name_shown(cell) or "&ndash;"}</td>'
+            for name, cell in zip(head, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f'<table class="wide"><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _run(data: Mapping[str, Any]) -> str:
+    """How the verification was made, and what the two sides are."""
+    parts = [f"<div><h2>The run</h2>{_facts(run_facts(data))}</div>"]
+    parts += [f"<div><h2>{_title(name)}</h2>{_facts(facts)}</div>" for name, facts in side_facts(data)]
+    return f'<div class="columns run">{"".join(parts)}</div>'
+
+
+def _facts(facts: Facts) -> str:
+    lines = "".join(f"<dt>{shown(name)}</dt><dd>{name_shown(text)}</dd>" for name, text in facts)
+    return f"<dl>{lines}</dl>"
 
 
 def _levels(data: Mapping[str, Any]) -> str:
@@ -54,13 +106,13 @@ def _levels(data: Mapping[str, Any]) -> str:
         )
         items = "".join(
             f'<li class="{"pass" if check["passed"] else "fail"}"><b>{shown(check["name"])}</b>'
-            f' <span class="soft">{shown(check["summary"])}</span></li>'
+            f' <span class="soft">{name_shown(check["summary"])}</span></li>'
             for check in level["checks"]
         )
         parts.append(f'<ul class="checks">{items}</ul>')
         messages = level["details"].get("messages", [])
         if messages:
-            lines = "".join(f"<p>{shown(line)}</p>" for line in messages)
+            lines = "".join(f"<p>{name_shown(line)}</p>" for line in messages)
             parts.append(f'<div class="notes{"" if level["passed"] else " bad"}">{lines}</div>')
         parts.append("</div>")
     for name in data["not_run"]:
@@ -69,7 +121,7 @@ def _levels(data: Mapping[str, Any]) -> str:
             '<ul class="checks"><li class="idle soft">not reached</li></ul></div>'
         )
     if data["messages"]:
-        parts.append(f'<div class="notes">{"".join(f"<p>{shown(line)}</p>" for line in data["messages"])}</div>')
+        parts.append(f'<div class="notes">{"".join(f"<p>{name_shown(line)}</p>" for line in data["messages"])}</div>')
     return "".join(parts)
 
 
@@ -89,7 +141,7 @@ def _error_growth(details: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "<h2>Error by layer</h2>"
         f'<p class="soft">RMS error of the hidden states, relative to their size. {_what_ran(details)}</p>'
-        f"{_legend(series)}{chart}"
+        f"{_legend(series)}{_scrolled(chart)}"
     )
 
 
@@ -116,6 +168,10 @@ def _legend(series: Sequence[Series]) -> str:
     return f'<div class="legend">{items}</div>'
 
 
+def _scrolled(drawing: str) -> str:
+    return f'<div class="scroll">{drawing}</div>'
+
+
 def _positions(details: Mapping[str, Any]) -> Iterator[str]:
     agreement = details.get("agreement")
     if not agreement:
@@ -127,9 +183,8 @@ def _positions(details: Mapping[str, Any]) -> Iterator[str]:
     row, at = agreement["worst"]
     chart = log_chart([Series("error", "a", values)], places, limit=limit, title="Error of the logits by position")
     yield (
-        "<h2>Error by position</h2>"
         '<p class="soft">Largest difference of two logits at each position of each row, over the largest |logit|'
-        f" ({agreement['max_abs_logit']:.1f}). The worst is in row {row} at position {at}.</p>{chart}"
+        f" ({agreement['max_abs_logit']:.1f}). The worst is in row {row} at position {at}.</p>{_scrolled(chart)}"
     )
 
 
@@ -148,39 +203,54 @@ def _routers(details: Mapping[str, Any]) -> Iterator[str]:
     yield (
         '<h2>Routers</h2><p class="soft">Largest error of the router logits of each layer, over the largest of them.'
         f" Of {routing['tokens'] * len(layers):,} choices of experts {ties} differ within the noise and {beyond} beyond"
-        f" it.</p>{chart}"
+        f" it.</p>{_scrolled(chart)}"
     )
 
 
 def _maps(data: Mapping[str, Any]) -> Iterator[str]:
+    """The map of every side with several ranks. That of the reference is folded: nothing on it is guilty."""
+    guilty = guilty_places(data)
     for name, side in data["sides"].items():
-        if len(side["ranks"]) > 1:
-            dots = " A dot marks a layer with experts." if side["moe_layers"] else ""
-            yield (
-                f'<h2>Which rank holds what</h2><p class="soft">The {name}: {shown(side["architecture"])},'
-                f" {side['parameters']:,} parameters, as {shown(side['format'])} on {shown(side['grid']['name'])}."
-                f" Colours are pipeline stages.{dots}</p>"
-                f'<div class="scroll">{rank_map(side)}</div>'
-            )
-
-
-def _facts(details: Mapping[str, Any]) -> Iterator[str]:
-    modules = [("megatron-core's", details.get("megatron_modules")), ("ckptkit's", details.get("own_modules"))]
-    tables = [
-        _table(
-            ("module", "how many"), ((name.rpartition(".")[2], f"{count:,}") for name, count in found.items()), whose
+        if len(side["ranks"]) == 1:
+            continue
+        marked = guilty if name == "candidate" else set()
+        dots = " A dot marks a layer with experts." if side["moe_layers"] else ""
+        marks = ' <b class="bad">What differs is outlined.</b>' if marked else ""
+        text = (
+            f'<p class="soft">The {name}: {shown(side["architecture"])}, {side["parameters"]:,} parameters, as'
+            f" {shown(side['format'])} on {shown(side['grid']['name'])}. Colours are pipeline stages.{dots}{marks}</p>"
+            f"{_scrolled(rank_map(side, marked))}"
         )
-        for whose, found in modules
-        if found
-    ]
-    seconds = details.get("seconds")
-    if seconds:
-        tables.append(_table(("phase", "seconds"), ((name, f"{value:.1f}") for name, value in seconds.items()), "time"))
+        heading = "Which rank holds what"
+        yield f"<h2>{heading}</h2>{text}" if name == "candidate" else _details(f"{heading}: the {name}", text)
+
+
+def _folded(details: Mapping[str, Any]) -> Iterator[str]:
+    """What is of interest only now and then."""
+    for text in _positions(details):
+        yield _details("Error by position", text)
+    tables = [*_modules(details), *_seconds(details)]
     if tables:
-        yield f'<div class="columns">{"".join(tables)}</div>'
+        yield _details("Modules and times", f'<div class="columns">{"".join(tables)}</div>')
 
 
-def _table(head: tuple[str, str], rows: Any, title: str) -> str:
-    body = "".join(f'<tr><td>{shown(name)}</td><td class="n">{value}</td></tr>' for name, value in rows)
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{shown(title)}</summary>{text}</details>"
+
+
+def _modules(details: Mapping[str, Any]) -> Iterator[str]:
+    for whose, key in (("megatron-core's", "megatron_modules"), ("ckptkit's", "own_modules")):
+        if found := details.get(key):
+            rows = ((name.rpartition(".")[2], f"{count:,}") for name, count in found.items())
+            yield _table(("module", "how many"), rows, whose)
+
+
+def _seconds(details: Mapping[str, Any]) -> Iterator[str]:
+    if seconds := details.get("seconds"):
+        yield _table(("phase", "seconds"), ((name, f"{value:.1f}") for name, value in seconds.items()), "time")
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]], title: str) -> str:
+    body = "".join(f'<tr><td>{name_shown(name)}</td><td class="n">{shown(value)}</td></tr>' for name, value in rows)
     heading = "".join(f"<th>{shown(name)}</th>" for name in head)
     return f"<div><h2>{shown(title.capitalize())}</h2><table><tr>{heading}</tr>{body}</table></div>"

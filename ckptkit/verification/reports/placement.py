@@ -64,6 +64,8 @@ class SideReport:
         parameters: How many, each counted once.
         grid: Sizes of the parallel grid, and the grid in words as `name`.
         ranks: The ranks of that grid.
+        sha256: SHA-256 of its tensors, the same for every layout of the same weights, or None where it was not asked
+            for.
     """
 
     path: str
@@ -74,10 +76,11 @@ class SideReport:
     parameters: int
     grid: dict[str, Any] = field(default_factory=dict)
     ranks: list[RankPlacement] = field(default_factory=list)
+    sha256: str | None = None
 
 
-def describe(checkpoint: Checkpoint, grid: Parallelism | None = None) -> SideReport:
-    """The facts about an opened checkpoint, on its own grid or on the one that it is run on."""
+def describe(checkpoint: Checkpoint, grid: Parallelism | None = None, sha256: str | None = None) -> SideReport:
+    """The facts about an opened checkpoint, on its own grid or on the one that it runs on, and its hash, if known."""
     config, grid = checkpoint.config, grid or checkpoint.grid
     return SideReport(
         path=str(checkpoint.path),
@@ -88,6 +91,7 @@ def describe(checkpoint: Checkpoint, grid: Parallelism | None = None) -> SideRep
         parameters=checkpoint.parameters,
         grid={"name": str(grid), "tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp, "ep": grid.ep, "etp": grid.expert_tp},
         ranks=placement(config.num_layers, config.num_experts, grid),
+        sha256=sha256,
     )
 
 

@@ -127,6 +127,9 @@ class VerificationReport:
         messages: What else to know, one line each.
         sides: `reference` and `candidate` -> what each is, and which rank holds what of it.
         not_run: Levels that were asked for and not reached.
+        command: The command line, or None where there was none.
+        started: Date and time at the beginning, ISO 8601 in UTC; empty if unknown.
+        versions: Package -> version, of the process that asked.
         schema: Version of the JSON.
     """
 
@@ -136,6 +139,9 @@ class VerificationReport:
     messages: list[str] = field(default_factory=list)
     sides: dict[str, SideReport] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
+    command: str | None = None
+    started: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property

@@ -25,6 +25,27 @@ class Check:
 
 
 @dataclass(frozen=True)
+class TensorDifference:
+    """A tensor whose bytes differ.
+
+    Attributes:
+        tensor: The canonical name, and which part of it where only a part is compared.
+        layer: Number of its layer, or None outside of layers.
+        differing: How many elements have other bits.
+        elements: How many there are.
+        largest: Largest |difference| of two finite elements.
+        ranks: Global ranks of the candidate whose shards hold the difference.
+    """
+
+    tensor: str
+    layer: int | None
+    differing: int
+    elements: int
+    largest: float
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
 class Location:
     """Where two models part.
 

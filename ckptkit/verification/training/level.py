@@ -143,7 +143,7 @@ class _Sides:
         rows = rows_of(tokens, self.pair.reference.vocab_size, ROWS)
         if not any(len(row) > 1 for row in rows):
             raise UsageError("no row has a next token", hint="give longer rows with --tokens")
-        ranks = pool or stack.enter_context(own_ranks(self.pair, options.dp))
+        ranks = pool or stack.enter_context(own_ranks(self.pair, options))
         folder = Path(ranks.once(lambda: tempfile.mkdtemp(prefix="ckptkit-verify-")))
         stack.callback(_remove, ranks, folder)
         trained = None

@@ -38,12 +38,15 @@ def write(folder: Path) -> Path:
     """A checkpoint with a tensor of four chunks in two files, one of a single chunk, and an object."""
     chunks = [
         NewChunk(
-            "weight", (row, column), from_torch(WEIGHT[row : row + 3, column : column + 4]), f"__{row // 3}_0.distcp"
+            "weight",
+            (row, column),
+            from_torch(WEIGHT[row : row + 3, column : column + 4]),
+            (f"__{row // 3}_0.distcp",),
         )
         for row in (0, 3)
         for column in (0, 4)
     ]
-    chunks.append(NewChunk("bias", (0,), from_torch(BIAS), "__0_0.distcp"))
+    chunks.append(NewChunk("bias", (0,), from_torch(BIAS), ("__0_0.distcp",)))
     objects = [NewObject("object", b"anything at all", "__1_0.distcp")]
     for file in lay_out_dcp("", {"weight": (6, 8), "bias": (5,)}, chunks, objects):
         write_out(file, folder)
@@ -113,7 +116,7 @@ def test_we_read_what_torch_writes(tmp_path: Path) -> None:
 
 
 def test_casts_are_written(tmp_path: Path) -> None:
-    chunk = NewChunk("weight", (0, 0), from_torch(WEIGHT).astype(BF16), "__0_0.distcp")
+    chunk = NewChunk("weight", (0, 0), from_torch(WEIGHT).astype(BF16), ("__0_0.distcp",))
     for file in lay_out_dcp("", {"weight": (6, 8)}, [chunk]):
         write_out(file, tmp_path)
     assert torch.equal(as_torch(open_dcp(tmp_path).tensor("weight")), WEIGHT.to(torch.bfloat16))
@@ -130,19 +133,19 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 def test_chunks_that_do_not_fit_are_not_written() -> None:
     part = from_torch(WEIGHT[:3])
     for chunks, match in (
-        ([NewChunk("weight", (0, 0), part, "f")], "leave holes"),
-        ([NewChunk("weight", (0, 0), part, "f"), NewChunk("weight", (0, 0), part, "f")], "overlap|holes"),
+        ([NewChunk("weight", (0, 0), part, ("f",))], "leave holes"),
+        ([NewChunk("weight", (0, 0), part, ("f",)), NewChunk("weight", (0, 0), part, ("f",))], "overlap|holes"),
         ([], "no chunks"),
     ):
         with pytest.raises(ChunkError, match=match):
             lay_out_dcp("", {"weight": (6, 8)}, chunks)
-    mixed = [NewChunk("weight", (0, 0), part, "f"), NewChunk("weight", (3, 0), part.astype(BF16), "f")]
+    mixed = [NewChunk("weight", (0, 0), part, ("f",)), NewChunk("weight", (3, 0), part.astype(BF16), ("f",))]
     with pytest.raises(InputError, match="weight would be of several types: BF16, F32"):
         lay_out_dcp("", {"weight": (6, 8)}, mixed)
 
 
 def test_data_starts_aligned() -> None:
-    chunks = [NewChunk("weight", (row, 0), Tensor.full(F32, (1, 3)), "f") for row in range(5)]
+    chunks = [NewChunk("weight", (row, 0), Tensor.full(F32, (1, 3)), ("f",)) for row in range(5)]
     file, _ = lay_out_dcp("", {"weight": (5, 3)}, chunks, [NewObject("object", b"x", "f")])
     starts = [s.offset for s in file.segments if isinstance(s.tensor.bands[0].pieces[0], Const)]
     assert len(starts) == 5

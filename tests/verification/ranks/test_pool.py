@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,14 @@ def two() -> Iterator[RankPool]:
 
 
 def pids(ranks: RankPool) -> list[int]:
-    return [process.pid for process in ranks._processes]
+    """Process ids of the ranks: on the CPU those are forked from one process, if there are several."""
+    if ranks._processes is None:
+        return []
+    started = ranks._processes.pids
+    if len(started) == ranks.world_size:
+        return started
+    (parent,) = started
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def test_an_error_of_one_rank_reaches_the_caller_and_the_ranks_stay(two: RankPool, job: LogitsJob) -> None:
@@ -64,7 +72,7 @@ def test_a_dead_rank_is_noticed_and_replaced(two: RankPool, job: LogitsJob) -> N
 
 def test_silence_has_an_end(job: LogitsJob) -> None:
     with RankPool(1) as one:
-        one.start()
+        one.start(DEVICE)
         with pytest.raises(VerificationError, match=r"no answer from rank 0 within 0\.5 seconds"):
             one.run(
                 replace(
@@ -81,17 +89,77 @@ def test_silence_has_an_end(job: LogitsJob) -> None:
 
 def test_ranks_begin_before_they_are_needed(job: LogitsJob) -> None:
     with RankPool(2) as ranks:
-        ranks.begin()
-        begun = pids(ranks)
-        ranks.begin()
+        begun = ranks.begin(DEVICE)
+        assert ranks.begin(DEVICE) is begun
         assert len(ranks.run(job)) == 2
-        assert pids(ranks) == begun and len(begun) == 2
+        assert ranks._processes is begun and len(pids(ranks)) == 2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not survive a fork")
+def test_ranks_on_the_cpu_are_forked_from_one_process(two: RankPool, job: LogitsJob) -> None:
+    two.run(job)
+    assert two._processes is not None
+    (parent,) = two._processes.pids
+    ranks = pids(two)
+    assert len(ranks) == 2 and parent not in ranks
+    for pid in ranks:  # none has begun anew
+        assert Path(f"/proc/{pid}/cmdline").read_text() == Path(f"/proc/{parent}/cmdline").read_text()
+    with pytest.raises(InputError, match="the compiler of torch is not loaded"):  # half of the time of the imports
+        two.run(replace(job, opener="tests.verification.openers:say_what_is_loaded"))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not survive a fork")
+def test_ranks_begin_anew_where_an_import_starts_a_thread(
+    job: LogitsJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "import threading, time", "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()"
+    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    with RankPool(2) as ranks:
+        assert len(ranks.run(job)) == 2
+        commands = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in pids(ranks)]
+        assert [command[-3] for command in commands] == ["0", "1"]
+        os.kill(pids(ranks)[1], signal.SIGKILL)
+        with pytest.raises(VerificationError, match=r"rank 1 died \(killed by signal 9\)"):
+            ranks.run(replace(job, options=RunOptions(DEVICE, timeout=60.0)))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not survive a fork")
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from ckptkit.verification.ranks.pool import RankPool\n"
+        "with RankPool(2) as ranks:\n"
+        "    print(ranks.start().pids[0], flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdin is not None and process.stdout is not None
+    parent = int(process.stdout.readline())
+    ranks = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in (parent, *ranks) if running(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    assert len(ranks) == 2
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there, and not only its number until somebody asks for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_rank_that_ends_while_nobody_waits_is_reported(job: LogitsJob, monkeypatch: pytest.MonkeyPatch) -> None:
     with RankPool(2) as ranks:
         monkeypatch.setattr(sys, "executable", "/bin/false")
-        ranks.begin()
+        ranks.begin(DEVICE)
         monkeypatch.undo()
         with pytest.raises(VerificationError, match=r"starting the ranks: rank \d died \(exit code 1\)"):
             ranks.run(job)
@@ -119,7 +187,7 @@ def test_who_is_interrupted_leaves_no_answer_for_the_next(
             two.run(job)
         assert pids(two) == []
         with pytest.raises(KeyboardInterrupt):
-            two.start()
+            two.start(DEVICE)
         assert pids(two) == []
     assert len(two.run(replace(job, rows=[[1, 2]]))[0]["rows"][0]) == 2
 

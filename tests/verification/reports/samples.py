@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.reports.placement import SideReport, placement
@@ -18,6 +18,7 @@ from ckptkit.verification.reports.results import (
     RouterLayer,
     RoutingReport,
     StateError,
+    TensorDifference,
 )
 
 PLACES = ["embedding", "layer 0", "layer 1", "final norm", "head"]
@@ -60,14 +61,54 @@ def logits_report(passed: bool = True, dtype: str = "float32") -> LogitsReport:
     )
 
 
+def weights_that_differ() -> LevelResult:
+    """A level at which two tensors differ, each on one of the ranks of `report`."""
+    differences = [
+        TensorDifference("decoder.layers.1.mlp.<fc2>.weight", 1, 3, 1024, 0.5, [5, 7]),
+        TensorDifference("embedding.word_embeddings.weight", None, 1, 2048, 1e-3, [0, 1]),
+    ]
+    details = {"bytes": 5, "differences": [asdict(difference) for difference in differences]}
+    return LevelResult("weights", False, "2 tensors differ", details, [Check("bytes", False, "they differ")], 0.25)
+
+
 def report(passed: bool = True, dtype: str = "float32", grid: Parallelism | None = None) -> VerificationReport:
     grid = grid or Parallelism(2, 2, ep=2)
     weights = LevelResult("weights", True, "5 bytes equal", {"bytes": 5}, [Check("bytes", True, "equal")], 0.25)
+    if not passed:
+        weights = weights_that_differ()
     return VerificationReport(
         reference="hf <model> & more",
         candidate='out/"meg"',
         levels=[weights, replace(logits_report(passed, dtype).level(), seconds=3.5)],
         messages=["a <note>"],
-        sides={"reference": side("hf", Parallelism(), experts=4), "candidate": side("meg", grid, experts=4)},
+        sides={
+            "reference": side("hf", Parallelism(), experts=4),
+            "candidate": replace(side("meg", grid, experts=4), sha256="ab" * 32),
+        },
         not_run=["packed"],
+        command="ckptkit verify 'hf <model> & more' 'out/\"meg\"'",
+        started="2026-11-29T12:00:00+00:00",
+        versions={"python": "3.12", "torch": "2.11"},
     )
+
+
+def hostile(found: VerificationReport, text: str) -> VerificationReport:
+    """The report with a text in every place that files or the command line fill."""
+    data = found.to_dict()
+
+    def spoiled(value: object, key: str = "") -> object:
+        if isinstance(value, dict):
+            return {name: spoiled(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [spoiled(item, key) for item in value]
+        fixed = key in ("verdict", "dtype", "name", "started", "place", "non_finite")
+        return value if not isinstance(value, str) or fixed else value + text
+
+    raw = spoiled(data)
+
+    class Spoiled(VerificationReport):
+        def to_dict(self) -> dict[str, object]:
+            return raw  # type: ignore[return-value]
+
+    assert isinstance(raw, dict)
+    return Spoiled(found.reference + text, found.candidate + text, found.levels)

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.verification.reports.charts import Series, log_chart, rank_map
+from ckptkit.verification.reports.charts import Series, log_chart, name_shown, rank_map
+from ckptkit.verification.reports.contents import guilty_places, ranges
 from ckptkit.verification.reports.html import html_page
-from tests.verification.reports.samples import report, side
+from tests.verification.reports.samples import hostile, report, side
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -49,7 +51,7 @@ def numbers(page: Page, tag: str, kind: str) -> list[dict[str, str | None]]:
 def test_the_page_says_what_was_found_and_needs_nothing_else(passed: bool, dtype: str) -> None:
     source = html_page(report(passed, dtype))
     page = Page(source)
-    text = " ".join(page.text)
+    text = "".join(page.text)
     assert ("Same model" in text) == passed and ("The models differ" in text) == (not passed)
     for part in (
         "hf <model> & more",
@@ -58,6 +60,15 @@ def test_the_page_says_what_was_found_and_needs_nothing_else(passed: bool, dtype
         "a <note>",
         "Error by layer",
         "RMSNorm",
+        "ckptkit verify 'hf <model> & more' 'out/\"meg\"'",
+        "2026-11-29T12:00:00+00:00",
+        "torch 2.11",
+        "devicecpu",
+        "5 in 2 rows of 2 to 3, the last 1 of each chosen by the reference",
+        "gridTP1 x PP1",
+        "gridTP2 x PP2 x EP2",
+        "ab" * 32,
+        "not computed (--hash)",
     ):
         assert part in text, part
     assert ("the models part at <layer 1> mlp" in text) == (not passed)
@@ -70,6 +81,70 @@ def test_the_page_says_what_was_found_and_needs_nothing_else(passed: bool, dtype
     assert "prefers-color-scheme: dark" in source
     assert ("reference itself" in text) == (dtype == "bfloat16")
     assert len(numbers(page, "line", "mark")) == int(not passed)
+    assert ("decoder.layers.1.mlp.<fc2>.weight" in text) == (not passed)
+
+
+def test_a_failure_names_tensors_by_size_and_marks_ranks_and_layers() -> None:
+    page = Page(html_page(report(False)))
+    assert "".join(page.text).index("mlp.<fc2>.weight") < "".join(page.text).index("word_embeddings.weight")
+    assert "ranks 0-1, 5, 7" in page.text
+    titles = [text for text in page.text if text.endswith(": differs")]
+    expected = ["rank 0, embedding", "rank 1, embedding", "rank 5, layer 1", "rank 7, layer 1"]
+    assert titles == [f"{place}: differs" for place in expected]
+    assert len(numbers(page, "rect", "guilty")) == 4
+    assert not numbers(Page(html_page(report(True))), "rect", "guilty")
+
+
+def test_without_bytes_that_differ_all_ranks_that_hold_the_place_are_marked() -> None:
+    whole = report(False)
+    page = Page(html_page(replace(whole, levels=[report(True).levels[0], whole.levels[1]])))
+    titles = [text for text in page.text if text.endswith(": differs")]
+    assert titles == [f"rank {rank}, layer 1: differs" for rank in (4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("place", ["embedding", "head", "final norm", "layer 0 router"])
+def test_every_place_is_on_the_map(place: str) -> None:
+    data = report(False).to_dict()
+    data["levels"][0]["details"].pop("differences")
+    data["levels"][1]["details"]["location"]["place"] = place
+    ranks, rows = zip(*sorted(guilty_places(data)), strict=True)
+    assert set(rows) == {{"embedding": 0, "layer 0 router": 1}.get(place, 3)}
+    assert ranks == ((0, 1, 2, 3) if rows[0] < 2 else (4, 5, 6, 7))
+
+
+def test_what_is_of_no_interest_is_folded() -> None:
+    def folded(page: str) -> list[str]:
+        return re.findall("<summary>(.*?)</summary>", page)
+
+    always = ["Error by position", "Modules and times"]
+    assert folded(html_page(report(False))) == always
+    assert folded(html_page(report(True))) == ["Routers", *always]
+    sides = {name: side(name, Parallelism(2)) for name in ("reference", "candidate")}
+    assert folded(html_page(replace(report(False), sides=sides))) == ["Which rank holds what: the reference", *always]
+
+
+HOSTILE = """<img src=x onerror=alert(1)>"'&\x1b[31m\u202e</style></script>"""
+
+
+def test_nothing_that_comes_from_files_is_markup() -> None:
+    evil = hostile(report(False), HOSTILE)
+    page = Page(html_page(evil))
+    assert not {"img", "script"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "\x1b" not in html_page(evil) and "\u202e" not in html_page(evil)
+    assert html_page(evil).count("</style>") == 1
+    assert "".join(page.text).count("<img src=x onerror=alert(1)>") > 10
+
+
+def test_names_break_after_their_parts_only() -> None:
+    parts = name_shown("see decoder.layers.1.self_attention/linear<qkv>.weight").split("<wbr>")
+    assert parts == ["see decoder.", "layers.", "1.", "self_", "attention/", "linear&lt;qkv&gt;.", "weight"]
+    assert name_shown("torch 2.11.0 a_b") == "torch 2.11.0 a_b"
+
+
+def test_numbers_in_words() -> None:
+    assert ranges([]) == "" and ranges([3]) == "3" and ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert ranges(range(0, 200, 2)).endswith("28, 30, ...")
 
 
 def test_a_chart_is_logarithmic_and_shows_what_is_not_finite() -> None:

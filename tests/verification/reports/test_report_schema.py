@@ -16,12 +16,17 @@ import pytest
 from ckptkit import convert, verify
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.reports.report import SCHEMA, LogitsReport, VerificationReport
+from ckptkit.verification.reports.results import TensorDifference
 from tests.verification.reports.samples import report
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "report-schema.md"
 MADE_BY_HAND = {
     "structure": {"tensors", "problems[]", "messages[]"},
-    "weights": {"tensors", "bytes", "casts[]", "problems[]", "messages[]"},
+    "weights": {
+        *("tensors", "bytes", "casts[]", "problems[]", "messages[]"),
+        *(f"differences[].{field.name}" for field in dataclasses.fields(TensorDifference) if field.name != "ranks"),
+        "differences[].ranks[]",
+    },
 }
 """Fields of the details that are no dataclass; a real report is held against them below."""
 
@@ -111,6 +116,7 @@ def test_documents_have_what_is_documented(llama: Callable[..., Path], tmp_path:
             "problems[]",
             "casts[]",
             "messages[]",
+            *(f for f in fields if f.startswith("differences[].")),
             "reference_rounded[]",
             "noise",
             *(f for f in fields if f.startswith("noise.")),

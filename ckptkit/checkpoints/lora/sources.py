@@ -1,0 +1,176 @@
+"""Where the alpha of a Megatron adapter is written down. Its tensors do not hold it, and it has no default.
+
+Source: `run_config.yaml` of Megatron-Bridge (`peft` section), `args.json` of ms-swift, `lora_train_meta.json` and
+`adapter_config.json` of verl, and the sidecar of ckptkit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoints.lora.layouts import Ranks, Record
+from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.json_files import read_json
+from ckptkit.formats.peft import CONFIG
+from ckptkit.formats.peft_config import AdapterConfig
+from ckptkit.formats.peft_config import scale as scale_of
+from ckptkit.formats.run_config import RUN_CONFIG, read_section
+from ckptkit.formats.sidecar import FOLDER
+from ckptkit.tables.lora import LAYOUTS
+
+RECORD = "adapter.json"
+_MOST_MODULES, _MOST_RANK = 10_000_000, 1 << 20
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """A stated alpha.
+
+    Attributes:
+        value: Alpha.
+        rslora: Whether the scale is alpha / sqrt(rank).
+        where: Who states it.
+    """
+
+    value: float
+    rslora: bool
+    where: str
+
+    def scale(self, rank: int) -> float:
+        """The factor of B A."""
+        return scale_of(self.value, rank, rslora=self.rslora)
+
+
+def find_alpha(folder: Path, root: Path, record: Record | None, given: float | None) -> tuple[Alpha, list[str]]:
+    """The alpha of an adapter, and a note if the user's outranks another.
+
+    Args:
+        folder: The folder with the weights.
+        root: The folder with the sidecar.
+        record: The record in the sidecar, or None.
+        given: The alpha that the user gives, or None.
+
+    Raises:
+        InputError: Nobody states it, or two files state different ones.
+    """
+    found = [] if record is None else [Alpha(float(record.alpha), False, f"{FOLDER}/{RECORD}")]
+    for place in dict.fromkeys((folder, root)):
+        found += [alpha for name, read in _READERS.items() if (alpha := read(place, name)) is not None]
+    if given is not None:
+        others = [f"{one.where} says {one.value:g}" for one in found if (one.value, one.rslora) != (given, False)]
+        notes = [f"--lora-alpha {given:g} outranks the files: {'; '.join(others)}"] if others else []
+        return Alpha(given, False, "--lora-alpha"), notes
+    if not found:
+        raise InputError(
+            "nothing says the alpha of the adapter, so its scale is not known",
+            where=folder,
+            hint=f"give --lora-alpha, or put {CONFIG} beside the weights",
+        )
+    if len({(one.value, one.rslora) for one in found}) > 1:
+        texts = "; ".join(f"{one.where} says {one.value:g}{' (rslora)' if one.rslora else ''}" for one in found)
+        raise InputError(f"two alphas: {texts}", where=folder, hint="correct one, or give --lora-alpha")
+    return found[0], []
+
+
+def read_record(root: Path) -> Record | None:
+    """The record in a sidecar, or None.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    file = root / FOLDER / RECORD
+    if not file.is_file():
+        return None
+    raw = read_json(file)
+    layout, rank, alpha, modules = (raw.get(key) for key in ("layout", "rank", "alpha", "modules"))
+    hint = "pass --lora-alpha to go without it"
+    if layout not in LAYOUTS or not _natural(rank) or not rank or type(alpha) not in (int, float) or not alpha:
+        raise InputError("no layout, rank and alpha in it", where=file, hint=hint)
+    if not isinstance(modules, dict) or not all(_are_ranks(own, rank) for own in modules.values()):
+        raise InputError("its modules have no ranks", where=file, hint=hint)
+    names = raw.get("names") or {}
+    if not isinstance(names, dict) or not all(_is_shape(shape) for shape in names.values()):
+        raise InputError("its names have no shapes", where=file, hint=hint)
+    return Record(
+        layout,
+        rank,
+        alpha / rank,
+        {name: Ranks(own[0], own[1], float(own[2])) for name, own in modules.items()},
+        {name: tuple(shape) for name, shape in names.items()},
+    )
+
+
+def _is_shape(value: object) -> bool:
+    return (
+        isinstance(value, list) and len(value) <= 3 and all(type(size) is int and 0 <= size < 1 << 40 for size in value)
+    )
+
+
+def _are_ranks(own: object, rank: int) -> bool:
+    return (
+        isinstance(own, list)
+        and len(own) == 3
+        and all(map(_natural, own[:2]))
+        and own[0] > 0
+        and own[0] + own[1] <= rank
+        and type(own[2]) in (int, float)
+        and own[2] != 0
+    )
+
+
+def _natural(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_RANK
+
+
+def _of_bridge(folder: Path, name: str) -> Alpha | None:
+    section = read_section(folder, "peft")
+    if not section:
+        return None
+    _refuse_other_classes(section, folder / name)
+    return _stated(section, "alpha", folder / name)
+
+
+def _refuse_other_classes(section: Mapping[str, Any], where: Path) -> None:
+    target = str(section.get("_target_")).rpartition(".")[2]
+    if target not in ("LoRA", "CanonicalLoRA", "VLMLoRA"):
+        raise UsageError(f"an adapter of the class {target[:40]}, and LoRA is read", where=where)
+
+
+def _of_swift(folder: Path, name: str) -> Alpha | None:
+    return _of_json(folder / name, "lora_alpha", "use_rslora")
+
+
+def _of_verl(folder: Path, name: str) -> Alpha | None:
+    return _of_json(folder / name, "lora_alpha", "use_rslora")
+
+
+def _of_peft(folder: Path, name: str) -> Alpha | None:
+    if not (folder / name).is_file():
+        return None
+    config = AdapterConfig.parse(read_json(folder / name), folder / name)
+    return Alpha(config.alpha, config.rslora, str(folder / name))
+
+
+def _of_json(file: Path, alpha: str, rslora: str) -> Alpha | None:
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    return None if content.get(alpha) is None else _stated(content, alpha, file, rslora=bool(content.get(rslora)))
+
+
+def _stated(values: Mapping[str, Any], key: str, where: Path, *, rslora: bool = False) -> Alpha:
+    value = values.get(key)
+    if type(value) not in (int, float) or not value:
+        raise InputError(f"{key} is {str(value)[:40]}, which is no alpha", where=where, hint="give --lora-alpha")
+    return Alpha(float(value), rslora, str(where))
+
+
+_READERS: Mapping[str, Callable[[Path, str], Alpha | None]] = {
+    RUN_CONFIG: _of_bridge,
+    "args.json": _of_swift,
+    "lora_train_meta.json": _of_verl,
+    CONFIG: _of_peft,
+}

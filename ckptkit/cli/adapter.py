@@ -1,0 +1,154 @@
+"""`ckptkit adapter merge` and `export`: their options, and the calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptkit.cli.choices import EXPERTS, MODEL_FORMATS, PRECISIONS
+from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, alternatives, choice
+from ckptkit.cli.output import Output
+from ckptkit.conversion.options import CASTS
+from ckptkit.errors import UsageError
+from ckptkit.sizes import parse_size
+
+MERGE_EXAMPLES = """\b
+Examples:
+  ckptkit adapter merge Llama-3.1-8B adapter -o merged --to hf
+  ckptkit adapter merge Llama-3.1-8B adapter -o merged-tp4 --to torch --tp 4
+  ckptkit adapter merge Llama-3.1-8B helpful:0.7 terse:0.3 -o merged --to hf --precision float64
+  ckptkit adapter merge Llama-3.1-8B checkpoints/iter_0001000 -o merged --to hf"""
+
+EXPORT_EXAMPLES = """\b
+Examples:
+  ckptkit adapter export checkpoints/iter_0001000 -o adapter --hf-reference Llama-3.1-8B
+  ckptkit adapter export checkpoints/iter_0001000 -o adapter --hf-reference Llama-3.1-8B --lora-alpha 32"""
+
+Out = Annotated[
+    str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"Element type of the output: {alternatives(CASTS)}. The default is that of the source.",
+        rich_help_panel=FORMAT,
+    ),
+]
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model: a checkpoint of any format.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[:WEIGHT]...",
+            help="Adapters of any format, each with the factor that it is added with. Default: 1.",
+        ),
+    ],
+    out: Out,
+    to: Annotated[str, choice("--to", MODEL_FORMATS, "Format to write, as for convert.", panel=FORMAT)],
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    precision: Annotated[
+        str, choice("--precision", PRECISIONS, "Type of the sums, before they are rounded once.", panel=FORMAT)
+    ] = PRECISIONS[0],
+    spec: Annotated[
+        str, typer.Option(metavar="te|local|...", help="Whose Megatron names to write.", rich_help_panel=FORMAT)
+    ] = "te",
+    experts: Annotated[str | None, choice("--experts", EXPERTS, "Naming of experts.", panel=FORMAT)] = None,
+    dtype: Dtype = None,
+    shard_size: ShardSize = None,
+    make_vocab_size_divisible_by: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Pad the vocabulary to a multiple of N times TP.", rich_help_panel=FORMAT),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a model with LoRA adapters in its weights: W + scale * B A.
+
+    The sums are made in float32, tile by tile, and rounded once. Tensors without an adapter are copied. No model is
+    loaded.
+    """
+    from ckptkit.adapters.commands import merge_adapters
+    from ckptkit.cli import rendering
+
+    given = source.keywords()
+    reference, alpha = given.pop("hf_reference"), given.pop("lora_alpha")
+    output = Output("-" if json else None)
+    parallelism = grid.parallelism()
+    with output.progress("merging") as progress:
+        result = merge_adapters(
+            base,
+            [weighted(text) for text in adapters],
+            out,
+            to=to,
+            precision=precision,
+            grid=parallelism,
+            dtype=dtype,
+            shard_size=None if shard_size is None else parse_size(shard_size),
+            spec=spec,
+            experts=experts,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            hf_reference=reference,
+            lora_alpha=alpha,
+            source=given,
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """The path and the weight in `ADAPTER[:WEIGHT]`.
+
+    Raises:
+        UsageError: The weight is no number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise UsageError(
+            f"{weight!r} is no weight", where=text, hint="give ADAPTER:WEIGHT, as in helpful:0.7"
+        ) from None
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Megatron checkpoint, with or without the model's weights.")
+    ],
+    out: Out,
+    source: Source,
+    execution: Execution,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Take the adapter out of a Megatron checkpoint, as a directory of PEFT.
+
+    Only the adapter's bytes are read. --hf-reference names the model that it is for.
+    """
+    from ckptkit.adapters.commands import export_adapter
+    from ckptkit.cli import rendering
+
+    given = source.keywords()
+    reference, alpha = given.pop("hf_reference"), given.pop("lora_alpha")
+    output = Output("-" if json else None)
+    with output.progress("exporting") as progress:
+        result = export_adapter(
+            checkpoint,
+            out,
+            hf_reference=reference,
+            lora_alpha=alpha,
+            dtype=dtype,
+            source=given,
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)

@@ -1,0 +1,1 @@
+"""Deltas: made from two checkpoints of a model in any formats, and applied to one."""

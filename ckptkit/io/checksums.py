@@ -1,0 +1,42 @@
+"""The CRC-32s that a file holds of its own bytes, summed up while these pass in any order, by any thread."""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+from ckptkit.io.crc import crc32_combine
+from ckptkit.io.segments import Checksum
+
+
+class Checksums:
+    """The checksums of one file; they do not overlap and are in the order of their bytes."""
+
+    def __init__(self, checksums: Sequence[Checksum]) -> None:
+        self._checksums = checksums
+        self._stops = [checksum.stop for checksum in checksums]
+        self._parts: list[list[tuple[int, int, int]]] = [[] for _ in checksums]
+
+    def add(self, view: memoryview, offset: int) -> None:
+        """Adds bytes of the file, which begin at `offset`, to the checksums that cover them."""
+        for index, start, stop in self.covering(offset, offset + len(view)):
+            part = view[start - offset : stop - offset]
+            self._parts[index].append((start, zlib.crc32(part), stop - start))
+
+    def covering(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Each checksum that covers some of the bytes `start:stop`: its index, and the first and last byte covered."""
+        for index in range(bisect_right(self._stops, start), len(self._stops)):
+            checksum = self._checksums[index]
+            if checksum.start >= stop:
+                break
+            first, last = max(checksum.start, start), min(checksum.stop, stop)
+            if first < last:
+                yield index, first, last
+
+    def value(self, index: int) -> bytes:
+        """A checksum as the file holds it, once all of its bytes have been added."""
+        value = 0
+        for _, crc, size in sorted(self._parts[index]):
+            value = crc32_combine(value, crc, size)
+        return value.to_bytes(4, "little")

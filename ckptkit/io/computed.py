@@ -1,0 +1,245 @@
+"""Computed tensors: bytes that are made, tile by tile, while they are written.
+
+A tile is a number of whole rows, which depends on the tensor alone. So every element comes from the same computation
+whoever asks for it, and any number of threads gives the same bytes. Finished tiles stay in a small cache that all
+threads share: a range of bytes rarely ends where a tile does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ckptkit.dtypes import DType
+from ckptkit.io.plan import Plan, source_files
+from ckptkit.tensors import Literal, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float32] | NDArray[np.float64]
+    Bytes = NDArray[np.uint8]
+
+Value = TypeVar("Value")
+TILE = 1 << 20
+"""Elements of a tile: about as many as this, in whole rows."""
+CACHE = 64 << 20
+"""Bytes of finished tiles, and of values from which tiles are made, that stay in memory."""
+
+MEMORY = CACHE + (64 << 20)
+"""Bytes of memory that computed tensors take beside the buffers that move bytes: caches, and a tile in every thread."""
+
+
+class Cache(Generic[Value]):
+    """Values by key, the latest of them up to a total size. Two threads never make the same value."""
+
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
+        self._limit, self._size = limit, size
+        self._found: OrderedDict[object, Future[Value]] = OrderedDict()
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: object, make: Callable[[], Value]) -> Value:
+        """The value of a key, made by `make` if it is not at hand. An error of `make` reaches all who wait for it."""
+        with self._lock:
+            found = self._found.get(key)
+            if found is not None:
+                self._found.move_to_end(key)
+            else:
+                mine = self._found[key] = Future()
+        if found is not None:
+            return found.result()
+        try:
+            value = make()
+        except BaseException as error:
+            with self._lock:
+                del self._found[key]
+            mine.set_exception(error)
+            raise
+        mine.set_result(value)
+        with self._lock:
+            self._total += self._size(value)
+            for old in list(self._found):
+                if self._total <= self._limit or old == key:
+                    break
+                if self._found[old].done():
+                    self._total -= self._size(self._found.pop(old).result())
+        return value
+
+
+_tiles: Cache[bytes] = Cache(CACHE // 2, len)
+_operands: Cache[Values] = Cache(CACHE // 2, lambda values: values.nbytes)
+
+
+def operand(tensor: Tensor, digest: str, *, double: bool = False) -> Values:
+    """A small tensor as float32 (or float64) numbers, which stays in memory while tiles need it.
+
+    Args:
+        tensor: The tensor, of a floating-point type.
+        digest: `digest_of` it.
+        double: Whether to give float64.
+    """
+    return _operands.get((digest, double), lambda: numbers(tensor, double=double))
+
+
+def numbers(tensor: Tensor, *, double: bool = False) -> Values:
+    """The elements of a tensor of floating-point numbers, in its shape.
+
+    Returns:
+        float32; float64 if the tensor is F64, or with `double`.
+    """
+    import numpy as np
+
+    from ckptkit.io.casts import decode
+    from ckptkit.io.reading import read_tensor
+
+    found = decode(read_tensor(tensor), tensor.out_dtype).reshape(tensor.shape)
+    return found.astype(np.float64, copy=False) if double else found
+
+
+def holds_computed(plan: Plan) -> bool:
+    """Whether any bytes of a plan are computed."""
+    segments = (segment for file in plan.files for segment in file.segments)
+    pieces = (piece for segment in segments for band in segment.tensor.bands for piece in band.pieces)
+    return any(isinstance(piece, Literal) and isinstance(piece.data, _Computed) for piece in pieces)
+
+
+def digest_of(tensors: Sequence[Tensor], *what: object) -> str:
+    """A digest of bytes that are made from tensors, for `Made.digest`."""
+    recipe = hashlib.sha256(repr(what).encode())
+    for tensor in tensors:
+        recipe.update(repr(tensor).encode())
+    return recipe.hexdigest()
+
+
+def computed(
+    dtype: DType, shape: Sequence[int], inputs: Sequence[Tensor], what: object, values: Callable[[int, int], Values]
+) -> Tensor:
+    """A tensor of numbers that are computed in float32 or float64, and rounded once to its type.
+
+    Args:
+        dtype: Its type: F64, F32, F16 or BF16.
+        shape: Its shape; it has at least one axis.
+        inputs: The tensors that it is computed from.
+        what: Everything else that its values depend on, as a value whose `repr` says it in full.
+        values: (first row, row after the last) -> the values of rows, as a matrix. Equal arguments give equal values.
+    """
+
+    def make(start: int, stop: int) -> Bytes:
+        from ckptkit.io.casts import encode
+
+        return encode(values(start, stop), dtype)
+
+    return _made(dtype, tuple(shape), inputs, ("computed", what), make)
+
+
+def permuted(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
+    """A tensor of three axes in another order of its axes, as `numpy.transpose` has it."""
+    source = tensor.shape
+    if tensor.cast is not None or len(source) != 3:
+        raise ValueError("only tensors of three axes, and no casts, are permuted")
+    shape = tuple(source[axis] for axis in axes)
+
+    def make(start: int, stop: int) -> Bytes:
+        import numpy as np
+
+        from ckptkit.io.reading import read_tensor
+
+        first, last = start // shape[1], -(-stop // shape[1])
+        slab = _slab(tensor, axes[0], first, last)
+        cut = tuple(last - first if axis == axes[0] else size for axis, size in enumerate(source))
+        block = read_tensor(slab).reshape(*cut, tensor.dtype.itemsize).transpose(*axes, 3)
+        rows = np.ascontiguousarray(block).reshape((last - first) * shape[1], -1)
+        return rows[start - first * shape[1] : stop - first * shape[1]].reshape(-1)
+
+    return _made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
+
+
+def _slab(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """Indices `start` to `stop` of one of three axes."""
+    first, middle, last = tensor.shape
+    if axis == 0:
+        return tensor.rows(start, stop)
+    if axis == 1:
+        return tensor.reshape((first, middle * last)).cols(start * last, stop * last)
+    return tensor.cols(start, stop)
+
+
+def _made(
+    dtype: DType,
+    shape: tuple[int, ...],
+    inputs: Sequence[Tensor],
+    what: object,
+    make: Callable[[int, int], Bytes],
+    unit: int = 1,
+) -> Tensor:
+    if not prod(shape):
+        return Tensor.full(dtype, shape)
+    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit), dtype, shape)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Computed:
+    """The bytes of a computed tensor, as `ckptkit.tensors.Made` asks for them.
+
+    Attributes:
+        dtype: Type of its elements.
+        shape: Its shape.
+        inputs: The tensors that it is computed from.
+        what: Everything else that its bytes depend on.
+        make: (first row, row after the last) -> the bytes of rows.
+        unit: A tile has a multiple of this number of rows.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    inputs: tuple[Tensor, ...]
+    what: object
+    make: Callable[[int, int], Bytes]
+    unit: int
+
+    def __repr__(self) -> str:
+        return f"computed {self.digest}"
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest that identifies the bytes, computed without making them."""
+        return digest_of(self.inputs, self.what, self.dtype, self.shape)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that they are made from."""
+        return tuple(sorted(source_files(self.inputs)))
+
+    def __len__(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes `start:stop`, cut out of whole tiles."""
+        size = self._rows * self._width
+        tiles = range(start // size, -(-stop // size))
+        pieces = [self._tile(tile)[max(start - tile * size, 0) : stop - tile * size] for tile in tiles]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    @cached_property
+    def _width(self) -> int:
+        """Bytes of a row."""
+        return (self.shape[-1] if len(self.shape) > 1 else 1) * self.dtype.itemsize
+
+    @cached_property
+    def _rows(self) -> int:
+        """Rows of a tile."""
+        return max(TILE * self.dtype.itemsize // (self._width * self.unit), 1) * self.unit
+
+    def _tile(self, number: int) -> bytes:
+        start = number * self._rows
+        stop = min(start + self._rows, len(self) // self._width)
+        return _tiles.get((self.digest, start, stop), lambda: self.make(start, stop).tobytes())

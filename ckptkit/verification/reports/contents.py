@@ -1,0 +1,151 @@
+"""What every report says beside its answers, as texts: the facts of the run, what differs, and which ranks hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Facts = list[tuple[str, str]]
+"""Names and texts. The texts may come out of files, so whoever writes them escapes them."""
+DIFFERENCES = ("tensor", "layer", "largest difference", "elements", "ranks")
+"""Headings of `difference_rows`."""
+SOME_RANKS = 16
+
+
+def details_of(data: Mapping[str, Any], level: str) -> dict[str, Any]:
+    """The details of a level of a report as JSON; empty if it has no answer."""
+    return next((found["details"] for found in data["levels"] if found["name"] == level), {})
+
+
+def title_of(data: Mapping[str, Any]) -> str:
+    """The verdict in words."""
+    return "Same model" if data["verdict"] == "same" else "The models differ"
+
+
+def run_facts(data: Mapping[str, Any]) -> Facts:
+    """How the verification was made."""
+    logits = details_of(data, "logits")
+    given = [
+        ("command", data["command"] or ""),
+        ("date", data["started"]),
+        ("device", _device(logits)),
+        ("dtype", _dtype(logits)),
+        ("tokens", _tokens(logits)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in data["versions"].items())),
+    ]
+    return [(name, text) for name, text in given if text]
+
+
+def side_facts(data: Mapping[str, Any]) -> Iterator[tuple[str, Facts]]:
+    """`reference` and `candidate`, and what each of them is."""
+    for name, side in data["sides"].items():
+        yield (
+            name,
+            [
+                ("path", side["path"]),
+                ("model", f"{side['architecture']}, {side['num_layers']} layers, {side['parameters']:,} parameters"),
+                ("format", side["format"]),
+                ("grid", side["grid"]["name"]),
+                ("SHA-256", side["sha256"] or "not computed (--hash)"),
+            ],
+        )
+
+
+def _device(logits: Mapping[str, Any]) -> str:
+    ran = logits.get("candidate_ran")
+    return ", ".join(ran["devices"]) if ran else logits.get("device", "")
+
+
+def _dtype(logits: Mapping[str, Any]) -> str:
+    if not logits:
+        return ""
+    rounded = logits["reference_rounded"]
+    text = f"{logits['dtype']}, tolerance {logits['tolerance']:g}" if not logits["noise"] else logits["dtype"]
+    return f"{text}; reference rounded: {', '.join(rounded)}" if rounded else text
+
+
+def _tokens(logits: Mapping[str, Any]) -> str:
+    lengths = [len(row) for row in logits.get("rows", [])]
+    if not lengths:
+        return ""
+    span = f"{min(lengths):,} to {max(lengths):,}" if min(lengths) < max(lengths) else f"{lengths[0]:,}"
+    greedy = logits["greedy"]
+    appended = len(greedy["continuation"][0]) if greedy and greedy["continuation"] else 0
+    end = f", the last {appended} of each chosen by the reference" if appended else ""
+    return f"{sum(lengths):,} in {len(lengths):,} rows of {span}{end}"
+
+
+def difference_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The tensors that differ, the largest difference first."""
+    return [
+        (
+            found["tensor"],
+            "" if found["layer"] is None else str(found["layer"]),
+            "not finite" if found["largest"] is None else f"{found['largest']:.3g}",
+            f"{found['differing']:,} of {found['elements']:,}",
+            ranges(found["ranks"]),
+        )
+        for found in details_of(data, "weights").get("differences", [])
+    ]
+
+
+def guilty_ranks(data: Mapping[str, Any]) -> str:
+    """The ranks of the candidate that hold what differs, in words; empty for one rank, which is no news."""
+    side = data["sides"].get("candidate")
+    if side is None or len(side["ranks"]) == 1:
+        return ""
+    ranks = sorted({rank for rank, _ in guilty_places(data)})
+    return f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}" if ranks else ""
+
+
+def fed_by(data: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """Where the models part, and the tensors that feed that place; None if that is not known."""
+    location = details_of(data, "logits").get("location")
+    return None if not location else (location["place"], location["tensors"])
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order, runs of them as `first-last`; of many runs only the first ones."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    texts = ["-".join(map(str, run)) for run in runs[:SOME_RANKS]]
+    return ", ".join(texts) + (", ..." if len(runs) > SOME_RANKS else "")
+
+
+def guilty_places(data: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """(rank of the candidate, row of its map) of what differs; row 0 is the embedding, the last one the head.
+
+    Where bytes differ, the ranks that hold them; otherwise all ranks that hold the place where the models part.
+    """
+    side = data["sides"].get("candidate")
+    if side is None:
+        return set()
+    found = details_of(data, "weights").get("differences", [])
+    rows = [(_row_of(item["tensor"], item["layer"], side), item["ranks"]) for item in found]
+    if not rows and (parted := fed_by(data)) is not None:
+        rows = [(_row_of_place(parted[0], side), [rank["rank"] for rank in side["ranks"]])]
+    holds = {(rank["rank"], row) for rank in side["ranks"] for chunk in rank["chunks"] for row in rows_of(chunk, side)}
+    return {(rank, row) for row, ranks in rows for rank in ranks} & holds
+
+
+def rows_of(chunk: Mapping[str, Any], side: Mapping[str, Any]) -> list[int]:
+    """Rows of the map that a model chunk covers."""
+    last = side["num_layers"] + 1
+    return [0] * chunk["embedding"] + [layer + 1 for layer in chunk["layers"]] + [last] * chunk["head"]
+
+
+def _row_of(tensor: str, layer: int | None, side: Mapping[str, Any]) -> int:
+    if layer is not None:
+        return layer + 1
+    return 0 if tensor.startswith("embedding.") else int(side["num_layers"]) + 1
+
+
+def _row_of_place(place: str, side: Mapping[str, Any]) -> int:
+    words = place.split()
+    if words[0] == "layer":
+        return int(words[1]) + 1
+    return 0 if place == "embedding" else int(side["num_layers"]) + 1
