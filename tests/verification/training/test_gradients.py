@@ -182,7 +182,10 @@ def test_a_run_leaves_no_process_groups_behind(sources: Sources, tmp_path: Path)
     """A group has threads; a model that is still referred to would keep those of its run."""
 
     def threads(ranks: RankPool) -> list[int]:
-        return [len(os.listdir(f"/proc/{process.pid}/task")) for process in ranks._processes]
+        (parent,) = ranks.start()._started  # which has forked the ranks
+        forked = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(forked) == 2
+        return [len(os.listdir(f"/proc/{rank}/task")) for rank in forked]
 
     with RankPool(2) as ranks:
         counts = []
