@@ -5,7 +5,7 @@ Source: `Linear.get_delta_weight`, `Embedding.get_delta_weight` and `merge` of P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -53,12 +53,21 @@ class Term:
 
     def rows(self, start: int, stop: int, *, double: bool) -> Values:
         """Rows of what it adds, in float32 or float64."""
+        left, right = self._factors(start, stop, double=double)
+        return (left @ right) * left.dtype.type(self.factor)
+
+    def sizes(self, start: int, stop: int) -> Values:
+        """The same of the absolute values of all numbers, in float64: what rounding errors are measured by."""
+        import numpy as np
+
+        left, right = self._factors(start, stop, double=True)
+        return np.asarray((np.abs(left) @ np.abs(right)) * abs(self.factor), np.float64)
+
+    def _factors(self, start: int, stop: int, *, double: bool) -> tuple[Values, Values]:
         whole = operand(self.b if self.of_embedding else self.a, self._digest, double=double)
         if self.of_embedding:
-            left, right = numbers(self.a.cols(start, stop), double=double).T, whole.T
-        else:
-            left, right = numbers(self.b.rows(start, stop), double=double), whole
-        return (left @ right) * left.dtype.type(self.factor)
+            return numbers(self.a.cols(start, stop), double=double).T, whole.T
+        return numbers(self.b.rows(start, stop), double=double), whole
 
 
 def merged(weight: Tensor, terms: Sequence[Term], dtype: DType, *, double: bool) -> Tensor:
@@ -88,6 +97,33 @@ class Weighted:
 
     adapter: Checkpoint
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What adapters change in a model.
+
+    Attributes:
+        terms: Hugging Face name of a weight -> what is added to it.
+        wholes: Hugging Face name of a tensor -> the tensor that replaces it.
+    """
+
+    terms: Mapping[str, Sequence[Term]]
+    wholes: Mapping[str, Tensor]
+
+
+def changes_of(base: Checkpoint, adapters: Sequence[Weighted]) -> Changes:
+    """What adapters change in a model.
+
+    Raises:
+        InputError: As `with_adapters`.
+        UnsupportedError: As `with_adapters`.
+        UsageError: As `with_adapters`.
+    """
+    merger = _Merger(base, None, False)
+    for one in adapters:
+        merger.add(one)
+    return Changes(merger.terms, merger.wholes)
 
 
 def with_adapters(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --prompt "The capital of France is" --json report.json
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --junit report.xml --html report.html
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
+  ckptkit verify Llama-3.1-8B adapter-tp4 --adapter adapter
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
 
 QUESTION, RUN = "Question", "How the models run"
@@ -135,6 +137,15 @@ def verify(
             panel=QUESTION,
         ),
     ] = "logits",
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PEFT",
+            help="LoRA adapter that peft puts on REFERENCE. CANDIDATE is then an adapter of any format, a Megatron"
+            " checkpoint that holds one, or a merged model.",
+            rich_help_panel=QUESTION,
+        ),
+    ] = None,
     keep_going: Annotated[
         bool,
         typer.Option(
@@ -185,6 +196,7 @@ def verify(
     from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
     from ckptkit.verification import levels
+    from ckptkit.verification.adapters.verify import verify_adapter
     from ckptkit.verification.reports.writing import check_places, errors_reported, write_reports
 
     if prompt and tokens:
@@ -193,7 +205,8 @@ def verify(
     check_places(json, junit, html, run.save_logits)
     first_rank = os.environ.get("RANK", "0") == "0"
     with errors_reported(junit if first_rank else None, reference, candidate), output.progress("verifying") as progress:
-        report = levels.verify(
+        ask = levels.verify if adapter is None else partial(verify_adapter, adapter=adapter)
+        report = ask(
             reference,
             candidate,
             level=level,

@@ -79,7 +79,7 @@ def verify(
             _open(stack, candidate, candidate_source, "cand"),
         )
     checkpoints = opened[0][0], opened[1][0]
-    sides = _sides(checkpoints, (opened[0][1], opened[1][1]), options)
+    sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), options)
     if level == "logits":  # what cannot run is said before every byte is compared
         options.check()
         grid = sides[1].grid or checkpoints[1].grid
@@ -88,12 +88,12 @@ def verify(
             check_grid(checkpoints[1].config, grid)
             split_layers(checkpoints[1].config.num_layers, grid)
     else:
-        _refuse_unused(level, options, prompts, tokens)
-    asked = _Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
+        refuse_unused(level, options, prompts, tokens)
+    asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
     asked.ask("structure", lambda: check_structure(*checkpoints))
     diff = _diff_command(reference, candidate, reference_source, candidate_source)
-    asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff)))
-    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, run))
+    asked.ask("weights", lambda: in_one_process(lambda: check_weights(*checkpoints, progress, diff)))
+    asked.ask("logits", lambda: logits_level(checkpoints, sides, prompts, tokens, pool, run))
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
@@ -107,7 +107,7 @@ def verify(
     )
 
 
-class _Asked:
+class Asked:
     """Levels in order, until one shows a difference.
 
     Attributes:
@@ -153,12 +153,12 @@ def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str
     with options_called(prefix):
         checkpoint = open_checkpoint(found, **source.keywords())
     if checkpoint.lora is not None:
-        hint = "`ckptkit diff` compares adapters; `ckptkit adapter merge` makes a model that can be verified"
+        hint = "`verify MODEL ADAPTER --adapter A` runs it in its model; `ckptkit diff` compares adapters"
         raise UnsupportedError("an adapter is no model that runs", where=path, hint=hint)
     return checkpoint, replace(source, iteration=None)
 
 
-def _sides(
+def sides_of(
     checkpoints: tuple[Checkpoint, Checkpoint], opening: tuple[SourceOptions, SourceOptions], options: RunOptions
 ) -> tuple[Side, Side]:
     """What runs the two.
@@ -190,7 +190,7 @@ def _diff_command(
     return shlex.join(["ckptkit", "diff", str(reference), str(candidate), *words])
 
 
-def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
+def in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
     """The answer, found by one of the processes that torchrun started: they would all read the same."""
     if not inside_torchrun():
         return question()
@@ -198,7 +198,7 @@ def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
     return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
 
 
-def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
+def refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
     """Options of the logits level have no meaning below it."""
     unused = options.for_logits_only()
     unused += [name for name, given in (("--prompt", prompts), ("--tokens", tokens)) if given is not None]
@@ -209,7 +209,7 @@ def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: obj
         )
 
 
-def _logits(
+def logits_level(
     checkpoints: tuple[Checkpoint, Checkpoint],
     sides: tuple[Side, Side],
     prompts: Sequence[str] | None,
@@ -217,6 +217,7 @@ def _logits(
     pool: Ranks | None,
     run: RunKeywords,
 ) -> LevelResult:
+    """The level logits, on token ids or on prompts."""
     tokenizer = _tokenizer(checkpoints) if prompts else None
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]

@@ -71,6 +71,7 @@ class Passes:
             opener=self.opener,
             opening=opened.side.opening,
             rounded=opened.side.rounding.dtypes if options.dtype == "float32" else {},
+            adapter=opened.side.adapter,
         )
         return self._run_hf(job) if hf else self._run_megatron(job)
 

@@ -10,12 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit import errors
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.lora.megatron import MODEL
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.run_options import RunOptions
 
 OPENER = "ckptkit:open_checkpoint"
 """Where ranks find the function that opens a checkpoint, as `module:function`."""
+
+
+@dataclass(frozen=True)
+class AdapterJob:
+    """An adapter that a job's model runs with.
+
+    Attributes:
+        path: Where it is.
+        opening: Options that open it.
+        beside: Whether the checkpoint of the model holds it, too.
+        merged: Transformers only: whether it is put into the weights, and not beside them.
+    """
+
+    path: str
+    opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
+    beside: bool = False
+    merged: bool = False
+
+    @staticmethod
+    def from_json(raw: dict[str, Any] | None) -> AdapterJob | None:
+        """The record that `dataclasses.asdict` made JSON types of."""
+        return None if raw is None else AdapterJob(**{**raw, "opening": SourceOptions.from_json(raw["opening"])})
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,7 @@ class LogitsJob:
         opener: The function that opens the checkpoint, as `module:function`.
         opening: Options that open it.
         rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
+        adapter: The adapter that the model runs with, or None.
     """
 
     checkpoint: str
@@ -53,6 +78,7 @@ class LogitsJob:
     opener: str = OPENER
     opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
     rounded: dict[str, str] = field(default_factory=dict)
+    adapter: AdapterJob | None = None
 
     @property
     def world_size(self) -> int:
@@ -77,6 +103,7 @@ class LogitsJob:
             "grid": Parallelism(**raw["grid"]),
             "options": RunOptions(**raw["options"]),
             "opening": SourceOptions.from_json(raw["opening"]),
+            "adapter": AdapterJob.from_json(raw["adapter"]),
         }
         return LogitsJob(**{**raw, **records})
 
@@ -89,6 +116,14 @@ def find(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
+
+
+def open_model(
+    opener: Callable[..., Checkpoint], path: str, opening: SourceOptions, adapter: AdapterJob | None
+) -> Checkpoint:
+    """Opens the model of a job; of a checkpoint that holds an adapter, too, the model alone."""
+    part = {"part": MODEL} if adapter is not None and adapter.beside else {}
+    return opener(path, **opening.keywords(), **part)
 
 
 def encode_error(error: BaseException) -> dict[str, str | None]:
