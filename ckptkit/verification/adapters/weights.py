@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ckptkit.adapters.merging import Term, Weighted, changes_of
+from ckptkit.adapters.merging import Term, Weighted, changes_of, with_magnitudes
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.peft_directory import same_values
 from ckptkit.dtypes import DType
@@ -82,7 +82,7 @@ def check_merged(base: Checkpoint, adapter: Checkpoint, model: Checkpoint) -> Le
         for name, weight in mine.items():
             weight, terms = changes.wholes.get(name, weight), changes.terms.get(name, ())
             if terms:
-                problems += _merged_problem(name, weight, terms, theirs[name])
+                problems += _merged_problem(name, weight, terms, theirs[name], changes.magnitudes.get(name))
             elif weight.out_dtype == theirs[name].out_dtype:
                 how = difference(weight, theirs[name])
                 problems += [] if how is None else [f"{name}, which the adapter does not change: they {how}"]
@@ -209,7 +209,9 @@ class _Owners:
         return known
 
 
-def _merged_problem(name: str, weight: Tensor, terms: Sequence[Term], found: Tensor) -> list[str]:
+def _merged_problem(
+    name: str, weight: Tensor, terms: Sequence[Term], found: Tensor, magnitudes: Tensor | None = None
+) -> list[str]:
     import numpy as np
 
     if found.shape != weight.shape:
@@ -225,6 +227,12 @@ def _merged_problem(name: str, weight: Tensor, terms: Sequence[Term], found: Ten
             added += term.rows(*tile, double=True)
             size += term.sizes(*tile)
         exact = base + added
+        if magnitudes is not None:
+            lengths = np.linalg.norm(exact, axis=1, keepdims=True)
+            exact = np.asarray(with_magnitudes(exact, magnitudes, *tile), np.float64)
+            # The length of a row is rounded, too, and so is the quotient.
+            size = size * np.linalg.norm(exact, axis=1, keepdims=True) / lengths + 4 * np.abs(exact)
+            added = exact - base
         rank = sum(term.a.shape[0] for term in terms)
         limit = unit * (np.abs(exact) + 2 * np.abs(added)) * (1 + 1e-9) + (rank + 2) * 2.0**-23 * size
         gap = np.abs(stored - exact)
