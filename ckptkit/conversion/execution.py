@@ -104,6 +104,7 @@ def carry_out(
         StorageError: The destination cannot be written.
     """
     # Imported here because they import NumPy: header-only commands start faster without it.
+    from ckptkit.io.computed import MEMORY, holds_computed
     from ckptkit.io.drift import summarise
     from ckptkit.io.engine import MEMORY_LIMIT
 
@@ -126,7 +127,7 @@ def carry_out(
         bytes_total=plan.nbytes,
         bytes_through=through,
         bytes_rearranged=rearranged,
-        memory_needed=MEMORY_LIMIT,
+        memory_needed=MEMORY_LIMIT + (MEMORY if holds_computed(plan) else 0),
         disk_needed=plan.nbytes,
         disk_free=free,
         coverage=dict(plan.coverage),

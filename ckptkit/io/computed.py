@@ -18,8 +18,8 @@ from math import prod
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ckptkit.dtypes import DType
-from ckptkit.io.plan import source_files
-from ckptkit.tensors import Tensor
+from ckptkit.io.plan import Plan, source_files
+from ckptkit.tensors import Literal, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,9 @@ TILE = 1 << 20
 """Elements of a tile: about as many as this, in whole rows."""
 CACHE = 64 << 20
 """Bytes of finished tiles, and of values from which tiles are made, that stay in memory."""
+
+MEMORY = CACHE + (64 << 20)
+"""Bytes of memory that computed tensors take beside the buffers that move bytes: caches, and a tile in every thread."""
 
 
 class Cache(Generic[Value]):
@@ -100,6 +103,13 @@ def numbers(tensor: Tensor, *, double: bool = False) -> Values:
 
     found = decode(read_tensor(tensor), tensor.out_dtype).reshape(tensor.shape)
     return found.astype(np.float64, copy=False) if double else found
+
+
+def holds_computed(plan: Plan) -> bool:
+    """Whether any bytes of a plan are computed."""
+    segments = (segment for file in plan.files for segment in file.segments)
+    pieces = (piece for segment in segments for band in segment.tensor.bands for piece in band.pieces)
+    return any(isinstance(piece, Literal) and isinstance(piece.data, _Computed) for piece in pieces)
 
 
 def digest_of(tensors: Sequence[Tensor], *what: object) -> str:

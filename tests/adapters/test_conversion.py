@@ -81,7 +81,12 @@ def test_the_same_files_come_back(
     assert files_of(tmp_path / "back") == files_of(adapters[name])
 
 
-@pytest.mark.parametrize("kind", MODELS)
+FAST = ("qwen3_moe", "gemma3", "gemma4-moe", "gemma4_text-e2b")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_every_family(tmp_path: Path, kind: str) -> None:
     """No family has a line for adapters. PEFT targets what it calls all linear layers, packed experts included."""
     base = save_model(tmp_path / "base", kind)
@@ -526,6 +531,14 @@ def test_a_sidecar_that_does_not_fit(tmp_path: Path, llama: Path, adapters: dict
 
 
 # An adapter is a checkpoint like any other.
+
+
+def test_verify_says_what_to_do_instead(tmp_path: Path, llama: Path, adapters: dict[str, Path]) -> None:
+    from ckptkit.verification.levels import verify
+
+    convert(adapters["all"], tmp_path / "meg", to="torch", hf_reference=llama)
+    with pytest.raises(UnsupportedError, match=r"an adapter is no model that runs.*ckptkit diff"):
+        verify(llama, tmp_path / "meg")
 
 
 def test_inspect_diff_validate_hash(tmp_path: Path, llama: Path, adapters: dict[str, Path]) -> None:

@@ -66,6 +66,60 @@ def test_against_peft_in_float32(tmp_path: Path, kind: str) -> None:
     assert config == json.loads((base / "config.json").read_text())
 
 
+def save_old_adapter(path: Path, base: Path, width: int, version: str | None) -> Path:
+    """Factors of packed experts as PEFT made them before 0.19: it took the last two axes for [in, out]."""
+    shapes = {"gate_up_proj": (2 * width, 96), "down_proj": (96, width)}
+    adapter = save_adapter(
+        path, base, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+    torch.manual_seed(7)
+    tensors = {}
+    for layer in range(4):
+        for depth, (into, out) in enumerate((shapes["down_proj"], shapes["gate_up_proj"])):
+            stem = f"base_model.model.model.layers.{layer}.mlp.experts{'.base_layer' * depth}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(4 * 4, into)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(out, 4 * 4)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    return adapter
+
+
+@pytest.mark.parametrize("version", ["0.18.1", None])
+def test_packed_experts_of_old_peft(tmp_path: Path, version: str | None) -> None:
+    base = save_model(tmp_path / "base", "qwen3_moe", moe_intermediate_size=40)
+    adapter = save_old_adapter(tmp_path / "adapter", base, 40, version)
+    merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    before, found, factors = tensors_of(base), tensors_of(tmp_path / "merged"), tensors_of(adapter)
+    for depth, parts in enumerate((["down_proj"], ["gate_proj", "up_proj"])):
+        stem = f"base_model.model.model.layers.2.mlp.experts{'.base_layer' * depth}"
+        a, b = (factors[f"{stem}.lora_{side}.weight"].double() for side in "AB")
+        delta = torch.einsum("ore,eri->eio", b.reshape(len(b), 4, 4), a.reshape(4, 4, -1))
+        names = ["model.layers.2.mlp.experts.3." + part + ".weight" for part in parts]
+        expected = torch.cat([before[name].double() for name in names]) + 2 * delta[3]
+        assert relative_error(torch.cat([found[name] for name in names]), expected) < 1e-6
+    convert(adapter, tmp_path / "meg", to="torch_dist", grid=Parallelism(2, 1, ep=2), hf_reference=base)
+    convert(tmp_path / "meg", tmp_path / "back", to="peft")
+    assert files_of(tmp_path / "back") == files_of(adapter)
+
+
+def test_square_experts_need_the_version_of_peft(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "qwen3_moe", moe_intermediate_size=48)
+    unknown = save_old_adapter(tmp_path / "unknown", base, 48, None)
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj is square.*peft_version"):
+        merge_adapters(base, [(unknown, 1.0)], tmp_path / "out", to="hf")
+    old = save_old_adapter(tmp_path / "old", base, 48, "0.18.1")
+    new = save_old_adapter(tmp_path / "new", base, 48, "0.19.0")
+    for name, adapter in (("old", old), ("new", new)):
+        if name == "new":  # of down_proj only the old shapes exist here
+            tensors = {key: value for key, value in tensors_of(adapter).items() if "base_layer" in key}
+            save_file(tensors, adapter / "adapter_model.safetensors")
+        merge_adapters(base, [(adapter, 1.0)], tmp_path / f"by-{name}", to="hf")
+    one, other = (tensors_of(tmp_path / f"by-{name}") for name in ("old", "new"))
+    gate = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    assert relative_error(one[gate], other[gate]) > 0.01
+
+
 def test_logits_are_those_of_peft(tmp_path: Path) -> None:
     """In fp32: transformers with PEFT's adapter, and transformers with the merged weights."""
     base = save_llama(tmp_path / "base")
@@ -226,7 +280,8 @@ def test_untouched_tensors_are_copies(tmp_path: Path) -> None:
     tensors["model.norm.weight"].view(torch.int16)[:3] = torch.tensor([0x7FA1, -1, 0x7F80], dtype=torch.int16)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     adapter = save_adapter(tmp_path / "adapter", base, target_modules=["o_proj"], layers_to_transform=[2])
-    merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    result = merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    assert result.memory_needed > convert(base, tmp_path / "copy", to="hf").memory_needed
     found = diff(base, tmp_path / "merged")
     assert [item.name for item in found.tensors if item.differing] == ["model.layers.2.self_attn.o_proj.weight"]
 
