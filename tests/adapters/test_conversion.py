@@ -84,6 +84,16 @@ def test_the_same_files_come_back(
 FAST = ("qwen3_moe", "gemma3", "gemma4-moe", "gemma4_text-e2b")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_on_some_tensor_parallel_ranks(tmp_path: Path, layout: str) -> None:
+    base = save_model(tmp_path / "base", "qwen3_moe")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    grid = Parallelism(2, ep=2, etp=1)
+    convert(adapter, tmp_path / "meg", to="torch", adapter_layout=layout, grid=grid, hf_reference=base)
+    convert(tmp_path / "meg", tmp_path / "back", to="peft")
+    assert files_of(tmp_path / "back") == files_of(adapter)
+
+
 @pytest.mark.parametrize(
     "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
 )

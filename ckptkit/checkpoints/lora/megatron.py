@@ -278,7 +278,9 @@ def _wanted(about: _About, spelling: Spelling, grid: Parallelism, ranks: Ranks, 
             else (next(stage for stage in stages if is_on(item, stage, grid)), None)
         )
         ep, expert = (0, None) if item.expert is None else expert_home(item.expert, about.config.num_experts, grid.ep)
-        chunk = chunks[stage.pp_rank, 0, ep][stage.vp_stage]
+        # Experts may live on some tensor parallel ranks only: the first one that has this expert parallel rank.
+        first = min(tp for pp, tp, at in chunks if (pp, at) == (stage.pp_rank, ep))
+        chunk = chunks[stage.pp_rank, first, ep][stage.vp_stage]
         taken: set[str] = set()
         for layout, index in stored_layouts(item):
             a, b = _rows(item, index, layout, 1)
