@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 TP, PP = 2, 2
@@ -83,6 +84,32 @@ def mergekit_passthrough(source: Path, out: Path) -> None:
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(recipe)), str(out), options=options)
 
 
+def peft_merge(source: Path, out: Path, adapter: Path) -> None:
+    """`merge_and_unload` and `save_pretrained`."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
+def mergekit_merge(source: Path, out: Path, adapter: Path) -> None:
+    """Its passthrough merge of one model with a LoRA, which it merges into a folder of its own first."""
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    slices = [{"sources": [{"model": f"{source}+{adapter}", "layer_range": [0, layers]}]}]
+    recipe = yaml.safe_dump({"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"})
+    with TemporaryDirectory(dir=out.parent) as cache:
+        options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, lora_merge_cache=cache)
+        run_merge(MergeConfiguration.model_validate(yaml.safe_load(recipe)), str(out), options=options)
+
+
+MERGES = {"peft": peft_merge, "mergekit": mergekit_merge}
+"""Merges of an adapter; the command takes its directory, too."""
 ALTERNATIVES = {
     "torch-cat": torch_cat,
     "transformers": transformers_save,
@@ -99,13 +126,17 @@ def installed(name: str) -> bool:
 def main() -> None:
     """Runs one alternative."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=ALTERNATIVES)
+    parser.add_argument("name", choices=[*ALTERNATIVES, *(f"{name}-merge" for name in MERGES)])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("adapter", type=Path, nargs="?")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, arguments.out, ignore_errors=True)
-        ALTERNATIVES[arguments.name](arguments.source, arguments.out)
+        if arguments.adapter is not None:
+            MERGES[arguments.name.removesuffix("-merge")](arguments.source, arguments.out, arguments.adapter)
+        else:
+            ALTERNATIVES[arguments.name](arguments.source, arguments.out)
         stack.pop_all()  # a failure leaves nothing, a success its output
 
 

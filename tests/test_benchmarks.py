@@ -60,6 +60,19 @@ def changed(option: str, **sizes: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen3-30B-A3B"])
+def test_merging_an_adapter(tmp_path: Path, name: str) -> None:
+    sizes = changed("--set", **SMALL)
+    if name.startswith("Qwen3"):
+        sizes += changed("--set", moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)
+    options = ("--layers", "2", "--rank", "2", "--repeat", "1", "--workdir", str(tmp_path))
+    table = run("benchmarks.adapters", name, *options, "--json", str(tmp_path / "figures.json"), *sizes)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["same"] and {"cp", "ckptkit", "peft"} <= figures["tools"].keys()
+    assert all(f"| {tool} |" in table for tool in figures["tools"])
+
+
+@pytest.mark.slow
 def test_a_released_model_shrunk(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     sizes = changed("--set", **SMALL, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)

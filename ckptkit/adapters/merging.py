@@ -1,11 +1,14 @@
 """The weights of a model with adapters in them: W + scale * B A, as computed tensors.
 
-Source: `Linear.get_delta_weight`, `Embedding.get_delta_weight` and `merge` of PEFT's `tuners/lora/layer.py`.
+In DoRA the rows of that sum get the lengths that the adapter stores: a tile holds whole rows, so they are known.
+
+Source: `Linear.get_delta_weight`, `Embedding.get_delta_weight` and `merge` of PEFT's `tuners/lora/layer.py`, and
+`DoraLinearVariant.merge_safe` of `tuners/lora/variants.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.formats.peft import MAGNITUDE
 from ckptkit.io.computed import computed, digest_of, numbers, operand
 from ckptkit.tables.items import Item
 from ckptkit.tables.lora import A, B, is_embedding, linears
@@ -21,6 +25,7 @@ from ckptkit.tensors import Tensor
 if TYPE_CHECKING:
     from ckptkit.io.computed import Values
 
+_WEIGHT = ".weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _NARROW = ("F16", "BF16")
 
@@ -53,15 +58,36 @@ class Term:
 
     def rows(self, start: int, stop: int, *, double: bool) -> Values:
         """Rows of what it adds, in float32 or float64."""
-        whole = operand(self.b if self.of_embedding else self.a, self._digest, double=double)
-        if self.of_embedding:
-            left, right = numbers(self.a.cols(start, stop), double=double).T, whole.T
-        else:
-            left, right = numbers(self.b.rows(start, stop), double=double), whole
+        left, right = self._factors(start, stop, double=double)
         return (left @ right) * left.dtype.type(self.factor)
 
+    def sizes(self, start: int, stop: int) -> Values:
+        """The same of the absolute values of all numbers, in float64: what rounding errors are measured by."""
+        import numpy as np
 
-def merged(weight: Tensor, terms: Sequence[Term], dtype: DType, *, double: bool) -> Tensor:
+        left, right = self._factors(start, stop, double=True)
+        return np.asarray((np.abs(left) @ np.abs(right)) * abs(self.factor), np.float64)
+
+    def _factors(self, start: int, stop: int, *, double: bool) -> tuple[Values, Values]:
+        whole = operand(self.b if self.of_embedding else self.a, self._digest, double=double)
+        if self.of_embedding:
+            return numbers(self.a.cols(start, stop), double=double).T, whole.T
+        return numbers(self.b.rows(start, stop), double=double), whole
+
+
+def with_magnitudes(rows: Values, magnitudes: Tensor, start: int, stop: int) -> Values:
+    """Rows of a sum, [rows, columns], with the lengths that DoRA has stored for them."""
+    import numpy as np
+
+    lengths = np.linalg.norm(rows, axis=1)
+    wanted = numbers(magnitudes.rows(start, stop), double=rows.dtype == np.float64)
+    found: Values = rows * (wanted / lengths)[:, None].astype(rows.dtype)
+    return found
+
+
+def merged(
+    weight: Tensor, terms: Sequence[Term], dtype: DType, *, double: bool, magnitudes: Tensor | None = None
+) -> Tensor:
     """A weight with adapters in it: float32 sums (float64 with `double`), rounded once.
 
     Args:
@@ -69,16 +95,19 @@ def merged(weight: Tensor, terms: Sequence[Term], dtype: DType, *, double: bool)
         terms: What the adapters add, in this order.
         dtype: Type of the result.
         double: Whether to compute in float64.
+        magnitudes: The lengths of the rows of the result, [rows] (DoRA); or None.
     """
 
     def values(start: int, stop: int) -> Values:
         total = numbers(weight.rows(start, stop), double=double)
         for term in terms:
             total = total + term.rows(start, stop, double=double)
-        return total
+        return total if magnitudes is None else with_magnitudes(total, magnitudes, start, stop)
 
     inputs = [weight, *(factor for term in terms for factor in (term.a, term.b))]
-    what = ("merged", double, [(term.factor, term.of_embedding) for term in terms])
+    what: tuple[object, ...] = ("merged", double, [(term.factor, term.of_embedding) for term in terms])
+    if magnitudes is not None:
+        inputs, what = [*inputs, magnitudes], (*what, "magnitudes")
     return computed(dtype, weight.shape, inputs, what, values)
 
 
@@ -88,6 +117,36 @@ class Weighted:
 
     adapter: Checkpoint
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What adapters change in a model.
+
+    Attributes:
+        terms: Hugging Face name of a weight -> what is added to it.
+        wholes: Hugging Face name of a tensor -> the tensor that replaces it.
+        magnitudes: Hugging Face name of a weight -> the lengths of its rows after all (DoRA).
+    """
+
+    terms: Mapping[str, Sequence[Term]]
+    wholes: Mapping[str, Tensor]
+    magnitudes: Mapping[str, Tensor]
+
+
+def changes_of(base: Checkpoint, adapters: Sequence[Weighted]) -> Changes:
+    """What adapters change in a model.
+
+    Raises:
+        InputError: As `with_adapters`.
+        UnsupportedError: As `with_adapters`.
+        UsageError: As `with_adapters`.
+    """
+    merger = _Merger(base, None, False)
+    for one in adapters:
+        merger.add(one)
+    merger.check()
+    return Changes(merger.terms, merger.wholes, merger.magnitudes)
 
 
 def with_adapters(
@@ -124,6 +183,7 @@ class _Merger:
         self.known = linears(base.family, base.config)
         self.terms: dict[str, list[Term]] = {}
         self.wholes: dict[str, Tensor] = {}
+        self.magnitudes: dict[str, Tensor] = {}
         self.lossy: list[str] = []
 
     def add(self, one: Weighted) -> None:
@@ -144,7 +204,11 @@ class _Merger:
         for name, tensor in extras.items():
             if name.endswith(_EMBEDDING_B):
                 continue
-            if name.endswith(_EMBEDDING_A):
+            if name.endswith(MAGNITUDE):
+                if one.weight != 1:
+                    raise UsageError("an adapter of DoRA has no part by weight", where=adapter.path, hint="drop it")
+                self.magnitudes[name.removesuffix(MAGNITUDE) + _WEIGHT] = tensor
+            elif name.endswith(_EMBEDDING_A):
                 module = name.removesuffix(_EMBEDDING_A)
                 if (b := extras.get(module + _EMBEDDING_B)) is None:
                     raise InputError(f"{name} has no lora_embedding_B beside it", where=adapter.path)
@@ -179,8 +243,23 @@ class _Merger:
                 hint="merge it with peft, and save both",
             )
 
+    def check(self) -> None:
+        """Whether the lengths of rows are those of one adapter.
+
+        Raises:
+            UnsupportedError: Another adapter changes the same weight.
+        """
+        for name in self.magnitudes:
+            if len(self.terms[name]) > 1:
+                raise UnsupportedError(
+                    f"several adapters change {name}, and one of them is of DoRA, whose lengths are those of all rows",
+                    where=self.base.path,
+                    hint="merge them one after the other",
+                )
+
     def result(self) -> tuple[Checkpoint, list[str]]:
         """The changed model."""
+        self.check()
         touched = {self.home[name].key: self.home[name] for name in (*self.wholes, *self.terms)}
         tensors = {**self.base.tensors, **{key: self._changed(item) for key, item in touched.items()}}
         return replace(self.base, tensors=tensors), self.lossy
@@ -193,7 +272,9 @@ class _Merger:
         for name, original in item.unpack(tensor).items():
             part = self.wholes.get(name, original)
             if name in self.terms:
-                parts[name] = merged(part, self.terms[name], dtype, double=self.double)
+                parts[name] = merged(
+                    part, self.terms[name], dtype, double=self.double, magnitudes=self.magnitudes.get(name)
+                )
             elif part.out_dtype != dtype or part is not original:
                 parts[name] = self._cast(part, dtype, name)
         return item.replaced(tensor if tensor.out_dtype == dtype else _as(tensor, dtype, self.double), parts)

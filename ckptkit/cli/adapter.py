@@ -26,6 +26,11 @@ Examples:
   ckptkit adapter export checkpoints/iter_0001000 -o adapter --hf-reference Llama-3.1-8B
   ckptkit adapter export checkpoints/iter_0001000 -o adapter --hf-reference Llama-3.1-8B --lora-alpha 32"""
 
+EXTRACT_EXAMPLES = """\b
+Examples:
+  ckptkit adapter extract Llama-3.1-8B Llama-3.1-8B-tuned -o adapter --rank 64
+  ckptkit adapter extract Llama-3.1-8B tuned-tp4 -o adapter --energy 0.99 --dtype bfloat16"""
+
 Out = Annotated[
     str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
 ]
@@ -147,6 +152,62 @@ def export(
             hf_reference=reference,
             lora_alpha=alpha,
             dtype=dtype,
+            source=given,
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
+
+
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before tuning: a checkpoint of any format.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model after tuning, of any format.")],
+    out: Out,
+    source: Source,
+    execution: Execution,
+    rank: Annotated[
+        int | None, typer.Option(min=1, metavar="R", help="Rank of all layers.", rich_help_panel=FORMAT)
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E",
+            help="Part of each difference that is kept, as a sum of squares: every layer gets the rank for it.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help=f"Type of the factors: {alternatives(CASTS)}. Default: float32.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a LoRA adapter of the difference of two models.
+
+    Every linear layer that differs gets the factors that are nearest to its difference. Embeddings, norms and routers
+    that differ are kept whole. --json lists the kept energy of each module.
+    """
+    from ckptkit.adapters.extraction import extract_adapter
+    from ckptkit.cli import rendering
+
+    given = source.keywords()
+    reference = given.pop("hf_reference")
+    if given.pop("lora_alpha") is not None:
+        raise UsageError("--lora-alpha is about adapters, and the sources are models", hint="drop it")
+    output = Output("-" if json else None)
+    with output.progress("extracting") as progress:
+        result = extract_adapter(
+            base,
+            tuned,
+            out,
+            rank=rank,
+            energy=energy,
+            dtype=dtype,
+            hf_reference=reference,
             source=given,
             progress=progress,
             **vars(execution),

@@ -22,7 +22,7 @@ app = typer.Typer(
 _adapter = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Merge LoRA adapters into their model, or take one out of a Megatron checkpoint.",
+    help="Merge LoRA adapters into their model, take one out of a Megatron checkpoint, or make one of two models.",
 )
 _split_llama = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +59,7 @@ _add(app, "verify", verify.verify, verify.EXAMPLES)
 _add(app, "families", families.families, families.EXAMPLES)
 _add(_adapter, "merge", adapter.merge, adapter.MERGE_EXAMPLES)
 _add(_adapter, "export", adapter.export, adapter.EXPORT_EXAMPLES)
+_add(_adapter, "extract", adapter.extract, adapter.EXTRACT_EXAMPLES)
 _add(_split_llama, "build", split_llama.build, split_llama.BUILD_EXAMPLES)
 _add(_split_llama, "fit", split_llama.fit, split_llama.FIT_EXAMPLES)
 _add(_delta, "make", delta.make, delta.MAKE_EXAMPLES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --level gradients --sequence-parallel --recompute
   ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
+  ckptkit verify Llama-3.1-8B adapter-tp4 --adapter adapter
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
 
 QUESTION, RUN, TRAIN = "Question", "How the models run", "How they are trained"
@@ -198,6 +200,15 @@ def verify(
             panel=QUESTION,
         ),
     ] = "logits",
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PEFT",
+            help="LoRA adapter that peft puts on REFERENCE. CANDIDATE is then an adapter of any format, a Megatron"
+            " checkpoint that holds one, or a merged model.",
+            rich_help_panel=QUESTION,
+        ),
+    ] = None,
     keep_going: Annotated[
         bool,
         typer.Option(
@@ -264,6 +275,7 @@ def verify(
     from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
     from ckptkit.verification import levels
+    from ckptkit.verification.adapters.verify import verify_adapter
     from ckptkit.verification.reports.writing import Reports, check_places
 
     if prompt and tokens:
@@ -275,7 +287,8 @@ def verify(
     first_rank = os.environ.get("RANK", "0") == "0"
     reports = Reports(junit, html, markdown) if first_rank else Reports()
     with reports.errors(reference, candidate, output.document), output.steps(shown=first_rank) as tell:
-        report = levels.verify(
+        ask = levels.verify if adapter is None else partial(verify_adapter, adapter=adapter)
+        report = ask(
             reference,
             candidate,
             level=level,

@@ -18,6 +18,7 @@ from ckptkit.formats.peft import CONFIG
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.io.plan import OutputFile, Plan
 from ckptkit.tables.lora import CANONICAL, FUSED, PEFT
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import SEQUENTIAL
 
 PEFT_FORMAT = "peft"
@@ -43,7 +44,7 @@ def make_adapter_plan(source: Checkpoint, format: WritableFormat, options: Optio
     else:
         target = Target(source, options, format)
         sequential = target.spelling.experts == SEQUENTIAL
-        _check_heads(target, options.adapter_layout)
+        check_heads(source.config, options.adapter_layout, target.grid.tp)
         layout = options.adapter_layout or FUSED
         multiple = 1 if layout == PEFT else lcm(target.grid.tp, target.grid.expert_tp)
         adapter, record, lost = laid_out(source, layout, multiple, sequential=sequential, lossy=options.lossy)
@@ -69,17 +70,21 @@ def _check_options(options: Options, format: WritableFormat) -> None:
             raise UsageError(f"{flag} is about models, and the source is an adapter", hint="drop it")
 
 
-def _check_heads(target: Target, layout: str | None) -> None:
+def check_heads(config: ModelConfig, layout: str | None, tp: int) -> None:
     """Ranks that share a key/value head have no whole heads of an adapter of keys alone.
+
+    Args:
+        config: The model.
+        layout: The layout of the adapter.
+        tp: Tensor parallel size.
 
     Raises:
         UsageError: There are such ranks, and k has an adapter of its own.
     """
-    heads = min(layer.num_kv_heads for layer in target.source.config.layers)
-    if layout == CANONICAL and target.grid.tp > heads:
+    heads = min(layer.num_kv_heads for layer in config.layers)
+    if layout == CANONICAL and tp > heads:
         raise UsageError(
-            f"--adapter-layout {CANONICAL}: at --tp {target.grid.tp} ranks share key/value heads, of which there are"
-            f" {heads}",
+            f"--adapter-layout {CANONICAL}: at --tp {tp} ranks share key/value heads, of which there are {heads}",
             hint=f"use --adapter-layout {FUSED}, or a smaller --tp",
         )
 

@@ -29,7 +29,8 @@ CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+?)(?P<wrapped>(?:\.base_layer)*)\.lora_(?P<side>[AB])\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+?)\.lora_embedding_(?P<side>[AB])")
-_OTHERS = {"lora_magnitude_vector": "the magnitudes of DoRA", "lora_B.bias": "biases of lora_B"}
+MAGNITUDE = ".lora_magnitude_vector"
+_OTHERS = {"lora_B.bias": "biases of lora_B"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Stored:
     """What a name in the file of an adapter says.
 
     Attributes:
-        kind: `factor` (of a linear layer), `embedding` (a factor of an embedding), or `whole` (a tensor of the model).
+        kind: `factor` (of a linear layer), `embedding` (a factor of an embedding), `magnitude` (lengths of a weight's
+            rows, in DoRA), or `whole` (a tensor of the model).
         module: Name of the module inside the model, without `.base_layer`; for `whole` the name of the tensor.
         side: `A` or `B` of a factor, else empty.
         depth: How many wrappers of other parameters are around a factor's own (`target_parameters`).
@@ -66,6 +68,8 @@ def parse_name(name: str, where: object) -> Stored:
         return Stored("factor", match["module"], match["side"], match["wrapped"].count(".base_layer"))
     if match := _EMBEDDING.fullmatch(inner):
         return Stored("embedding", match["module"], match["side"])
+    if inner.endswith(MAGNITUDE):
+        return Stored("magnitude", inner.removesuffix(MAGNITUDE))
     if "lora_" in inner:
         raise InputError(f"{name} is no name that peft gives", where=where, hint="save the adapter with peft")
     return Stored("whole", inner.replace(".base_layer.", "."))

@@ -30,7 +30,6 @@ _LAYER = re.compile(r"[^.]*\.(?P<index>\d+)\.")
 
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHER_METHODS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "lora_bias": "biases of lora_B",
     "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
@@ -90,6 +89,11 @@ class AdapterConfig:
     def rslora(self) -> bool:
         """Whether the scale is alpha / sqrt(rank) and not alpha / rank."""
         return bool(self.raw.get("use_rslora"))
+
+    @property
+    def dora(self) -> bool:
+        """Whether the rows of the sum get stored magnitudes (DoRA)."""
+        return bool(self.raw.get("use_dora"))
 
     def rank_of(self, module: str) -> int | None:
         """The rank that it states for a module, by its name inside the model; None if it states none."""

@@ -95,7 +95,7 @@ def verify(
             _open(stack, candidate, candidate_source, "cand"),
         )
     checkpoints = opened[0][0], opened[1][0]
-    sides = _sides(checkpoints, (opened[0][1], opened[1][1]), options)
+    sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), options)
     if options.train_steps and level in ("logits", "gradients"):
         level = "training"
     if level == "training" and not options.train_steps:
@@ -104,7 +104,7 @@ def verify(
     if level in LEVELS[2:]:  # what cannot run is said before every byte is compared
         options.check()
         grid = sides[1].grid or checkpoints[1].grid
-        _refuse_unused_backwards(level, options)
+        refuse_unused_backwards(level, options)
         check_candidate(sides[1], grid, options)
         if level in BACKWARD:
             config = checkpoints[1].config
@@ -113,13 +113,13 @@ def verify(
             check_grid(checkpoints[1].config, grid)
             split_layers(checkpoints[1].config.num_layers, grid)
     else:
-        _refuse_unused(level, options, prompts, tokens)
-    asked = _Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
+        refuse_unused(level, options, prompts, tokens)
+    asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
     asked.ask("structure", lambda: check_structure(*checkpoints))
     diff = _diff_command(reference, candidate, reference_source, candidate_source)
-    asked.ask("weights", lambda: _in_one_process(lambda: check_weights(*checkpoints, progress, diff, sides[1].grid)))
+    asked.ask("weights", lambda: in_one_process(lambda: check_weights(*checkpoints, progress, diff, sides[1].grid)))
     hashes = _once(lambda: [_hash(*side, progress) for side in opened]) if hash else [None, None]
-    asked.ask("logits", lambda: _logits(checkpoints, sides, prompts, tokens, pool, tell, run))
+    asked.ask("logits", lambda: logits_level(checkpoints, sides, prompts, tokens, pool, tell, run))
     for name, question in (("gradients", verify_gradients), ("training", verify_training)):
         asked.ask(name, partial(_backwards, name, question, checkpoints, sides, prompts, tokens, pool, tell, run))
     return VerificationReport(
@@ -140,7 +140,7 @@ def verify(
     )
 
 
-class _Asked:
+class Asked:
     """Levels in order, until one shows a difference.
 
     Attributes:
@@ -186,12 +186,12 @@ def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str
     with options_called(prefix):
         checkpoint = open_checkpoint(found, **source.keywords())
     if checkpoint.lora is not None:
-        hint = "`ckptkit diff` compares adapters; `ckptkit adapter merge` makes a model that can be verified"
+        hint = "`verify MODEL ADAPTER --adapter A` runs it in its model; `ckptkit diff` compares adapters"
         raise UnsupportedError("an adapter is no model that runs", where=path, hint=hint)
     return checkpoint, replace(source, iteration=None)
 
 
-def _sides(
+def sides_of(
     checkpoints: tuple[Checkpoint, Checkpoint], opening: tuple[SourceOptions, SourceOptions], options: RunOptions
 ) -> tuple[Side, Side]:
     """What runs the two.
@@ -233,13 +233,13 @@ def _once(task: Callable[[], T]) -> T:
     return TorchrunRanks().once(task) if inside_torchrun() else task()
 
 
-def _in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
+def in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
     """The answer, found by one of the processes that torchrun started."""
     answer = _once(lambda: asdict(question()))
     return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
 
 
-def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
+def refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
     """Options of the logits level have no meaning below it."""
     unused = options.for_logits_only()
     unused += [name for name, given in (("--prompt", prompts), ("--tokens", tokens)) if given is not None]
@@ -250,7 +250,7 @@ def _refuse_unused(level: str, options: RunOptions, prompts: object, tokens: obj
         )
 
 
-def _refuse_unused_backwards(level: str, options: RunOptions) -> None:
+def refuse_unused_backwards(level: str, options: RunOptions) -> None:
     """Options that have a meaning only where the sides run backwards, or take steps."""
     unused = [] if level in BACKWARD else options.for_backward_only()
     if level == "gradients":
@@ -261,7 +261,7 @@ def _refuse_unused_backwards(level: str, options: RunOptions) -> None:
         raise UsageError(f"{', '.join(unused)} {need} a later level; this run stops at {level}", hint=hint)
 
 
-def _logits(
+def logits_level(
     checkpoints: tuple[Checkpoint, Checkpoint],
     sides: tuple[Side, Side],
     prompts: Sequence[str] | None,
@@ -270,6 +270,7 @@ def _logits(
     tell: Tell,
     run: RunKeywords,
 ) -> LevelResult:
+    """The level logits, on token ids or on prompts."""
     tokenizer = _tokenizer(checkpoints) if prompts else None
     if tokenizer is not None:
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]

@@ -84,6 +84,7 @@ class Passes:
             opener=self.opener,
             opening=opened.side.opening,
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
+            adapter=opened.side.adapter,
         )
         where = "transformers" if hf else f"{job.world_size} rank{'s' if job.world_size > 1 else ''}"
         title = f"{_SIDES[name]} ({where}, {options.dtype})"

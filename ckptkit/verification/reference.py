@@ -18,6 +18,7 @@ from ckptkit.families.gemma4 import GEMMA4_TEXT
 from ckptkit.families.split_llama import ARCHITECTURE, AUTO_MAP
 from ckptkit.formats.json_files import read_json
 from ckptkit.steps import Counted, Step, Tell, nobody
+from ckptkit.verification.ranks.adapters import with_peft
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.rounding import round_model
@@ -74,7 +75,12 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
 
     tell(Step("loading"))
     model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
-    if job.rounded:
+    rounds = job.rounded if job.adapter is None or not job.adapter.merged else {}
+    if rounds:
+        round_model(model, rounds, job.checkpoint)
+    if job.adapter is not None:
+        model = with_peft(model, job.adapter, getattr(torch, job.options.dtype))
+    if job.rounded and not rounds:  # what the candidate stores was rounded with the adapter in it
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.dtypes import TORCH_DTYPE_NAMES, DType
+from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES, DType
 from ckptkit.errors import VerificationError
 from ckptkit.inspection.values import common_type
 from ckptkit.io.castable import CASTABLE
@@ -71,6 +71,16 @@ def rounding_of(reference: Checkpoint, candidate: Checkpoint, *, hf_names: bool)
         targets = {EVERY: only}
     names = {name: TORCH_DTYPE_NAMES[target] for name, target in sorted(targets.items()) if target is not None}
     return Rounding(names, tuple(sorted(casts)))
+
+
+def rounding_to(stored: Checkpoint) -> Rounding:
+    """The rounding of float32 weights to the types in which a model stores them, by Hugging Face names."""
+    wide = DTYPES_BY_TORCH_NAME["float32"]
+    types = {name: stored.tensors[key].out_dtype for key, item in stored.items.items() for name in item.parts}
+    rounded = {name: TORCH_DTYPE_NAMES[dtype] for name, dtype in types.items() if loses(wide, dtype)}
+    if len(rounded) == len(types) and len(set(rounded.values())) == 1:
+        rounded = {EVERY: next(iter(rounded.values()))}
+    return Rounding(rounded, tuple(sorted({f"{wide} -> {types[name]}" for name in types if loses(wide, types[name])})))
 
 
 def round_model(model: torch.nn.Module, dtypes: Mapping[str, str], where: object) -> None:

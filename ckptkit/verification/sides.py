@@ -13,7 +13,7 @@ from ckptkit.formats.json_files import read_json
 from ckptkit.megatron import DDP
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig
-from ckptkit.verification.ranks.jobs import find
+from ckptkit.verification.ranks.jobs import AdapterJob, find, open_model
 from ckptkit.verification.rounding import Rounding
 from ckptkit.verification.run_options import RunOptions
 
@@ -29,6 +29,7 @@ class Side(NamedTuple):
         opening: Options that open it.
         grid: The grid that megatron-core runs it on; None for the checkpoint's own.
         rounding: How its weights are rounded before it runs in float32.
+        adapter: The adapter that it runs with, or None.
     """
 
     path: str | Path
@@ -36,6 +37,7 @@ class Side(NamedTuple):
     opening: SourceOptions = SourceOptions()
     grid: Parallelism | None = None
     rounding: Rounding = Rounding()
+    adapter: AdapterJob | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def open_side(side: Side, opener: str) -> OpenedSide:
         CkptkitError: It cannot be opened.
     """
     if side.kind == MEGATRON:
-        checkpoint = find(opener)(str(side.path), **side.opening.keywords())
+        checkpoint = open_model(find(opener), str(side.path), side.opening, side.adapter)
         return _opened(side, checkpoint.config, side.grid or checkpoint.grid)
     if side.kind != HF:
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)

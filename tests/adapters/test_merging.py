@@ -265,7 +265,6 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         merge_adapters(base, [(adapter, 1.0)], tmp_path / "out", to="peft")
     config = json.loads((adapter / "adapter_config.json").read_text())
     for change, match in (
-        ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changes the weights of the base"),
         ({"peft_type": "IA3"}, "type IA3"),
     ):

@@ -97,7 +97,6 @@ def test_alphas_give_the_scale(rank: int) -> None:
         ({"target_modules": ".*" * 12 + "z"}, UnsupportedError, "could take very long"),
         ({"rank_pattern": {".*" * 12 + "z": 4}}, UnsupportedError, "could take very long"),
         ({"peft_type": "IA3"}, UnsupportedError, "type IA3"),
-        ({"use_dora": True}, UnsupportedError, "DoRA"),
         ({"lora_bias": True}, UnsupportedError, "biases of lora_B"),
         ({"fan_in_fan_out": True}, UnsupportedError, "transposed"),
         ({"trainable_token_indices": [1]}, UnsupportedError, "trainable_token_indices"),

@@ -22,6 +22,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.peft_directory import same_values
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.formats.peft import MAGNITUDE
 from ckptkit.formats.peft_config import alpha_for
 from ckptkit.io.computed import computed
 from ckptkit.tables.items import Item
@@ -167,6 +168,7 @@ def _check_expressible(source: Checkpoint, layout: str, *, sequential: bool) -> 
     if extras:
         name = min(extras)
         kind = "factors of an embedding" if "lora_embedding" in name else "a whole tensor (modules_to_save, or a bias)"
+        kind = "the magnitudes of DoRA" if name.endswith(MAGNITUDE) else kind
         raise UnsupportedError(
             f"adapters of Megatron have no place for {name}, {kind}",
             where=source.path,

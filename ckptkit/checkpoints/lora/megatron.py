@@ -45,14 +45,16 @@ _NAME = re.compile(
     r"(?P<module>.+)\.(?P<middle>adapter\.(?:adapter_\w+\.)?linear_(?:in|out)|lora_[AB]\.(?P<name>\w+))\.weight(?P<expert>\d*)"
 )
 _BASE_LAYER = re.compile(r"\.(?:base_layer|to_wrap)\.(?=(?:weight|bias|layer_norm_weight)\d*$)")
+_MAGNITUDE = ".adapter.weight_magnitude"
+"""End of the name that `DoRA` of Megatron-Bridge has for the lengths of rows."""
 _EXPERTS = re.compile(r".+\.experts\.linear_fc[12]")
 
 Ranks = Mapping[RankKey, RankFile]
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether a Megatron name is that of a factor of an adapter."""
-    return _NAME.fullmatch(name) is not None
+    """Whether a Megatron name is that of a tensor of an adapter."""
+    return _NAME.fullmatch(name) is not None or name.endswith(_MAGNITUDE)
 
 
 def only_part(ranks: Ranks, part: str) -> dict[RankKey, RankFile]:
@@ -84,6 +86,13 @@ def choose_part(ranks: Ranks, given: Given, where: Path) -> tuple[Ranks, bool]:
         raise InputError("no adapter in it", where=where, hint="expected names such as linear_qkv.adapter.linear_in")
     if not factors:
         return ranks, False
+    magnitudes = [name for name in factors if name.endswith(_MAGNITUDE)]
+    if magnitudes and given.part != MODEL:
+        raise UnsupportedError(
+            f"an adapter of DoRA ({min(magnitudes)}), and LoRA is read of Megatron checkpoints",
+            where=where,
+            hint="merge it with Megatron-Bridge",
+        )
     if given.part is not None:
         return only_part(ranks, given.part), given.part == ADAPTER
     if len(factors) < len(names):
@@ -269,7 +278,9 @@ def _wanted(about: _About, spelling: Spelling, grid: Parallelism, ranks: Ranks, 
             else (next(stage for stage in stages if is_on(item, stage, grid)), None)
         )
         ep, expert = (0, None) if item.expert is None else expert_home(item.expert, about.config.num_experts, grid.ep)
-        chunk = chunks[stage.pp_rank, 0, ep][stage.vp_stage]
+        # Experts may live on some tensor parallel ranks only: the first one that has this expert parallel rank.
+        first = min(tp for pp, tp, at in chunks if (pp, at) == (stage.pp_rank, ep))
+        chunk = chunks[stage.pp_rank, first, ep][stage.vp_stage]
         taken: set[str] = set()
         for layout, index in stored_layouts(item):
             a, b = _rows(item, index, layout, 1)

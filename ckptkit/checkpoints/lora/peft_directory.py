@@ -11,10 +11,10 @@ from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.lora.places import Names, Packed, assign, names_in_memory, names_of, pairs
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.problems import Problems
-from ckptkit.errors import InputError, UsageError
+from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
-from ckptkit.formats.peft import PeftFiles, Stored, factor_name, open_peft, parse_name
+from ckptkit.formats.peft import MAGNITUDE, PeftFiles, Stored, factor_name, open_peft, parse_name
 from ckptkit.formats.peft_config import AdapterConfig
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.tables.bounds import check_adapted
@@ -63,6 +63,7 @@ def read_peft(place: Place, given: Given) -> Checkpoint:
             modules[linear.module], scales[linear.module] = linear, scale
     extras = _extras(files, stored, names)
     problems.check()
+    _check_magnitudes(files, modules, extras)
     lora = Lora(files.config, modules, scales, {name: tensor.shape for name, tensor in files.tensors.items()})
     order = {module: number for number, module in enumerate(modules)}
     items = {
@@ -140,13 +141,40 @@ def _extras(files: PeftFiles, stored: Mapping[str, Stored], names: Names) -> dic
     for name, about in stored.items():
         if about.kind == "factor":
             continue
-        ending = f".lora_embedding_{about.side}" if about.kind == "embedding" else ""
+        endings = {"embedding": f".lora_embedding_{about.side}", "magnitude": MAGNITUDE}
+        ending = endings.get(about.kind, "")
         module = about.module if about.kind == "whole" else names.canonical(about.module + _WEIGHT)
         canonical = names.canonical(module) if about.kind == "whole" else module.removesuffix(_WEIGHT) + ending
         if canonical in extras:
             raise InputError(f"{name} is stored twice", where=files.path)
         extras[canonical] = files.tensors[name]
     return extras
+
+
+def _check_magnitudes(files: PeftFiles, modules: Mapping[str, Linear], extras: Mapping[str, Tensor]) -> None:
+    """In DoRA, every layer has magnitudes; otherwise none has.
+
+    Raises:
+        InputError: Some are missing or of another shape, or there are some without DoRA.
+        UnsupportedError: Some are those of an embedding.
+    """
+    found = {name.removesuffix(MAGNITUDE) for name in extras if name.endswith(MAGNITUDE)}
+    if found and not files.config.dora:
+        what = f"{min(found)} has a lora_magnitude_vector, and adapter_config.json says nothing of use_dora"
+        raise InputError(what, where=files.path, hint="is use_dora lost?")
+    if not files.config.dora:
+        return
+    if missing := sorted(modules.keys() - found):
+        what = f"{missing[0]} has no lora_magnitude_vector, without which DoRA is not defined"
+        raise InputError(what, where=files.path, hint="save the adapter with peft")
+    if others := sorted(found - modules.keys()):
+        raise UnsupportedError(
+            f"DoRA of {others[0]}, which is no linear layer", where=files.path, hint="merge the adapter with peft"
+        )
+    for module in sorted(found):
+        shape, rows = extras[module + MAGNITUDE].shape, modules[module].shape[0]
+        if shape != (rows,):
+            raise InputError(f"{module}{MAGNITUDE} is {list(shape)}, the weight has {rows} rows", where=files.path)
 
 
 def peft_tensors(source: Checkpoint) -> tuple[dict[str, Tensor], AdapterConfig]:
@@ -216,7 +244,8 @@ def _extra(source: Checkpoint, about: Stored, spelled: Names) -> Tensor | None:
     if about.kind == "whole":
         return source.sidecar.extras.get(spelled.canonical(about.module))
     module = spelled.canonical(about.module + _WEIGHT).removesuffix(_WEIGHT)
-    return source.sidecar.extras.get(f"{module}.lora_embedding_{about.side}")
+    ending = MAGNITUDE if about.kind == "magnitude" else f".lora_embedding_{about.side}"
+    return source.sidecar.extras.get(f"{module}{ending}")
 
 
 def _can_pack(source: Checkpoint, packed: Packed) -> bool:

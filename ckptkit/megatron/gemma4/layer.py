@@ -147,6 +147,7 @@ class ReplicatedLinear(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, input_size: int, output_size: int) -> None:
         super().__init__()
+        self.config = config
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         # Under sequence parallelism each rank sees a part of the tokens: this mark makes Megatron sum the gradients.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit import errors
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.lora.megatron import MODEL
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.run_options import RunOptions
@@ -36,6 +38,28 @@ class TrainingPart:
 
 
 @dataclass(frozen=True)
+class AdapterJob:
+    """An adapter that a job's model runs with.
+
+    Attributes:
+        path: Where it is.
+        opening: Options that open it.
+        beside: Whether the checkpoint of the model holds it, too.
+        merged: Transformers only: whether it is put into the weights, and not beside them.
+    """
+
+    path: str
+    opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
+    beside: bool = False
+    merged: bool = False
+
+    @staticmethod
+    def from_json(raw: dict[str, Any] | None) -> AdapterJob | None:
+        """The record that `dataclasses.asdict` made JSON types of."""
+        return None if raw is None else AdapterJob(**{**raw, "opening": SourceOptions.from_json(raw["opening"])})
+
+
+@dataclass(frozen=True)
 class LogitsJob:
     """Run a checkpoint in megatron-core and keep its logits.
 
@@ -55,6 +79,7 @@ class LogitsJob:
         opening: Options that open it.
         rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
         training: What to do instead, if the sides run backwards, or None.
+        adapter: The adapter that the model runs with, or None.
     """
 
     checkpoint: str
@@ -72,6 +97,7 @@ class LogitsJob:
     opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
     rounded: dict[str, str] = field(default_factory=dict)
     training: TrainingPart | None = None
+    adapter: AdapterJob | None = None
 
     @property
     def world_size(self) -> int:
@@ -97,6 +123,7 @@ class LogitsJob:
             "options": RunOptions(**raw["options"]),
             "opening": SourceOptions.from_json(raw["opening"]),
             "training": None if raw["training"] is None else TrainingPart(**raw["training"]),
+            "adapter": AdapterJob.from_json(raw["adapter"]),
         }
         return LogitsJob(**{**raw, **records})
 
@@ -109,6 +136,14 @@ def find(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
+
+
+def open_model(
+    opener: Callable[..., Checkpoint], path: str, opening: SourceOptions, adapter: AdapterJob | None
+) -> Checkpoint:
+    """Opens the model of a job; of a checkpoint that holds an adapter, too, the model alone."""
+    part = {"part": MODEL} if adapter is not None and adapter.beside else {}
+    return opener(path, **opening.keywords(), **part)
 
 
 def encode_error(error: BaseException) -> dict[str, str | None]:

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from ckptkit.steps import Counted, Step, Tell, nobody
+from ckptkit.verification.ranks.adapters import LaidOut, open_laid_out
 from ckptkit.verification.ranks.forking import fork_each
-from ckptkit.verification.ranks.jobs import OPENER, LogitsJob, decode_error, encode_error, find
+from ckptkit.verification.ranks.jobs import OPENER, LogitsJob, decode_error, encode_error, find, open_model
 from ckptkit.verification.reports.report import installed_versions
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from ckptkit.megatron.pipeline import Pipeline
+    from ckptkit.sharding.grid import Parallelism, Rank
 
 
 def execute(
@@ -204,9 +206,11 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     from ckptkit.megatron.pipeline import Pipeline
     from ckptkit.megatron.replicas import seat
 
-    checkpoint = find(job.opener)(job.checkpoint, **job.opening.keywords())
+    opener = find(job.opener)
+    checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
     if job.rounded:
         checkpoint = _rounded(checkpoint, job.rounded)
+    adapter = None if job.adapter is None else open_laid_out(job.adapter, checkpoint, job.grid, opener)
     here = seat(job.grid, job.options.dp, rank).place
     shards = [
         checkpoint.shard(
@@ -235,10 +239,26 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
         place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"
         where = f"{job.checkpoint} ({place})"
+        if adapter is not None:
+            shard.update(_attached(adapter, chunk, job.grid, here, vp_stage, device))
         load_strict(chunk, shard, where=where)
         shard.clear()
     outputs = 1 if value_head else checkpoint.config.vocab_size
     return Pipeline(chunks, job.grid, device, outputs, job.options.capacity)
+
+
+def _attached(
+    adapter: LaidOut, chunk: torch.nn.Module, grid: Parallelism, here: Rank, vp_stage: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """This rank's factors, for which the chunk has got modules."""
+    from ckptkit.megatron.lora import attach
+
+    factors = adapter.checkpoint.shard(
+        grid=grid, pp_rank=here.pp, tp_rank=here.tp, ep_rank=here.ep, vp_stage=vp_stage, spec="local", layout="text"
+    )
+    shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
+    attach(chunk, shapes, adapter.scale, device, where=adapter.checkpoint.path)
+    return factors
 
 
 def _rounded(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> Checkpoint:

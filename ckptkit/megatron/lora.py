@@ -1,0 +1,324 @@
+"""LoRA adapters on megatron-core's linears: parallel modules that add `scale * B A x` to what a linear gives.
+
+The modules, and the names of their weights, are those of the three layouts (see `tables.lora`). The factors are
+megatron-core's `ColumnParallelLinear` and `RowParallelLinear`; in the layout `peft`, the factor that every rank holds
+whole is a `torch.nn.Linear`.
+
+Source: `ParallelLinearAdapter` and `LoRALinearSplitQKV` of Megatron-Bridge, `LoraParallelLinear` of mcore-bridge.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+
+from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.megatron.compat import runs_on
+from ckptkit.megatron.decoder import NormedRowParallelLinear
+from ckptkit.megatron.gemma4.layer import ReplicatedLinear
+from ckptkit.megatron.moe import Router
+from ckptkit.tables.lora import A, B
+
+_NAME = re.compile(
+    r"(?P<linear>.+?)\.(?:adapter\.(?:adapter_(?P<part>\w+)\.)?linear_(?P<way>in|out)|lora_(?P<side>[AB])\.default)\.weight"
+)
+_PARTS = {("q", "k", "v"), ("gate", "up")}
+
+
+WHOLE = (ReplicatedLinear, Router)
+"""Modules whose weight every tensor parallel rank holds whole."""
+LINEARS = (ColumnParallelLinear, RowParallelLinear, *WHOLE)
+"""Modules that can have an adapter."""
+
+
+class Pair(torch.nn.Module):
+    """A and B beside one linear, divided over its tensor parallel ranks as the linear is.
+
+    Args:
+        linear: megatron-core's linear.
+        rank: Rank of the factors, over all ranks.
+        rows: Rows of B over all ranks.
+
+    Attributes:
+        linear_in: A.
+        linear_out: B.
+    """
+
+    def __init__(self, linear: Any, rank: int, rows: int) -> None:
+        super().__init__()
+        self._about = _About.of(linear)
+        self.linear_in, self.linear_out = self._factors(rank, rows)
+
+    def _factors(self, rank: int, rows: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+        about = self._about
+        if about.by_columns:
+            return about.row(rank), about.column(rank, rows, about.unsplit)
+        return about.column(about.input_size, rank, about.config), about.column(rank, rows, about.unsplit)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """What the linear is given -> B A of it, divided as the linear's output is."""
+        about = self._about
+        if not about.by_columns:
+            low = gather_from_tensor_model_parallel_region(self.linear_in(states)[0], group=about.group)
+            return about.gathered(self.linear_out(low)[0])
+        low = self.linear_in(states)[0]
+        if about.partial:  # outputs of experts are sums over ranks, which megatron-core adds up later
+            low = reduce_from_tensor_model_parallel_region(low, group=about.group)
+            own = self.linear_out(low)[0]
+            at, size = about.group.rank(), own.shape[-1]
+            padded: torch.Tensor = F.pad(own, (at * size, (about.group.size() - 1 - at) * size))
+            return padded
+        if about.splits_sequence:
+            low = gather_from_sequence_parallel_region(low, group=about.group)
+        out = gather_from_tensor_model_parallel_region(self.linear_out(low)[0], group=about.group)
+        if about.splits_sequence:
+            out = scatter_to_sequence_parallel_region(out, group=about.group)
+        whole: torch.Tensor = out
+        return whole
+
+
+class HalfWholePair(Pair):
+    """A pair of which only the factor beside the divided axis of the linear is divided (the layout `peft`)."""
+
+    def _factors(self, rank: int, rows: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+        about = self._about
+        if about.replicated:
+            return about.whole(about.input_size, rank), about.whole(rank, rows)
+        if about.by_columns:
+            return about.row(rank), about.whole(rank, rows)
+        return about.whole(about.input_size, rank), about.column(rank, rows, about.unsplit)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """As `Pair.forward`."""
+        about = self._about
+        if about.by_columns:
+            # Sums over ranks are added up in between, or, for experts, by megatron-core later: B is linear.
+            out: torch.Tensor = self.linear_out(self.linear_in(states)[0])
+            return out
+        low: torch.Tensor = self.linear_in(states)
+        if about.replicated:
+            whole: torch.Tensor = self.linear_out(low)
+            return whole
+        if about.splits_sequence:
+            low = gather_from_sequence_parallel_region(low, group=about.group)
+        return about.gathered(self.linear_out(low)[0])
+
+
+@dataclass(frozen=True)
+class _About:
+    """How a linear is divided, and linears that fit beside it.
+
+    Attributes:
+        config: Megatron's config.
+        unsplit: The same for inputs that hold the whole sequence.
+        by_columns: Whether ranks hold columns of the weight (row-parallel).
+        replicated: Whether all ranks hold the whole weight.
+        partial: Whether its outputs are sums over the ranks that are still to be added up.
+        splits_sequence: Whether the sequence is divided over the ranks outside of linears.
+        gathers: Whether its output has all columns.
+        expert: Whether it is an expert's.
+        input_size: Width of the input over all ranks.
+        output_size: Width of the output over all ranks.
+        group: The tensor parallel ranks.
+    """
+
+    config: Any
+    unsplit: Any
+    by_columns: bool
+    replicated: bool
+    partial: bool
+    splits_sequence: bool
+    gathers: bool
+    expert: bool
+    input_size: int
+    output_size: int
+    group: Any
+
+    @classmethod
+    def of(cls, linear: Any) -> _About:
+        unsplit = copy.copy(linear.config)
+        unsplit.sequence_parallel = False
+        replicated, by_columns = isinstance(linear, WHOLE), isinstance(linear, RowParallelLinear)
+        apart = not replicated and linear.explicit_expert_comm  # megatron-core exchanges tokens around such linears
+        return cls(
+            config=linear.config,
+            unsplit=unsplit,
+            by_columns=by_columns,
+            replicated=replicated,
+            partial=by_columns and apart,
+            splits_sequence=linear.config.sequence_parallel if replicated else linear.sequence_parallel and not apart,
+            gathers=replicated or (not by_columns and linear.gather_output),
+            expert=not replicated and linear.is_expert,
+            input_size=linear.weight.shape[1] if replicated else linear.input_size,
+            output_size=linear.weight.shape[0] if replicated else linear.output_size,
+            group=get_tensor_model_parallel_group() if replicated else linear.tp_group,
+        )
+
+    def column(self, into: int, out: int, config: Any) -> ColumnParallelLinear:
+        return ColumnParallelLinear(into, out, config=config, gather_output=False, **self._common)
+
+    def row(self, out: int) -> RowParallelLinear:
+        return RowParallelLinear(
+            self.input_size, out, config=self.config, input_is_parallel=True, skip_bias_add=True, **self._common
+        )
+
+    def whole(self, into: int, out: int) -> torch.nn.Linear:
+        return torch.nn.Linear(into, out, bias=False, dtype=self.config.params_dtype)
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        options = {"init_method": self.config.init_method, "bias": False}
+        return {**options, "is_expert": self.expert, "tp_group": self.group}
+
+    def gathered(self, output: torch.Tensor) -> torch.Tensor:
+        if not self.gathers:
+            return output
+        whole: torch.Tensor = gather_from_tensor_model_parallel_region(output, group=self.group)
+        split = self.replicated and self.splits_sequence
+        return scatter_to_sequence_parallel_region(whole, group=self.group) if split else whole
+
+
+@dataclass
+class _Found:
+    """The factors of one linear among the names of a rank's tensors.
+
+    Attributes:
+        peft: Whether they have PEFT's names.
+        shapes: Word of a part, or an empty string -> side -> shape of this rank's factor.
+    """
+
+    peft: bool
+    shapes: dict[str, dict[str, Sequence[int]]] = field(default_factory=dict)
+
+
+def attach(
+    chunk: torch.nn.Module,
+    factors: Mapping[str, Sequence[int]],
+    scale: float,
+    device: torch.device,
+    *,
+    where: object = None,
+) -> None:
+    """Puts a pair of factors beside each linear that has one. Their weights hold no values yet: load them strictly.
+
+    Args:
+        chunk: From `model.build_chunks`.
+        factors: Name of a factor of this rank, in a layout of `tables.lora` -> its shape.
+        scale: The factor of B A.
+        device: Where the factors live.
+        where: Name of their source in an error.
+
+    Raises:
+        InputError: A factor has no other, or its shape fits no linear.
+        UnsupportedError: There is no such linear in the runtime.
+    """
+    modules = dict(chunk.named_modules())
+    with runs_on(device):
+        for name, found in _by_linear(factors, where).items():
+            linear = modules.get(name)
+            if not isinstance(linear, LINEARS):
+                raise UnsupportedError(f"the runtime has no linear {name} that could have an adapter", where=where)
+            added = _add_modules(linear, name, found, modules, where)
+            _add_output(linear, added, scale)
+    chunk.to(device)
+    chunk.eval()
+
+
+def _by_linear(factors: Mapping[str, Sequence[int]], where: object) -> dict[str, _Found]:
+    found: dict[str, _Found] = {}
+    for name, shape in factors.items():
+        match = _NAME.fullmatch(name)
+        if match is None or len(shape) != 2:
+            raise InputError(f"{name} {list(shape)} is no factor of an adapter", where=where)
+        one = found.setdefault(match["linear"], _Found(match["side"] is not None))
+        side = match["side"] or {"in": A, "out": B}[match["way"]]
+        one.shapes.setdefault(match["part"] or "", {})[side] = shape
+    for linear, one in found.items():
+        if any(len(sides) < 2 for sides in one.shapes.values()):
+            raise InputError(f"{linear} has only one of the two factors", where=where, hint="is the adapter complete?")
+    return found
+
+
+def _add_modules(
+    linear: Any, name: str, found: _Found, modules: Mapping[str, torch.nn.Module], where: object
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The modules under the names that a layout gives them. Returns what they compute together."""
+    about = _About.of(linear)
+    size = about.group.size()
+    divides_a = not (found.peft or about.by_columns)
+    divides_b = not (found.peft and (about.by_columns or about.replicated))
+    pairs: dict[str, Pair] = {}
+    for part, sides in found.shapes.items():
+        rank, rows = sides[A][0] * (size if divides_a else 1), sides[B][0] * (size if divides_b else 1)
+        if not part and rows != about.output_size:
+            raise InputError(f"B of {name} has {rows} rows, the linear has {about.output_size}", where=where)
+        pairs[part] = (HalfWholePair if found.peft else Pair)(linear, rank, rows)
+    if "" in pairs:
+        if len(pairs) > 1:
+            raise InputError(f"{name} has an adapter for the whole and for parts", where=where)
+        pair = pairs[""]
+        if found.peft:
+            linear.lora_A = torch.nn.ModuleDict({"default": pair.linear_in})
+            linear.lora_B = torch.nn.ModuleDict({"default": pair.linear_out})
+        else:
+            linear.adapter = pair
+        return pair
+    linear.adapter = torch.nn.ModuleDict({f"adapter_{part}": pair for part, pair in pairs.items()})
+    return _joined(linear, name, pairs, modules)
+
+
+def _joined(
+    linear: Any, name: str, pairs: Mapping[str, Pair], modules: Mapping[str, torch.nn.Module]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The outputs of the adapters of parts, in the order in which the linear's rows have the parts."""
+    words = next((words for words in _PARTS if pairs.keys() <= set(words)), None)
+    if words is None:
+        raise UnsupportedError(f"the runtime has no adapters for {', '.join(pairs)} of {name}")
+    attention = modules[name.rpartition(".")[0]]
+    if words[0] == "q":
+        if not isinstance(attention, SelfAttention):
+            raise UnsupportedError(f"{name} is no linear of an attention, and has adapters of q, k and v")
+        groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        heads = attention.num_attention_heads_per_partition
+        if heads * width + 2 * groups * width != linear.output_size_per_partition:
+            raise UnsupportedError(f"{name} has more rows than q, k and v, and adapters of these")
+        rows = {"q": heads * width, "k": groups * width, "v": groups * width}
+    else:
+        groups, rows = 1, dict.fromkeys(words, linear.output_size_per_partition // 2)
+
+    def outputs(states: torch.Tensor) -> torch.Tensor:
+        found = {part: pair(states) for part, pair in pairs.items()}
+        some = next(iter(found.values()))
+        parts = [found[word] if word in found else some.new_zeros((*some.shape[:-1], rows[word])) for word in words]
+        blocks = [part.unflatten(-1, (groups, -1)) for part in parts]
+        return torch.cat(blocks, dim=-1).flatten(-2)
+
+    return outputs
+
+
+def _add_output(linear: torch.nn.Module, added: Callable[[torch.Tensor], torch.Tensor], scale: float) -> None:
+    if isinstance(linear, NormedRowParallelLinear | Router):
+        linear.added = lambda states: scale * added(states)
+        return
+
+    def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output + scale * added(inputs[0])
+        return output[0] + scale * added(inputs[0]), output[1]
+
+    linear.register_forward_hook(hook, prepend=True)  # before the cap of the logits, which is a hook, too

@@ -1,0 +1,1 @@
+"""Verification of a model with a LoRA adapter: beside its weights, or in them."""
