@@ -6,7 +6,6 @@ CPU, the question for the GPU's architecture is answered with one, and nothing e
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +22,8 @@ pytest.importorskip("torch")
 pytest.importorskip("megatron.training", reason="the wheel of megatron-core 0.16.1 has no megatron.training")
 pytestmark = pytest.mark.gpu
 
-TE = importlib.util.find_spec("transformer_engine") is not None
-STRICT, USUAL = "raise_all" if TE else "raise_unexpected", "assume_ok_unexpected"
-"""Without Transformer Engine, `raise_all` sees one key too many: the state of the last norm."""
+STRICT, USUAL = "raise_unexpected", "assume_ok_unexpected"
+"""`raise_all` sees one key too many: the state of the last norm, which the spec of a whole block does not have."""
 
 FROM_CHECKPOINT = {"use_checkpoint_args": True}
 

@@ -28,7 +28,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.family import MegatronQuirks
 from ckptkit.tables.megatron_names import distributed_states, norms_from_local_spec, norms_of_local_spec
 from ckptkit.tensors import Tensor
-from tests.formats.megatron_ranks import EXPERTS, LAYERS, Job, allowed_differences, arguments, run, weights
+from tests.formats.megatron_ranks import EXPERTS, LAST_NORMS, LAYERS, Job, arguments, run, weights
 from tests.formats.rank_pool import RankProcesses
 from tests.formats.torch_file.torch_files import as_torch, contents, torch_bytes, write_out
 
@@ -221,7 +221,7 @@ def boxes(path: Path) -> dict[str, Any]:
 )
 def test_keys_and_chunks_are_those_of_megatron_core(one_rank: World, four_ranks: World, ours: str, theirs: str) -> None:
     our_boxes, their_boxes = boxes(one_rank.path(ours)), boxes(one_rank.path(theirs))
-    assert {key.partition("/")[0] for key in our_boxes.keys() - their_boxes.keys()} <= allowed_differences()
+    assert {key.partition("/")[0] for key in our_boxes.keys() - their_boxes.keys()} <= LAST_NORMS
     assert {key: our_boxes[key] for key in their_boxes} == their_boxes
 
 
@@ -229,7 +229,7 @@ def test_keys_and_chunks_are_those_of_megatron_core(one_rank: World, four_ranks:
 def test_empty_states_and_metadata_are_those_of_megatron_core(one_rank: World) -> None:
     ours, theirs = open_dcp(one_rank.path("our_dense")), open_dcp(one_rank.path("dense"))
     assert len(ours.objects) == 4 * LAYERS + 1
-    for key in (key for key in ours.objects if key.partition("/")[0] not in allowed_differences()):
+    for key in (key for key in ours.objects if key.partition("/")[0] not in LAST_NORMS):
         assert ours.object(key) == theirs.object(key) == [None]
     config, expected = (json.loads((files.path / "metadata.json").read_text()) for files in (ours, theirs))
     assert expected.items() <= config.items()

@@ -315,6 +315,7 @@ def on_cpu() -> Iterator[None]:
 def main(rank: int) -> int:
     """Runs jobs until there are no more, or one fails."""
     warnings.simplefilter("ignore")
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine multiplies fp32 in TF32 unless cuBLAS is told not to
     import megatron.training.arguments
     import megatron.training.checkpointing  # noqa: F401
 
