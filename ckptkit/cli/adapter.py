@@ -179,6 +179,7 @@ def extract(
     dtype: Annotated[
         str | None,
         typer.Option(
+            "--dtype",
             metavar="DTYPE",
             help=f"Type of the factors: {alternatives(CASTS)}. Default: float32.",
             rich_help_panel=FORMAT,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ckptkit.dtypes import DType
 from ckptkit.io.plan import Plan, source_files
+from ckptkit.io.segments import origins
 from ckptkit.tensors import Literal, Tensor
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def numbers(tensor: Tensor, *, double: bool = False) -> Values:
 
 def holds_computed(plan: Plan) -> bool:
     """Whether any bytes of a plan are computed."""
-    segments = (segment for file in plan.files for segment in file.segments)
-    pieces = (piece for segment in segments for band in segment.tensor.bands for piece in band.pieces)
+    tensors = origins(file.segments for file in plan.files)
+    pieces = (piece for tensor in tensors for band in tensor.bands for piece in band.pieces)
     return any(isinstance(piece, Literal) and isinstance(piece.data, _Computed) for piece in pieces)
 
 
