@@ -1,1 +1,1 @@
-"""Adapters: merging them into their model, and taking them out of a Megatron checkpoint."""
+"""Adapters: merged into their model, taken out of a Megatron checkpoint, or out of the difference of two models."""

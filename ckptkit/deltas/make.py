@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from ckptkit.formats.delta.manifest import (
 from ckptkit.formats.delta.reading import ENTRY
 from ckptkit.formats.delta.tiles import Tiling
 from ckptkit.inspection.structure import config_differences
+from ckptkit.io.cores import moving_threads
 from ckptkit.io.hashes import TensorHash
 from ckptkit.io.plan import OutputFile, Plan, literal, source_files
 from ckptkit.io.segments import Segment
@@ -49,8 +49,6 @@ SIDES = ("OLD", "NEW")
 Keep = Callable[[bytes], Tensor]
 """Keeps bytes until the plan is carried out, and gives them as a tensor."""
 
-_MOST_THREADS = 8
-"""Threads, unless the user asks for more: each takes up to 18 MiB."""
 _HELD = 1 << 20
 """Bytes of coded tiles that are held in memory before they are kept."""
 
@@ -151,7 +149,7 @@ def make_delta(
             pairs,
             lambda readers, pair: _coded(readers, pair, keep),
             lambda pair: pair.nbytes,
-            threads=execution.threads or min(_MOST_THREADS, len(os.sched_getaffinity(0))),
+            threads=execution.threads or moving_threads(),
             progress=execution.progress,
         )
         for index, side in enumerate(opened):

@@ -30,6 +30,8 @@ from ckptkit.formats.delta.reading import ENTRY, open_delta
 from ckptkit.formats.safetensors import read_header
 from ckptkit.inspection.delta_summary import inspect_delta
 from ckptkit.io import faults
+from ckptkit.io.cores import moving_threads
+from ckptkit.io.threads import read_all
 from tests.deltas.conftest import a_step, edited
 from tests.deltas.test_codec import changes, deflated
 from tests.models import files_of, save_llama, save_model
@@ -54,6 +56,21 @@ def test_the_bytes_depend_on_the_tensors_alone(old: Path, new: Path, delta: Path
     convert(new, tmp_path / "new", to="torch", grid=Parallelism(2, 2))
     make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "delta", threads=threads)
     assert files_of(tmp_path / "delta") == files_of(delta)
+
+
+@pytest.mark.parametrize(("asked", "started"), [(None, moving_threads()), (3, 3)])
+def test_the_threads_are_those_that_the_help_names(
+    old: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, started: int
+) -> None:
+    seen = []
+
+    def noted(*arguments: Any, threads: int, **options: Any) -> Any:
+        seen.append(threads)
+        return read_all(*arguments, threads=threads, **options)
+
+    monkeypatch.setattr("ckptkit.io.threads.read_all", noted)
+    make_delta(old, new, tmp_path / "delta", threads=asked, dry_run=True)
+    assert seen == [started]
 
 
 @pytest.mark.parametrize("source", [None, "torch"])

@@ -72,7 +72,7 @@ def _presence(found: Comparisons, what: str) -> list[Check]:
     bad, missing, surplus = found.non_finite, found.missing, found.surplus
     texts = [f"none for {some(missing)}"] * bool(missing)
     texts += [f"one for {some(surplus)}, where the reference has none"] * bool(surplus)
-    same = f"both sides have a {what} for the same {len(found.tensors)} tensors"
+    same = f"the same {len(found.tensors)} tensors have {what}s on both sides"
     return [
         Check("finite", not bad, f"not finite: {some(bad)}" if bad else f"every {what} is finite"),
         Check("present", not texts, f"{what}: {'; '.join(texts)}" if texts else same),
@@ -143,7 +143,8 @@ def judge_steps(
     ]
     worst = max(range(len(off)), key=lambda step: off[step])
     error = abs(ours[worst] - theirs[worst])
-    text = f"after {worst} steps the loss is off by {error:.1e}, {off[worst]:.2f} of what passes"
+    when = f"after {worst} step{'s' * (worst > 1)}" if worst else "before the first step"
+    text = f"{when} the loss is off by {error:.1e}, {off[worst]:.2f} of what passes"
     checks.append(Check("losses", off[worst] <= 1, text))
     if found.tensors:
         checks.append(_updates(found.tensors, options))

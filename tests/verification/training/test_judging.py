@@ -89,6 +89,19 @@ def test_steps(figures: list[TensorError], losses: list[list[float]], moved: lis
     assert failed(judge_steps(Comparisons(figures), losses, moved, EXACT)) == wrong
 
 
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        ([2.9, 2.0, 1.0], "before the first step"),
+        ([3.0, 2.1, 1.0], "after 1 step the"),
+        ([3.0, 2.0, 1.1], "after 2 steps the"),
+    ],
+)
+def test_the_worst_loss_is_named_by_its_step(ours: list[float], words: str) -> None:
+    checks = judge_steps(Comparisons([MOVED]), [FALL, ours, FALL], [], EXACT)
+    assert words in next(check.summary for check in checks if check.name == "losses")
+
+
 def test_tensors_are_compared_by_name(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
