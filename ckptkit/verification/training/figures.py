@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 NAMED = 5
 """How many tensors a sentence names before it counts the rest."""
-SILENT = 1e-9
-"""A gradient below this share of the model's largest one is none: where the exact one is zero, as of a bias that a
-softmax cancels, each side has its own rounding."""
+SILENT = 1e-7
+"""A gradient below this share of the model's largest one is none: float32's rounding of the largest is as large. Where the
+exact one is zero or nearly so, as of a bias that a softmax cancels, each side has its own rounding."""
+CLEAR = 2.0
+"""Times `SILENT`: what a gradient must exceed at least to be missed on the other side."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def compare(
             found.non_finite.append(name)
             continue
         largest = [0.0 if part is None else _largest(part) for part in (theirs, ours)]
-        if largest[0] <= scale and largest[1] <= scale:
+        if min(largest) <= scale and max(largest) <= CLEAR * scale:
             continue
         if largest[1] <= scale or ours is None:
             found.missing.append(name)

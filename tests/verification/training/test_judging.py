@@ -107,8 +107,8 @@ def test_tensors_are_compared_by_name(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     one = torch.linspace(-1, 1, 24).reshape(4, 6)
-    theirs = {"same": one, "off": one, "zero": one * 0, "gone": one, "nan": one, "noisy": one * 0 + 1e-12}
-    ours = {**theirs, "off": one + 1e-3, "gone": one * 0, "zero": one * 1e-3, "nan": one / 0, "noisy": one * 1e-12}
+    theirs = {"same": one, "off": one, "zero": one * 0, "gone": one, "nan": one, "noisy": one * 5e-8}
+    ours = {**theirs, "off": one + 1e-3, "gone": one * 0, "zero": one * 1e-3, "nan": one / 0, "noisy": one * -1.5e-7}
     low = {name: tensor + 1e-2 for name, tensor in theirs.items()}
     read = []
     for number, tensors in enumerate((theirs, ours, low)):
