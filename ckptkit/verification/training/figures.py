@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 NAMED = 5
 """How many tensors a sentence names before it counts the rest."""
 SILENT = 1e-7
-"""A gradient below this share of the model's largest one is none: float32's rounding of the largest is as large. Where the
-exact one is zero or nearly so, as of a bias that a softmax cancels, each side has its own rounding."""
+"""A gradient below this share of the model's largest one is none: float32's rounding of the largest is as large.
+
+Where the exact one is zero or nearly so, as of a bias that a softmax cancels, each side has its own rounding."""
 CLEAR = 2.0
 """Times `SILENT`: what a gradient must exceed at least to be missed on the other side."""
 
