@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ckptkit.surgery.build import SplitRecipe, build
+from ckptkit.surgery.initialisation import FITTED
 
 CORPUS = "numpy"
 """The package whose source is the text."""
@@ -211,7 +212,8 @@ def measure(
         generator = torch.Generator().manual_seed(seed)
         calibration.write_text(json.dumps(draw(used, budget.tokens // budget.length, generator).tolist()))
         for kind, init in cases:
-            options = {"calibration": calibration, "tokens": 10**9, "length": budget.length, "device": budget.device}
+            fitted = {"calibration": calibration, "tokens": 10**9, "length": budget.length, "device": budget.device}
+            options = fitted if init in FITTED else {}
             first, last = map(str, pair)
             recipe = SplitRecipe(first, last, *budget.taken, kind, init, seed, options=options)
             model = hybrid(recipe, folder, budget.device)
