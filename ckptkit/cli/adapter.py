@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ckptkit.cli.choices import EXPERTS, MODEL_FORMATS, PRECISIONS
-from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, alternatives, choice
+from ckptkit.cli.options import (
+    FORMAT,
+    Execution,
+    Grid,
+    Json,
+    ShardSize,
+    Source,
+    Spec,
+    VocabDivisibility,
+    alternatives,
+    choice,
+)
 from ckptkit.cli.output import Output
 from ckptkit.conversion.options import CASTS
 from ckptkit.errors import UsageError
@@ -62,16 +73,11 @@ def merge(
     precision: Annotated[
         str, choice("--precision", PRECISIONS, "Type of the sums, before they are rounded once.", panel=FORMAT)
     ] = PRECISIONS[0],
-    spec: Annotated[
-        str, typer.Option(metavar="te|local|...", help="Whose Megatron names to write.", rich_help_panel=FORMAT)
-    ] = "te",
+    spec: Spec = "te",
     experts: Annotated[str | None, choice("--experts", EXPERTS, "Naming of experts.", panel=FORMAT)] = None,
     dtype: Dtype = None,
     shard_size: ShardSize = None,
-    make_vocab_size_divisible_by: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Pad the vocabulary to a multiple of N times TP.", rich_help_panel=FORMAT),
-    ] = None,
+    make_vocab_size_divisible_by: VocabDivisibility = None,
     json: Json = False,
 ) -> None:
     """Write a model with LoRA adapters in its weights: W + scale * B A.

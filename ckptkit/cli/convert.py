@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from ckptkit.cli.choices import EXPERTS, FORMATS
-from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, alternatives, choice
+from ckptkit.cli.options import (
+    FORMAT,
+    Execution,
+    Grid,
+    Json,
+    ShardSize,
+    Source,
+    Spec,
+    VocabDivisibility,
+    alternatives,
+    choice,
+)
 from ckptkit.cli.output import Output
 from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE
 from ckptkit.errors import UsageError
@@ -52,15 +63,7 @@ def convert(
     grid: Grid,
     source: Source,
     execution: Execution,
-    spec: Annotated[
-        str,
-        typer.Option(
-            metavar="te|local|...",
-            help="Whose Megatron names to write: the Transformer Engine spec's, the local spec's, or for some families"
-            " another writer's (mbridge, slime, verl).",
-            rich_help_panel=FORMAT,
-        ),
-    ] = "te",
+    spec: Spec = "te",
     experts: Annotated[
         str | None,
         choice(
@@ -121,14 +124,7 @@ def convert(
         ),
     ] = None,
     shard_size: ShardSize = None,
-    make_vocab_size_divisible_by: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Pad the vocabulary to a multiple of N times TP, as Megatron-LM does. Default: 128 (--to packed: 1).",
-            rich_help_panel=FORMAT,
-        ),
-    ] = None,
+    make_vocab_size_divisible_by: VocabDivisibility = None,
     strict_config: Annotated[
         bool,
         typer.Option(

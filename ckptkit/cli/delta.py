@@ -8,7 +8,7 @@ import typer
 
 from ckptkit.cli.choices import FORMATS
 from ckptkit.cli.convert import HINTS
-from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, choice
+from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, Spec, VocabDivisibility, choice
 from ckptkit.cli.output import Output
 from ckptkit.cli.records import Prefix
 from ckptkit.sizes import parse_size
@@ -83,17 +83,9 @@ def apply(
     to: Annotated[
         str, choice("--to", FORMATS, "Format to write, as for convert. Default: hf.", panel=FORMAT, hints=HINTS)
     ] = "hf",
-    spec: Annotated[
-        str,
-        typer.Option(
-            metavar="te|local|...", help="Whose Megatron names to write, as for convert.", rich_help_panel=FORMAT
-        ),
-    ] = "te",
+    spec: Spec = "te",
     shard_size: ShardSize = None,
-    make_vocab_size_divisible_by: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Pad the vocabulary of a Megatron output, as convert.", rich_help_panel=FORMAT),
-    ] = None,
+    make_vocab_size_divisible_by: VocabDivisibility = None,
     json: Json = False,
 ) -> None:
     """Make the new weights of the old ones and a delta, bit for bit.

@@ -66,6 +66,25 @@ Threads = Annotated[
         rich_help_panel=EXECUTION,
     ),
 ]
+Spec = Annotated[
+    str,
+    typer.Option(
+        "--spec",
+        metavar="te|local|...",
+        help="Whose Megatron names to write: the Transformer Engine spec's, the local spec's, or for some families"
+        " another writer's (mbridge, slime, verl).",
+        rich_help_panel=FORMAT,
+    ),
+]
+VocabDivisibility = Annotated[
+    int | None,
+    typer.Option(
+        "--make-vocab-size-divisible-by",
+        metavar="N",
+        help="Pad the vocabulary to a multiple of N times TP, as Megatron-LM does. Default: 128 (--to packed: 1).",
+        rich_help_panel=FORMAT,
+    ),
+]
 ShardSize = Annotated[
     str | None,
     typer.Option(

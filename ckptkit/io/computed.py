@@ -8,16 +8,14 @@ threads share: a range of bytes rarely ends where a tile does.
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from ckptkit.dtypes import DType
+from ckptkit.io.cache import Cache
 from ckptkit.io.plan import Plan, source_files
 from ckptkit.io.segments import origins
 from ckptkit.tensors import Literal, Tensor
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     Values = NDArray[np.float32] | NDArray[np.float64]
     Bytes = NDArray[np.uint8]
 
-Value = TypeVar("Value")
 TILE = 1 << 20
 """Elements of a tile: about as many as this, in whole rows."""
 CACHE = 64 << 20
@@ -37,43 +34,6 @@ CACHE = 64 << 20
 
 MEMORY = CACHE + (64 << 20)
 """Bytes of memory that computed tensors take beside the buffers that move bytes: caches, and a tile in every thread."""
-
-
-class Cache(Generic[Value]):
-    """Values by key, the latest of them up to a total size. Two threads never make the same value."""
-
-    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
-        self._limit, self._size = limit, size
-        self._found: OrderedDict[object, Future[Value]] = OrderedDict()
-        self._total = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: object, make: Callable[[], Value]) -> Value:
-        """The value of a key, made by `make` if it is not at hand. An error of `make` reaches all who wait for it."""
-        with self._lock:
-            found = self._found.get(key)
-            if found is not None:
-                self._found.move_to_end(key)
-            else:
-                mine = self._found[key] = Future()
-        if found is not None:
-            return found.result()
-        try:
-            value = make()
-        except BaseException as error:
-            with self._lock:
-                del self._found[key]
-            mine.set_exception(error)
-            raise
-        mine.set_result(value)
-        with self._lock:
-            self._total += self._size(value)
-            for old in list(self._found):
-                if self._total <= self._limit or old == key:
-                    break
-                if self._found[old].done():
-                    self._total -= self._size(self._found.pop(old).result())
-        return value
 
 
 _tiles: Cache[bytes] = Cache(CACHE // 2, len)

@@ -97,6 +97,15 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
     return {**answer, "versions": installed_versions(), "seconds": seconds}
 
 
+def use_attention(model: Any, name: str) -> bool:
+    """Switches a model of transformers to an implementation of attention. False, if it has no such one."""
+    try:
+        model.set_attn_implementation(name)
+    except (AttributeError, ImportError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
 def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model that config.json's `architectures` names, in evaluation mode, with eager attention and experts.
 
@@ -216,9 +225,7 @@ class _ReferenceRun:
         """Logits of the same rows with another implementation of attention, if the model has one."""
         import torch
 
-        try:
-            self.model.set_attn_implementation(OTHER_ATTENTION)
-        except (AttributeError, ImportError, NotImplementedError, ValueError):
+        if not use_attention(self.model, OTHER_ATTENTION):
             return
         with torch.no_grad():
             _, groups = run_by_length(rows, lambda tokens: tokens, self._routed_logits)

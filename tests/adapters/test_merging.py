@@ -16,6 +16,7 @@ from ckptkit.cli.adapter import weighted
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.inspection.differences import diff
+from ckptkit.io.cache import Cache
 from ckptkit.sharding.grid import Parallelism
 from tests.lora import LINEARS, adapted, load, save_adapter, tensors_of
 from tests.models import files_of, save_llama, save_model
@@ -165,7 +166,7 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, threads: int
     base = save_llama(tmp_path / "base", dtype="bfloat16", hidden_size=192, num_attention_heads=12)
     adapter = save_adapter(tmp_path / "adapter", base)
     merge_adapters(base, [(adapter, 1.0)], tmp_path / "one", to="hf", threads=1, shard_size=60_000)
-    monkeypatch.setattr(computed, "_tiles", computed.Cache(0, len))  # every tile is made anew
+    monkeypatch.setattr(computed, "_tiles", Cache(0, len))  # every tile is made anew
     merge_adapters(base, [(adapter, 1.0)], tmp_path / "many", to="hf", threads=threads, shard_size=60_000)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "many")
     for to, grid in (("torch", Parallelism(2, 2)), ("torch_dist", Parallelism(4))):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from ckptkit.dtypes import DTYPES
 from ckptkit.io import computed as module
+from ckptkit.io.cache import Cache
 from ckptkit.io.casts import encode
-from ckptkit.io.computed import Cache, computed, permuted
+from ckptkit.io.computed import computed, permuted
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import compare, hash_tensor, read_tensor
 from ckptkit.tensors import Literal, Tensor, hstack, vstack

@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.formats import safetensors
 from ckptkit.formats.delta.manifest import CHANGED, MANIFEST, Change, Manifest, file_names, read_manifest
-from ckptkit.formats.delta.tiles import Tiling
+from ckptkit.formats.delta.tiles import TILE, Tiling
 from ckptkit.formats.links import check_links
+from ckptkit.io.cache import Cache
 from ckptkit.io.plan import source_files
 from ckptkit.tensors import Region, Tensor
 
@@ -218,38 +217,8 @@ def stored_in(tensor: Tensor) -> str | None:
     return min(source_files([tensor]), default=None)
 
 
-class _Kept:
-    """The tiles that were made last, for all threads.
-
-    Units of work end in the middle of tiles, and threads take turns. No two threads make the same tile.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._tiles: OrderedDict[tuple[_Applied, int], Future[bytes]] = OrderedDict()
-
-    def get(self, key: tuple[_Applied, int], make: Callable[[], bytes]) -> bytes:
-        """The bytes of a tile, made if they are not there. An error of `make` reaches all who wait for it."""
-        with self._lock:
-            found = self._tiles.get(key)
-            if found is not None:
-                self._tiles.move_to_end(key)
-            else:
-                mine = self._tiles[key] = Future()
-                if len(self._tiles) > _KEPT:
-                    self._tiles.popitem(last=False)
-        if found is not None:
-            return found.result()
-        try:
-            mine.set_result(make())
-        except BaseException as error:
-            mine.set_exception(error)
-            with self._lock:
-                self._tiles.pop(key, None)
-        return mine.result()
-
-
-_kept = _Kept()
+_kept: Cache[bytes] = Cache(_KEPT * TILE, len)
+"""The tiles that were made last, for all threads: units of work end in the middle of tiles, and threads take turns."""
 
 
 @dataclass(frozen=True, eq=False)

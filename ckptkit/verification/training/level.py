@@ -16,6 +16,7 @@ from ckptkit.verification.judging import Pair
 from ckptkit.verification.logits import own_ranks, rows_of
 from ckptkit.verification.ranks.jobs import OPENER
 from ckptkit.verification.ranks.pool import Ranks
+from ckptkit.verification.reference import OTHER_ATTENTION
 from ckptkit.verification.reports.report import LevelResult, jsonable
 from ckptkit.verification.reports.results import CandidateRan, Check
 from ckptkit.verification.run_options import EXACT, RunKeywords, RunOptions
@@ -28,7 +29,6 @@ from ckptkit.verification.training.passes import Backwards, TrainingRun, open_si
 
 ROWS = 4
 """Rows of the default tokens: data parallel ranks share them out."""
-OTHER_ATTENTION = "sdpa"
 KEPT = 20
 """Tensors that a report lists with their figures, worst first."""
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
-from ckptkit.verification.reference import with_model
+from ckptkit.verification.reference import use_attention, with_model
 from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
@@ -49,7 +49,7 @@ class _ReferenceTraining:
         self.places = {at: place for numbers in of_length.values() for place, at in enumerate(numbers)}
 
     def run(self) -> dict[str, Any]:
-        if not self._attends():
+        if not use_attention(self.model, self.part.attention):
             return {"losses": [], "tokens": 0, "padding": {}, "found": False, "shapes": {}}
         padding = _take_padding(self.model)
         self._freeze()
@@ -77,14 +77,6 @@ class _ReferenceTraining:
             "found": True,
             "shapes": _shapes(self.model),
         }
-
-    def _attends(self) -> bool:
-        """Switches to the implementation of attention that is asked for; whether the model has it."""
-        try:
-            self.model.set_attn_implementation(self.part.attention)
-        except (AttributeError, ImportError, NotImplementedError, ValueError):
-            return False
-        return True
 
     def _freeze(self) -> None:
         if self.part.trained is None:

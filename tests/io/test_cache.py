@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
 
 import pytest
 
-from ckptkit.formats.delta.reading import _KEPT, _Kept
+from ckptkit.io.cache import Cache
+
+LIMIT = 16
 
 
-def key(number: int) -> Any:
-    return cast(Any, ("a tensor", number))
+def tiles() -> Cache[bytes]:
+    return Cache(LIMIT, len)
 
 
 def test_no_two_threads_make_the_same_tile() -> None:
-    kept, started, made = _Kept(), threading.Barrier(4), list[int]()
+    kept, started, made = tiles(), threading.Barrier(4), list[int]()
 
     def make() -> bytes:
         made.append(1)
@@ -24,7 +25,7 @@ def test_no_two_threads_make_the_same_tile() -> None:
 
     def ask(_: int) -> bytes:
         started.wait()
-        return kept.get(key(0), make)
+        return kept.get(0, make)
 
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(ask, range(4))) == [b"tile"] * 4
@@ -32,23 +33,23 @@ def test_no_two_threads_make_the_same_tile() -> None:
 
 
 def test_few_are_kept() -> None:
-    kept, made = _Kept(), list[int]()
+    kept, made = tiles(), list[int]()
 
     def ask(number: int) -> None:
-        kept.get(key(number), lambda: made.append(number) or b"")  # type: ignore[func-returns-value]
+        kept.get(number, lambda: made.append(number) or b"x")  # type: ignore[func-returns-value]
 
-    for number in (*range(_KEPT), 0, _KEPT, 0, 1):
+    for number in (*range(LIMIT), 0, LIMIT, 0, 1):
         ask(number)
-    assert made == [*range(_KEPT), _KEPT, 1]  # 0 was asked for again in time, 1 was not
+    assert made == [*range(LIMIT), LIMIT, 1]  # 0 was asked for again in time, 1 was not
 
 
 def test_an_error_is_not_kept() -> None:
-    kept = _Kept()
+    kept = tiles()
 
     def fail() -> bytes:
         raise OSError("no")
 
     for _ in range(2):
         with pytest.raises(OSError, match="no"):
-            kept.get(key(0), fail)
-    assert kept.get(key(0), lambda: b"now") == b"now"
+            kept.get(0, fail)
+    assert kept.get(0, lambda: b"now") == b"now"
