@@ -19,7 +19,7 @@ from tests.formats.rank_pool import RankProcesses
 @pytest.fixture(scope="session")
 def te_ranks() -> Iterator[RankProcesses]:
     """One rank for each of up to two GPUs, or two on the CPU, which start with the first job."""
-    missing = [name for name in ("megatron.training", "transformer_engine") if not _is_there(name)]
+    missing = [name for name in ("megatron.training", "transformer_engine") if not is_there(name)]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)}")
     import torch
@@ -39,7 +39,8 @@ def computing() -> None:
         pytest.skip("no CUDA device")
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
