@@ -120,7 +120,8 @@ def runs_on(device: torch.device) -> Iterator[None]:
 def trains_on(device: torch.device) -> Iterator[None]:
     """`runs_on` for megatron-core's schedules too, which count tokens on `cuda` and wait for the device.
 
-    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for.
+    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for. 0.19 also asks for the
+    current stream before it reduces gradients; it uses that only where there are CUDA graphs.
     """
     with runs_on(device):
         if device.type == "cuda":
@@ -128,12 +129,13 @@ def trains_on(device: torch.device) -> Iterator[None]:
             return
         from megatron.core.pipeline_parallel import schedules
 
-        originals = schedules.torch, torch.cuda.synchronize
-        schedules.torch, torch.cuda.synchronize = _TorchOnCpu(), lambda device=None: None
+        originals = schedules.torch, torch.cuda.synchronize, torch.cuda.current_stream
+        nothing: Any = lambda device=None: None  # noqa: E731
+        schedules.torch, torch.cuda.synchronize, torch.cuda.current_stream = _TorchOnCpu(), nothing, nothing
         try:
             yield
         finally:
-            schedules.torch, torch.cuda.synchronize = originals
+            schedules.torch, torch.cuda.synchronize, torch.cuda.current_stream = originals
 
 
 class _TorchOnCpu:
