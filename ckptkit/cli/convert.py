@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import EXPERTS, FORMATS
+from ckptkit.cli.choices import (
+    ADAPTER_LAYOUTS,
+    CASTS,
+    EXPERTS,
+    FORMATS,
+    FULL,
+    GPT,
+    HEADS,
+    LAYOUTS,
+    MEGATRON_MODELS,
+    TEXT,
+)
 from ckptkit.cli.options import (
     FORMAT,
     Execution,
@@ -20,11 +31,8 @@ from ckptkit.cli.options import (
     choice,
 )
 from ckptkit.cli.output import Output
-from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
-from ckptkit.tables.hybrid_names import GPT, MODELS
-from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
 HINTS = {
@@ -90,7 +98,7 @@ def convert(
         str | None,
         choice(
             "--head",
-            (VALUE,),
+            HEADS,
             "Put a value head (one output per token) in place of a language model's head.",
             panel=FORMAT,
         ),
@@ -108,7 +116,7 @@ def convert(
         str,
         choice(
             "--megatron-model",
-            MODELS,
+            MEGATRON_MODELS,
             "The model class whose names and arguments Megatron formats get: GPTModel, or its successor since"
             " megatron-core 0.19, HybridModel. Reading recognises both.",
             panel=FORMAT,
@@ -188,3 +196,6 @@ def convert(
             **vars(execution),
         )
     output.result(result, rendering.conversion)
+
+
+COMMANDS = {"convert": (convert, EXAMPLES)}
