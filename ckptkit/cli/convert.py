@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import FORMATS
+from ckptkit.cli.choices import ADAPTER_LAYOUTS, FORMATS
 from ckptkit.cli.options import FORMAT, Execution, Form, Grid, Json, Source, choice
 from ckptkit.cli.output import Output
-from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
 HINTS = {
@@ -93,3 +92,6 @@ def convert(
             **vars(execution),
         )
     output.result(result, rendering.conversion)
+
+
+COMMANDS = {"convert": (convert, EXAMPLES)}

@@ -230,3 +230,11 @@ def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{option} {text}", hint="numbers with commas between them") from None
+
+
+GROUP = "Make models of models: averages, other layers, other vocabularies, merges by recipe."
+COMMANDS = {
+    "average": (average, AVERAGE_EXAMPLES),
+    "slice": (slice_, SLICE_EXAMPLES),
+    "stack": (stack, STACK_EXAMPLES),
+}

@@ -319,3 +319,6 @@ def _read_tokens(path: Path | None) -> list[list[int]] | None:
     from ckptkit.verification.tokens import read_rows
 
     return read_rows(path)
+
+
+COMMANDS = {"verify": (verify, EXAMPLES)}

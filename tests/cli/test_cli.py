@@ -526,8 +526,8 @@ def test_help_has_examples_and_explains_every_option(command):
 
 def test_options_are_named_where_their_metavar_is_their_name():
     """Typer 0.27 takes `--DTYPE` for the option of a parameter `dtype` with that metavar, if nothing names it."""
-    groups = [cli.app, *(group.typer_instance for group in cli.app.registered_groups)]
-    callbacks = [command.callback for group in groups for command in group.registered_commands]
+    commands = cli.typer.main.get_command(cli.app).commands.values()
+    callbacks = [command.callback for group in commands for command in getattr(group, "commands", {"": group}).values()]
     unnamed = 0
     for callback in callbacks:
         for name, hint in get_type_hints(callback, include_extras=True).items():
