@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import EXPERTS, FORMATS
+from ckptkit.cli.choices import EXPERTS, FORMATS, PARTS
 from ckptkit.cli.options import (
     FORMAT,
+    SOURCE,
     Execution,
     Grid,
     Json,
@@ -41,7 +42,8 @@ Examples:
   ckptkit convert llama-tp4pp2 llama-pp3 --to torch --pp 3
   ckptkit convert checkpoints/iter_0001000 trained-hf --to hf --hf-reference Llama-3.1-8B
   ckptkit convert model model-bf16 --to hf --dtype bfloat16 --shard-size 5GB --json
-  ckptkit convert adapter adapter-tp4 --to torch_dist --tp 4 --hf-reference Llama-3.1-8B"""
+  ckptkit convert adapter adapter-tp4 --to torch_dist --tp 4 --hf-reference Llama-3.1-8B
+  ckptkit convert Llama-3.1-8B both-tp4 --to torch_dist --tp 4 --adapter adapter"""
 
 
 def convert(
@@ -133,6 +135,24 @@ def convert(
             rich_help_panel=FORMAT,
         ),
     ] = False,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="ADAPTER",
+            help="Write this adapter, of any format, beside the weights, as training with an adapter saves both.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        choice(
+            "--part",
+            PARTS,
+            "The part to take of a Megatron checkpoint that holds an adapter beside the weights.",
+            panel=SOURCE,
+        ),
+    ] = None,
     adapter_layout: Annotated[
         str | None,
         choice(
@@ -181,7 +201,9 @@ def convert(
             shard_size=None if shard_size is None else parse_size(shard_size),
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             strict_config=strict_config,
+            adapter=adapter,
             adapter_layout=adapter_layout,
+            part=part,
             lossy=lossy,
             progress=progress,
             **source.keywords(),

@@ -5,6 +5,7 @@
 - `headers/` holds the raw safetensors headers, so that the way back gives the same files byte for byte. Their names are
   `SHARD.header`: they hold no tensors, so `**/*.safetensors` must not find them.
 - `extras.safetensors` holds the tensors that have no place in Megatron.
+- `adapter/` is the sidecar of an adapter beside the weights of its model.
 
 Its bytes do not depend on time, paths or the number of threads.
 """
@@ -30,6 +31,8 @@ from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
 
 FOLDER = "ckptkit"
+OF_ADAPTER = f"{FOLDER}/adapter"
+"""The sidecar of an adapter beside the weights of its model."""
 SCHEMA = 2
 """The schema that is written. Schema 1 gave a header the name of its shard; it can still be read."""
 
@@ -67,20 +70,21 @@ class Sidecar:
         """SHA-256 over the source's tensor names, types, shapes and places, in hexadecimal."""
         return _fingerprint(self.headers)
 
-    def lay_out(self, manifest: Mapping[str, Any]) -> list[OutputFile]:
+    def lay_out(self, manifest: Mapping[str, Any], folder: str = FOLDER) -> list[OutputFile]:
         """The files of the sidecar.
 
         Args:
             manifest: Facts about the checkpoint that it goes into.
+            folder: Where they go, below the checkpoint's root.
         """
         text = {"schema": SCHEMA, **manifest, "origin": self.origin, "source_fingerprint": self.fingerprint}
-        files = [OutputFile.small(f"{FOLDER}/{MANIFEST}", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")]
+        files = [OutputFile.small(f"{folder}/{MANIFEST}", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")]
         for name, path in sorted(self.small.items()):
-            files.append(OutputFile.copy(f"{FOLDER}/{SMALL}/{name}", str(path), path.stat().st_size))
+            files.append(OutputFile.copy(f"{folder}/{SMALL}/{name}", str(path), path.stat().st_size))
         for name, header in sorted(self.headers.items()):
-            files.append(OutputFile.small(f"{FOLDER}/{HEADERS}/{name}{_HEADER}", header.raw))
+            files.append(OutputFile.small(f"{folder}/{HEADERS}/{name}{_HEADER}", header.raw))
         if self.extras:
-            files.append(safetensors.lay_out(f"{FOLDER}/{EXTRAS}", self.extras))
+            files.append(safetensors.lay_out(f"{folder}/{EXTRAS}", self.extras))
         return files
 
 
@@ -91,16 +95,20 @@ def _fingerprint(headers: Mapping[str, Header]) -> str:
     return digest.hexdigest()
 
 
-def read_sidecar(path: Path) -> Sidecar | None:
+def read_sidecar(path: Path, name: str = FOLDER) -> Sidecar | None:
     """The sidecar of a checkpoint, or None if it has none.
 
     What only the family knows is not checked here: `ckptkit.checkpoints.sidecar_contents` does that.
+
+    Args:
+        path: The checkpoint's root.
+        name: The sidecar's folder in it.
 
     Raises:
         InputError: It is damaged, or holds what no writer puts there.
         UnsupportedError: A newer ckptkit wrote it.
     """
-    folder = path / FOLDER
+    folder = path / name
     if not _is_sidecar(folder):
         return None
     manifest = read_json(folder / MANIFEST)

@@ -95,13 +95,14 @@ def test_options_of_a_command_stand_under_headings(command: str, headings: list[
 
 def test_choices_are_those_of_the_modules_that_use_them() -> None:
     from ckptkit.adapters.commands import PRECISIONS
+    from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
     from ckptkit.conversion.targets import ADAPTER_NAMES, NAMES
     from ckptkit.inspection.hashing import PARTS
     from ckptkit.tables.spelling import GROUPED, SEQUENTIAL
 
     assert (choices.MODEL_FORMATS, choices.HASHED) == (NAMES, PARTS)
     assert (*NAMES, *ADAPTER_NAMES) == choices.FORMATS and choices.PRECISIONS == PRECISIONS
-    assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL}
+    assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL} and choices.PARTS == (MODEL, ADAPTER)
 
 
 def test_options_of_verify_are_the_fields_of_run_options() -> None:
