@@ -6,6 +6,7 @@ MODEL_FORMATS = ("hf", "packed", "torch", "torch_dist")
 FORMATS = (*MODEL_FORMATS, "peft")
 PRECISIONS = ("float32", "float64")
 EXPERTS = ("grouped", "sequential")
+PARTS = ("model", "adapter")
 HASHED = ("tensors", "files")
 CASTS = ("bfloat16", "float16", "float32", "float64")
 FULL, TEXT, LEGACY = "full", "text", "legacy"

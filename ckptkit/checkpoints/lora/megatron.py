@@ -22,7 +22,7 @@ from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.peft import CONFIG
 from ckptkit.formats.peft_config import AdapterConfig
-from ckptkit.formats.sidecar import Sidecar, read_sidecar
+from ckptkit.formats.sidecar import OF_ADAPTER, Sidecar, read_sidecar
 from ckptkit.formats.torch_dist import ungrouped
 from ckptkit.formats.torch_legacy import RankFile, RankKey
 from ckptkit.io.plan import Comparison
@@ -99,7 +99,8 @@ def choose_part(ranks: Ranks, given: Given, where: Path) -> tuple[Ranks, bool]:
         raise UnsupportedError(
             f"adapters of Megatron beside the weights ({min(factors)})",
             where=where,
-            hint="`ckptkit adapter export` takes the adapter out, `ckptkit adapter merge` puts it into the weights",
+            hint="`ckptkit adapter merge` puts it into the weights, `ckptkit adapter export` takes it out, and `ckptkit"
+            " convert --part model` takes the weights",
         )
     return ranks, True
 
@@ -174,7 +175,7 @@ class _About:
 
 
 def _describe(place: Place, args: Mapping[str, Any], given: Given) -> _About:
-    sidecar = read_sidecar(place.root)
+    sidecar = read_sidecar(place.root, OF_ADAPTER) or read_sidecar(place.root)
     if given.reference is not None:
         base = {name: file for name, file in given.reference.small.items() if name == "config.json"}
         own = sidecar or Sidecar(given.reference.config, {})
