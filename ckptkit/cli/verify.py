@@ -36,6 +36,7 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --junit report.xml --html report.html
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --markdown - >> "$GITHUB_STEP_SUMMARY"
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --cp 2
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --level gradients --sequence-parallel --recompute
   ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
   ckptkit verify Llama-3.1-8B adapter-tp4 --adapter adapter
@@ -102,6 +103,14 @@ class Run:
             rich_help_panel=RUN,
         ),
     ] = False
+    cp: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Cut every sequence of the candidate over N context parallel ranks, as Megatron does.",
+            rich_help_panel=RUN,
+        ),
+    ] = 1
     dp: Annotated[
         int,
         typer.Option(

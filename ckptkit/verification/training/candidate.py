@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.megatron.context_parallel.share import multiple_of
 from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.pipeline import Pipeline
@@ -48,7 +49,7 @@ class _RankTraining:
 
     def __init__(self, job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> None:
         self.job, self.part, self.pipeline = job, part, pipeline
-        self.seat = seat(job.run.grid, job.run.dp, rank)
+        self.seat = seat(job.run.grid, job.run.copies, rank)
         self.training = Training(pipeline, self._frozen() if part.trained is not None else ())
         self.moved: list[str] = []
         self.observer = Observer(replace(pipeline, replicated=self.training.chunks), passes=1)
@@ -109,7 +110,8 @@ class _RankTraining:
             ranks=parallel_state.get_data_parallel_world_size(),
             rank=parallel_state.get_data_parallel_rank(),
             multiple=run.grid.pp if run.grid.vpp > 1 else 1,
-            split=run.grid.tp if run.sequence_parallel else 1,
+            split=multiple_of(run.grid.tp if run.sequence_parallel else 1),
+            cut=run.cp > 1,
             capacity=run.capacity if run.packed else None,
         )
         return sharing.deal(self.job.rows, experts)

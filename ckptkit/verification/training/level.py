@@ -139,8 +139,9 @@ class _Sides:
         self.options = options
         self.pair = Pair(*(open_side(Side(*side), opener) for side in (reference, candidate)))
         own = self.pair.candidate
-        check_backwards(own.side, options.config(own.grid, own.window), experts=own.experts, value=own.value_head)
-        rows = rows_of(tokens, self.pair.reference.vocab_size, ROWS)
+        how = options.config(own.grid, own.window)
+        check_backwards(own.side, how, experts=own.experts, value=own.value_head)
+        rows = rows_of(tokens, self.pair.reference.vocab_size, how, ROWS)
         if not any(len(row) > 1 for row in rows):
             raise UsageError("no row has a next token", hint="give longer rows with --tokens")
         ranks = pool or stack.enter_context(own_ranks(self.pair, options))
@@ -254,7 +255,7 @@ def _ran(found: TrainingRun) -> CandidateRan | None:
         return None
     devices = sorted({facts["device"] for facts in found.seen})
     run = found.config
-    return CandidateRan(run.packed, run.sequence_parallel, run.dp, run.dp_kind, devices)
+    return CandidateRan(run.packed, run.sequence_parallel, run.cp, run.dp, run.dp_kind, devices)
 
 
 def _remove(ranks: Ranks, folder: Path) -> None:

@@ -56,7 +56,7 @@ def logits_report(passed: bool = True, dtype: str = "float32") -> LogitsReport:
         megatron_modules={"megatron.core.transformer.mlp.MLP": 2},
         own_modules={"ckptkit.megatron.norms.RMSNorm": 5},
         versions={"python": "3.12", "torch": "2.11"},
-        candidate_ran=CandidateRan(True, True, 2, "ddp", ["cpu"]),
+        candidate_ran=CandidateRan(True, True, 2, 2, "ddp", ["cpu"]),
         seconds={"reference.load": 1.5, "candidate.run": 2.5},
     )
 
