@@ -28,7 +28,7 @@ from ckptkit.verification.reports.report import LevelResult, VerificationReport,
 from ckptkit.verification.reports.results import Check
 from ckptkit.verification.rounding import rounding_of
 from ckptkit.verification.run_options import BACKWARD, LEVELS, STEPS, RunKeywords, RunOptions
-from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate
+from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate, widest_window
 from ckptkit.verification.training.level import verify_gradients, verify_training
 from ckptkit.verification.weights import check_structure, check_weights
 
@@ -105,13 +105,14 @@ def verify(
         options.check()
         grid = sides[1].grid or checkpoints[1].grid
         refuse_unused_backwards(level, options)
-        check_candidate(sides[1], grid, options)
+        config = checkpoints[1].config
+        how = options.config(grid, widest_window(config))
+        check_candidate(sides[1], how)
         if level in BACKWARD:
-            config = checkpoints[1].config
-            check_backwards(sides[1], grid, options, experts=bool(config.num_experts), value=config.value_head)
+            check_backwards(sides[1], how, experts=bool(config.num_experts), value=config.value_head)
         if sides[1].grid is not None:
-            check_grid(checkpoints[1].config, grid)
-            split_layers(checkpoints[1].config.num_layers, grid)
+            check_grid(config, grid)
+            split_layers(config.num_layers, grid)
     else:
         refuse_unused(level, options, prompts, tokens)
     asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)

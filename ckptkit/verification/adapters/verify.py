@@ -31,7 +31,7 @@ from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.rounding import rounding_to
 from ckptkit.verification.run_options import LEVELS, RunKeywords, RunOptions
-from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate
+from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate, widest_window
 from ckptkit.verification.weights import check_structure, check_weights
 
 OF_ADAPTERS = ("structure", "weights", "logits")
@@ -100,7 +100,7 @@ def verify_adapter(
         options.check()
         refuse_unused_backwards(level, options)
         grid = sides[1].grid or opened.candidate.checkpoint.grid
-        check_candidate(sides[1], grid, options)
+        check_candidate(sides[1], options.config(grid, widest_window(opened.base.config)))
         if sides[1].kind == MEGATRON:
             check_grid(opened.base.config, grid)
             split_layers(opened.base.config.num_layers, grid)

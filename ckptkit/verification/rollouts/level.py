@@ -206,7 +206,7 @@ def verify_rollouts(
 def _own_ranks(candidate: OpenedSide, options: RunOptions) -> AbstractContextManager[Ranks]:
     if inside_torchrun():
         return nullcontext(TorchrunRanks())
-    return RankPool(candidate.grid.world_size * options.dp)
+    return RankPool(options.config(candidate.grid, candidate.window).world_size)
 
 
 def _remove(ranks: Ranks, folder: Path) -> None:

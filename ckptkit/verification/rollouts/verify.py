@@ -22,7 +22,7 @@ from ckptkit.verification.rollouts.level import verify_rollouts
 from ckptkit.verification.rollouts.options import RolloutOptions
 from ckptkit.verification.rollouts.reading import read_rollouts
 from ckptkit.verification.run_options import RunKeywords, RunOptions
-from ckptkit.verification.sides import HF, Side, check_candidate, open_side
+from ckptkit.verification.sides import HF, Side, check_candidate, open_side, widest_window
 
 LEVEL = "rollouts"
 
@@ -89,9 +89,10 @@ def verify_engine(
             hint="leave it out: the noise is then measured with the candidate",
         )
     grid = sides[1].grid or ours[0].grid
-    check_candidate(sides[1], grid, options)
-    check_grid(ours[0].config, grid)
-    split_layers(ours[0].config.num_layers, grid)
+    config = ours[0].config
+    check_candidate(sides[1], options.config(grid, widest_window(config)))
+    check_grid(config, grid)
+    split_layers(config.num_layers, grid)
     opened = [None if theirs is None else open_side(sides[0], OPENER), open_side(sides[1], OPENER)]
     assert opened[1] is not None
     if opened[0] is not None and opened[0].vocab_size != opened[1].vocab_size:
@@ -102,7 +103,7 @@ def verify_engine(
         lambda: verify_rollouts(
             opened[0],
             opened[1],  # type: ignore[arg-type]  # it is there
-            ours[0].config,
+            config,
             found,
             asked,
             options,

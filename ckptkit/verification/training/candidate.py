@@ -48,7 +48,7 @@ class _RankTraining:
 
     def __init__(self, job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> None:
         self.job, self.part, self.pipeline = job, part, pipeline
-        self.seat = seat(job.grid, job.options.dp, rank)
+        self.seat = seat(job.run.grid, job.run.dp, rank)
         self.training = Training(pipeline, self._frozen() if part.trained is not None else ())
         self.moved: list[str] = []
         self.observer = Observer(replace(pipeline, replicated=self.training.chunks), passes=1)
@@ -101,16 +101,16 @@ class _RankTraining:
         return self.training.run(batches, backwards=backwards)
 
     def _batches(self, step: int) -> list[Microbatch]:
-        options, grid = self.job.options, self.job.grid
+        run = self.job.run
         experts = read_experts(files.routing_of(self.job.replay, step)) if self.job.replay else {}
         if not all(can_replay(chosen, routers(self.pipeline.chunks)) for chosen in experts.values()):
             experts = {}
         sharing = Sharing(
             ranks=parallel_state.get_data_parallel_world_size(),
             rank=parallel_state.get_data_parallel_rank(),
-            multiple=grid.pp if grid.vpp > 1 else 1,
-            split=grid.tp if options.sequence_parallel else 1,
-            capacity=options.capacity if options.packed else None,
+            multiple=run.grid.pp if run.grid.vpp > 1 else 1,
+            split=run.grid.tp if run.sequence_parallel else 1,
+            capacity=run.capacity if run.packed else None,
         )
         return sharing.deal(self.job.rows, experts)
 
@@ -118,10 +118,10 @@ class _RankTraining:
         """For each chunk the names of its parameters that are not trained."""
         checkpoint: Checkpoint = find(self.job.opener)(self.job.checkpoint, **self.job.opening.keywords())
         spelling, trained = checkpoint.family.spelling("local", text=True), set(self.part.trained or ())
-        stages = split_layers(checkpoint.config.num_layers, self.job.grid)
+        stages = split_layers(checkpoint.config.num_layers, self.job.run.grid)
         here: Rank = self.seat.place
         return [
-            {name for key, name in checkpoint.names_on(stage, here, self.job.grid, spelling) if key not in trained}
+            {name for key, name in checkpoint.names_on(stage, here, self.job.run.grid, spelling) if key not in trained}
             for stage in stages
             if stage.pp_rank == here.pp
         ]

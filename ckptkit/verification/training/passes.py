@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.verification.passes import check_how_it_ran
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find
 from ckptkit.verification.ranks.pool import Ranks
@@ -21,6 +22,7 @@ class TrainingRun:
 
     Attributes:
         opened: The side.
+        config: How it ran.
         folder: Its files.
         losses: Loss per token that counts before each step, and after the last one.
         tokens: How many tokens counted.
@@ -34,6 +36,7 @@ class TrainingRun:
     """
 
     opened: OpenedSide
+    config: RunConfig
     folder: Path
     losses: list[float]
     tokens: int
@@ -92,7 +95,7 @@ class Backwards:
         replayed = options.replay and routed_as is not None
         job = LogitsJob(
             checkpoint=str(opened.side.path),
-            grid=opened.grid,
+            run=options.config(opened.grid, opened.window),
             options=options,
             rows=self.rows,
             output=str(own / "logits.safetensors"),
@@ -115,7 +118,7 @@ class Backwards:
         answer = self.ranks.once(task)
         if not answer.pop("found"):
             return None
-        run = TrainingRun(opened, Path(job.output).parent, **answer)
+        run = TrainingRun(opened, job.run, Path(job.output).parent, **answer)
         traced = names.trace(opened.side.path, run.shapes)
         return replace(run, padding={hub: row for name, row in run.padding.items() for hub in traced.on_hub(name)})
 
@@ -129,6 +132,7 @@ class Backwards:
         first = answers[0]
         return TrainingRun(
             opened,
+            job.run,
             Path(job.output).parent,
             losses=first["losses"],
             tokens=first["tokens"],
