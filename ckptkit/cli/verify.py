@@ -17,6 +17,7 @@ from ckptkit.cli.records import Prefix
 from ckptkit.errors import UsageError
 from ckptkit.megatron import DDP, DP_KINDS
 from ckptkit.megatron.run_config import CAPACITY
+from ckptkit.verification.rollouts.options import ENGINE_DTYPES
 from ckptkit.verification.run_options import (
     DEVICES,
     DTYPES,
@@ -40,9 +41,10 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --level gradients --sequence-parallel --recompute
   ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
   ckptkit verify Llama-3.1-8B adapter-tp4 --adapter adapter
-  ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors"""
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --rollouts rollouts.jsonl --engine-dtype bfloat16"""
 
-QUESTION, RUN, TRAIN = "Question", "How the models run", "How they are trained"
+QUESTION, RUN, TRAIN, ENGINE = "Question", "How the models run", "How they are trained", "What an engine recorded"
 
 
 def _grid_size(option: str, what: str) -> Any:
@@ -193,12 +195,57 @@ class Run:
     ] = None
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """What an engine recorded, and what is known about it."""
+
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--rollouts",
+            metavar="FILE",
+            help="Compare the log-probabilities that an inference engine recorded for its own tokens (JSON lines) with"
+            " those of CANDIDATE. REFERENCE may be left out.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            help="Temperature of the recorded log-probabilities. Default: 1, and a message says which one fits best.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
+    engine_dtype: Annotated[
+        str | None,
+        choice(
+            "--engine-dtype",
+            ENGINE_DTYPES,
+            "Type that the engine computed in, whose rounding is the unit of the verdict. Default: the config's.",
+            panel=ENGINE,
+        ),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Largest KL per token (k3) that passes, in nats.", rich_help_panel=ENGINE),
+    ] = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known about the recording."""
+        return {name: value for name, value in vars(self).items() if name != "file"}
+
+
 def verify(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Checkpoint to trust, of any format.")],
-    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Checkpoint to question, of any format.")],
     run: Run,
+    rollouts: Rollouts,
     reference_source: Annotated[Source, Prefix("ref", "Source of REFERENCE")],
     candidate_source: Annotated[Source, Prefix("cand", "Source of CANDIDATE")],
+    candidate: Annotated[
+        str | None, typer.Argument(metavar="CANDIDATE", help="Checkpoint to question, of any format.")
+    ] = None,
     level: Annotated[
         str,
         choice(
@@ -273,7 +320,7 @@ def verify(
         ),
     ] = False,
 ) -> None:
-    """Prove that two checkpoints are the same model.
+    """Prove that two checkpoints are the same model, or with --rollouts that an inference engine ran this model.
 
     The exit code is 0 if they are the same, and 1 if they differ.
 
@@ -286,7 +333,12 @@ def verify(
     from ckptkit.verification import levels
     from ckptkit.verification.adapters.verify import verify_adapter
     from ckptkit.verification.reports.writing import Reports, check_places
+    from ckptkit.verification.rollouts.verify import verify_engine
 
+    if candidate is None and rollouts.file is None:
+        raise UsageError("CANDIDATE is missing", hint="ckptkit verify REFERENCE CANDIDATE; --rollouts FILE needs one")
+    others = {"--prompt": prompt, "--tokens": tokens, "--adapter": adapter, "--hash": hash, "--keep-going": keep_going}
+    _check_rollouts(rollouts, [*[name for name, given in others.items() if given], *["--level"] * (level != "logits")])
     if prompt and tokens:
         raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
     if json == markdown == "-":
@@ -295,23 +347,32 @@ def verify(
     check_places(json, junit, html, markdown, run.save_logits)
     first_rank = os.environ.get("RANK", "0") == "0"
     reports = Reports(junit, html, markdown) if first_rank else Reports()
-    with reports.errors(reference, candidate, output.document), output.steps(shown=first_rank) as tell:
-        ask = levels.verify if adapter is None else partial(verify_adapter, adapter=adapter)
-        report = ask(
-            reference,
-            candidate,
-            level=level,
-            prompts=prompt or None,
-            tokens=_read_tokens(tokens),
-            keep_going=keep_going,
-            reference_source=SourceOptions(**reference_source.keywords()),
-            candidate_source=SourceOptions(**candidate_source.keywords()),
-            progress=bytes_of("comparing the weights", tell),
-            tell=tell,
-            command=command_line(),
-            hash=hash,
+    trusted = reference if candidate is not None else str(rollouts.file)
+    questioned = reference if candidate is None else candidate
+    with reports.errors(trusted, questioned, output.document), output.steps(shown=first_rank) as tell:
+        common: dict[str, Any] = {
+            "reference_source": SourceOptions(**reference_source.keywords()),
+            "candidate_source": SourceOptions(**candidate_source.keywords()),
+            "tell": tell,
+            "command": command_line(),
             **vars(run),
-        )
+        }
+        if rollouts.file is not None:
+            known = None if candidate is None else reference
+            report = verify_engine(known, questioned, rollouts.file, **rollouts.facts, **common)
+        else:
+            ask = levels.verify if adapter is None else partial(verify_adapter, adapter=adapter)
+            report = ask(
+                reference,
+                questioned,
+                level=level,
+                prompts=prompt or None,
+                tokens=_read_tokens(tokens),
+                keep_going=keep_going,
+                progress=bytes_of("comparing the weights", tell),
+                hash=hash,
+                **common,
+            )
     if first_rank:
         reports.write(report, output.document)
         output.result(report, rendering.verification)
@@ -320,6 +381,16 @@ def verify(
             annotate(["\n".join([summary, *answer.messages]) for summary in failed], f"ckptkit verify: {answer.name}")
     if not report.passed:
         raise typer.Exit(EXIT_DIFFERS)
+
+
+def _check_rollouts(rollouts: Rollouts, others: list[str]) -> None:
+    """Options of one question have no meaning in another one."""
+    if rollouts.file is not None and others:
+        raise UsageError(f"{', '.join(others)} and --rollouts exclude each other", hint="drop one or the other")
+    known = [name for name, value in rollouts.facts.items() if value is not None]
+    if rollouts.file is None and known:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in known)
+        raise UsageError(f"{names} without --rollouts", hint="give the file of rollouts")
 
 
 def _read_tokens(path: Path | None) -> list[list[int]] | None:

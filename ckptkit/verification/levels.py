@@ -91,8 +91,8 @@ def verify(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
         opened = (
-            _open(stack, reference, reference_source, "ref"),
-            _open(stack, candidate, candidate_source, "cand"),
+            open_at(stack, reference, reference_source, "ref"),
+            open_at(stack, candidate, candidate_source, "cand"),
         )
     checkpoints = opened[0][0], opened[1][0]
     sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), options)
@@ -179,7 +179,7 @@ class Asked:
             self.answers.append(replace(answer, seconds=time.monotonic() - start))
 
 
-def _open(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str) -> tuple[Checkpoint, SourceOptions]:
+def open_at(stack: ExitStack, path: str | Path, source: SourceOptions, prefix: str) -> tuple[Checkpoint, SourceOptions]:
     """A side, and the options that open it at its own path: that of the iteration, with a reference on this disk."""
     found = stack.enter_context(locate(path)).path
     if source.hf_reference is not None:
@@ -303,13 +303,19 @@ def _backwards(
     return question(*sides, tokens=tokens, pool=pool, **run)
 
 
-def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
-    """The tokenizer of the first side that has one, in its directory or in its sidecar."""
+def tokenizer_of(sides: Sequence[Checkpoint]) -> Any:
+    """The tokenizer of the first side that has one, in its directory or in its sidecar; or None."""
     from transformers import AutoTokenizer
 
     for side in sides:
         if any(name in side.sidecar.small for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
             return AutoTokenizer.from_pretrained(side.sidecar.small["config.json"].parent, local_files_only=True)
+    return None
+
+
+def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
+    if (found := tokenizer_of(sides)) is not None:
+        return found
     raise UsageError("--prompt needs a tokenizer, and neither side has one", hint="pass --tokens with token ids")
 
 

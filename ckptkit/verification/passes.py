@@ -21,6 +21,9 @@ _SIDES = {
     "candidate": "candidate",
     "probe_reference": "reference",
     "probe_candidate": "candidate",
+    "replayed": "candidate with the engine's routing",
+    "low_candidate": "candidate",
+    "exact_candidate": "candidate",
 }
 """Name of a pass -> the side that runs."""
 
@@ -52,18 +55,20 @@ class Passes:
         whole_layers: bool = True,
         routed_as: Run | None = None,
         twice: bool = False,
+        scored: Sequence[float] = (),
     ) -> Run:
         """Runs a side over rows.
 
         Args:
             opened: The side.
             rows: Token ids.
-            name: Name of its files: `reference`, `low_reference`, `candidate`, `probe_reference` or `probe_candidate`.
+            name: Name of its files, one of `_SIDES`.
             options: How it runs.
             greedy: Tokens to append to every row.
             whole_layers: Keep hidden states between layers only, not within them.
             routed_as: A run whose experts the tokens are sent to, where routing is replayed.
             twice: Run again with another implementation of attention, where there is one.
+            scored: Inverse temperatures, if not logits and hidden states are kept but scores (see `rollouts.scores`).
 
         Raises:
             CkptkitError: The run could not be made.
@@ -77,7 +82,7 @@ class Passes:
             output=str(self.folder / f"{name}.safetensors"),
             greedy=greedy,
             again=str(self.folder / f"{name}.again.safetensors") if twice and hf else None,
-            probes=str(self.folder / name),
+            probes=None if scored else str(self.folder / name),
             whole_layers=whole_layers,
             routing=str(self.folder / f"{name}.routers") if options.replay else None,
             replay=str(routed_as.routing) if routed_as is not None and routed_as.routing is not None else None,
@@ -85,6 +90,7 @@ class Passes:
             opening=opened.side.opening,
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
             adapter=opened.side.adapter,
+            scored=list(scored),
         )
         where = "transformers" if hf else f"{job.run.world_size} rank{'s' if job.run.world_size > 1 else ''}"
         title = f"{_SIDES[name]} ({where}, {options.dtype})"

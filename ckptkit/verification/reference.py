@@ -250,16 +250,28 @@ class _ReferenceRun:
     def _logits(
         self, tokens: torch.Tensor, around: Callable[[torch.Tensor, int], AbstractContextManager[None]]
     ) -> torch.Tensor:
-        """fp32 [batch, sequence, vocabulary] in host memory, a few rows at a time, each pass inside of `around`."""
+        """What is kept of the logits, a few rows at a time, each pass inside of `around`.
+
+        Returns:
+            fp32 [batch, sequence, vocabulary] in host memory, or scores in place of the vocabulary.
+        """
         import torch
 
         rows, parts = max(1, TOKENS_PER_PASS // tokens.size(1)), []
         for first in range(0, len(tokens), rows):
             batch = tokens[first : first + rows].to(self.model.device)
             with around(batch, first):
-                parts.append(_outputs(self.model, batch).float().cpu())
+                parts.append(self._kept(_outputs(self.model, batch).float(), batch))
             self.counted.add(batch.numel())
         return torch.cat(parts)
+
+    def _kept(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Logits, or their scores for the tokens that follow, in host memory."""
+        if not self.job.scored:
+            return logits.cpu()
+        from ckptkit.verification.rollouts.scores import score
+
+        return score(logits, batch.roll(-1, -1), self.job.scored)
 
     def _continue(self, tokens: torch.Tensor, steps: int) -> torch.Tensor:
         """`tokens` with the `steps` most likely ones appended; the whole row runs again for each, nothing is cached."""

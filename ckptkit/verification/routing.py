@@ -144,6 +144,8 @@ def hf_routers(model: Any) -> dict[int, torch.nn.Module]:
 class _RouterCall(TorchFunctionMode):
     """While a router runs: takes its logits, and puts prescribed experts in place of its choice if they are as many.
 
+    A token with a negative number is left to the router, as in megatron-core (`moe.Router.replay`).
+
     Every router of transformers takes a softmax of its logits and calls topk, but they return different things; what
     follows (renormalising, scales of experts) stays the router's own.
     """
@@ -172,6 +174,7 @@ class _RouterCall(TorchFunctionMode):
             if self.prescribed is not None and self.prescribed.size(-1) == result.indices.size(-1):
                 scores = arguments[0]
                 experts = self.prescribed.to(scores.device).view(len(scores), -1)
+                experts = torch.where((experts >= 0).all(-1, keepdim=True), experts, result.indices)
                 result = torch.return_types.topk((scores.gather(-1, experts), experts))
             self.experts = result.indices
         return result

@@ -81,6 +81,7 @@ class LogitsJob:
         rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
         training: What to do instead, if the sides run backwards, or None.
         adapter: The adapter that the model runs with, or None.
+        scored: Inverse temperatures, if not logits are kept but what `rollouts.scores` makes of them; or empty.
     """
 
     checkpoint: str
@@ -99,6 +100,7 @@ class LogitsJob:
     rounded: dict[str, str] = field(default_factory=dict)
     training: TrainingPart | None = None
     adapter: AdapterJob | None = None
+    scored: list[float] = field(default_factory=list)
 
     @property
     def files(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+    from ckptkit.megatron.packed_inputs.batch import PackedBatch
     from ckptkit.megatron.pipeline import Pipeline
     from ckptkit.sharding.grid import Parallelism, Rank
 
@@ -156,18 +157,42 @@ class _RankRun:
             if not job.run.packed:
                 return rows, groups
             replay = self.experts if all(map(self._fits, self.experts.values())) else {}
-            return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
+            return rows, run_packed(rows, self._forward_packed, replay, pipeline.tokens_per_pass)
+
+    def _forward_packed(self, batch: PackedBatch, *, replay: Mapping[int, torch.Tensor] | None) -> torch.Tensor | None:
+        """What is kept of the logits of a packed batch."""
+        return self._kept(self.pipeline.forward_packed(batch, replay=replay), batch.input_ids)
+
+    def _kept(self, logits: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Logits, or their scores for the tokens that follow; after the last of a row follows none that counts."""
+        if logits is None or not self.job.scored:
+            return logits
+        from ckptkit.verification.rollouts.scores import score
+
+        return score(logits, tokens.roll(-1, -1), self.job.scored)
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Logits of rows of one length."""
+        """What is kept of the logits of rows of one length."""
+        import torch
+
         from ckptkit.megatron.moe import record_routing
 
         experts, length = self.experts.get(tokens.size(1)), tokens.size(1)
+        replay = experts if self._fits(experts) else None
         self.observer.expect(length)
         with self.recorder.over(length), record_routing(self.pipeline.chunks, length) as routing:
-            logits = self.pipeline.forward(tokens, replay=experts if self._fits(experts) else None)
+            kept = [
+                self._kept(self.pipeline.forward(tokens[part], replay=_part(replay, part)), tokens[part])
+                for part in self._parts(len(tokens), length)
+            ]
         self.record.add(routing.logits, routing.experts, routing.own)
-        return logits
+        found = [part for part in kept if part is not None]
+        return torch.cat(found) if found else None
+
+    def _parts(self, rows: int, length: int) -> list[slice]:
+        """Rows that go through at a time: all of them, unless only scores of their logits are kept."""
+        size = max(1, self.pipeline.tokens_per_pass // length) if self.job.scored else max(1, rows)
+        return [slice(at, at + size) for at in range(0, max(1, rows), size)]
 
     def _fits(self, experts: Mapping[int, torch.Tensor] | None) -> bool:
         from ckptkit.verification.routing import can_replay
@@ -189,6 +214,11 @@ class _RankRun:
             save_probes(Path(job.probes), self.recorder.states, rank)
         if job.routing:
             self.record.save(Path(job.routing), rank)
+
+
+def _part(experts: Mapping[int, torch.Tensor] | None, rows: slice) -> dict[int, torch.Tensor] | None:
+    """The experts of some rows."""
+    return None if experts is None else {layer: found[rows] for layer, found in experts.items()}
 
 
 def _together(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:

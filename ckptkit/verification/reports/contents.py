@@ -24,13 +24,14 @@ def title_of(data: Mapping[str, Any]) -> str:
 
 def run_facts(data: Mapping[str, Any]) -> Facts:
     """How the verification was made."""
-    logits = details_of(data, "logits")
+    logits, rollouts = details_of(data, "logits"), details_of(data, "rollouts")
     given = [
         ("command", data["command"] or ""),
         ("date", data["started"]),
-        ("device", _device(logits)),
-        ("dtype", _dtype(logits)),
+        ("device", _device(logits) or rollouts.get("device", "")),
+        ("dtype", _dtype(logits) or rollouts.get("dtype", "")),
         ("tokens", _tokens(logits)),
+        ("rollouts", _rollouts(rollouts)),
         ("versions", ", ".join(f"{name} {version}" for name, version in data["versions"].items())),
     ]
     return [(name, text) for name, text in given if text]
@@ -73,6 +74,67 @@ def _tokens(logits: Mapping[str, Any]) -> str:
     appended = len(greedy["continuation"][0]) if greedy and greedy["continuation"] else 0
     end = f", the last {appended} of each chosen by the reference" if appended else ""
     return f"{sum(lengths):,} in {len(lengths):,} rows of {span}{end}"
+
+
+def _rollouts(details: Mapping[str, Any]) -> str:
+    if not details:
+        return ""
+    return (
+        f"{details['file']}: {details['sampled']:,} sampled tokens in {details['rows']:,} rows; engine in"
+        f" {details['engine_dtype']}, temperature {details['temperature']:g}"
+    )
+
+
+COLUMNS = {"reference": "reference", "candidate": "candidate", "replayed": "candidate with the engine's routing"}
+"""Columns of the level rollouts, in words."""
+FIGURES = {
+    "mean": "mean difference",
+    "p99": "99th percentile",
+    "largest": "largest",
+    "k1": "KL (k1)",
+    "k2": "KL (k2)",
+    "k3": "KL (k3)",
+    "ratio_min": "smallest ratio",
+    "ratio_max": "largest ratio",
+    "outside": "share outside 0.8 to 1.2",
+    "above": "share above 2",
+    "sequence_min": "smallest ratio of a sequence",
+    "sequence_mean": "mean ratio of sequences",
+    "sequence_max": "largest ratio of a sequence",
+    "effective": "effective sample size, tokens",
+    "effective_sequences": "effective sample size, sequences",
+    "perplexity": "perplexity",
+}
+"""Figures of a column, in words."""
+
+
+def rollout_table(details: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of the figures of the level rollouts: a column for each run against the engine."""
+    columns = details["columns"]
+    rows = [
+        (words, *("not finite" if part[name] is None else f"{part[name]:.4g}" for part in columns.values()))
+        for name, words in FIGURES.items()
+    ]
+    return ("against the engine", *(COLUMNS[name] for name in columns)), rows
+
+
+WORST = ("token", "row", "position", "engine", "candidate", "context")
+"""Headings of `worst_rows`."""
+
+
+def worst_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The tokens of rollouts whose log-probabilities differ most."""
+    return [
+        (
+            str(found["token"]),
+            str(found["row"]),
+            str(found["position"]),
+            f"{found['engine']:.4f}",
+            "not finite" if found["candidate"] is None else f"{found['candidate']:.4f}",
+            found["text"] if found["text"] is not None else " ".join(map(str, found["context"])),
+        )
+        for found in details["worst"]
+    ]
 
 
 def difference_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:

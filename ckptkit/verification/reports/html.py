@@ -9,15 +9,18 @@ from typing import Any
 from ckptkit.verification.reports.charts import Series, log_chart, name_shown, rank_map, shown
 from ckptkit.verification.reports.contents import (
     DIFFERENCES,
+    WORST,
     Facts,
     details_of,
     difference_rows,
     fed_by,
     guilty_places,
     guilty_ranks,
+    rollout_table,
     run_facts,
     side_facts,
     title_of,
+    worst_rows,
 )
 from ckptkit.verification.reports.report import VerificationReport
 
@@ -30,6 +33,7 @@ def html_page(report: VerificationReport) -> str:
         *_differences(data),
         _levels(data),
         _run(data),
+        *_rollouts(details_of(data, "rollouts")),
         *_error_growth(details),
         *([] if report.passed else _routers(details)),
         *_maps(data),
@@ -127,6 +131,38 @@ def _levels(data: Mapping[str, Any]) -> str:
 
 def _title(name: str) -> str:
     return shown(name.capitalize())
+
+
+def _rollouts(details: Mapping[str, Any]) -> Iterator[str]:
+    """Figures of an engine's rollouts, the error by position, and the worst tokens."""
+    if not details:
+        return
+    head, rows = rollout_table(details)
+    bins, floor = details["curve"], details["floor"]
+    places = [str(part["first"]) for part in bins]
+    chart = log_chart(
+        [Series("mean difference", "a", [part["mean"] for part in bins])],
+        places,
+        limit=(details["mean_limit"] * floor["mean"], "limit of the mean"),
+        mark=_edge(details, bins),
+        title="Difference of the log-probabilities by position in the row",
+    )
+    ends, window = details["prompt_ends"], details["window"]
+    edge = f" Layers see at most {window:,} tokens back." if window else ""
+    yield f"<h2>The engine and the models</h2>{_wide_table(head, rows)}"
+    yield (
+        '<h2>Error by position</h2><p class="soft">Mean difference of the log-probabilities of sampled tokens, by'
+        f" their position in the row. First prompts end after {ends[0]:,} to {ends[2]:,} tokens, {ends[1]:,} in the"
+        f" median.{edge}</p>{_scrolled(chart)}"
+    )
+    yield _details("The worst tokens", _wide_table(WORST, worst_rows(details)))
+
+
+def _edge(details: Mapping[str, Any], bins: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """The bin in which the sliding window ends, if rows are longer."""
+    window = details["window"]
+    place = next((number for number, part in enumerate(bins) if part["first"] <= window <= part["last"]), None)
+    return None if place is None or not window else (place, "sliding window")
 
 
 def _error_growth(details: Mapping[str, Any]) -> Iterator[str]:

@@ -9,12 +9,16 @@ from ckptkit.errors import CkptkitError
 from ckptkit.printable import printable
 from ckptkit.verification.reports.contents import (
     DIFFERENCES,
+    WORST,
+    details_of,
     difference_rows,
     fed_by,
     guilty_ranks,
+    rollout_table,
     run_facts,
     side_facts,
     title_of,
+    worst_rows,
 )
 from ckptkit.verification.reports.report import VerificationReport
 
@@ -63,12 +67,22 @@ def _lines(data: Mapping[str, Any], rows: int) -> Iterator[str]:
     answers += [(name, "not asked", "", "") for name in data["not_run"]]
     yield from _table(("level", "answer", "because", "time"), [(plain(a), b, plain(c), d) for a, b, c, d in answers])
     yield from _differences(data, rows)
+    yield from _rollouts(details_of(data, "rollouts"), rows)
     messages = [message for level in data["levels"] for message in level["details"].get("messages", [])]
     for message in [*messages, *data["messages"]][:rows]:
         yield f"- {plain(message)}"
     yield ""
     for title, facts in (("The run", run_facts(data)), *side_facts(data)):
         yield from _folded(title.capitalize(), _table(("", ""), [(plain(name), plain(text)) for name, text in facts]))
+
+
+def _rollouts(details: Mapping[str, Any], rows: int) -> Iterator[str]:
+    if not details:
+        return
+    head, figures = rollout_table(details)
+    yield from _table(head, [tuple(map(plain, row)) for row in figures])
+    if worst := worst_rows(details)[:rows]:
+        yield from _folded("The worst tokens", _table(WORST, [tuple(map(plain, row)) for row in worst]))
 
 
 def _differences(data: Mapping[str, Any], rows: int) -> Iterator[str]:

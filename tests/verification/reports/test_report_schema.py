@@ -17,6 +17,8 @@ from ckptkit import convert, verify
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.reports.report import SCHEMA, LogitsReport, VerificationReport
 from ckptkit.verification.reports.results import TensorDifference
+from ckptkit.verification.rollouts import level as rollouts
+from ckptkit.verification.rollouts.replay import FreeRouting
 from tests.verification.reports.samples import report
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "report-schema.md"
@@ -78,6 +80,11 @@ def test_the_details_are_documented() -> None:
     assert documented("`details` of `logits`") == set(fields_of(LogitsReport)) - beside
     for level, expected in MADE_BY_HAND.items():
         assert documented(f"`details` of `{level}`") == expected
+
+
+def test_the_details_of_rollouts_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "FreeRouting", FreeRouting, raising=False)  # imported for its name alone
+    assert documented("`details` of `rollouts`") == set(fields_of(rollouts.RolloutsReport))
 
 
 def test_a_field_that_is_not_documented_is_noticed() -> None:

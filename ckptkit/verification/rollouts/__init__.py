@@ -1,0 +1,1 @@
+"""`verify --rollouts`: what an inference engine recorded, against the model that is trained."""
