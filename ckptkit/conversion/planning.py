@@ -58,7 +58,7 @@ def make_plan(source: Checkpoint, to: str, options: Options, adapter: Checkpoint
     if adapter is not None:
         target, beside, lost = with_adapter(target, adapter)
         lossy += lost
-    notes = [*source.notes, *(_megatron_notes(target) if format.megatron else ()), *format.notes(target)]
+    notes = [*target.source.notes, *(_megatron_notes(target) if format.megatron else ()), *format.notes(target)]
     if format.sharded and (problem := sharing_problem(source.config, target.grid)):
         notes.append(f"a runtime that keeps keys and values within a stage cannot run this: {problem}")
     files = [*format.lay_out(target), *beside]
@@ -71,7 +71,6 @@ def make_plan(source: Checkpoint, to: str, options: Options, adapter: Checkpoint
     comparisons = source.comparisons
     if adapter is not None:
         comparisons += adapter.comparisons
-        notes += [f"{adapter.path.name}: {note}" for note in adapter.notes]
         coverage["of the adapter"] = sum(adapter.coverage.values())
     return Plan(tuple(files), comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused), facts)
 

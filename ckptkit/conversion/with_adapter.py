@@ -77,6 +77,9 @@ def with_adapter(target: Target, adapter: Checkpoint) -> tuple[Target, list[Outp
     if adapted.record.layout == PEFT:
         weights, tensors = _wrapped(base, factors, target.spelling)
     both = replace(base, items={**weights, **factors.items}, tensors={**tensors, **factors.tensors})
+    name, count = adapter.path.name, len(adapted.lora.linears)
+    told = f"{count:,} linear layers have {name} beside them, in the layout {adapted.record.layout}"
+    both = both.noting(told, *(f"{name}: {note}" for note in factors.notes))
     found = replace(target, source=both, adapter=replace(adapted, sidecar=factors.sidecar))
     return found, beside(found), [*lossy, *lost]
 

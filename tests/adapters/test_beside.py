@@ -158,6 +158,7 @@ def test_on_the_command_line(tmp_path: Path, saved: Saved) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["coverage"]["of the adapter"] == 16 and found["target"]["megatron_flags"] is not None
+    assert "8 linear layers have adapter beside them, in the layout fused" in found["notes"]
     assert run.invoke(cli.app, ["adapter", "export", both, "-o", out]).exit_code == 0
     assert files_of(Path(out)) == files_of(Path(adapter))
     words = ["convert", both, str(tmp_path / "model"), "--to", "hf", "--part", "model"]

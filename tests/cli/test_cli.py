@@ -143,7 +143,9 @@ def test_defaults_of_convert(convert):
         "head": None,
         "head_init": None,
         "megatron_model": "gpt",
+        "adapter": None,
         "adapter_layout": None,
+        "part": None,
         "lora_alpha": None,
         "lossy": False,
         "dry_run": False,
@@ -163,7 +165,7 @@ def test_every_option_of_convert_arrives(convert):
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
         " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
-        " --adapter-layout peft --lora-alpha 16 --lossy"
+        " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy"
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {
@@ -183,7 +185,9 @@ def test_every_option_of_convert_arrives(convert):
         "head": "value",
         "head_init": "normal",
         "megatron_model": "hybrid",
+        "adapter": "lora",
         "adapter_layout": "peft",
+        "part": "model",
         "lora_alpha": 16.0,
         "lossy": True,
         "dry_run": True,
