@@ -388,6 +388,7 @@ def test_verify_passes_and_differs(verify):
         "packed": False,
         "sequence_parallel": False,
         "dp": 1,
+        "cp": 1,
         "dp_kind": "ddp",
         "recompute": False,
         "capacity": 8192,
@@ -415,7 +416,7 @@ def test_verify_passes_and_differs(verify):
 def test_every_option_of_verify_arrives(verify, tmp_path):
     report = tmp_path / "report.json"
     line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
-    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
+    how = "--packed --sequence-parallel --dp 2 --cp 3 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
     how += " --recompute --capacity 4096 --train-steps 3 --optimizer sgd --lr 0.5 --train-only *a*"
     how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
     arguments = [*line.split(), *how.split(), "--hash", "--prompt", "one", "--prompt", "two three"]
@@ -433,6 +434,7 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "packed": True,
         "sequence_parallel": True,
         "dp": 2,
+        "cp": 3,
         "dp_kind": "fsdp2",
         "recompute": True,
         "capacity": 4096,
