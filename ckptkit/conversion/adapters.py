@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from math import lcm
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.lora.dora import unlike_peft
 from ckptkit.checkpoints.lora.layouts import laid_out
 from ckptkit.checkpoints.lora.sources import RECORD
 from ckptkit.conversion.bridge_adapter import target_modules
@@ -37,9 +38,9 @@ def make_adapter_plan(source: Checkpoint, format: WritableFormat, options: Optio
     if not format.megatron:
         files = format.lay_out(Target(source, options, format))
     else:
-        adapter, adapted, lost = in_layout(source, Target(source, options, format))
+        source, adapted, lost = in_layout(source, Target(source, options, format))
         lossy += lost
-        target = Target(adapter, options, format, adapted)
+        target = Target(source, options, format, adapted)
         files = [*format.lay_out(target), *beside(target)]
     return Plan(tuple(files), source.comparisons, tuple(lossy), source.notes, dict(source.coverage))
 
@@ -75,7 +76,9 @@ def in_layout(source: Checkpoint, target: Target) -> tuple[Checkpoint, Adapted, 
     multiple = 1 if layout == PEFT else lcm(grid.tp, grid.expert_tp)
     sequential = target.spelling.experts == SEQUENTIAL
     adapter, record, lost = laid_out(source, layout, multiple, sequential=sequential, lossy=options.lossy)
-    return adapter, Adapted(record, source.lora), lost
+    items = [linear.item for linear in source.lora.linears.values()]
+    unlike = unlike_peft(items, source.config, grid.tp) if source.lora.config.dora else []
+    return adapter.noting(*(f"not the DoRA of peft: {text}" for text in unlike)), Adapted(record, source.lora), lost
 
 
 def _check_options(options: Options, format: WritableFormat) -> None:

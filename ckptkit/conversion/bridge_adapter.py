@@ -10,6 +10,7 @@ from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.errors import UnsupportedError
 from ckptkit.tables.lora import CANONICAL, FUSED, PEFT, is_linear
 
+_DORA = "megatron.bridge.peft.dora.DoRA"
 _CLASSES = {FUSED: "megatron.bridge.peft.lora.LoRA", CANONICAL: "megatron.bridge.peft.canonical_lora.CanonicalLoRA"}
 _CANONICAL_WORDS = {
     "linear_qkv": {"q": "linear_q", "k": "linear_k", "v": "linear_v"},
@@ -26,7 +27,7 @@ def bridge_section(source: Checkpoint, lora: Lora, prefix: str, record: Record) 
         prefix: What the names of the model begin with.
         record: How the adapter's ranks are made up.
 
-    Source: `LoRA` and `CanonicalLoRA` of Megatron-Bridge: their fields, and `ModuleMatcher.match`.
+    Source: `LoRA`, `CanonicalLoRA` and `DoRA` of Megatron-Bridge: their fields, and `ModuleMatcher.match`.
 
     Raises:
         UnsupportedError: Megatron-Bridge has no class for these names.
@@ -34,12 +35,12 @@ def bridge_section(source: Checkpoint, lora: Lora, prefix: str, record: Record) 
     if record.layout == PEFT:
         raise UnsupportedError("Megatron-Bridge has no class for the names of --adapter-layout peft")
     return {
-        "_target_": _CLASSES[record.layout],
+        "_target_": _DORA if lora.config.dora else _CLASSES[record.layout],
         "target_modules": target_modules(source, lora, prefix, record),
         "dim": record.rank,
         "alpha": record.alpha,
         "dropout": 0.0,
-        "share_expert_adapters": False,
+        **({} if lora.config.dora else {"share_expert_adapters": False}),
     }
 
 

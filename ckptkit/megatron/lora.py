@@ -1,5 +1,8 @@
 """LoRA adapters on megatron-core's linears: parallel modules that add `scale * B A x` to what a linear gives.
 
+In DoRA the sum is then scaled, row by row of the weight, to the lengths that the adapter stores. A row counts whole: of
+a row-parallel linear every rank has a part of it.
+
 The modules, and the names of their weights, are those of the three layouts (see `tables.lora`). The factors are
 megatron-core's `ColumnParallelLinear` and `RowParallelLinear`; in the layout `peft`, the factor that every rank holds
 whole is a `torch.nn.Linear`.
@@ -37,6 +40,7 @@ from ckptkit.tables.lora import A, B
 _NAME = re.compile(
     r"(?P<linear>.+?)\.(?:adapter\.(?:adapter_(?P<part>\w+)\.)?linear_(?P<way>in|out)|lora_(?P<side>[AB])\.default)\.weight"
 )
+_LENGTHS = re.compile(r"(?P<linear>.+?)\.adapter\.weight_magnitude")
 _PARTS = {("q", "k", "v"), ("gate", "up")}
 
 
@@ -90,6 +94,53 @@ class Pair(torch.nn.Module):
             out = scatter_to_sequence_parallel_region(out, group=about.group)
         whole: torch.Tensor = out
         return whole
+
+
+class DoraPair(Pair):
+    """A pair with the lengths of the rows of what the linear and the pair compute together.
+
+    Args:
+        linear: megatron-core's linear.
+        rank: Rank of the factors, over all ranks.
+        rows: Rows of B over all ranks.
+
+    Attributes:
+        weight_magnitude: The lengths of this rank's rows, [rows]; all of them where ranks hold columns.
+
+    Source: `DoraLinearLayer.forward` of peft.
+    """
+
+    def __init__(self, linear: Any, rank: int, rows: int) -> None:
+        super().__init__(linear, rank, rows)
+        lengths = torch.empty(linear.weight.shape[0], dtype=linear.config.params_dtype)
+        self.weight_magnitude = torch.nn.Parameter(lengths)
+
+    def ratios(self, weight: torch.Tensor, scale: float) -> torch.Tensor:
+        """What each row of the sum is multiplied by to get its length, [rows].
+
+        Args:
+            weight: This rank's part of the weight.
+            scale: The factor of B A.
+        """
+        about = self._about
+        a: Any = self.linear_in.weight
+        b: Any = self.linear_out.weight
+        if not about.by_columns:
+            a = about.all_rows(a)
+        if about.by_columns or about.replicated:
+            b = about.all_rows(b)
+        squares: torch.Tensor = (weight + scale * (b @ a)).square().sum(dim=1)
+        if about.by_columns:
+            squares = reduce_from_tensor_model_parallel_region(squares, group=about.group)
+        return self.weight_magnitude / squares.sqrt()
+
+    def whole(self, rows: torch.Tensor) -> torch.Tensor:
+        """A number for each of this rank's rows -> one for each column of the linear's output."""
+        about = self._about
+        if about.replicated or not about.gathers:
+            return rows
+        found: torch.Tensor = gather_from_tensor_model_parallel_region(rows, group=about.group)
+        return found
 
 
 class HalfWholePair(Pair):
@@ -185,6 +236,11 @@ class _About:
         options = {"init_method": self.config.init_method, "bias": False}
         return {**options, "is_expert": self.expert, "tp_group": self.group}
 
+    def all_rows(self, factor: torch.Tensor) -> torch.Tensor:
+        """A factor whose rows are divided, whole."""
+        whole: torch.Tensor = gather_from_tensor_model_parallel_region(factor.T, group=self.group).T
+        return whole
+
     def gathered(self, output: torch.Tensor) -> torch.Tensor:
         if not self.gathers:
             return output
@@ -200,10 +256,12 @@ class _Found:
     Attributes:
         peft: Whether they have PEFT's names.
         shapes: Word of a part, or an empty string -> side -> shape of this rank's factor.
+        lengths: Whether there are lengths of rows, too (DoRA).
     """
 
     peft: bool
     shapes: dict[str, dict[str, Sequence[int]]] = field(default_factory=dict)
+    lengths: bool = False
 
 
 def attach(
@@ -218,7 +276,8 @@ def attach(
 
     Args:
         chunk: From `model.build_chunks`.
-        factors: Name of a factor of this rank, in a layout of `tables.lora` -> its shape.
+        factors: Name of a factor of this rank, or of its lengths of rows (DoRA), in a layout of `tables.lora` -> its
+            shape.
         scale: The factor of B A.
         device: Where the factors live.
         where: Name of their source in an error.
@@ -234,7 +293,7 @@ def attach(
             if not isinstance(linear, LINEARS):
                 raise UnsupportedError(f"the runtime has no linear {name} that could have an adapter", where=where)
             added = _add_modules(linear, name, found, modules, where)
-            _add_output(linear, added, scale)
+            _change_output(linear, _scaled_rows(linear, added, scale) if found.lengths else _sum(added, scale))
     chunk.to(device)
     chunk.eval()
 
@@ -242,6 +301,9 @@ def attach(
 def _by_linear(factors: Mapping[str, Sequence[int]], where: object) -> dict[str, _Found]:
     found: dict[str, _Found] = {}
     for name, shape in factors.items():
+        if lengths := _LENGTHS.fullmatch(name):
+            found.setdefault(lengths["linear"], _Found(peft=False)).lengths = True
+            continue
         match = _NAME.fullmatch(name)
         if match is None or len(shape) != 2:
             raise InputError(f"{name} {list(shape)} is no factor of an adapter", where=where)
@@ -249,7 +311,7 @@ def _by_linear(factors: Mapping[str, Sequence[int]], where: object) -> dict[str,
         side = match["side"] or {"in": A, "out": B}[match["way"]]
         one.shapes.setdefault(match["part"] or "", {})[side] = shape
     for linear, one in found.items():
-        if any(len(sides) < 2 for sides in one.shapes.values()):
+        if not one.shapes or any(len(sides) < 2 for sides in one.shapes.values()):
             raise InputError(f"{linear} has only one of the two factors", where=where, hint="is the adapter complete?")
     return found
 
@@ -262,12 +324,15 @@ def _add_modules(
     size = about.group.size()
     divides_a = not (found.peft or about.by_columns)
     divides_b = not (found.peft and (about.by_columns or about.replicated))
+    kind = DoraPair if found.lengths else HalfWholePair if found.peft else Pair
+    if found.lengths and linear.weight is None:
+        raise UnsupportedError(f"{name} takes its weight from elsewhere, and the runtime has no DoRA for it")
     pairs: dict[str, Pair] = {}
     for part, sides in found.shapes.items():
         rank, rows = sides[A][0] * (size if divides_a else 1), sides[B][0] * (size if divides_b else 1)
         if not part and rows != about.output_size:
             raise InputError(f"B of {name} has {rows} rows, the linear has {about.output_size}", where=where)
-        pairs[part] = (HalfWholePair if found.peft else Pair)(linear, rank, rows)
+        pairs[part] = kind(linear, rank, rows)
     if "" in pairs:
         if len(pairs) > 1:
             raise InputError(f"{name} has an adapter for the whole and for parts", where=where)
@@ -311,14 +376,34 @@ def _joined(
     return outputs
 
 
-def _add_output(linear: torch.nn.Module, added: Callable[[torch.Tensor], torch.Tensor], scale: float) -> None:
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What a linear gives, and what it was given -> what it gives with its adapter."""
+
+
+def _sum(added: Callable[[torch.Tensor], torch.Tensor], scale: float) -> Change:
+    return lambda output, states: output + scale * added(states)
+
+
+def _scaled_rows(linear: Any, pair: Any, scale: float) -> Change:
+    """The change of DoRA. A bias is not scaled."""
+
+    def change(output: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        ratios: torch.Tensor = pair.whole(pair.ratios(linear.weight, scale))
+        bias = None if getattr(linear, "skip_bias_add", True) or linear.bias is None else pair.whole(linear.bias)
+        total: torch.Tensor = (output if bias is None else output - bias) + scale * pair(states)
+        return total * ratios if bias is None else total * ratios + bias
+
+    return change
+
+
+def _change_output(linear: torch.nn.Module, change: Change) -> None:
     if isinstance(linear, NormedRowParallelLinear | Router):
-        linear.added = lambda states: scale * added(states)
+        linear.adapted = change
         return
 
     def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor):
-            return output + scale * added(inputs[0])
-        return output[0] + scale * added(inputs[0]), output[1]
+            return change(output, inputs[0])
+        return change(output[0], inputs[0]), output[1]
 
     linear.register_forward_hook(hook, prepend=True)  # before the cap of the logits, which is a hook, too

@@ -107,10 +107,10 @@ class Router(TopKRouter):
         record: Called in every forward pass with the logits, fp32 [batch, sequence, experts], the chosen experts, and
             those that the router would have chosen by itself, int64 [batch, sequence, experts per token], of the whole
             sequence; or None.
-        added: What an adapter adds to the logits; or None.
+        adapted: The logits and the hidden states -> the logits with an adapter; or None.
     """
 
-    added: Callable[[torch.Tensor], torch.Tensor] | None = None
+    adapted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     replay: torch.Tensor | None = None
     record: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
@@ -121,7 +121,7 @@ class Router(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, fp32 [..., experts], of hidden states [..., hidden]."""
         logits = F.linear(input, self.weight)
-        return (logits if self.added is None else logits + self.added(input)).float()
+        return (logits if self.adapted is None else self.adapted(logits, input)).float()
 
     def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [tokens, experts], zero for those not chosen, and which were chosen, of logits [s, b, experts]."""

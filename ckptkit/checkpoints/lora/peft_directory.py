@@ -14,7 +14,15 @@ from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
-from ckptkit.formats.peft import MAGNITUDE, PeftFiles, Stored, factor_name, open_peft, parse_name
+from ckptkit.formats.peft import (
+    MAGNITUDE,
+    PeftFiles,
+    Stored,
+    factor_name,
+    magnitude_name,
+    open_peft,
+    parse_name,
+)
 from ckptkit.formats.peft_config import AdapterConfig
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.tables.bounds import check_adapted
@@ -204,6 +212,8 @@ def peft_tensors(source: Checkpoint) -> tuple[dict[str, Tensor], AdapterConfig]:
         stating[lora.config.called(name)] = _rank_and_scale(source, linear)
         for side in SIDES:
             tensors[factor_name(name, side)] = source.tensors[linear.key(side)]
+        if (lengths := source.sidecar.extras.get(module + MAGNITUDE)) is not None:
+            tensors[magnitude_name(name)] = lengths
     return tensors, lora.config.targeting(targets).stating(stating)
 
 

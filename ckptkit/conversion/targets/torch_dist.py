@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.checkpoints.checkpoint import is_on
-from ckptkit.checkpoints.lora.megatron import bridge_gated, is_adapter_name, is_bridge_gated
+from ckptkit.checkpoints.lora.megatron import is_adapter_name, stored_form
 from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
 from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
@@ -56,8 +56,7 @@ def _tensors(target: Target) -> list[GlobalTensor]:
         blocks = split.blocks
         if is_adapter_name(key):
             states = ()  # Megatron-Bridge saves adapters without them
-            if is_bridge_gated(item):
-                whole, blocks = bridge_gated(whole, grid.expert_tp if split.expert else grid.tp), 2
+            whole, blocks = stored_form(item, whole, grid)
         tensors.append(GlobalTensor(name, whole, split.axis, blocks, stage.pp_rank, states))
     return tensors
 
