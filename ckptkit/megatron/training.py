@@ -26,6 +26,7 @@ from megatron.core.distributed import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ckptkit.errors import VerificationError
 from ckptkit.megatron.compat import trains_on
 from ckptkit.megatron.context_parallel.share import Share
 from ckptkit.megatron.model import CausalModel, expected_tensors
@@ -86,6 +87,7 @@ class Training:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(name not in names)
         config = pipeline.chunks[0].config
+        _check_wire(pipeline)
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
         config.variable_seq_lengths = True  # every microbatch is as long as its rows
@@ -167,6 +169,19 @@ class Training:
             number: Virtual stage of the chunk.
         """
         return {name: _gradient(value) for name, value in expected_tensors(self.pipeline.chunks[number]).items()}
+
+
+def _check_wire(pipeline: Pipeline) -> None:
+    """Whether megatron-core's schedules can send from stage to stage.
+
+    Raises:
+        VerificationError: They cannot.
+    """
+    if pipeline.grid.pp > 1 and pipeline.device.type == "cuda" and dist.get_backend() == "gloo":
+        raise VerificationError(
+            "gloo does not send tensors on GPUs from stage to stage, as megatron-core's schedules want it to",
+            hint="use a GPU for each rank, where NCCL does, or --device cpu",
+        )
 
 
 def _gradient(value: torch.Tensor) -> torch.Tensor:

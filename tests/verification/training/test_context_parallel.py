@@ -15,9 +15,13 @@ import pytest
 
 from ckptkit import convert, verify
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.adapters.verify import verify_adapter
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import VerificationReport
+from tests.lora import save_adapter
 from tests.megatron.test_families_against_transformers import EXPERTS
+from tests.models import save_model
+from tests.verification.adapters.test_against_peft import QUIET
 from tests.verification.conftest import DEVICE
 from tests.verification.training.conftest import Sources
 from tests.verification.training.test_gradients import (
@@ -90,7 +94,7 @@ def record(kind: str, way: Way, report: VerificationReport) -> None:
         logits, gradients = (level.details for level in report.levels[-2:])
         figures = {
             "logits": logits["agreement"]["relative_error"],
-            "gradients": max(tensor["error"] for tensor in gradients["worst"]),
+            "error": max(tensor["error"] for tensor in gradients["worst"]),
             "noise": logits["noise"],
             "ratio": max((one["rms"] / one["noise"] for one in gradients["worst"] if one["noise"]), default=None),
             "passed": report.passed,
@@ -108,9 +112,11 @@ def check(kind: str, way: Way, report: VerificationReport) -> None:
     record(kind, way, report)
     for level in report.levels[-2:]:
         assert level.details["candidate_ran"]["context_parallel"] == way[1]["cp"]
-        modules = level.details["own_modules"]
-        assert "ckptkit.megatron.context_parallel.attention.ContextParallelAttention" in modules
-        assert "ckptkit.megatron.attention.ExactAttention" not in modules
+        kinds = ["ckptkit.megatron.attention.ExactAttention"]
+        kinds.insert(
+            0 if way[1]["cp"] > 1 else 1, "ckptkit.megatron.context_parallel.attention.ContextParallelAttention"
+        )
+        assert [kind in level.details["own_modules"] for kind in kinds] == [True, False]
 
 
 @pytest.mark.parametrize(("kind", "way"), cases(), ids=named)
@@ -153,8 +159,6 @@ def test_the_ways_cover_every_pair() -> None:
 
 def test_rows_by_default_are_longer_than_every_window(tmp_path: Path, pool: RankPool) -> None:
     """Without --cp they are as long as always, and a message says that windows hide nothing."""
-    from tests.models import save_model
-
     source = save_model(tmp_path / "hf", "mistral", sliding_window=64, num_hidden_layers=1)
     convert(source, tmp_path / "meg", to="torch", spec="local")
     cut, plain = (verify(source, tmp_path / "meg", pool=pool, device=DEVICE, cp=cp).levels[-1] for cp in (2, 1))
@@ -163,3 +167,38 @@ def test_rows_by_default_are_longer_than_every_window(tmp_path: Path, pool: Rank
     assert min(lengths[0]) > 64 + 8 and lengths[1] == {48 + 8}
     said = [any("sliding window" in line for line in level.messages) for level in (cut, plain)]
     assert said == [False, True]
+
+
+@pytest.mark.slow
+def test_value_models(tmp_path: Path, pool: RankPool) -> None:
+    source = save_model(tmp_path / "lm", "gemma3_text")
+    convert(source, tmp_path / "hf", to="hf", head="value", head_init="normal")
+    convert(tmp_path / "hf", tmp_path / "meg", to="torch", grid=Parallelism(2), spec="local")
+    how = {"cp": 2, "sequence_parallel": True, "packed": True, "tokens": rows(), "tolerance": EXACT, "device": DEVICE}
+    report = verify(tmp_path / "hf", tmp_path / "meg", pool=pool, **how)
+    assert report.passed, report.levels[-1].summary
+
+
+@pytest.mark.slow
+def test_adapters(tmp_path: Path, pool: RankPool) -> None:
+    """Of experts and their router, too."""
+    base = save_model(tmp_path / "base", "qwen3_moe")
+    adapter = save_adapter(tmp_path / "adapter", base, **QUIET)
+    convert(adapter, tmp_path / "meg", to="torch", grid=Parallelism(ep=2), hf_reference=base)
+    report = verify_adapter(base, tmp_path / "meg", adapter, pool=pool, device=DEVICE, cp=2, packed=True)
+    assert report.passed, report.levels[-1].summary
+    assert report.levels[-1].details["candidate_ran"]["context_parallel"] == 2
+
+
+@pytest.mark.slow
+def test_replicas_by_fsdp2(sources: Sources, tmp_path: Path, pool: RankPool) -> None:
+    way: Way = (Parallelism(), {"cp": 2, "dp": 2, "dp_kind": "fsdp2"})
+    report = verified(sources["mistral"], tmp_path, pool, way, level="logits")
+    assert report.passed, report.levels[-1].summary
+
+
+@pytest.mark.slow
+def test_steps_of_training(sources: Sources, tmp_path: Path, pool: RankPool) -> None:
+    way: Way = (Parallelism(2), {"cp": 2, **SP, **PACKED})
+    report = verified(sources["gemma3_text"], tmp_path, pool, way, level="training", train_steps=2, tolerance=1e-4)
+    assert report.passed, report.levels[-1].summary
