@@ -5,5 +5,6 @@ from __future__ import annotations
 MODEL_FORMATS = ("hf", "packed", "torch", "torch_dist")
 FORMATS = (*MODEL_FORMATS, "peft")
 PRECISIONS = ("float32", "float64")
+NEW_ROWS = ("mean", "pieces", "zeros", "normal")
 EXPERTS = ("grouped", "sequential")
 HASHED = ("tensors", "files")
