@@ -5,6 +5,7 @@ from __future__ import annotations
 MODEL_FORMATS = ("hf", "packed", "torch", "torch_dist")
 FORMATS = (*MODEL_FORMATS, "peft")
 PRECISIONS = ("float32", "float64")
+NEW_ROWS = ("mean", "pieces", "zeros", "normal")
 EXPERTS = ("grouped", "sequential")
 PARTS = ("model", "adapter")
 HASHED = ("tensors", "files")
