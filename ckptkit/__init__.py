@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from ckptkit.inspection.hashing import hash_checkpoint
     from ckptkit.inspection.summary import inspect
     from ckptkit.inspection.validation import validate
+    from ckptkit.megatron.moe import record_routing, replay_routing
     from ckptkit.megatron.packed_inputs.convert import convert_to_packed
+    from ckptkit.megatron.packed_inputs.model import shard
     from ckptkit.sharding.grid import Parallelism
     from ckptkit.verification.levels import verify
+    from ckptkit.verification.ranks.live import load_megatron
 
 from ckptkit.version import __version__
 
@@ -33,8 +36,12 @@ __all__ = [
     "diff",
     "hash_checkpoint",
     "inspect",
+    "load_megatron",
     "make_delta",
     "open_checkpoint",
+    "record_routing",
+    "replay_routing",
+    "shard",
     "supported_architectures",
     "validate",
     "verify",
@@ -48,8 +55,12 @@ _HOMES = {
     "diff": "ckptkit.inspection.differences",
     "hash_checkpoint": "ckptkit.inspection.hashing",
     "inspect": "ckptkit.inspection.summary",
+    "load_megatron": "ckptkit.verification.ranks.live",
     "make_delta": "ckptkit.deltas.make",
     "open_checkpoint": "ckptkit.checkpoints.opening",
+    "record_routing": "ckptkit.megatron.moe",
+    "replay_routing": "ckptkit.megatron.moe",
+    "shard": "ckptkit.megatron.packed_inputs.model",
     "supported_architectures": "ckptkit.conversion.architectures",
     "validate": "ckptkit.inspection.validation",
     "verify": "ckptkit.verification.levels",

@@ -264,6 +264,11 @@ class _Found:
     lengths: bool = False
 
 
+def is_factor(name: str) -> bool:
+    """Whether a parameter of a chunk is a factor of an adapter."""
+    return _NAME.fullmatch(name) is not None
+
+
 def attach(
     chunk: torch.nn.Module,
     factors: Mapping[str, Sequence[int]],

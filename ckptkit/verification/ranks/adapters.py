@@ -30,11 +30,13 @@ class LaidOut:
         checkpoint: Its factors, whose `shard` is a rank's part.
         layout: `fused`, `canonical` or `peft`.
         scale: The factor of B A.
+        rank: The rank of the factors, which a layout may have raised.
     """
 
     checkpoint: Checkpoint
     layout: str
     scale: float
+    rank: int
 
 
 def open_laid_out(job: AdapterJob, base: Checkpoint, grid: Parallelism, opener: Callable[..., Checkpoint]) -> LaidOut:
@@ -57,7 +59,7 @@ def open_laid_out(job: AdapterJob, base: Checkpoint, grid: Parallelism, opener: 
     check_heads(base.config, layout, grid.tp)
     multiple = 1 if layout == PEFT else lcm(grid.tp, grid.expert_tp)
     checkpoint, record, _ = laid_out(adapter, layout, multiple, sequential=True, lossy=False)
-    return LaidOut(checkpoint, layout, record.scale)
+    return LaidOut(checkpoint, layout, record.scale, record.rank)
 
 
 def with_peft(model: Any, job: AdapterJob, dtype: torch.dtype) -> Any:

@@ -102,7 +102,7 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
 
     start = time.monotonic()
     tell(Step("loading"))
-    pipeline = _together(job, rank, device)
+    pipeline = load_together(job, rank, device)
     group = replica_group(job.run.grid, job.run.copies, rank) if job.run.copies > 1 else None
     if group is not None:
         check_same_weights(pipeline.chunks, group)
@@ -221,7 +221,7 @@ def _part(experts: Mapping[int, torch.Tensor] | None, rows: slice) -> dict[int, 
     return None if experts is None else {layer: found[rows] for layer, found in experts.items()}
 
 
-def _together(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
+def load_together(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     """The loaded model; if any rank cannot load its part, all ranks raise that rank's error."""
     from ckptkit.megatron import parallel
 

@@ -17,7 +17,7 @@ from ckptkit.megatron.moe import routers
 from ckptkit.megatron.pipeline import Pipeline
 from ckptkit.megatron.replicas import seat
 from ckptkit.megatron.training import Microbatch, Training
-from ckptkit.sharding.grid import Rank
+from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.stages import split_layers
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find
 from ckptkit.verification.ranks.what_ran import Observer, count_modules
@@ -119,14 +119,7 @@ class _RankTraining:
     def _frozen(self) -> list[set[str]]:
         """For each chunk the names of its parameters that are not trained."""
         checkpoint: Checkpoint = find(self.job.opener)(self.job.checkpoint, **self.job.opening.keywords())
-        spelling, trained = checkpoint.family.spelling("local", text=True), set(self.part.trained or ())
-        stages = split_layers(checkpoint.config.num_layers, self.job.run.grid)
-        here: Rank = self.seat.place
-        return [
-            {name for key, name in checkpoint.names_on(stage, here, self.job.run.grid, spelling) if key not in trained}
-            for stage in stages
-            if stage.pp_rank == here.pp
-        ]
+        return frozen_names(checkpoint, set(self.part.trained or ()), self.job.run.grid, self.seat.place)
 
     def _untrained(self, number: int) -> list[str]:
         """Names of a chunk's tensors that are not trained, buffers included."""
@@ -139,6 +132,23 @@ class _RankTraining:
             return
         for number in range(len(self.pipeline.chunks)):
             files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), tensors(number))
+
+
+def frozen_names(checkpoint: Checkpoint, trained: set[str], grid: Parallelism, here: Rank) -> list[set[str]]:
+    """For each chunk of a rank the names of its parameters that are not trained.
+
+    Args:
+        checkpoint: The model.
+        trained: Canonical names of what is trained.
+        grid: The grid.
+        here: The rank's place there.
+    """
+    spelling = checkpoint.family.spelling("local", text=True)
+    return [
+        {name for key, name in checkpoint.names_on(stage, here, grid, spelling) if key not in trained}
+        for stage in split_layers(checkpoint.config.num_layers, grid)
+        if stage.pp_rank == here.pp
+    ]
 
 
 def _copies(chunk: CausalModel) -> dict[str, torch.Tensor]:
