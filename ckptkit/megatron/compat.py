@@ -120,7 +120,8 @@ def runs_on(device: torch.device) -> Iterator[None]:
 def trains_on(device: torch.device) -> Iterator[None]:
     """`runs_on` for megatron-core's schedules too, which count tokens on `cuda` and wait for the device.
 
-    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for.
+    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for; nor has the reduction of
+    gradients a stream that 0.19 would let wait for them.
     """
     with runs_on(device):
         if device.type == "cuda":
@@ -128,12 +129,14 @@ def trains_on(device: torch.device) -> Iterator[None]:
             return
         from megatron.core.pipeline_parallel import schedules
 
-        originals = schedules.torch, torch.cuda.synchronize
-        schedules.torch, torch.cuda.synchronize = _TorchOnCpu(), lambda device=None: None
+        cuda: Any = torch.cuda
+        originals = schedules.torch, cuda.synchronize, cuda.current_stream
+        schedules.torch = _TorchOnCpu()
+        cuda.synchronize = cuda.current_stream = lambda device=None: None
         try:
             yield
         finally:
-            schedules.torch, torch.cuda.synchronize = originals
+            schedules.torch, cuda.synchronize, cuda.current_stream = originals
 
 
 class _TorchOnCpu:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.pipeline import Pipeline
@@ -18,7 +17,8 @@ from ckptkit.megatron.replicas import seat
 from ckptkit.megatron.training import Microbatch, Training
 from ckptkit.sharding.grid import Rank
 from ckptkit.sharding.stages import split_layers
-from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find
+from ckptkit.verification.ranks.adapters import open_laid_out
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find, open_model
 from ckptkit.verification.ranks.what_ran import Observer, count_modules
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.routing import can_replay, read_experts
@@ -38,7 +38,8 @@ def train(job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> 
 
     Returns:
         `losses` before each step and after the last one, `tokens` that count, `moved` (names of tensors that changed
-        although they are not trained), and what `Run` has of a rank.
+        although they are not trained), `stray` (names of parameters that have gradients although they are not), and
+        what `Run` has of a rank.
     """
     return _RankTraining(job, part, pipeline, rank).run()
 
@@ -49,7 +50,8 @@ class _RankTraining:
     def __init__(self, job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> None:
         self.job, self.part, self.pipeline = job, part, pipeline
         self.seat = seat(job.grid, job.options.dp, rank)
-        self.training = Training(pipeline, self._frozen() if part.trained is not None else ())
+        self.trained = self._trained()
+        self.training = Training(pipeline, self.trained)
         self.moved: list[str] = []
         self.observer = Observer(replace(pipeline, replicated=self.training.chunks), passes=1)
 
@@ -59,6 +61,7 @@ class _RankTraining:
         with self.observer.watching():
             loss, tokens = self._run(0)
             losses.append(loss)
+            stray = self._stray()
             self._write(files.GRADIENTS, self.training.gradients)
             if self.part.steps:
                 losses += self._steps()
@@ -66,6 +69,7 @@ class _RankTraining:
             "losses": losses,
             "tokens": tokens,
             "moved": self.moved,
+            "stray": stray,
             "modules": count_modules(self.pipeline.chunks),
             "seen": [self.observer.seen],
             "versions": installed_versions(),
@@ -114,17 +118,37 @@ class _RankTraining:
         )
         return sharing.deal(self.job.rows, experts)
 
-    def _frozen(self) -> list[set[str]]:
-        """For each chunk the names of its parameters that are not trained."""
-        checkpoint: Checkpoint = find(self.job.opener)(self.job.checkpoint, **self.job.opening.keywords())
-        spelling, trained = checkpoint.family.spelling("local", text=True), set(self.part.trained or ())
-        stages = split_layers(checkpoint.config.num_layers, self.job.grid)
+    def _trained(self) -> list[set[str]] | None:
+        """For each chunk the names of its parameters that are trained; None for all: those of an adapter, if any."""
+        job, wanted = self.job, self.part.trained
+        if job.adapter is None and wanted is None:
+            return None
+        opener = find(job.opener)
+        checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
+        if job.adapter is not None:
+            checkpoint = open_laid_out(job.adapter, checkpoint, job.grid, opener).checkpoint
+        spelling = checkpoint.family.spelling("local", text=True)
         here: Rank = self.seat.place
         return [
-            {name for key, name in checkpoint.names_on(stage, here, self.job.grid, spelling) if key not in trained}
-            for stage in stages
+            {
+                name
+                for key, name in checkpoint.names_on(stage, here, job.grid, spelling)
+                if wanted is None or key in wanted
+            }
+            for stage in split_layers(checkpoint.config.num_layers, job.grid)
             if stage.pp_rank == here.pp
         ]
+
+    def _stray(self) -> list[str]:
+        """Names of parameters that have a gradient although they are not trained."""
+        if self.trained is None:
+            return []
+        return sorted(
+            name
+            for chunk, trained in zip(self.pipeline.chunks, self.trained, strict=True)
+            for name, parameter in chunk.named_parameters()
+            if name not in trained and any(getattr(parameter, kind, None) is not None for kind in ("grad", "main_grad"))
+        )
 
     def _untrained(self, number: int) -> list[str]:
         """Names of a chunk's tensors that are not trained, buffers included."""
@@ -136,7 +160,10 @@ class _RankTraining:
         if self.seat.replica:
             return
         for number in range(len(self.pipeline.chunks)):
-            files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), tensors(number))
+            found = tensors(number)
+            if self.job.adapter is not None and self.trained is not None:
+                found = {name: found[name] for name in self.trained[number]}
+            files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), found)
 
 
 def _copies(chunk: CausalModel) -> dict[str, torch.Tensor]:
