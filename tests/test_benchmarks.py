@@ -101,3 +101,19 @@ def test_plans_are_measured_on_sparse_files(tmp_path: Path) -> None:
     grid = ("--tp", "2", "--ep", "2")
     planning.measure(("convert", "--to", "torch_dist", *grid), tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_transformer_engine(tmp_path: Path) -> None:
+    """The worst figure of a kind; what failed is said; runs of another shape are printed one by one."""
+    where = {"versions": {"torch": "2.11.0"}, "devices": ["H200"]}
+    load = {"kind": "qwen3", "to": "torch_dist", "grid": "TP2", "modules": [], "floors": 0.5, **where}
+    lines: list[dict[str, object]] = [
+        {"test": "a", **load, "dtype": "fp32", "max": 1e-6, "passed": True},
+        {"test": "b", **load, "dtype": "fp32", "max": 2e-3, "passed": False},
+        {"test": "c", **load, "dtype": "bf16", "max": 1e-2, "passed": True, "floors": 0.93},
+        {"test": "keys", "different": [], **where},
+    ]
+    (tmp_path / "te.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    table = run("benchmarks.te_table", str(tmp_path / "te.jsonl"))
+    assert "| qwen3 | TP2 (torch_dist) | 2.0e-03 | TP2 (torch_dist) | 0.93 | differs |" in table
+    assert '| keys | {"different": []} |' in table and "H200; torch 2.11.0" in table

@@ -17,7 +17,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.peft import MAGNITUDE
-from ckptkit.io.computed import computed, digest_of, numbers, operand
+from ckptkit.io.computed import computed, digest_of, numbers, operand, recast
 from ckptkit.tables.items import Item
 from ckptkit.tables.lora import A, B, is_embedding, linears
 from ckptkit.tensors import Tensor
@@ -277,20 +277,11 @@ class _Merger:
                 )
             elif part.out_dtype != dtype or part is not original:
                 parts[name] = self._cast(part, dtype, name)
-        return item.replaced(tensor if tensor.out_dtype == dtype else _as(tensor, dtype, self.double), parts)
+        return item.replaced(tensor if tensor.out_dtype == dtype else recast(tensor, dtype, double=self.double), parts)
 
     def _cast(self, part: Tensor, dtype: DType, name: str) -> Tensor:
         if part.out_dtype == dtype:
             return part
         if dtype.name in _NARROW and name in self.wholes:
             self.lossy.append(f"{name} of the adapter is rounded ({part.out_dtype} -> {dtype})")
-        return _as(part, dtype, self.double)
-
-
-def _as(tensor: Tensor, dtype: DType, double: bool) -> Tensor:
-    """A tensor in another type, as a computed one: parts of one Megatron tensor can only be joined if none is cast."""
-
-    def values(start: int, stop: int) -> Values:
-        return numbers(tensor.rows(start, stop), double=double)
-
-    return computed(dtype, tensor.shape, [tensor], ("cast", double), values)
+        return recast(part, dtype, double=self.double)

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import EXPERTS, MODEL_FORMATS, PRECISIONS
+from ckptkit.cli.choices import MODEL_FORMATS, PRECISIONS
 from ckptkit.cli.options import (
     FORMAT,
     Execution,
+    Experts,
     Grid,
     Json,
     ShardSize,
@@ -74,7 +75,7 @@ def merge(
         str, choice("--precision", PRECISIONS, "Type of the sums, before they are rounded once.", panel=FORMAT)
     ] = PRECISIONS[0],
     spec: Spec = "te",
-    experts: Annotated[str | None, choice("--experts", EXPERTS, "Naming of experts.", panel=FORMAT)] = None,
+    experts: Experts = None,
     dtype: Dtype = None,
     shard_size: ShardSize = None,
     make_vocab_size_divisible_by: VocabDivisibility = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli import adapter, convert, delta, families, looking, split_llama, verify
+from ckptkit.cli import adapter, convert, delta, families, looking, split_llama, surgery, verify
 from ckptkit.cli.exits import EXIT_CODES, Commands
 from ckptkit.cli.help import GroupedCommand
 from ckptkit.cli.records import with_records
@@ -28,6 +28,11 @@ _split_llama = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Join the first layers of a narrow Llama and the last layers of a wide Llama, with an adapter between them.",
+)
+_surgery = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make models of models: averages, other layers, other vocabularies, merges by recipe.",
 )
 _delta = typer.Typer(
     no_args_is_help=True,
@@ -62,8 +67,12 @@ _add(_adapter, "export", adapter.export, adapter.EXPORT_EXAMPLES)
 _add(_adapter, "extract", adapter.extract, adapter.EXTRACT_EXAMPLES)
 _add(_split_llama, "build", split_llama.build, split_llama.BUILD_EXAMPLES)
 _add(_split_llama, "fit", split_llama.fit, split_llama.FIT_EXAMPLES)
+_add(_surgery, "average", surgery.average, surgery.AVERAGE_EXAMPLES)
+_add(_surgery, "slice", surgery.slice_, surgery.SLICE_EXAMPLES)
+_add(_surgery, "stack", surgery.stack, surgery.STACK_EXAMPLES)
 _add(_delta, "make", delta.make, delta.MAKE_EXAMPLES)
 _add(_delta, "apply", delta.apply, delta.APPLY_EXAMPLES)
 app.add_typer(_delta, name="delta")
 app.add_typer(_adapter, name="adapter")
+app.add_typer(_surgery, name="surgery")
 app.add_typer(_split_llama, name="split-llama")

@@ -6,24 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import EXPERTS, FORMATS
-from ckptkit.cli.options import (
-    FORMAT,
-    Execution,
-    Grid,
-    Json,
-    ShardSize,
-    Source,
-    Spec,
-    VocabDivisibility,
-    alternatives,
-    choice,
-)
+from ckptkit.cli.choices import FORMATS
+from ckptkit.cli.options import FORMAT, Execution, Form, Grid, Json, Source, choice
 from ckptkit.cli.output import Output
-from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE
-from ckptkit.errors import UsageError
-from ckptkit.sizes import parse_size
-from ckptkit.tables.hybrid_names import GPT, MODELS
 from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
@@ -63,76 +48,7 @@ def convert(
     grid: Grid,
     source: Source,
     execution: Execution,
-    spec: Spec = "te",
-    experts: Annotated[
-        str | None,
-        choice(
-            "--experts",
-            EXPERTS,
-            "Naming of experts: one module for all, or one each. The default goes with the spec.",
-            panel=FORMAT,
-        ),
-    ] = None,
-    layout: Annotated[
-        str,
-        choice(
-            "--layout",
-            LAYOUTS,
-            "The full model; the text part of a multimodal model, under the names of a text model; or the published"
-            " layout of a split Llama.",
-            panel=FORMAT,
-        ),
-    ] = FULL,
-    text_only: Annotated[
-        bool, typer.Option("--text-only", help="The same as --layout text.", rich_help_panel=FORMAT)
-    ] = False,
-    head: Annotated[
-        str | None,
-        choice(
-            "--head",
-            (VALUE,),
-            "Put a value head (one output per token) in place of a language model's head.",
-            panel=FORMAT,
-        ),
-    ] = None,
-    head_init: Annotated[
-        str | None,
-        typer.Option(
-            metavar="zeros|normal|file:PATH",
-            help="Weights of the new head: zeros (the default), normal with the standard deviation in config.json, or"
-            " those in a safetensors file.",
-            rich_help_panel=FORMAT,
-        ),
-    ] = None,
-    megatron_model: Annotated[
-        str,
-        choice(
-            "--megatron-model",
-            MODELS,
-            "The model class whose names and arguments Megatron formats get: GPTModel, or its successor since"
-            " megatron-core 0.19, HybridModel. Reading recognises both.",
-            panel=FORMAT,
-        ),
-    ] = GPT,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help=f"Cast floating-point tensors: {alternatives(CASTS)}. The default keeps every bit.",
-            rich_help_panel=FORMAT,
-        ),
-    ] = None,
-    shard_size: ShardSize = None,
-    make_vocab_size_divisible_by: VocabDivisibility = None,
-    strict_config: Annotated[
-        bool,
-        typer.Option(
-            "--strict-config",
-            help="Refuse config features that Megatron's arguments cannot express.",
-            rich_help_panel=FORMAT,
-        ),
-    ] = False,
+    form: Form,
     adapter_layout: Annotated[
         str | None,
         choice(
@@ -161,29 +77,18 @@ def convert(
     from ckptkit.cli import rendering
     from ckptkit.conversion import convert as conversion
 
-    if text_only and layout not in (FULL, TEXT):
-        raise UsageError(f"--text-only and --layout {layout} exclude each other", hint="pass one of them")
     output = Output("-" if json else None)
-    parallelism = grid.parallelism()
+    parallelism, wanted = grid.parallelism(), form.keywords()
     with output.progress("converting") as progress:
         result = conversion.convert(
             src,
             dst,
             to=to,
             grid=parallelism,
-            spec=spec,
-            experts=experts,
-            layout=TEXT if text_only else layout,
-            head=head,
-            head_init=head_init,
-            megatron_model=megatron_model,
-            dtype=dtype,
-            shard_size=None if shard_size is None else parse_size(shard_size),
-            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-            strict_config=strict_config,
             adapter_layout=adapter_layout,
             lossy=lossy,
             progress=progress,
+            **wanted,
             **source.keywords(),
             **vars(execution),
         )

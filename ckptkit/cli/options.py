@@ -9,8 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ckptkit.cli.choices import EXPERTS
+from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE, Options, dtype_called
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.sizes import parse_size
+from ckptkit.tables.hybrid_names import GPT, MODELS
 
 FORMAT, GRID, SOURCE, EXECUTION, OUTPUT = "Format", "Parallel grid", "Source", "Execution", "Output"
 """Headings in the help."""
@@ -94,6 +98,106 @@ ShardSize = Annotated[
         rich_help_panel=FORMAT,
     ),
 ]
+
+Experts = Annotated[
+    str | None,
+    choice(
+        "--experts",
+        EXPERTS,
+        "Naming of experts: one module for all, or one each. The default goes with the spec.",
+        panel=FORMAT,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"Cast floating-point tensors: {alternatives(CASTS)}. The default keeps every bit.",
+        rich_help_panel=FORMAT,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is written of a model, beside its format and grid."""
+
+    spec: Spec = "te"
+    experts: Experts = None
+    layout: Annotated[
+        str,
+        choice(
+            "--layout",
+            LAYOUTS,
+            "The full model; the text part of a multimodal model, under the names of a text model; or the published"
+            " layout of a split Llama.",
+            panel=FORMAT,
+        ),
+    ] = FULL
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="The same as --layout text.", rich_help_panel=FORMAT)
+    ] = False
+    head: Annotated[
+        str | None,
+        choice(
+            "--head",
+            (VALUE,),
+            "Put a value head (one output per token) in place of a language model's head.",
+            panel=FORMAT,
+        ),
+    ] = None
+    head_init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="zeros|normal|file:PATH",
+            help="Weights of the new head: zeros (the default), normal with the standard deviation in config.json, or"
+            " those in a safetensors file.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None
+    megatron_model: Annotated[
+        str,
+        choice(
+            "--megatron-model",
+            MODELS,
+            "The model class whose names and arguments Megatron formats get: GPTModel, or its successor since"
+            " megatron-core 0.19, HybridModel. Reading recognises both.",
+            panel=FORMAT,
+        ),
+    ] = GPT
+    dtype: Dtype = None
+    shard_size: ShardSize = None
+    make_vocab_size_divisible_by: VocabDivisibility = None
+    strict_config: Annotated[
+        bool,
+        typer.Option(
+            "--strict-config",
+            help="Refuse config features that Megatron's arguments cannot express.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = False
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of `convert`.
+
+        Raises:
+            UsageError: A size is none, or two options exclude each other.
+        """
+        if self.text_only and self.layout not in (FULL, TEXT):
+            raise UsageError(f"--text-only and --layout {self.layout} exclude each other", hint="pass one of them")
+        given = {name: value for name, value in vars(self).items() if name != "text_only"}
+        given["layout"] = TEXT if self.text_only else self.layout
+        given["shard_size"] = None if self.shard_size is None else parse_size(self.shard_size)
+        return given
+
+    def options(self, grid: Parallelism) -> Options:
+        """The same as `Options`.
+
+        Raises:
+            UsageError: As `keywords`; or no type has the name.
+        """
+        return Options(grid=grid, **{**self.keywords(), "dtype": dtype_called(self.dtype)})
 
 
 @dataclass(frozen=True)

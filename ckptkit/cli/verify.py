@@ -16,8 +16,8 @@ from ckptkit.cli.output import Output, annotate, bytes_of
 from ckptkit.cli.records import Prefix
 from ckptkit.errors import UsageError
 from ckptkit.megatron import DDP, DP_KINDS
+from ckptkit.megatron.run_config import CAPACITY
 from ckptkit.verification.run_options import (
-    CAPACITY,
     DEVICES,
     DTYPES,
     LEARNING_RATES,

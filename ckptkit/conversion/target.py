@@ -197,6 +197,5 @@ class Target:
             "make_vocab_size_divisible_by": self.divisible_by,
             **({"megatron_flags": self.megatron_flags} if self.format.sharded else {}),
         }
-        small = {name: path for name, path in source.sidecar.small.items() if name != "config.json"}
-        files = replace(source.sidecar, small=small).lay_out(manifest)
+        files = source.sidecar.lay_out(manifest)
         return [*files, replace(self.config_json, path=f"ckptkit/hf/{self.config_json.path}")]

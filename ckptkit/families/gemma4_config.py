@@ -273,12 +273,23 @@ def unparse_text(config: ModelConfig, base: Raw) -> dict[str, Any]:
         raise UnsupportedError("Gemma 4 whose last layer has a window", hint="transformers gives it none")
     raw = CONFIG.unparse(config, base, parse_text, _values)
     _set_ropes(raw, config, base)
-    wanted = {_kind(layer): _Heads(layer.head_dim, layer.num_kv_heads) for layer in config.layers}
-    if not base or any(_told_heads(raw).get(kind) != heads for kind, heads in wanted.items()):
+    if not base or _names_other_layers(base, config) or not _tells_heads(raw, config):
         _set_heads(raw, config)
     if parse_text(raw).layers != config.layers:
         raise UnsupportedError("config.json of Gemma 4 cannot describe these layers")
     return raw
+
+
+def _names_other_layers(base: Raw, config: ModelConfig) -> bool:
+    """Whether the overrides of `base` are those of layers that `config` has elsewhere, or not at all."""
+    fields = CONFIG.fields(base)
+    types = _layer_types(fields, fields.integer("num_hidden_layers"))
+    return "per_layer_config" in base and types != [_kind(layer) for layer in config.layers]
+
+
+def _tells_heads(raw: Raw, config: ModelConfig) -> bool:
+    told = _told_heads(raw)
+    return all(told.get(_kind(layer)) == _Heads(layer.head_dim, layer.num_kv_heads) for layer in config.layers)
 
 
 def _set_ropes(raw: dict[str, Any], config: ModelConfig, base: Raw) -> None:

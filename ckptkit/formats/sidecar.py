@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError
@@ -49,6 +50,8 @@ class Sidecar:
         headers: Shard file -> raw header.
         extras: Hugging Face tensors without a Megatron slot.
         origin: Hub repository and commit that the model came from, or empty.
+        made: Relative path -> bytes of further small files, which an operation made; they outrank `small`.
+        operation: The operation that made the model, as JSON values for the manifest; or empty.
     """
 
     config: dict[str, Any]
@@ -56,6 +59,8 @@ class Sidecar:
     headers: dict[str, Header] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    made: dict[str, bytes] = field(default_factory=dict)
+    operation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_hf(cls, files: HfFiles, extras: Mapping[str, Tensor]) -> Sidecar:
@@ -67,16 +72,28 @@ class Sidecar:
         """SHA-256 over the source's tensor names, types, shapes and places, in hexadecimal."""
         return _fingerprint(self.headers)
 
+    def small_outputs(self, further: Mapping[str, Path] = MappingProxyType({})) -> list[OutputFile]:
+        """Its small files, without config.json, sorted by name.
+
+        Args:
+            further: More of them, which those of the sidecar outrank.
+        """
+        paths = {name: path for name, path in {**further, **self.small}.items() if name not in self.made}
+        files = [OutputFile.copy(name, str(path), path.stat().st_size) for name, path in paths.items()]
+        files += [OutputFile.small(name, data) for name, data in self.made.items()]
+        return sorted((file for file in files if file.path != "config.json"), key=lambda file: file.path)
+
     def lay_out(self, manifest: Mapping[str, Any]) -> list[OutputFile]:
-        """The files of the sidecar.
+        """The files of the sidecar, without config.json.
 
         Args:
             manifest: Facts about the checkpoint that it goes into.
         """
         text = {"schema": SCHEMA, **manifest, "origin": self.origin, "source_fingerprint": self.fingerprint}
+        if self.operation:
+            text["operation"] = self.operation
         files = [OutputFile.small(f"{FOLDER}/{MANIFEST}", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")]
-        for name, path in sorted(self.small.items()):
-            files.append(OutputFile.copy(f"{FOLDER}/{SMALL}/{name}", str(path), path.stat().st_size))
+        files += [replace(file, path=f"{FOLDER}/{SMALL}/{file.path}") for file in self.small_outputs()]
         for name, header in sorted(self.headers.items()):
             files.append(OutputFile.small(f"{FOLDER}/{HEADERS}/{name}{_HEADER}", header.raw))
         if self.extras:

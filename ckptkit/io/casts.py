@@ -53,22 +53,36 @@ def encode(values: NDArray[np.float32] | NDArray[np.float64], target: DType) -> 
     """
     with np.errstate(all="ignore"):
         if values.dtype == np.float64 and target.name in ("F16", "BF16"):
-            values = _odd(values.astype(np.float64, copy=False))
+            values = _narrowed(values.astype(np.float64, copy=False), _BELOW_TIES[target.name])
         return np.ascontiguousarray(_encode(values, target)).reshape(-1).view(np.uint8)
 
 
-def _odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """float64 as float32 "rounded to odd": towards zero, and the last bit says whether anything was cut off.
+_BELOW_TIES = {"F16": np.uint32(0x0FFF), "BF16": np.uint32(0x7FFF)}
+"""Bits of a float32 that are 0 in every number halfway between two neighbours of a narrower type."""
 
-    Rounding that to nearest in a narrower type gives what rounding the float64 there at once gives.
+
+def _narrowed(values: NDArray[np.float64], below: np.uint32) -> NDArray[np.float32]:
+    """float64 as float32, such that rounding that to a narrower type gives what rounding at once gives.
+
+    Rounding twice differs only where the float32 lies halfway between two narrower numbers, and the float64 did not.
+    There the float32 is "rounded to odd": towards zero, and the last bit says that something was cut off.
+
+    Args:
+        values: The numbers.
+        below: See `_BELOW_TIES`.
     """
     near = values.astype(np.float32)
-    bits = near.view(np.uint32).copy()
-    wide = near.astype(np.float64)
-    inexact = np.isfinite(near) & (wide != values)
-    bits[inexact & (np.abs(wide) > np.abs(values))] -= np.uint32(1)
-    bits[inexact] |= np.uint32(1)
-    return bits.view(np.float32)
+    bits = near.view(np.uint32)
+    halfway = np.flatnonzero((bits & below).reshape(-1) == 0)
+    if not halfway.size:
+        return near
+    exact, some = values.reshape(-1)[halfway], near.reshape(-1)[halfway]
+    wide, odd = some.astype(np.float64), some.view(np.uint32)
+    inexact = np.isfinite(some) & (wide != exact)
+    odd[inexact & (np.abs(wide) > np.abs(exact))] -= np.uint32(1)
+    odd[inexact] |= np.uint32(1)
+    bits.reshape(-1)[halfway] = odd
+    return near
 
 
 def decode(data: Bytes, source: DType) -> NDArray[np.float32] | NDArray[np.float64]:

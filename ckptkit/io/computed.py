@@ -102,6 +102,30 @@ def computed(
     return _made(dtype, tuple(shape), inputs, ("computed", what), make)
 
 
+def recast(tensor: Tensor, dtype: DType, *, double: bool = False) -> Tensor:
+    """A tensor in another type, as a computed one: what is joined with computed tensors must not be a cast.
+
+    Args:
+        tensor: The tensor, of a floating-point type.
+        dtype: The other type.
+        double: Whether the numbers pass as float64.
+    """
+    matrix = as_matrix(tensor)
+
+    def values(start: int, stop: int) -> Values:
+        return numbers(matrix.rows(start, stop), double=double)
+
+    return computed(dtype, matrix.shape, [tensor], ("cast", double), values).reshape(tensor.shape)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """The same elements in whole rows, of which tiles consist. A vector stays one."""
+    if len(tensor.shape) == 1:
+        return tensor
+    width = tensor.shape[-1] if tensor.shape else 1
+    return tensor.reshape((tensor.numel // width if width else 0, width))
+
+
 def permuted(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
     """A tensor of three axes in another order of its axes, as `numpy.transpose` has it."""
     source = tensor.shape

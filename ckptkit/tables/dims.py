@@ -10,10 +10,17 @@ from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 @dataclass(frozen=True, eq=False)
 class Dim:
-    """A size that depends on the config. Its name is for messages."""
+    """A size that depends on the config.
+
+    Attributes:
+        name: For messages.
+        of: (Model, layer) -> the size.
+        by_layer: Whether it is a block for each layer of the model, in their order.
+    """
 
     name: str
     of: Callable[[ModelConfig, LayerConfig], int]
+    by_layer: bool = False
 
     def __mul__(self, factor: int) -> Dim:
         return Dim(f"{factor}*{self.name}", lambda config, layer: factor * self.of(config, layer))
@@ -35,5 +42,5 @@ E = Dim("num_experts", lambda config, layer: config.num_experts)
 I = Dim("moe_intermediate_size", lambda config, layer: config.moe_ffn_hidden_size)  # noqa: E741  the field's letter
 ONE = Dim("1", lambda config, layer: 1)
 P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
-LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size)
+LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size, True)
 VP = Dim("vocab_size_per_layer_input", lambda config, layer: config.per_layer_vocab_size)

@@ -151,10 +151,23 @@ class Family:
         Frequencies of rotary embeddings do so in every family: old releases of transformers kept them, though they
         follow from config.json.
         """
+        if self.follows_from_config(name, config):
+            return True
+        return any(_matches(pattern, name, config.num_layers) for pattern in self.extras)
+
+    def follows_from_config(self, name: str, config: ModelConfig) -> bool:
+        """Whether an extra is a number that the code of the model knows: files with and without it mean the same."""
         if rotary := _ROTARY.fullmatch(name):
             return int(rotary[1] or 0) < config.num_layers
-        patterns = [*self.extras, *(buffer.hf for buffer in self.buffers if buffer.when(config))]
-        return any(_matches(pattern, name, config.num_layers) for pattern in patterns)
+        return any(_matches(buffer.hf, name, config.num_layers) for buffer in self.buffers if buffer.when(config))
+
+    def extra_of_layer(self, name: str, config: ModelConfig) -> int | None:
+        """The number of the layer that an extra belongs to, or None: towers have layers of their own."""
+        if rotary := _ROTARY.fullmatch(name):
+            return None if rotary[1] is None else int(rotary[1])
+        patterns = [*self.extras, *(buffer.hf for buffer in self.buffers)]
+        found = (_layer_in(pattern, name) for pattern in patterns if not pattern.endswith("*"))
+        return next((layer for layer in found if layer is not None and layer < config.num_layers), None)
 
     def missing_buffers(self, present: Collection[str], config: ModelConfig, dtype: DType) -> dict[str, Tensor]:
         """The buffers of a model that `present` lacks, with the values of the class of transformers.
@@ -283,6 +296,12 @@ def _names(spellings: Iterable[Spelling | HfSpelling]) -> str:
 def _matches(pattern: str, name: str, num_layers: int) -> bool:
     if pattern.endswith("*"):
         return name.startswith(pattern[:-1])
+    layer = _layer_in(pattern, name)
+    return layer is not None and layer < num_layers
+
+
+def _layer_in(pattern: str, name: str) -> int | None:
+    """The number in a name in place of the `{i}` of a pattern."""
     head, _, tail = pattern.partition("{i}")
     match = re.fullmatch(f"{re.escape(head)}(0|[1-9][0-9]*){re.escape(tail)}", name)
-    return match is not None and int(match[1]) < num_layers
+    return None if match is None else int(match[1])

@@ -30,7 +30,7 @@ from ckptkit.verification.reports.report import LevelResult, VerificationReport,
 from ckptkit.verification.reports.results import Check
 from ckptkit.verification.rounding import rounding_of
 from ckptkit.verification.run_options import BACKWARD, LEVELS, STEPS, RunKeywords, RunOptions
-from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate
+from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate, widest_window
 from ckptkit.verification.training.level import verify_gradients, verify_training
 from ckptkit.verification.weights import check_structure, check_weights
 
@@ -156,9 +156,10 @@ def check_run(level: str, candidate: Side, grid: Parallelism, config: ModelConfi
     """
     options.check()
     refuse_unused_backwards(level, options)
-    check_candidate(candidate, grid, options)
+    how = options.config(grid, widest_window(config))
+    check_candidate(candidate, how)
     if level in BACKWARD:
-        check_backwards(candidate, grid, options, experts=bool(config.num_experts), value=config.value_head)
+        check_backwards(candidate, how, experts=bool(config.num_experts), value=config.value_head)
     if candidate.grid is not None:
         check_grid(config, grid)
         split_layers(config.num_layers, grid)

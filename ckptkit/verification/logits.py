@@ -69,7 +69,7 @@ def verify_logits(
     options = RunOptions.of(**run)
     options.check()
     pair = Pair(*(open_side(Side(*side), opener) for side in (reference, candidate)))
-    check_candidate(pair.candidate.side, pair.candidate.grid, options)
+    check_candidate(pair.candidate.side, options.config(pair.candidate.grid, pair.candidate.window))
     vocabularies = pair.reference.vocab_size, pair.candidate.vocab_size
     if vocabularies[0] != vocabularies[1]:
         summary = f"the vocabularies differ: {vocabularies[0]} and {vocabularies[1]} tokens"
@@ -85,7 +85,7 @@ def verify_logits(
         runs = run_both(passes, pair, rows, options, steps)
         tell(Step("comparing the logits"))
         judgement = judge(runs, options, steps)
-        location, messages = None, _notes(pair, runs, options)
+        location, messages = None, _notes(pair, runs)
         if not judgement.passed:
             location, more = find_place(passes, pair, runs, judgement, options)
             messages += more
@@ -113,7 +113,7 @@ def own_ranks(pair: Pair, options: RunOptions) -> AbstractContextManager[Ranks]:
     if inside_torchrun():
         return nullcontext(TorchrunRanks())
     sides = (pair.reference, pair.candidate)
-    pool = RankPool(max(side.grid.world_size for side in sides) * options.dp)
+    pool = RankPool(max(options.config(side.grid, side.window).world_size for side in sides))
     if any(side.side.kind == MEGATRON for side in sides):
         pool.begin(options.device)
     return pool
@@ -125,10 +125,10 @@ def _remove(ranks: Ranks, folder: Path) -> None:
     ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _notes(pair: Pair, runs: Runs, options: RunOptions) -> list[str]:
+def _notes(pair: Pair, runs: Runs) -> list[str]:
     """Notes about features that the tokens could not show, and about a candidate that ran in a special way."""
     notes = []
-    window, longest = pair.reference.window, max(map(len, runs.exact.rows))
+    window, longest = runs.exact.config.window, max(map(len, runs.exact.rows))
     if window >= longest:
         notes.append(
             f"no row is longer than the sliding window of {window} tokens, so nothing was hidden by it"
@@ -136,17 +136,18 @@ def _notes(pair: Pair, runs: Runs, options: RunOptions) -> list[str]:
         )
     if pair.reference.side.rounding.casts:
         notes.append(str(pair.reference.side.rounding))
-    ran = _ran(runs.found, options)
-    return [*notes, str(ran)] if ran is not None and options.changes_candidate else notes
+    ran = _ran(runs.found)
+    return [*notes, str(ran)] if ran is not None and runs.found.config.changes_candidate else notes
 
 
-def _ran(found: Run, options: RunOptions) -> CandidateRan | None:
+def _ran(found: Run) -> CandidateRan | None:
     """How the candidate ran, for the report; `check_ran` has compared it with what the ranks saw."""
     if not found.seen:
         return None
     devices = sorted({facts["device"] for facts in found.seen})
-    replication = options.dp_kind if options.dp > 1 else None
-    return CandidateRan(options.packed, options.sequence_parallel, options.dp, replication, devices)
+    run = found.config
+    replication = run.dp_kind if run.dp > 1 else None
+    return CandidateRan(run.packed, run.sequence_parallel, run.dp, replication, devices)
 
 
 def _report(
@@ -176,7 +177,7 @@ def _report(
         megatron_modules={name: count for name, count in modules.items() if name.startswith("megatron.")},
         own_modules={name: count for name, count in modules.items() if not name.startswith("megatron.")},
         versions=runs.found.versions,
-        candidate_ran=_ran(runs.found, options),
+        candidate_ran=_ran(runs.found),
         seconds={
             f"{side}.{phase}": seconds
             for side, run in (("reference", runs.exact), ("candidate", runs.found))

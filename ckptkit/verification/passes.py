@@ -71,7 +71,7 @@ class Passes:
         hf = opened.side.kind == HF
         job = LogitsJob(
             checkpoint=str(opened.side.path),
-            grid=opened.grid,
+            run=options.config(opened.grid, opened.window),
             options=options,
             rows=rows,
             output=str(self.folder / f"{name}.safetensors"),
@@ -86,7 +86,7 @@ class Passes:
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
             adapter=opened.side.adapter,
         )
-        where = "transformers" if hf else f"{job.world_size} rank{'s' if job.world_size > 1 else ''}"
+        where = "transformers" if hf else f"{job.run.world_size} rank{'s' if job.run.world_size > 1 else ''}"
         title = f"{_SIDES[name]} ({where}, {options.dtype})"
 
         def tell(step: Step) -> None:
@@ -98,15 +98,16 @@ class Passes:
         from ckptkit.verification.reference import run_reference
 
         def task() -> dict[str, Any]:
-            return {key: value for key, value in asdict(run_reference(job, tell)).items() if key not in job.files}
+            known = {*job.files, "config"}
+            return {key: value for key, value in asdict(run_reference(job, tell)).items() if key not in known}
 
-        run = Run(**job.files, **self.ranks.once(task))
+        run = Run(config=job.run, **job.files, **self.ranks.once(task))
         # Not every model has a second implementation of attention.
         return run if run.again is None or run.again.is_file() else replace(run, again=None)
 
     def _run_megatron(self, job: LogitsJob, tell: Tell) -> Run:
         answers = self.ranks.run(job, tell)
-        run = Run(**job.files, **answers[0])
+        run = Run(config=job.run, **job.files, **answers[0])
         for answer in answers[1:]:
             run.seen.extend(answer["seen"])
             run.feeds.update(answer["feeds"])
@@ -122,7 +123,7 @@ def check_how_it_ran(job: LogitsJob, seen: Sequence[Seen]) -> None:
     Raises:
         VerificationError: One did not.
     """
-    options = job.options
-    asked = {"packed": options.packed, "sequence_parallel": options.sequence_parallel}
-    replication = options.dp_kind if options.dp > 1 or job.training is not None else None
+    run = job.run
+    asked = {"packed": run.packed, "sequence_parallel": run.sequence_parallel}
+    replication = run.dp_kind if run.dp > 1 or job.training is not None else None
     check_ran({**asked, "replication": replication}, seen)

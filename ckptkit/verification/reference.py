@@ -49,7 +49,7 @@ def run_reference(job: LogitsJob, tell: Tell = nobody) -> Run:
         UnsupportedError: This transformers has no such class, or its routing cannot be replayed.
         VerificationError: There is no memory for it, or the device failed.
     """
-    return Run(**with_model(job, lambda model: _ReferenceRun(model, job, tell).run(), tell))
+    return Run(config=job.run, **with_model(job, lambda model: _ReferenceRun(model, job, tell).run(), tell))
 
 
 def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell = nobody) -> dict[str, Any]:
@@ -74,24 +74,24 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
     from ckptkit.verification.double_precision import double_precision
 
     tell(Step("loading"))
-    model = load_model(job.checkpoint, getattr(torch, job.options.dtype), job.options.device)
+    model = load_model(job.checkpoint, getattr(torch, job.run.dtype), job.run.device)
     rounds = job.rounded if job.adapter is None or not job.adapter.merged else {}
     if rounds:
         round_model(model, rounds, job.checkpoint)
     if job.adapter is not None:
-        model = with_peft(model, job.adapter, getattr(torch, job.options.dtype))
+        model = with_peft(model, job.adapter, getattr(torch, job.run.dtype))
     if job.rounded and not rounds:  # what the candidate stores was rounded with the adapter in it
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        with double_precision(job.options.dtype == "float64"):
+        with double_precision(job.run.dtype == "float64"):
             answer = run(model)
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:
         del model
         gc.collect()
-        if job.options.device != "cpu":
+        if job.run.device != "cpu":
             torch.cuda.empty_cache()
     seconds = {"load": loaded - start, "run": time.monotonic() - loaded}
     return {**answer, "versions": installed_versions(), "seconds": seconds}

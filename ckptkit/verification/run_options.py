@@ -1,6 +1,7 @@
-"""How a verification runs its two sides: one record, from the command line to the rank.
+"""What was asked for: the options of a verification, from the command line to the rank.
 
-A new option is a field of `RunOptions` and of `RunKeywords`, its declaration in `cli/verify.py`, and what reads it.
+A new option is a field of `RunOptions` and of `RunKeywords`, its declaration in `cli/verify.py`, and what reads it. How
+a side then runs is made of them once (`RunOptions.config`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TypedDict, Unpack
 
 from ckptkit.errors import UsageError, VerificationError
 from ckptkit.megatron import DDP, DP_KINDS
+from ckptkit.megatron.run_config import CAPACITY, RunConfig
 from ckptkit.sharding.grid import Parallelism
 
 LEVELS = ("structure", "weights", "logits", "gradients", "training")
@@ -26,8 +28,6 @@ LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 OPTIMIZERS = tuple(LEARNING_RATES)
 STEPS = 4
 """Steps of the level training by default."""
-CAPACITY = 8192
-"""Tokens that go through the candidate at a time by default, in one row if they are packed."""
 TOLERANCE = 1e-4
 TIMEOUT = 3600.0
 """Seconds that a run on Megatron ranks may take by default; a rank that dies is noticed at once."""
@@ -122,10 +122,25 @@ class RunOptions:
             values["save_logits"] = str(path)
         return cls(**values)  # type: ignore[arg-type]  # RunKeywords has the same types, a test compares them
 
-    @property
-    def changes_candidate(self) -> bool:
-        """Whether the candidate runs in another way than the reference."""
-        return self.packed or self.sequence_parallel or self.dp > 1
+    def config(self, grid: Parallelism, window: int) -> RunConfig:
+        """How a side runs.
+
+        Args:
+            grid: The side's grid.
+            window: Its widest sliding window, see `RunConfig`.
+        """
+        return RunConfig(
+            grid=grid,
+            dp=self.dp,
+            dp_kind=self.dp_kind,
+            sequence_parallel=self.sequence_parallel,
+            packed=self.packed,
+            capacity=self.capacity,
+            window=window,
+            device=self.device,
+            dtype=self.dtype,
+            recompute=self.recompute,
+        )
 
     @property
     def grid(self) -> Parallelism | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import StorageError, VerificationError
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.verification.tokens import group_by_length
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Run:
         versions: Package -> version.
         seconds: Phase -> wall-clock seconds.
         seen: Facts that a `what_ran.Observer` recorded on each rank, in order; empty for transformers.
+        config: How it ran.
     """
 
     rows: list[list[int]]
@@ -42,6 +44,7 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     seen: list[dict[str, Any]] = field(default_factory=list)
+    config: RunConfig = RunConfig()  # noqa: RUF009  frozen
 
 
 def run_by_length(

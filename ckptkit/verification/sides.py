@@ -11,11 +11,11 @@ from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.megatron import DDP
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.verification.ranks.jobs import AdapterJob, find, open_model
 from ckptkit.verification.rounding import Rounding
-from ckptkit.verification.run_options import RunOptions
 
 HF, MEGATRON = KINDS = ("hf", "megatron")
 
@@ -86,33 +86,36 @@ def open_side(side: Side, opener: str) -> OpenedSide:
 
 
 def _opened(side: Side, config: ModelConfig, grid: Parallelism) -> OpenedSide:
-    window = max((layer.window or 0 for layer in config.layers), default=0)
-    return OpenedSide(side, config.vocab_size, grid, config.value_head, window, bool(config.num_experts))
+    return OpenedSide(side, config.vocab_size, grid, config.value_head, widest_window(config), bool(config.num_experts))
 
 
-def check_candidate(candidate: Side, grid: Parallelism, options: RunOptions) -> None:
+def widest_window(config: ModelConfig) -> int:
+    """The widest sliding window of a layer in tokens, 0 without one."""
+    return max((layer.window or 0 for layer in config.layers), default=0)
+
+
+def check_candidate(candidate: Side, run: RunConfig) -> None:
     """Whether the candidate can run as asked.
 
     Raises:
         UsageError: It cannot.
     """
-    if candidate.kind == HF and options.changes_candidate:
+    if candidate.kind == HF and run.changes_candidate:
         raise UsageError(
             "packed rows, sequence parallelism and replicas need a candidate that megatron-core runs",
             where=candidate.path,
             hint="give the grid to run it on (--tp, --pp, --ep; --tp 1 for one rank)",
         )
-    if options.sequence_parallel and grid.tp == 1:
+    if run.sequence_parallel and run.grid.tp == 1:
         raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.path)
 
 
-def check_backwards(candidate: Side, grid: Parallelism, options: RunOptions, *, experts: bool, value: bool) -> None:
+def check_backwards(candidate: Side, run: RunConfig, *, experts: bool, value: bool) -> None:
     """Whether the candidate can run backwards as asked.
 
     Args:
         candidate: The candidate.
-        grid: The grid that it runs on.
-        options: How it runs.
+        run: How it runs.
         experts: Whether it has experts.
         value: Whether it has a value head.
 
@@ -120,24 +123,24 @@ def check_backwards(candidate: Side, grid: Parallelism, options: RunOptions, *, 
         UsageError: It cannot, but in another way it could.
         UnsupportedError: It has no next-token loss.
     """
-    check_candidate(candidate, grid, options)
+    check_candidate(candidate, run)
     if value:
         raise UnsupportedError(
             "a value model has no next-token loss", where=candidate.path, hint="verify it with --level logits"
         )
-    if options.dp > 1 and options.dp_kind != DDP:
+    if run.dp > 1 and run.dp_kind != DDP:
         raise UsageError(
-            f"gradients of replicas are reduced by megatron-core's DistributedDataParallel, not by {options.dp_kind}",
+            f"gradients of replicas are reduced by megatron-core's DistributedDataParallel, not by {run.dp_kind}",
             hint=f"--dp-kind {DDP}",
         )
     if candidate.kind == HF:
-        if options.recompute:
+        if run.recompute:
             raise UsageError(
                 "--recompute needs a candidate that megatron-core runs",
                 where=candidate.path,
                 hint="give the grid to run it on (--tp, --pp, --ep; --tp 1 for one rank)",
             )
-    elif experts and grid.tp > 1 and not options.sequence_parallel:
+    elif experts and run.grid.tp > 1 and not run.sequence_parallel:
         raise UsageError(
             "megatron-core trains experts on several tensor parallel ranks under sequence parallelism only",
             where=candidate.path,

@@ -13,12 +13,12 @@ import pytest
 
 from ckptkit import convert, verify
 from ckptkit.errors import InputError
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LogitsReport
-from ckptkit.verification.run_options import RunOptions
 from ckptkit.verification.tokens import default_rows
 from tests.models import MODELS, save_model
 from tests.precision import MANY_ROWS
@@ -103,8 +103,8 @@ def test_sequence_parallelism(model: Saved, tmp_path: Path, pool: RankPool, kind
     convert(model(kind), tmp_path / "meg", to="torch", spec="local", grid=grid)
     output = str(tmp_path / "whole.safetensors")
     rows = [[*row, 3] for row in default_rows(250)]  # an odd length, which needs padding
-    job = LogitsJob(str(tmp_path / "meg"), grid, RunOptions(DEVICE), rows, output)
-    split = replace(job, output=str(tmp_path / "split.safetensors"), options=RunOptions(DEVICE, sequence_parallel=True))
+    job = LogitsJob(str(tmp_path / "meg"), RunConfig(grid, device=DEVICE), rows, output)
+    split = replace(job, output=str(tmp_path / "split.safetensors"), run=replace(job.run, sequence_parallel=True))
     pool.run(job)
     pool.run(split)
     for name, expected in load_file(job.output).items():

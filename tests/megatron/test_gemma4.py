@@ -17,13 +17,13 @@ from ckptkit import convert, verify
 from ckptkit.errors import UsageError
 from ckptkit.families.gemma4_config import parse_text
 from ckptkit.megatron import compat
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import Stage
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import RankPool
-from ckptkit.verification.run_options import RunOptions
 from ckptkit.verification.tokens import default_rows
 from tests.megatron.double_precision import double_precision
 from tests.megatron.gemma4 import KINDS, hf_model, local_state
@@ -790,7 +790,7 @@ def test_logits_in_double_precision_on_ranks(
     convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
     rows, output = tokens_of().tolist(), str(tmp_path / "logits.safetensors")
     opener = "tests.megatron.double_precision:opened"
-    wide_pool.run(LogitsJob(str(tmp_path / "meg"), grid, RunOptions(dtype="float64"), rows, output, opener=opener))
+    wide_pool.run(LogitsJob(str(tmp_path / "meg"), RunConfig(grid, dtype="float64"), rows, output, opener=opener))
     (found,) = load_file(output).values()
     assert found.dtype == torch.float64
     assert (found - expected).abs().max() < DOUBLE * largest(kind)
@@ -826,10 +826,8 @@ def test_sequence_parallelism(saved: Saved, tmp_path: Path, pool: RankPool, kind
     convert(saved(kind), tmp_path / "meg", to="torch", spec="local", grid=grid)
     output = tmp_path / "logits.safetensors"
     tokens = tokens_of(2, 41)  # an odd length, which needs padding
-    job = LogitsJob(
-        str(tmp_path / "meg"), grid, RunOptions(DEVICE, sequence_parallel=True), tokens.tolist(), str(output)
-    )
-    pool.run(job)
+    run = RunConfig(grid, sequence_parallel=True, device=DEVICE)
+    pool.run(LogitsJob(str(tmp_path / "meg"), run, tokens.tolist(), str(output)))
     (found,) = load_file(output).values()
     with torch.no_grad():
         expected = reference(kind)[0](tokens, use_cache=False).logits

@@ -5,7 +5,9 @@ Transformer Engine's modules compute on CUDA devices alone. Without one, they ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from tests.formats.rank_pool import RankProcesses
 @pytest.fixture(scope="session")
 def te_ranks() -> Iterator[RankProcesses]:
     """One rank for each of up to two GPUs, or two on the CPU, which start with the first job."""
-    missing = [name for name in ("megatron.training", "transformer_engine") if not _is_there(name)]
+    missing = [name for name in ("megatron.training", "transformer_engine") if not is_there(name)]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)}")
     import torch
@@ -39,7 +41,8 @@ def computing() -> None:
         pytest.skip("no CUDA device")
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -63,13 +66,28 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @pytest.fixture(scope="session")
-def report() -> Callable[[dict[str, Any]], None]:
-    """Appends a line of figures to the file that CKPTKIT_TE_REPORT names, for the tables in docs/megatron.md."""
-    import json
+def where() -> dict[str, Any]:
+    """What a line of the report says of the machine: versions and devices."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from ckptkit.verification.reports.report import installed_versions
+
+    versions = installed_versions()
+    with contextlib.suppress(PackageNotFoundError):
+        versions["transformer-engine"] = version("transformer-engine")
+    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {"versions": versions, "devices": devices or ["cpu"]}
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, where: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Appends a line of figures to the file that CKPTKIT_TE_REPORT names; `benchmarks/te_table.py` prints a table."""
 
     def append(line: dict[str, Any]) -> None:
         if target := os.environ.get("CKPTKIT_TE_REPORT"):
             with Path(target).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"test": request.node.name, **line, **where}) + "\n")
 
     return append

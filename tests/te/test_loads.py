@@ -102,8 +102,10 @@ def check(report: Report, answers: list[dict[str, Any]], floor: float, bf16: boo
         return
     assert found
     figures = {"max": max(one["max"] for one in found), "floors": max(one["rms"] for one in found) / floor}
-    report({**about, "dtype": "bf16" if bf16 else "fp32", **figures, "modules": answers[0]["modules"]})
-    assert (figures["floors"] <= FLOORS) if bf16 else (figures["max"] <= EXACT), figures
+    passed = (figures["floors"] <= FLOORS) if bf16 else (figures["max"] <= EXACT)
+    about |= {"dtype": "bf16" if bf16 else "fp32", **figures, "passed": passed}
+    report({**about, "modules": answers[0]["modules"]})
+    assert passed, figures
 
 
 @pytest.mark.parametrize(("kind", "to", "bf16"), ONE_RANK, ids=str)
@@ -118,6 +120,25 @@ def test_one_rank(
     strict = strict_files(tmp_path / "m", grid) if to == "torch" else []
     job = Job(flags, str(tmp_path), load=str(tmp_path / "m"), expected=str(expected), strict=strict)
     check(report, run(te_ranks, job), floor, bf16, kind=kind, to=to, grid="TP1", written=str(grid))
+
+
+@pytest.mark.parametrize(
+    ("kind", "strictness"),
+    [
+        *((kind, strictness) for kind in ("gqa", "qwen3") for strictness in ("assume_ok_unexpected", "raise_all")),
+        ("qwen3_moe", "assume_ok_unexpected"),  # see `LAST_NORM` in tests/formats/test_te_keys.py
+    ],
+)
+def test_local_spec(
+    te_ranks: RankProcesses, prepared: Prepared, report: Report, tmp_path: Path, kind: str, strictness: str
+) -> None:
+    """The last norm is Transformer Engine's in the local spec, too."""
+    source, expected, floor = prepared(kind)
+    flags = convert(source, tmp_path / "m", to="torch_dist", spec="local").target["megatron_flags"]
+    assert flags[-2:] == ["--transformer-impl", "local"]
+    flags = [*flags, "--dist-ckpt-strictness", strictness]
+    answers = run(te_ranks, Job(flags, str(tmp_path), load=str(tmp_path / "m"), expected=str(expected)))
+    check(report, answers, floor, False, kind=f"{kind} local {strictness}", to="torch_dist", grid="TP1", written="TP1")
 
 
 @pytest.mark.parametrize(("kind", "name", "to", "bf16"), TWO_GPUS, ids=str)
@@ -144,25 +165,6 @@ def test_two_gpus(
     check(report, run(te_ranks, job), floor, bf16, kind=kind, to=to, grid=name, written=str(written))
 
 
-@pytest.mark.parametrize(
-    ("kind", "strictness"),
-    [
-        *((kind, strictness) for kind in ("gqa", "qwen3") for strictness in ("assume_ok_unexpected", "raise_all")),
-        ("qwen3_moe", "assume_ok_unexpected"),  # see `LAST_NORM` in tests/formats/test_te_keys.py
-    ],
-)
-def test_local_spec(
-    te_ranks: RankProcesses, prepared: Prepared, report: Report, tmp_path: Path, kind: str, strictness: str
-) -> None:
-    """The last norm is Transformer Engine's in the local spec, too."""
-    source, expected, floor = prepared(kind)
-    flags = convert(source, tmp_path / "m", to="torch_dist", spec="local").target["megatron_flags"]
-    assert flags[-2:] == ["--transformer-impl", "local"]
-    flags = [*flags, "--dist-ckpt-strictness", strictness]
-    answers = run(te_ranks, Job(flags, str(tmp_path), load=str(tmp_path / "m"), expected=str(expected)))
-    check(report, answers, floor, False, kind=f"{kind} local {strictness}", to="torch_dist", grid="TP1", written="TP1")
-
-
 def test_local_files_of_ranks(te_ranks: RankProcesses, prepared: Prepared, tmp_path: Path) -> None:
     """They lack the state of that norm: Megatron-LM falls back to loading without strictness, and loads everything."""
     source, _, _ = prepared("qwen3")
@@ -172,13 +174,14 @@ def test_local_files_of_ranks(te_ranks: RankProcesses, prepared: Prepared, tmp_p
 
 
 def test_without_the_flags_it_is_another_model(
-    te_ranks: RankProcesses, computing: None, prepared: Prepared, tmp_path: Path
+    te_ranks: RankProcesses, computing: None, prepared: Prepared, report: Report, tmp_path: Path
 ) -> None:
     """What `--use-checkpoint-args` alone leaves out changes the logits, and nothing says so."""
-    source, expected, _ = prepared("mistral")
+    source, expected, floor = prepared("mistral")
     convert(source, tmp_path / "m", to="torch_dist")
     flags = ["--use-checkpoint-args"]
     (answer,) = run(te_ranks, Job(flags, str(tmp_path), load=str(tmp_path / "m"), expected=str(expected)))
+    report({"kind": "mistral without the flags", "max": answer["max"], "floors": answer["rms"] / floor})
     assert answer["unloaded"] == [] and answer["max"] > 1e-3
 
 
@@ -192,11 +195,13 @@ def test_names_of_the_other_spec_are_not_loaded(te_ranks: RankProcesses, prepare
     assert {name.split(".")[-2] for name in answer["unloaded"]} == {"input_layernorm", "pre_mlp_layernorm"}
 
 
-def test_a_changed_weight_is_seen(te_ranks: RankProcesses, computing: None, prepared: Prepared, tmp_path: Path) -> None:
+def test_a_changed_weight_is_seen(
+    te_ranks: RankProcesses, computing: None, prepared: Prepared, report: Report, tmp_path: Path
+) -> None:
     """What passes above could fail."""
     from safetensors.torch import load_file, save_file
 
-    source, expected, _ = prepared("qwen3")
+    source, expected, floor = prepared("qwen3")
     other = tmp_path / "hf"
     other.mkdir()
     (other / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -205,6 +210,7 @@ def test_a_changed_weight_is_seen(te_ranks: RankProcesses, computing: None, prep
     save_file({**tensors, name: tensors[name].roll(1, 0)}, other / "model.safetensors", {"format": "pt"})
     flags = convert(other, tmp_path / "m", to="torch_dist").target["megatron_flags"]
     (answer,) = run(te_ranks, Job(flags, str(tmp_path), load=str(tmp_path / "m"), expected=str(expected)))
+    report({"kind": "qwen3 with a changed weight", "max": answer["max"], "floors": answer["rms"] / floor})
     assert answer["max"] > 1e-4
 
 

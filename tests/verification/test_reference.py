@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
-from ckptkit.sharding.grid import Parallelism
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reference import OTHER_ATTENTION, run_reference
-from ckptkit.verification.run_options import RunOptions
 from tests.precision import relative_error
 
 
@@ -22,9 +21,9 @@ def copy(llama: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def run(path: Path, **options: Any) -> Any:
-    how = RunOptions(dtype=options.pop("dtype", "float32"))
+    how = RunConfig(dtype=options.pop("dtype", "float32"))
     values: dict[str, Any] = {"output": str(path / "out.safetensors"), **options}
-    return run_reference(LogitsJob(str(path), Parallelism(), how, [[1, 2, 3], [4, 5]], **values))
+    return run_reference(LogitsJob(str(path), how, [[1, 2, 3], [4, 5]], **values))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

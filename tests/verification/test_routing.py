@@ -12,6 +12,7 @@ import torch
 
 from ckptkit import convert
 from ckptkit.errors import UnsupportedError
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.jobs import LogitsJob
@@ -19,7 +20,6 @@ from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reference import run_reference
 from ckptkit.verification.reports.report import LogitsReport
 from ckptkit.verification.routing import Record, hf_routers, judge_routing, read_experts
-from ckptkit.verification.run_options import RunOptions
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import default_rows
 from tests.models import MODELS, save_model
@@ -134,7 +134,7 @@ def test_another_number_of_experts_fails(tmp_path: Path, sure: torch.Tensor) -> 
 @pytest.mark.parametrize("kind", WITH_EXPERTS)
 def test_transformers_goes_where_it_is_sent(tmp_path: Path, kind: str) -> None:
     source = save_model(tmp_path / "hf", kind)
-    job = LogitsJob(str(source), Parallelism(), RunOptions(), default_rows(250), str(tmp_path / "a"))
+    job = LogitsJob(str(source), RunConfig(), default_rows(250), str(tmp_path / "a"))
     own = run_reference(LogitsJob(**{**vars(job), "routing": str(tmp_path / "own")}))
     chosen = read_experts(tmp_path / "own")
     again = run_reference(LogitsJob(**{**vars(job), "output": str(tmp_path / "b"), "replay": str(tmp_path / "own")}))

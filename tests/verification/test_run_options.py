@@ -11,6 +11,7 @@ import pytest
 
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
 from ckptkit.verification.run_options import TIMEOUT, TOLERANCE, RunKeywords, RunOptions
@@ -56,11 +57,18 @@ def test_every_option_reaches_the_rank() -> None:
     assert vars(options) == OTHER
     opening = SourceOptions("ref", 3, StatedGrid(2, last_stage_layers=1), 9)
     part = TrainingPart("folder", 3, ["output_layer.weight"], "sdpa")
-    job = LogitsJob(
-        "a", Parallelism(2), options, [[1]], "out", opening=opening, rounded={"*": "bfloat16"}, training=part
-    )
+    run = options.config(Parallelism(2, first_stage_layers=1), 16)
+    job = LogitsJob("a", run, [[1]], "out", options, opening=opening, rounded={"*": "bfloat16"}, training=part)
     assert LogitsJob.from_json(job.to_json()) == job
     assert all(getattr(options, name) != getattr(RunOptions(), name) for name in OTHER)
+
+
+def test_a_run_is_configured_by_the_options_its_grid_and_its_window() -> None:
+    grid = Parallelism(2)
+    run = RunOptions.of(**OTHER).config(grid, 16)
+    assert vars(run) == {"grid": grid, "window": 16, **{name: OTHER[name] for name in vars(run).keys() & OTHER.keys()}}
+    assert (run.world_size, run.changes_candidate) == (4, True)
+    assert RunConfig() == RunOptions().config(Parallelism(), 0)
 
 
 def test_none_is_the_default_and_paths_become_text() -> None:
@@ -71,7 +79,7 @@ def test_none_is_the_default_and_paths_become_text() -> None:
 
 def test_the_reference_runs_plainly() -> None:
     plain = RunOptions.of(**OTHER).plain()
-    assert not plain.changes_candidate
+    assert not plain.config(Parallelism(), 0).changes_candidate
     assert (plain.device, plain.dtype, plain.replay, plain.timeout) == ("cuda", "float32", False, 60.0)
     trained = (plain.train_steps, plain.optimizer, plain.lr, plain.train_only)
     assert trained == (3, "sgd", 0.5, "*adapter*") and not plain.recompute

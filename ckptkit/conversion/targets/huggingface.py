@@ -15,13 +15,9 @@ def _lay_out(target: Target) -> list[OutputFile]:
     files = lay_out_like(tensors, source.sidecar.headers if shard_size is None else {})
     stale = set() if files is not None else {INDEX, BIN_INDEX}
     files = files or lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
-    taken = {file.path for file in files} | stale | {"config.json"}
+    taken = {file.path for file in files} | stale
     code = {path.name: path for path in source.family.directory.code if "auto_map" in source.sidecar.config}
-    small = [
-        OutputFile.copy(name, str(path), path.stat().st_size)
-        for name, path in sorted({**code, **source.sidecar.small}.items())
-        if name not in taken
-    ]
+    small = [file for file in source.sidecar.small_outputs(code) if file.path not in taken]
     return [*files, *small, target.config_json]
 
 

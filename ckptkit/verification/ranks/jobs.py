@@ -13,6 +13,7 @@ from ckptkit import errors
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.megatron import MODEL
 from ckptkit.checkpoints.source_options import SourceOptions
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.run_options import RunOptions
 
@@ -65,11 +66,11 @@ class LogitsJob:
 
     Attributes:
         checkpoint: Path of the checkpoint.
-        grid: The grid to run it on.
-        options: How it runs; `dtype` is torch's name of the dtype of this run.
+        run: How it runs.
         rows: Token ids, one list per sequence.
         greedy: Most likely tokens to append to every row before the logits are taken.
         output: Safetensors file for the logits (see `runs.save_logits`).
+        options: What else was asked for.
         again: Transformers only: file for the logits of a second run, which computes attention in another way, or None.
         probes: Directory for hidden states, or None.
         whole_layers: Keep hidden states between layers only, not within them.
@@ -83,10 +84,10 @@ class LogitsJob:
     """
 
     checkpoint: str
-    grid: Parallelism
-    options: RunOptions
+    run: RunConfig
     rows: list[list[int]]
     output: str
+    options: RunOptions = RunOptions()  # noqa: RUF009  frozen
     greedy: int = 0
     again: str | None = None
     probes: str | None = None
@@ -98,11 +99,6 @@ class LogitsJob:
     rounded: dict[str, str] = field(default_factory=dict)
     training: TrainingPart | None = None
     adapter: AdapterJob | None = None
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that the job needs."""
-        return self.grid.world_size * self.options.dp
 
     @property
     def files(self) -> dict[str, Any]:
@@ -119,7 +115,7 @@ class LogitsJob:
         """The job that `to_json` wrote."""
         raw = json.loads(text)
         records = {
-            "grid": Parallelism(**raw["grid"]),
+            "run": RunConfig(**{**raw["run"], "grid": Parallelism(**raw["run"]["grid"])}),
             "options": RunOptions(**raw["options"]),
             "opening": SourceOptions.from_json(raw["opening"]),
             "training": None if raw["training"] is None else TrainingPart(**raw["training"]),
@@ -128,7 +124,7 @@ class LogitsJob:
         return LogitsJob(**{**raw, **records})
 
     def __str__(self) -> str:
-        return f"{self.checkpoint} on {self.grid}, {self.options.device}"
+        return f"{self.checkpoint} on {self.run}"
 
 
 def find(name: str) -> Callable[..., Any]:

@@ -105,7 +105,7 @@ class RankPool:
         return processes
 
     def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
-        """Run a job on the first `job.world_size` processes.
+        """Run a job on the first `job.run.world_size` processes.
 
         Args:
             job: The job.
@@ -119,16 +119,16 @@ class RankPool:
             VerificationError: A rank died, took too long, or failed.
             CkptkitError: What a rank raised.
         """
-        if job.world_size > self.world_size:
-            raise UsageError(f"{job.grid} needs {job.world_size} ranks, the pool has {self.world_size}")
+        if job.run.world_size > self.world_size:
+            raise UsageError(f"{job.run.grid} needs {job.run.world_size} ranks, the pool has {self.world_size}")
         tell(Step("starting the ranks"))
-        processes = self.start(job.options.device)
+        processes = self.start(job.run.device)
         meeting_point = str(Path(self._folder.name) / uuid.uuid4().hex)
-        for rank in range(job.world_size):
+        for rank in range(job.run.world_size):
             processes.send(rank, json.dumps({"rank": rank, "meeting_point": meeting_point, "job": job.to_json()}))
         with self._killed_unless_done():
-            answers = self._collect(processes, range(job.world_size), job.options.timeout, str(job), tell)
-        return [answers[rank]["result"] for rank in range(job.world_size)]
+            answers = self._collect(processes, range(job.run.world_size), job.options.timeout, str(job), tell)
+        return [answers[rank]["result"] for rank in range(job.run.world_size)]
 
     def close(self) -> None:
         """End the processes."""
@@ -203,7 +203,7 @@ class TorchrunRanks:
         self._store: dist.Store | None = None
 
     def run(self, job: LogitsJob, tell: Tell = nobody) -> list[dict[str, Any]]:
-        """Run a job on the first `job.world_size` processes; the others wait.
+        """Run a job on the first `job.run.world_size` processes; the others wait.
 
         Args:
             job: The job.
@@ -213,21 +213,21 @@ class TorchrunRanks:
             UsageError: There are too few processes.
             CkptkitError: What a rank raised.
         """
-        if job.world_size > self.world_size:
-            raise UsageError(f"{job.grid} needs {job.world_size} ranks, torchrun started {self.world_size}")
+        if job.run.world_size > self.world_size:
+            raise UsageError(f"{job.run.grid} needs {job.run.world_size} ranks, torchrun started {self.world_size}")
         from torch.distributed import PrefixStore
 
         from ckptkit.verification.ranks.worker import execute
 
         prefix = self._next()
         store = PrefixStore(prefix, self._meet())
-        if self.rank < job.world_size:
+        if self.rank < job.run.world_size:
 
             def failed(error: Exception) -> None:
                 self._set(prefix, self.rank, {"error": encode_error(error)})
 
             self._put(prefix, self.rank, lambda: execute(job, self.rank, store, failed, tell))
-        return [self._get(prefix, rank, job.options.timeout) for rank in range(job.world_size)]
+        return [self._get(prefix, rank, job.options.timeout) for rank in range(job.run.world_size)]
 
     def once(self, task: Callable[[], T]) -> T:
         """Do `task` on rank 0; its result (JSON types) is known to all."""

@@ -52,7 +52,7 @@ def execute(
 
     Args:
         job: The job, the same on all its ranks.
-        rank: Global rank, below `job.world_size`.
+        rank: Global rank, below `job.run.world_size`.
         store: A fresh store on which the ranks meet.
         failed: Told of an error before the group is left, which may wait for ranks that never come.
         tell: Told what the first rank is at.
@@ -68,13 +68,14 @@ def execute(
     from ckptkit.megatron import parallel
     from ckptkit.verification.double_precision import double_precision
 
-    device = parallel.device_of(job.options.device, rank)
+    run = job.run
+    device = parallel.device_of(run.device, rank)
     torch.set_float32_matmul_precision("highest")
     try:
         parallel.initialize(
-            job.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=job.options.dp
+            run.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=run.dp
         )
-        with double_precision(job.options.dtype == "float64"):
+        with double_precision(run.dtype == "float64"):
             return _run(job, rank, device, nobody if rank else tell)
     except Exception as error:
         failed(error)
@@ -95,7 +96,7 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
     start = time.monotonic()
     tell(Step("loading"))
     pipeline = _together(job, rank, device)
-    group = replica_group(job.grid, job.options.dp, rank) if job.options.dp > 1 else None
+    group = replica_group(job.run.grid, job.run.dp, rank) if job.run.dp > 1 else None
     if group is not None:
         check_same_weights(pipeline.chunks, group)
     if job.training is not None:
@@ -103,9 +104,9 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
 
         return train(job, job.training, pipeline, rank)
     if group is not None:
-        pipeline = replace(pipeline, replicated=replicate(job.options.dp_kind, pipeline.chunks, group, device))
+        pipeline = replace(pipeline, replicated=replicate(job.run.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()
-    counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=job.options.packed), "tokens", tell)
+    counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=job.run.packed), "tokens", tell)
     runner = _RankRun(job, replace(pipeline, passed=counted.add))
     rows, groups = runner.run()
     if group is not None:
@@ -146,7 +147,7 @@ class _RankRun:
         job, pipeline = self.job, self.pipeline
         with self.observer.watching():
             rows, groups = run_by_length(job.rows, lambda tokens: pipeline.greedy(tokens, job.greedy), self._forward)
-            if not job.options.packed:
+            if not job.run.packed:
                 return rows, groups
             replay = self.experts if all(map(self._fits, self.experts.values())) else {}
             return rows, run_packed(rows, pipeline.forward_packed, replay, pipeline.tokens_per_pass)
@@ -172,10 +173,11 @@ class _RankRun:
         from ckptkit.megatron.replicas import seat
         from ckptkit.verification.runs import save_logits, save_probes
 
-        job, sits = self.job, seat(self.job.grid, self.job.options.dp, rank)
+        job, grid = self.job, self.job.run.grid
+        sits = seat(grid, job.run.dp, rank)
         if sits.replica:
             return
-        if sits.number == job.grid.world_size - job.grid.stage_size:  # the first rank of the last stage
+        if sits.number == grid.world_size - grid.stage_size:  # the first rank of the last stage
             save_logits(job.output, groups)
         if job.probes:
             save_probes(Path(job.probes), self.recorder.states, rank)
@@ -206,15 +208,15 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     from ckptkit.megatron.pipeline import Pipeline
     from ckptkit.megatron.replicas import seat
 
-    opener = find(job.opener)
+    opener, run, grid = find(job.opener), job.run, job.run.grid
     checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
     if job.rounded:
         checkpoint = _rounded(checkpoint, job.rounded)
-    adapter = None if job.adapter is None else open_laid_out(job.adapter, checkpoint, job.grid, opener)
-    here = seat(job.grid, job.options.dp, rank).place
+    adapter = None if job.adapter is None else open_laid_out(job.adapter, checkpoint, grid, opener)
+    here = seat(grid, run.dp, rank).place
     shards = [
         checkpoint.shard(
-            grid=job.grid,
+            grid=grid,
             pp_rank=here.pp,
             tp_rank=here.tp,
             ep_rank=here.ep,
@@ -222,29 +224,29 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
             spec="local",
             layout="text",
         )
-        for vp_stage in range(job.grid.vpp)
+        for vp_stage in range(grid.vpp)
     ]
     value_head = checkpoint.config.value_head
     chunks = build_chunks(
         checkpoint.config,
-        job.grid,
+        grid,
         _padded_vocab_size(
-            shards, job.grid.tp, checkpoint.padded_vocab_size, [EMBEDDING] if value_head else [EMBEDDING, HEAD]
+            shards, grid.tp, checkpoint.padded_vocab_size, [EMBEDDING] if value_head else [EMBEDDING, HEAD]
         ),
-        dtype=getattr(torch, job.options.dtype),
+        dtype=getattr(torch, run.dtype),
         device=device,
-        sequence_parallel=job.options.sequence_parallel,
-        recompute=job.options.recompute,
+        sequence_parallel=run.sequence_parallel,
+        recompute=run.recompute,
     )
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
         place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"
         where = f"{job.checkpoint} ({place})"
         if adapter is not None:
-            shard.update(_attached(adapter, chunk, job.grid, here, vp_stage, device))
+            shard.update(_attached(adapter, chunk, grid, here, vp_stage, device))
         load_strict(chunk, shard, where=where)
         shard.clear()
     outputs = 1 if value_head else checkpoint.config.vocab_size
-    return Pipeline(chunks, job.grid, device, outputs, job.options.capacity)
+    return Pipeline(chunks, grid, device, outputs, run.capacity)
 
 
 def _attached(
@@ -302,7 +304,7 @@ def _serve(line: str, reply: Callable[[dict[str, Any]], None]) -> None:
 
     try:
         job = LogitsJob.from_json(message["job"])
-        store = dist.FileStore(message["meeting_point"], job.world_size)
+        store = dist.FileStore(message["meeting_point"], job.run.world_size)
         result = execute(job, message["rank"], store, failed, lambda step: reply({"step": asdict(step)}))
     except Exception as error:
         failed(error)

@@ -49,7 +49,7 @@ class _RankTraining:
 
     def __init__(self, job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> None:
         self.job, self.part, self.pipeline = job, part, pipeline
-        self.seat = seat(job.grid, job.options.dp, rank)
+        self.seat = seat(job.run.grid, job.run.dp, rank)
         self.trained = self._trained()
         self.training = Training(pipeline, self.trained)
         self.moved: list[str] = []
@@ -105,16 +105,16 @@ class _RankTraining:
         return self.training.run(batches, backwards=backwards)
 
     def _batches(self, step: int) -> list[Microbatch]:
-        options, grid = self.job.options, self.job.grid
+        run = self.job.run
         experts = read_experts(files.routing_of(self.job.replay, step)) if self.job.replay else {}
         if not all(can_replay(chosen, routers(self.pipeline.chunks)) for chosen in experts.values()):
             experts = {}
         sharing = Sharing(
             ranks=parallel_state.get_data_parallel_world_size(),
             rank=parallel_state.get_data_parallel_rank(),
-            multiple=grid.pp if grid.vpp > 1 else 1,
-            split=grid.tp if options.sequence_parallel else 1,
-            capacity=options.capacity if options.packed else None,
+            multiple=run.grid.pp if run.grid.vpp > 1 else 1,
+            split=run.grid.tp if run.sequence_parallel else 1,
+            capacity=run.capacity if run.packed else None,
         )
         return sharing.deal(self.job.rows, experts)
 
@@ -126,16 +126,16 @@ class _RankTraining:
         opener = find(job.opener)
         checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
         if job.adapter is not None:
-            checkpoint = open_laid_out(job.adapter, checkpoint, job.grid, opener).checkpoint
+            checkpoint = open_laid_out(job.adapter, checkpoint, job.run.grid, opener).checkpoint
         spelling = checkpoint.family.spelling("local", text=True)
         here: Rank = self.seat.place
         return [
             {
                 name
-                for key, name in checkpoint.names_on(stage, here, job.grid, spelling)
+                for key, name in checkpoint.names_on(stage, here, job.run.grid, spelling)
                 if wanted is None or key in wanted
             }
-            for stage in split_layers(checkpoint.config.num_layers, job.grid)
+            for stage in split_layers(checkpoint.config.num_layers, job.run.grid)
             if stage.pp_rank == here.pp
         ]
 

@@ -142,7 +142,7 @@ class _Sides:
         self.options = options
         self.pair = Pair(*(open_side(Side(*side), opener) for side in (reference, candidate)))
         own = self.pair.candidate
-        check_backwards(own.side, own.grid, options, experts=own.experts, value=own.value_head)
+        check_backwards(own.side, options.config(own.grid, own.window), experts=own.experts, value=own.value_head)
         rows = rows_of(tokens, self.pair.reference.vocab_size, ROWS)
         if not any(len(row) > 1 for row in rows):
             raise UsageError("no row has a next token", hint="give longer rows with --tokens")
@@ -208,7 +208,7 @@ class _Sides:
     def details(self, exact: TrainingRun, found: TrainingRun, figures: Comparisons) -> dict[str, Any]:
         """What the report of a level has beside its checks."""
         options = self.options
-        ran = _ran(found, options)
+        ran = _ran(found)
         return {
             "device": options.device,
             "dtype": options.dtype,
@@ -222,7 +222,7 @@ class _Sides:
             "differing": [tensor.name for tensor in figures.tensors if differs(tensor, options)],
             "missing": figures.missing,
             "surplus": figures.surplus,
-            "recompute": options.recompute,
+            "recompute": found.config.recompute,
             "megatron_modules": {name: n for name, n in found.modules.items() if name.startswith("megatron.")},
             "own_modules": {name: n for name, n in found.modules.items() if not name.startswith("megatron.")},
             "versions": found.versions,
@@ -236,8 +236,8 @@ class _Sides:
 
     def messages(self, exact: TrainingRun, found: TrainingRun) -> list[str]:
         """What else to know."""
-        ran = _ran(found, self.options)
-        lines = [str(ran)] if ran is not None and self.options.changes_candidate else []
+        ran = _ran(found)
+        lines = [str(ran)] if ran is not None and found.config.changes_candidate else []
         if self.pair.candidate.side.adapter is not None:
             return [*lines, *described(self.backwards.named(found, files.GRADIENTS).further)]
         return [*lines, *self._padding(exact, found)]
@@ -290,11 +290,12 @@ def _adapters(pair: Pair, opener: str) -> list[Checkpoint]:
     return [open_adapter(job, open_side_with(opener, side), find(opener)) for side, job in jobs if job is not None]
 
 
-def _ran(found: TrainingRun, options: RunOptions) -> CandidateRan | None:
+def _ran(found: TrainingRun) -> CandidateRan | None:
     if found.opened.side.kind != MEGATRON:
         return None
     devices = sorted({facts["device"] for facts in found.seen})
-    return CandidateRan(options.packed, options.sequence_parallel, options.dp, options.dp_kind, devices)
+    run = found.config
+    return CandidateRan(run.packed, run.sequence_parallel, run.dp, run.dp_kind, devices)
 
 
 def _remove(ranks: Ranks, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.verification.passes import check_how_it_ran
 from ckptkit.verification.ranks.adapters import open_laid_out
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find, open_model
@@ -22,6 +23,7 @@ class TrainingRun:
 
     Attributes:
         opened: The side.
+        config: How it ran.
         folder: Its files.
         losses: Loss per token that counts before each step, and after the last one.
         tokens: How many tokens counted.
@@ -36,6 +38,7 @@ class TrainingRun:
     """
 
     opened: OpenedSide
+    config: RunConfig
     folder: Path
     losses: list[float]
     tokens: int
@@ -95,7 +98,7 @@ class Backwards:
         replayed = options.replay and routed_as is not None
         job = LogitsJob(
             checkpoint=str(opened.side.path),
-            grid=opened.grid,
+            run=options.config(opened.grid, opened.window),
             options=options,
             rows=self.rows,
             output=str(own / "logits.safetensors"),
@@ -119,7 +122,7 @@ class Backwards:
         answer = self.ranks.once(task)
         if not answer.pop("found"):
             return None
-        run = TrainingRun(opened, Path(job.output).parent, **answer)
+        run = TrainingRun(opened, job.run, Path(job.output).parent, **answer)
         if not run.padding:
             return run
         traced = names.trace(opened.side.path, run.shapes)
@@ -135,6 +138,7 @@ class Backwards:
         first = answers[0]
         return TrainingRun(
             opened,
+            job.run,
             Path(job.output).parent,
             losses=first["losses"],
             tokens=first["tokens"],

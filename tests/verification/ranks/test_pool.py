@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckptkit.errors import InputError, UsageError, VerificationError
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import RankPool
@@ -23,13 +25,17 @@ from tests.verification.stand_in import OPENER, edit_shard, write_stand_in
 ROOT = Path(__file__).parents[3]
 
 
+def on(grid: Parallelism, **how: Any) -> RunConfig:
+    return RunConfig(grid, device=DEVICE, **how)
+
+
 @pytest.fixture(scope="module")
 def job(llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> LogitsJob:
     folder = tmp_path_factory.mktemp("pool")
     source = llama("gqa", num_hidden_layers=2)
     candidate = write_stand_in(source, folder / "meg", Parallelism(2))
     output = str(folder / "out.safetensors")
-    return LogitsJob(str(candidate), Parallelism(2), RunOptions(DEVICE), [[1, 2, 3, 4, 5]], output, opener=OPENER)
+    return LogitsJob(str(candidate), on(Parallelism(2)), [[1, 2, 3, 4, 5]], output, opener=OPENER)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +83,8 @@ def test_silence_has_an_end(job: LogitsJob) -> None:
             one.run(
                 replace(
                     job,
-                    grid=Parallelism(),
-                    options=RunOptions(DEVICE, timeout=0.5),
+                    run=on(Parallelism()),
+                    options=RunOptions(timeout=0.5),
                     opener="tests.verification.openers:hang",
                 )
             )
@@ -121,7 +127,7 @@ def test_ranks_begin_anew_where_an_import_starts_a_thread(
         assert [command[-3] for command in commands] == ["0", "1"]
         os.kill(pids(ranks)[1], signal.SIGKILL)
         with pytest.raises(VerificationError, match=r"rank 1 died \(killed by signal 9\)"):
-            ranks.run(replace(job, options=RunOptions(DEVICE, timeout=60.0)))
+            ranks.run(replace(job, options=RunOptions(timeout=60.0)))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not survive a fork")
@@ -194,7 +200,7 @@ def test_who_is_interrupted_leaves_no_answer_for_the_next(
 
 def test_a_pool_refuses_what_it_cannot_hold(two: RankPool, job: LogitsJob) -> None:
     with pytest.raises(UsageError, match="TP4 x PP1 needs 4 ranks, the pool has 2"):
-        two.run(replace(job, grid=Parallelism(4)))
+        two.run(replace(job, run=on(Parallelism(4))))
 
 
 def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tmp_path: Path) -> None:
@@ -202,8 +208,8 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
 
     split = str(tmp_path / "split.safetensors")
     pool.run(replace(job, probes=str(tmp_path / "whole")))
-    options = RunOptions(DEVICE, sequence_parallel=True)
-    answers = pool.run(replace(job, output=split, probes=str(tmp_path / "split"), options=options))
+    run = on(Parallelism(2), sequence_parallel=True)
+    answers = pool.run(replace(job, output=split, probes=str(tmp_path / "split"), run=run))
     expected, found = load_file(job.output), load_file(split)
     assert found["logits.5"].shape == (1, 5, 250)  # 5 positions do not divide over 2 ranks
     assert (expected["logits.5"] - found["logits.5"]).abs().max() < 1e-4 * expected["logits.5"].abs().max()
@@ -216,14 +222,14 @@ def test_sequence_parallelism_changes_nothing(pool: RankPool, job: LogitsJob, tm
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_replicas_that_loaded_something_else_are_named(pool: RankPool, job: LogitsJob, kind: str) -> None:
     """Both kinds make every replica a copy of the first one, so that their logits cannot tell."""
-    twice = replace(job, options=RunOptions(DEVICE, dp=2, dp_kind=kind))
+    twice = replace(job, run=on(Parallelism(2), dp=2, dp_kind=kind))
     assert len(pool.run(twice)) == 4
     with pytest.raises(VerificationError, match=r"replica 1 loaded another decoder\.final_layernorm\.weight"):
         pool.run(replace(twice, opener="tests.verification.openers:one_other"))
 
 
 def test_jobs_survive_the_wire(job: LogitsJob) -> None:
-    uneven = replace(job, grid=Parallelism(2, 3, first_stage_layers=1), greedy=3)
+    uneven = replace(job, run=on(Parallelism(2, 3, first_stage_layers=1)), greedy=3)
     assert LogitsJob.from_json(uneven.to_json()) == uneven
 
 

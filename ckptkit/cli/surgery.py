@@ -1,0 +1,232 @@
+"""`ckptkit surgery`: models made of models; the options of its commands, and the calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from ckptkit.cli.choices import MODEL_FORMATS, PRECISIONS
+from ckptkit.cli.convert import HINTS
+from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
+from ckptkit.cli.output import Output
+from ckptkit.errors import UsageError
+
+OPERATION = "Operation"
+"""Heading in the help."""
+
+AVERAGE_EXAMPLES = """\b
+Examples:
+  ckptkit surgery average run-a run-b run-c -o mean --weights 0.5,0.3,0.2
+  ckptkit surgery average checkpoints --iterations 1000,2000,3000 -o mean --hf-reference Llama-3.1-8B
+  ckptkit surgery average checkpoints --last 5 --decay ema:0.9 -o mean --to torch --tp 4"""
+
+SLICE_EXAMPLES = """\b
+Examples:
+  ckptkit surgery slice Llama-3.1-8B -o pruned --layers 0-15,24-31
+  ckptkit surgery slice Llama-3.1-8B -o pruned --drop 20-27 --to torch_dist --tp 2"""
+
+STACK_EXAMPLES = """\b
+Examples:
+  ckptkit surgery stack Mistral-7B:0-23 Zephyr-7B:8-31 -o upscaled"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an operation writes, beside the form of the model."""
+
+    out: Annotated[
+        str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
+    ]
+    to: Annotated[
+        str, choice("--to", MODEL_FORMATS, "Format to write, as for convert. Default: hf.", panel=FORMAT, hints=HINTS)
+    ] = "hf"
+    hash_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--hash-inputs",
+            help="Also record the SHA-256 of every file that weights come from. They are read for it.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = False
+
+    def output(self, form: Form, grid: Grid) -> Any:
+        """The `Output` of an operation."""
+        from ckptkit.editing.commands import Output as Requested
+
+        return Requested(self.out, self.to, form.options(grid.parallelism()), self.hash_inputs)
+
+
+AcceptDifferences = Annotated[
+    bool,
+    typer.Option(
+        "--accept-differences",
+        help="Go on if settings differ that no stored byte depends on (ropes, epsilons, windows).",
+        rich_help_panel=OPERATION,
+    ),
+]
+
+
+def average(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoints of any formats, or the root of one run.")
+    ],
+    written: Written,
+    form: Form,
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="A weight for each; divided by their sum. Default: equal.",
+            rich_help_panel=OPERATION,
+        ),
+    ] = None,
+    iterations: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Iterations of one Megatron run to average.", rich_help_panel=OPERATION),
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="The same for its latest N iterations.", rich_help_panel=OPERATION),
+    ] = None,
+    decay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="uniform|ema:D|linear|sqrt",
+            help="Weights by age, the first being the oldest: equal; a moving average that keeps D at each step; k or"
+            " its square root for the k-th.",
+            rich_help_panel=OPERATION,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        choice(
+            "--precision",
+            PRECISIONS,
+            "Type of the sums, before they are rounded once. Default: float64 for results of 32 bits or more.",
+            panel=OPERATION,
+        ),
+    ] = None,
+    accept_differences: AcceptDifferences = False,
+    json: Json = False,
+) -> None:
+    """Average models of any formats, or the iterations of one run.
+
+    The sums are made tile by tile, and rounded once. No model is loaded. Config and tokenizer are those of the first.
+    """
+    from ckptkit.cli import rendering
+    from ckptkit.editing import commands
+
+    output = Output("-" if json else None)
+    wanted = written.output(form, grid)
+    with output.progress("averaging") as progress:
+        result = commands.average(
+            models,
+            wanted,
+            weights=None if weights is None else _numbers(weights, float, "--weights"),
+            iterations=None if iterations is None else _numbers(iterations, int, "--iterations"),
+            last=last,
+            decay=decay,
+            precision=precision,
+            accept_differences=accept_differences,
+            source=_opening(source),
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
+
+
+def slice_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint of any format.")],
+    written: Written,
+    form: Form,
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="The new layers in their order, as in 0-15,24-31. A layer may come twice.",
+            rich_help_panel=OPERATION,
+        ),
+    ] = None,
+    drop: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="The layers to leave out, instead.", rich_help_panel=OPERATION),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Keep, drop, repeat or reorder layers.
+
+    Every tensor is a copy. config.json follows: windows, types of layers, experts, shared keys and values. Layers that
+    it cannot describe are refused.
+    """
+    from ckptkit.cli import rendering
+    from ckptkit.editing import commands
+
+    output = Output("-" if json else None)
+    wanted = written.output(form, grid)
+    with output.progress("slicing") as progress:
+        result = commands.slice_layers(
+            model, wanted, layers=layers, drop=drop, source=_opening(source), progress=progress, **vars(execution)
+        )
+    output.result(result, rendering.conversion)
+
+
+def stack(
+    parts: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL[:LAYERS]...", help="Models of equal sizes, each with the layers to take."),
+    ],
+    written: Written,
+    form: Form,
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    accept_differences: AcceptDifferences = False,
+    json: Json = False,
+) -> None:
+    """Join layers of several models of equal sizes.
+
+    Every tensor is a copy. Embedding, config and tokenizer are those of the first model, last norm and head those of
+    the last.
+    """
+    from ckptkit.cli import rendering
+    from ckptkit.editing import commands
+
+    output = Output("-" if json else None)
+    wanted = written.output(form, grid)
+    with output.progress("stacking") as progress:
+        result = commands.stack_layers(
+            parts,
+            wanted,
+            accept_differences=accept_differences,
+            source=_opening(source),
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
+
+
+def _opening(source: Source) -> dict[str, Any]:
+    """Options of `open_checkpoint` for models.
+
+    Raises:
+        UsageError: One of them is about adapters.
+    """
+    given = source.keywords()
+    if given.pop("lora_alpha") is not None:
+        raise UsageError("--lora-alpha is about adapters, and the sources are models", hint="drop it")
+    return given
+
+
+def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}", hint="numbers with commas between them") from None

@@ -1,0 +1,288 @@
+"""The operations of `ckptkit surgery`, from paths to a finished output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.sources import facts_of
+from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
+from ckptkit.conversion.options import Options
+from ckptkit.conversion.planning import make_plan
+from ckptkit.editing.averaging import UNIFORM, averaged, check_weights, decayed
+from ckptkit.editing.inputs import Input, Opening, check_alike
+from ckptkit.editing.layers import Place, is_layer_list, layer_list, stacked
+from ckptkit.editing.record import recorded
+from ckptkit.errors import UsageError
+from ckptkit.formats.torch_legacy import iterations as iterations_in
+
+PRECISIONS = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The requested output of an operation.
+
+    Attributes:
+        path: The directory to create.
+        to: `hf`, `packed`, `torch` or `torch_dist`.
+        options: Everything else about it.
+        hash_inputs: Whether the record holds the SHA-256 of the files that the weights come from.
+    """
+
+    path: str | Path
+    to: str = "hf"
+    options: Options = Options()  # noqa: RUF009  frozen
+    hash_inputs: bool = False
+
+
+class _Work:
+    """One operation: opens its inputs, and carries out the plan of the model that it makes."""
+
+    def __init__(self, stack: ExitStack, output: Output, source: Mapping[str, Any] | None, how: How) -> None:
+        self.started, self.execution = time.monotonic(), Execution(**how)
+        self.output = output
+        self.opening = Opening(stack, self.execution.dry_run, dict(source or {}))
+
+    def write(
+        self,
+        operation: str,
+        what: Mapping[str, Any],
+        model: Checkpoint,
+        inputs: Sequence[Input],
+        *,
+        notes: Sequence[str] = (),
+        lossy: Sequence[str] = (),
+        further: Mapping[str, bytes] | None = None,
+    ) -> ConversionResult:
+        """Writes the model, with a record of what was done."""
+        output, execution = self.output, self.execution
+        hash_inputs = output.hash_inputs and not execution.dry_run
+        own = [f"{one.name}: {note}" for one in inputs for note in one.model.notes]
+        disagreements = [text for one in inputs for text in one.model.disagreements]
+        model = recorded(model, operation, what, inputs, hash_inputs=hash_inputs, further=further)
+        model = replace(model, notes=(*own, *notes), disagreements=tuple(disagreements))
+        plan = make_plan(model, output.to, output.options)
+        plan = replace(plan, lossy=(*lossy, *plan.lossy))
+        source = {
+            **facts_of(inputs[0].model),
+            "path": " + ".join(one.name for one in inputs),
+            "operation": dict(model.sidecar.operation),
+        }
+        target = {"path": str(output.path), "format": output.to, "grid": str(output.options.grid), **plan.facts}
+        return carry_out(plan, [one.model for one in inputs], source, target, execution, self.started)
+
+
+def average(
+    models: Sequence[str | Path],
+    output: Output,
+    *,
+    weights: Sequence[float] | None = None,
+    iterations: Sequence[int] | None = None,
+    last: int | None = None,
+    decay: str | None = None,
+    precision: str | None = None,
+    accept_differences: bool = False,
+    source: Mapping[str, Any] | None = None,
+    **how: Unpack[How],
+) -> ConversionResult:
+    """Averages models, or the iterations of one run: `sum(w * W) / sum(w)`, rounded once.
+
+    Args:
+        models: Checkpoints of any formats; with `iterations` or `last`, the root of one run.
+        output: What to write.
+        weights: A weight for each model or iteration. They are divided by their sum. The default is `decay`.
+        iterations: Numbers of the iterations.
+        last: Number of the latest iterations.
+        decay: Weights by age, see `averaging.decayed`; models count as older the earlier they are named.
+        precision: Type of the sums, `float32` or `float64`; the default is float64 for results of 32 bits or more.
+        accept_differences: Continue if settings differ that stored bytes do not depend on.
+        source: Options of `open_checkpoint`, for models that do not describe themselves.
+        how: How the plan is carried out: see `Execution`.
+
+    Raises:
+        UsageError: The request cannot work, or the models have different settings.
+        InputError: A source is damaged, or has tensors that another lacks.
+        UnsupportedError: The models have different sizes.
+        StorageError: The destination cannot be written.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise UsageError(f"--precision {precision}", hint=f"one of {', '.join(PRECISIONS)}")
+    if weights is not None and decay is not None:
+        raise UsageError("--weights and --decay exclude each other", hint="pass one of them")
+    with ExitStack() as stack:
+        work = _Work(stack, output, source, how)
+        if weights is None and iterations is not None:
+            iterations = sorted(iterations)  # decays count from the oldest
+        inputs = _averaged_inputs(work.opening, models, iterations, last)
+        chosen = decayed(decay or UNIFORM, len(inputs)) if weights is None else check_weights(weights, len(inputs))
+        notes = check_alike(inputs, accept_differences=accept_differences)
+        double = None if precision is None else precision == PRECISIONS[1]
+        found = averaged(inputs, chosen, dtype=output.options.dtype, double=double)
+        shares = [weight / sum(chosen) for weight in chosen]
+        given = {"decay": decay, "precision": precision}
+        what = {"weights": shares, **{name: value for name, value in given.items() if value is not None}}
+        told = ", ".join(f"{one.name} {share:.4g}" for one, share in zip(inputs, shares, strict=True))
+        notes += [*found.notes, f"{found.averaged:,} tensors are averaged: {told}"]
+        return work.write("average", what, found.model, inputs, notes=notes)
+
+
+def _averaged_inputs(
+    opening: Opening, models: Sequence[str | Path], iterations: Sequence[int] | None, last: int | None
+) -> list[Input]:
+    if iterations is None and last is None:
+        if len(models) < 2:
+            hint = "name at least two, or one run with --iterations or --last"
+            raise UsageError("one model has no average", hint=hint)
+        names = _unique([str(path) for path in models])
+        return [opening.open(path, name) for path, name in zip(models, names, strict=True)]
+    if iterations is not None and last is not None:
+        raise UsageError("--iterations and --last exclude each other", hint="pass one of them")
+    if len(models) != 1:
+        raise UsageError("--iterations and --last are about one run", hint="name its root alone")
+    root = Path(models[0])
+    if last is not None:
+        there = iterations_in(root) if root.is_dir() else []
+        if len(there) < last:
+            raise UsageError(f"--last {last}: {len(there)} iterations are there", where=root)
+        iterations = [int(folder.name.rpartition("_")[2]) for folder in there[-last:]]
+    assert iterations is not None
+    if len(iterations) < 2 or len(set(iterations)) < len(iterations):
+        raise UsageError("an average is of at least two different iterations", hint="as in --iterations 1000,2000")
+    return [opening.open(root, f"{root}:{number}", number) for number in iterations]
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Names that tell apart models that are named twice."""
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def slice_layers(
+    model: str | Path,
+    output: Output,
+    *,
+    layers: str | None = None,
+    drop: str | None = None,
+    source: Mapping[str, Any] | None = None,
+    **how: Unpack[How],
+) -> ConversionResult:
+    """Keeps, drops, repeats or reorders the layers of a model. Every tensor that is written is a copy.
+
+    Args:
+        model: A checkpoint of any format.
+        output: What to write.
+        layers: The new layers, in their order, as in `0-15,24-31`.
+        drop: Layers to leave out, instead.
+        source: Options of `open_checkpoint`.
+        how: How the plan is carried out: see `Execution`.
+
+    Raises:
+        UsageError: The request cannot work.
+        InputError: The source is damaged.
+        UnsupportedError: config.json cannot describe these layers.
+        StorageError: The destination cannot be written.
+    """
+    if (layers is None) == (drop is None):
+        raise UsageError("slice needs either --layers or --drop", hint="as in --layers 0-15,24-31")
+    with ExitStack() as stack:
+        work = _Work(stack, output, source, how)
+        one = work.opening.open(model)
+        count = one.model.config.num_layers
+        if layers is not None:
+            kept = layer_list(layers, count, "--layers")
+        else:
+            dropped = set(layer_list(drop or "", count, "--drop"))
+            kept = [layer for layer in range(count) if layer not in dropped]
+        made = stacked(one, one, one, [Place(one, layer) for layer in kept])
+        left = sorted(set(range(count)) - set(kept))
+        notes = [f"{len(kept)} layers, of {count} in the source", *_left_behind([one])]
+        if left:
+            notes.append(f"layers {_as_ranges(left)} are left out")
+        return work.write("slice", {"layers": _as_ranges(kept)}, made, [one], notes=notes)
+
+
+def stack_layers(
+    parts: Sequence[str],
+    output: Output,
+    *,
+    accept_differences: bool = False,
+    source: Mapping[str, Any] | None = None,
+    **how: Unpack[How],
+) -> ConversionResult:
+    """Joins layers of several models of equal sizes. Every tensor that is written is a copy.
+
+    Embedding, config.json and tokenizer are those of the first model, the last norm and the head those of the last.
+
+    Args:
+        parts: `MODEL:LAYERS` each, or `MODEL` for all its layers.
+        output: What to write.
+        accept_differences: Continue if settings differ that stored bytes do not depend on.
+        source: Options of `open_checkpoint`, for models that do not describe themselves.
+        how: How the plan is carried out: see `Execution`.
+
+    Raises:
+        UsageError: The request cannot work, or the models have different settings.
+        InputError: A source is damaged.
+        UnsupportedError: The models have different sizes, or config.json cannot describe these layers.
+        StorageError: The destination cannot be written.
+    """
+    named = [_named(text) for text in parts]
+    if not named:
+        raise UsageError("nothing to stack", hint="name MODEL:LAYERS, as in A:0-15 B:8-23")
+    with ExitStack() as stack:
+        work = _Work(stack, output, source, how)
+        opened = {path: work.opening.open(path) for path in dict.fromkeys(path for path, _ in named)}
+        inputs = list(opened.values())
+        notes = check_alike(inputs, accept_differences=accept_differences, layers=False)
+        _check_types(inputs, output.options)
+        places = []
+        for path, layers in named:
+            count = opened[path].model.config.num_layers
+            numbers = range(count) if layers is None else layer_list(layers, count, f"{path}:")
+            places += [Place(opened[path], number) for number in numbers]
+        first, last = opened[named[0][0]], opened[named[-1][0]]
+        made = stacked(first, first, last, places)
+        if made.config.tied and first is not last:
+            notes.append(f"the head is the embedding of {first.name}: the models tie the two")
+        runs = [{"model": path, "layers": layers or "all"} for path, layers in named]
+        notes = [f"{len(places)} layers", *notes, *_left_behind(inputs[1:])]
+        return work.write("stack", {"layers": runs}, made, inputs, notes=notes)
+
+
+def _named(text: str) -> tuple[str, str | None]:
+    """The path and the layers in `MODEL:LAYERS`."""
+    path, colon, layers = text.rpartition(":")
+    if not colon or Path(text).exists() or not is_layer_list(layers):
+        return text, None
+    return path, layers
+
+
+def _check_types(inputs: Sequence[Input], options: Options) -> None:
+    types = dict.fromkeys(one.model.main_dtype for one in inputs)
+    if len(types) > 1 and options.dtype is None:
+        raise UsageError(f"the models are {' and '.join(types)}", hint="--dtype makes them one")
+
+
+def _left_behind(inputs: Sequence[Input]) -> list[str]:
+    """Notes about the towers of models that give layers alone."""
+    return [
+        f"{len(one.model.sidecar.extras):,} tensors outside of the layers of {one.name} are left behind"
+        for one in inputs[1:]
+        if one.model.sidecar.extras
+    ]
+
+
+def _as_ranges(numbers: Sequence[int]) -> str:
+    """Numbers as `layer_list` reads them."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

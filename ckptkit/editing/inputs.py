@@ -1,0 +1,113 @@
+"""The models that an operation reads: how they are opened, and what of them must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.config_fields import differing_fields, in_words
+from ckptkit.checkpoints.lora.megatron import MODEL
+from ckptkit.checkpoints.sources import open_source
+from ckptkit.errors import UnsupportedError, UsageError
+from ckptkit.formats.hub import is_reference
+from ckptkit.tables.model_config import ModelConfig
+
+_OF_TRAINING = ("dtype", "init_std")
+"""Fields that say nothing about what a model computes."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A model that an operation reads.
+
+    Attributes:
+        name: How the user names it, which is unique among the inputs of an operation.
+        model: The opened checkpoint.
+    """
+
+    name: str
+    model: Checkpoint
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Opens the models of an operation.
+
+    Attributes:
+        stack: Keeps fetched files until it closes.
+        headers_only: Fetch no more than a plan needs.
+        options: Options of `open_checkpoint`, for the models that do not describe themselves.
+    """
+
+    stack: ExitStack
+    headers_only: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, path: str | Path, name: str | None = None, iteration: int | None = None) -> Input:
+        """Opens a model. Hugging Face directories and models on the hub describe themselves.
+
+        Args:
+            path: A directory, or `org/model@revision` on the hub.
+            name: How to call it; the default is its path.
+            iteration: One of several iterations in the directory.
+
+        Raises:
+            UsageError: It is an adapter, or there is no such iteration.
+            InputError: It is damaged or incomplete.
+            UnsupportedError: No family or format of ours.
+        """
+        described = is_reference(path) or (Path(path) / "config.json").is_file()
+        options = {} if described else dict(self.options)
+        reference = options.pop("hf_reference", None)
+        if iteration is not None:
+            options["iteration"] = iteration
+        options.setdefault("part", MODEL)
+        model = open_source(self.stack, path, reference, headers_only=self.headers_only, **options)
+        return Input(str(path) if name is None else name, model)
+
+
+def check_alike(inputs: Sequence[Input], *, accept_differences: bool, layers: bool = True) -> list[str]:
+    """Whether the models describe the same model. Notes about what differs all the same.
+
+    Args:
+        inputs: The models.
+        accept_differences: Continue if settings differ that stored bytes do not depend on.
+        layers: Whether the layers are compared, too.
+
+    Raises:
+        UnsupportedError: Their tensors are not the same.
+        UsageError: Their settings are not the same.
+    """
+    first, *others = inputs
+    notes = []
+    for other in others:
+        if other.model.family.name != first.model.family.name:
+            pair = f"{first.model.config.architecture} and {other.model.config.architecture}"
+            raise UnsupportedError(f"two kinds of models: {pair}", where=other.name)
+        one, two = first.model.config, other.model.config
+        found = differing_fields(one, two if layers else _with_layers_of(two, one), ignored=_OF_TRAINING)
+        texts = [
+            f"{'' if item.layer is None else f'layer {item.layer}: '}{item.name} is {in_words(item.right)}, and"
+            f" {in_words(item.left)} in {first.name}"
+            for item in found
+        ]
+        if any(item.is_layout or item.name == "vocab_size" for item in found):
+            hint = "resize-vocab makes vocabularies alike" if _of_vocabulary(one, two) else None
+            raise UnsupportedError(f"a model of other sizes: {'; '.join(texts)}", where=other.name, hint=hint)
+        if texts and not accept_differences:
+            hint = f"--accept-differences goes on with the settings of {first.name}"
+            raise UsageError(f"a model with other settings: {'; '.join(texts)}", where=other.name, hint=hint)
+        notes += [f"{other.name}: {text}, which counts" for text in texts]
+    return notes
+
+
+def _with_layers_of(config: ModelConfig, other: ModelConfig) -> ModelConfig:
+    return replace(config, layers=other.layers)
+
+
+def _of_vocabulary(one: ModelConfig, two: ModelConfig) -> bool:
+    return one.vocab_size != two.vocab_size

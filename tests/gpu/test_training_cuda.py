@@ -1,0 +1,134 @@
+"""Gradients, steps of training, and adapters on CUDA ranks, against transformers and peft.
+
+A grid of n ranks uses NCCL where the machine has n GPUs; with fewer, gloo ranks share them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ckptkit.conversion.convert import convert
+from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.adapters.verify import verify_adapter
+from ckptkit.verification.logits import Side
+from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.reports.report import VerificationReport
+from ckptkit.verification.training.level import verify_gradients
+from tests.gpu.test_cuda import EXACT
+from tests.lora import save_adapter
+from tests.precision import MANY_ROWS
+from tests.verification.adapters.test_against_peft import QUIET
+from tests.verification.training.conftest import Sources
+from tests.verification.training.test_gradients import PACKED, RECOMPUTE, SP, Way, gradients_of, named, record, rows
+from tests.verification.training.test_training import steps_of
+
+pytestmark = pytest.mark.gpu
+
+CUDA = {"device": "cuda"}
+TWO_RANKS: list[tuple[str, Way]] = [
+    ("gqa", (Parallelism(2), SP)),
+    ("gqa", (Parallelism(1, 2), PACKED)),
+    ("qwen3", (Parallelism(1, 2, 2), RECOMPUTE)),
+    ("qwen3_moe", (Parallelism(ep=2), {})),
+    ("gemma3_text", (Parallelism(2), {**SP, **RECOMPUTE})),
+    ("split-mlp", (Parallelism(1, 2), RECOMPUTE)),
+]
+REPLICAS: list[tuple[str, Way]] = [("gqa", (Parallelism(), {"dp": 2}))]
+FOUR_RANKS: list[tuple[str, Way]] = [("mixtral", (Parallelism(2, ep=2), {**SP, **PACKED}))]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return Sources(tmp_path_factory.mktemp("training"))
+
+
+def ran_on_cuda(details: dict[str, Any]) -> bool:
+    """What the ranks said of themselves."""
+    devices = details["candidate_ran"]["devices"]
+    return bool(devices) and "cpu" not in devices
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "way"), [*TWO_RANKS, *REPLICAS, *FOUR_RANKS], ids=named)
+def test_gradients(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way, dtype: str) -> None:
+    answer = gradients_of(sources[kind], tmp_path, pool, way, dtype=dtype, **CUDA)
+    record(kind, way, answer)
+    assert answer.passed, answer.summary
+    assert answer.details["missing"] == answer.details["surplus"] == []
+    assert ran_on_cuda(answer.details)
+
+
+def test_a_fault_in_gradients_is_seen(sources: Sources, tmp_path: Path, pool: RankPool) -> None:
+    """Heads of another order in one layer: what passes above could fail."""
+    other = shutil.copytree(sources["gqa"], tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name].roll(1, 0)}, other / "model.safetensors", {"format": "pt"})
+    convert(other, tmp_path / "meg", to="torch", spec="local", grid=Parallelism(2))
+    sides = Side(sources["gqa"], "hf"), Side(tmp_path / "meg", "megatron")
+    answer = verify_gradients(*sides, pool=pool, tolerance=EXACT, tokens=rows(), device="cuda")
+    assert not answer.passed
+
+
+STEPS = [
+    ("gqa", Parallelism(2), {"optimizer": "sgd", **SP}),
+    ("tied", Parallelism(1, 2), {"optimizer": "adamw", **PACKED}),
+    ("split-mlp", Parallelism(1, 2), {"optimizer": "sgd", "train_only": "*adapter*"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "grid", "how"), STEPS, ids=str)
+def test_steps(
+    sources: Sources, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism, how: dict[str, Any]
+) -> None:
+    answer = steps_of(sources[kind], tmp_path, pool, grid, **how, **CUDA)
+    assert answer.passed, answer.summary
+    assert ran_on_cuda(answer.details)
+    losses = answer.details["losses"]["candidate"]
+    assert losses[-1] < losses[0]
+
+
+def adapted(base: Path, folder: Path, pool: RankPool, grid: Parallelism, **how: Any) -> VerificationReport:
+    """An adapter of a base, converted for a grid, and verified."""
+    adapter = save_adapter(folder / "adapter", base, **QUIET)
+    layout = how.pop("layout", "canonical")
+    convert(adapter, folder / "meg", to="torch", adapter_layout=layout, grid=grid, hf_reference=base)
+    given = {"tokens": MANY_ROWS, "tolerance": EXACT, "pool": pool, **CUDA}
+    return verify_adapter(base, folder / "meg", adapter, **{**given, **how})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "grid", "how"),
+    [
+        ("gqa", Parallelism(2), {"layout": "fused", **SP}),
+        ("gqa", Parallelism(1, 2), {"layout": "peft"}),
+        ("qwen3", Parallelism(2, 2), {}),
+        ("qwen3_moe", Parallelism(ep=2), {}),
+    ],
+    ids=str,
+)
+def test_adapters(
+    sources: Sources, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism, how: dict[str, Any], dtype: str
+) -> None:
+    report = adapted(sources[kind], tmp_path, pool, grid, dtype=dtype, **how)
+    assert [level.name for level in report.levels] == ["structure", "weights", "logits"], report.levels[-1].summary
+    assert report.passed, report.levels[-1].summary
+    assert report.levels[-1].details["candidate_ran"]["devices"] != ["cpu"]
+
+
+def test_another_scale_of_an_adapter_is_seen(sources: Sources, tmp_path: Path, pool: RankPool) -> None:
+    adapter = save_adapter(tmp_path / "adapter", sources["gqa"], **QUIET)
+    half = shutil.copytree(adapter, tmp_path / "half")
+    tensors = load_file(half / "adapter_model.safetensors")
+    scaled = {name: value / 2 if "lora_B" in name else value for name, value in tensors.items()}
+    save_file(scaled, half / "adapter_model.safetensors", {"format": "pt"})
+    convert(half, tmp_path / "meg", to="torch", grid=Parallelism(2), hf_reference=sources["gqa"])
+    given: dict[str, Any] = {"tokens": MANY_ROWS, "tolerance": EXACT, "pool": pool, "keep_going": True, **CUDA}
+    report = verify_adapter(sources["gqa"], tmp_path / "meg", adapter, **given)
+    assert not report.levels[-1].passed and report.levels[-1].name == "logits"
