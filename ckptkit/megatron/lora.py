@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -72,23 +73,23 @@ class Pair(torch.nn.Module):
         about = self._about
         if about.by_columns:
             return about.row(rank), about.column(rank, rows, about.unsplit)
-        return about.column(about.input_size, rank, about.config), about.column(rank, rows, about.unsplit)
+        return about.column_in(rank), about.column(rank, rows, about.unsplit)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """What the linear is given -> B A of it, divided as the linear's output is."""
         about = self._about
         if not about.by_columns:
+            states = about.whole_states(states)
             low = gather_from_tensor_model_parallel_region(self.linear_in(states)[0], group=about.group)
-            return about.gathered(self.linear_out(low)[0])
+            return about.gathered(self.linear_out(about.summed_back(low))[0])
         low = self.linear_in(states)[0]
         if about.partial:  # outputs of experts are sums over ranks, which megatron-core adds up later
             low = reduce_from_tensor_model_parallel_region(low, group=about.group)
-            own = self.linear_out(low)[0]
+            own = self.linear_out(about.summed_back(low))[0]
             at, size = about.group.rank(), own.shape[-1]
             padded: torch.Tensor = F.pad(own, (at * size, (about.group.size() - 1 - at) * size))
             return padded
-        if about.splits_sequence:
-            low = gather_from_sequence_parallel_region(low, group=about.group)
+        low = about.whole_sequence(low)
         out = gather_from_tensor_model_parallel_region(self.linear_out(low)[0], group=about.group)
         if about.splits_sequence:
             out = scatter_to_sequence_parallel_region(out, group=about.group)
@@ -165,9 +166,28 @@ class HalfWholePair(Pair):
         if about.replicated:
             whole: torch.Tensor = self.linear_out(low)
             return whole
-        if about.splits_sequence:
-            low = gather_from_sequence_parallel_region(low, group=about.group)
-        return about.gathered(self.linear_out(low)[0])
+        return about.gathered(self.linear_out(about.whole_sequence(low))[0])
+
+
+class _Whole(torch.nn.Linear):
+    """A factor that every rank holds whole. Where each has seen a part of what it is for, their gradients are summed.
+
+    Args:
+        about: The linear that it is beside.
+        into: Width of the input.
+        out: Width of the output.
+    """
+
+    def __init__(self, about: _About, into: int, out: int) -> None:
+        super().__init__(into, out, bias=False, dtype=about.config.params_dtype)
+        self._about = about
+        # megatron-core reads both marks: whose gradients it sums over tensor parallel ranks, and over which replicas.
+        self.weight.sequence_parallel = about.splits_sequence  # type: ignore[attr-defined]
+        self.weight.allreduce = about.replicated_over_experts  # type: ignore[attr-defined]
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """As of any linear."""
+        return F.linear(states, self._about.summed_back(self.weight))
 
 
 @dataclass(frozen=True)
@@ -179,10 +199,12 @@ class _About:
         unsplit: The same for inputs that hold the whole sequence.
         by_columns: Whether ranks hold columns of the weight (row-parallel).
         replicated: Whether all ranks hold the whole weight.
-        partial: Whether its outputs are sums over the ranks that are still to be added up.
+        apart: Whether megatron-core exchanges tokens around it: outputs of a row-parallel one, and gradients of what
+            goes into a column-parallel one, are sums over the ranks that are still to be added up.
         splits_sequence: Whether the sequence is divided over the ranks outside of linears.
         gathers: Whether its output has all columns.
         expert: Whether it is an expert's.
+        replicated_over_experts: Whether expert parallel ranks hold copies of it.
         input_size: Width of the input over all ranks.
         output_size: Width of the output over all ranks.
         group: The tensor parallel ranks.
@@ -192,10 +214,11 @@ class _About:
     unsplit: Any
     by_columns: bool
     replicated: bool
-    partial: bool
+    apart: bool
     splits_sequence: bool
     gathers: bool
     expert: bool
+    replicated_over_experts: bool
     input_size: int
     output_size: int
     group: Any
@@ -205,23 +228,41 @@ class _About:
         unsplit = copy.copy(linear.config)
         unsplit.sequence_parallel = False
         replicated, by_columns = isinstance(linear, WHOLE), isinstance(linear, RowParallelLinear)
-        apart = not replicated and linear.explicit_expert_comm  # megatron-core exchanges tokens around such linears
+        apart = not replicated and linear.explicit_expert_comm
         return cls(
             config=linear.config,
             unsplit=unsplit,
             by_columns=by_columns,
             replicated=replicated,
-            partial=by_columns and apart,
+            apart=apart,
             splits_sequence=linear.config.sequence_parallel if replicated else linear.sequence_parallel and not apart,
             gathers=replicated or (not by_columns and linear.gather_output),
             expert=not replicated and linear.is_expert,
+            replicated_over_experts=getattr(linear.weight, "allreduce", True),
             input_size=linear.weight.shape[1] if replicated else linear.input_size,
             output_size=linear.weight.shape[0] if replicated else linear.output_size,
             group=get_tensor_model_parallel_group() if replicated else linear.tp_group,
         )
 
-    def column(self, into: int, out: int, config: Any) -> ColumnParallelLinear:
-        return ColumnParallelLinear(into, out, config=config, gather_output=False, **self._common)
+    def column(self, into: int, out: int, config: Any, **options: Any) -> ColumnParallelLinear:
+        return ColumnParallelLinear(into, out, config=config, gather_output=False, **self._common, **options)
+
+    def column_in(self, rank: int) -> ColumnParallelLinear:
+        """A column-parallel A."""
+        if self.replicated and self.splits_sequence:
+            return self.column(self.input_size, rank, self.unsplit, disable_grad_reduce=True)
+        return self.column(self.input_size, rank, self.config)
+
+    def whole_states(self, states: torch.Tensor) -> torch.Tensor:
+        """What goes into a column-parallel A: beside a replicated linear that has a part of the sequence, the whole.
+
+        A linear of megatron-core would gather it into a buffer that all of them share. There the dispatcher of tokens
+        keeps the gradients of a router's input until those of the router are added.
+        """
+        if not (self.replicated and self.splits_sequence):
+            return states
+        whole: torch.Tensor = gather_from_sequence_parallel_region(states, group=self.group)
+        return whole
 
     def row(self, out: int) -> RowParallelLinear:
         return RowParallelLinear(
@@ -229,7 +270,7 @@ class _About:
         )
 
     def whole(self, into: int, out: int) -> torch.nn.Linear:
-        return torch.nn.Linear(into, out, bias=False, dtype=self.config.params_dtype)
+        return _Whole(self, into, out)
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -239,6 +280,27 @@ class _About:
     def all_rows(self, factor: torch.Tensor) -> torch.Tensor:
         """A factor whose rows are divided, whole."""
         whole: torch.Tensor = gather_from_tensor_model_parallel_region(factor.T, group=self.group).T
+        return whole
+
+    @property
+    def partial(self) -> bool:
+        """Whether its outputs are sums over the ranks that are still to be added up."""
+        return self.by_columns and self.apart
+
+    def summed_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same; its gradients are summed over the ranks where megatron-core's linears leave that to others."""
+        if not self.apart:
+            return tensor
+        same: torch.Tensor = copy_to_tensor_model_parallel_region(tensor, group=self.group)
+        return same
+
+    def whole_sequence(self, low: torch.Tensor) -> torch.Tensor:
+        """What goes into a column-parallel factor, which sums the gradients of its input itself."""
+        if not self.splits_sequence:
+            return low
+        whole: torch.Tensor = gather_from_sequence_parallel_region(
+            low, tensor_parallel_output_grad=False, group=self.group
+        )
         return whole
 
     def gathered(self, output: torch.Tensor) -> torch.Tensor:

@@ -74,18 +74,19 @@ class Training:
 
     Args:
         pipeline: The loaded model.
-        frozen: For each chunk the names of its parameters that have no gradient.
+        trained: For each chunk the names of its parameters that have a gradient; None for all of them.
 
     Attributes:
         pipeline: As given.
         chunks: The chunks, wrapped for data parallelism.
     """
 
-    def __init__(self, pipeline: Pipeline, frozen: Sequence[Collection[str]] = ()) -> None:
+    def __init__(self, pipeline: Pipeline, trained: Sequence[Collection[str]] | None = None) -> None:
         self.pipeline = pipeline
-        for chunk, names in zip(pipeline.chunks, frozen, strict=bool(frozen)):
-            for name, parameter in chunk.named_parameters():
-                parameter.requires_grad_(name not in names)
+        if trained is not None:
+            for chunk, names in zip(pipeline.chunks, trained, strict=True):
+                for name, parameter in chunk.named_parameters():
+                    parameter.requires_grad_(name in names)
         config = pipeline.chunks[0].config
         _check_wire(pipeline)
         config.calculate_per_token_loss = True

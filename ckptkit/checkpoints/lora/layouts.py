@@ -365,6 +365,26 @@ class Found:
         return {part_of(self.item, index).module: part for index, part in enumerate(parts.values())}
 
 
+def taken_apart(laid: Checkpoint, record: Record, *, sequential: bool) -> Iterator[Found]:
+    """The pairs of factors of an adapter that `laid_out` has laid out.
+
+    Args:
+        laid: The adapter in that layout, or other tensors in the place of its factors.
+        record: The record of that layout.
+        sequential: Whether each expert is a module of its own.
+    """
+    assert laid.lora is not None
+    rank, layout = record.rank, record.layout
+    for group in groups(laid.lora):
+        if is_fused(group.item, layout, sequential=sequential) or not has_parts(group.item):
+            keys = [fused(group.item, side, rank, layout).key for side in SIDES]
+            yield Found(group.item, None, layout, *(laid.tensors[key] for key in keys))
+            continue
+        for linear in group.linears:
+            keys = [single(linear, side, rank).key for side in SIDES]
+            yield Found(group.item, linear.index, layout, *(laid.tensors[key] for key in keys))
+
+
 @dataclass
 class Canonical:
     """The canonical view of a Megatron adapter, as it is made.
