@@ -60,7 +60,7 @@ $(VLLM_VENV)/.stamp: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin against transformers, on CPU, in an environment of its own
-	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py tests/verification/rollouts/test_vllm.py
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks
