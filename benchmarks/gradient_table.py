@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ Case = dict[str, Any]
 
 def main() -> None:
     """Prints one row for each kind of model: where it ran, and the largest errors."""
-    lines = [line for file in sys.argv[1:] for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    cases = {(case["kind"], way(case), case["dtype"]): case for case in map(json.loads, lines)}
+    cases = read()
     kinds: dict[str, list[Case]] = {}
     for key in sorted(cases):
         kinds.setdefault(key[0], []).append(cases[key])
@@ -30,17 +30,29 @@ def main() -> None:
         cells = [str(len(exact)), *(["-", "-"] if worst is None else [f"{worst['error']:.1e}", way(worst)])]
         cells += [figure(runs, "float64", "error", ".1e"), figure(runs, "bfloat16", "ratio", ".2f")]
         print(f"| {kind} | {' | '.join(cells)} |")
-    versions = {", ".join(f"{name} {version}" for name, version in case["versions"].items()) for case in cases.values()}
-    print(
-        f"\n{len(cases)} runs, {sum(case['passed'] for case in cases.values())} passed; {'; '.join(sorted(versions))}"
-    )
+    print(versions(cases))
+
+
+def read() -> dict[tuple[str, str, str], Case]:
+    """The cases in the files that the command line names, by kind, way and dtype."""
+    lines = [line for file in sys.argv[1:] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    return {(case["kind"], way(case), case["dtype"]): case for case in map(json.loads, lines)}
+
+
+def versions(cases: Mapping[tuple[str, str, str], Case]) -> str:
+    """How many cases passed, and with which versions."""
+    found = {", ".join(f"{name} {version}" for name, version in case["versions"].items()) for case in cases.values()}
+    return f"\n{len(cases)} runs, {sum(case['passed'] for case in cases.values())} passed; {'; '.join(sorted(found))}"
 
 
 def way(case: Case) -> str:
     """How a case ran: its grid without sizes of 1, and its options."""
     sizes = [size for size in case["grid"].split(" x ") if not size.endswith(("P1", " 1"))] or ["one rank"]
     options = [SHORT[name] for name in SHORT if case["how"].get(name)]
-    return " ".join(["x".join(sizes), *([f"DP{case['how']['dp']}"] if "dp" in case["how"] else []), *options])
+    ranks = [f"{name.upper()}{case['how'][name]}" for name in ("cp", "dp") if case["how"].get(name, 1) > 1]
+    if ranks and sizes == ["one rank"]:
+        sizes = [ranks.pop(0)]
+    return " ".join(["x".join(sizes), *ranks, *options])
 
 
 def figure(runs: list[Case], dtype: str, name: str, form: str) -> str:

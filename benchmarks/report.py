@@ -15,7 +15,7 @@ from statistics import median
 from benchmarks.cases import Result
 
 MIB = 1 << 20
-_PACKAGES = ("numpy", "torch", "safetensors", "transformers", "mergekit")
+_PACKAGES = ("numpy", "isal", "torch", "safetensors", "transformers", "mergekit")
 
 
 def machine(place: Path, module: str = "benchmarks") -> dict[str, str]:

@@ -19,7 +19,7 @@ from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.peft import MAGNITUDE
 from ckptkit.io.computed import computed, digest_of, numbers, operand, recast
 from ckptkit.tables.items import Item
-from ckptkit.tables.lora import A, B, is_embedding, linears
+from ckptkit.tables.lora import A, B, is_embedding
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -180,7 +180,6 @@ class _Merger:
     def __init__(self, base: Checkpoint, dtype: DType | None, double: bool) -> None:
         self.base, self.dtype, self.double = base, dtype, double
         self.home = {name: item for item in base.items.values() for name in item.parts}
-        self.known = linears(base.family, base.config)
         self.terms: dict[str, list[Term]] = {}
         self.wholes: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Tensor] = {}
@@ -191,9 +190,8 @@ class _Merger:
         adapter, lora = one.adapter, one.adapter.lora
         if lora is None:
             raise UsageError("no adapter", where=adapter.path, hint="the model comes first, then its adapters")
+        lora.check_fits(self.base.family, self.base.config, adapter.path)
         for module, linear in lora.linears.items():
-            if module not in self.known or self.known[module].shape != linear.shape:
-                raise InputError(f"{module} is not in the model, or has another shape there", where=adapter.path)
             a, b = adapter.tensors[linear.key(A)], adapter.tensors[linear.key(B)]
             self._add(linear.weight, Term(a, b, lora.scales[module] * one.weight), adapter)
         self._add_extras(one)

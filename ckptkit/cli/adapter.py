@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import MODEL_FORMATS, PRECISIONS
+from ckptkit.cli.choices import CASTS, MODEL_FORMATS, PRECISIONS
 from ckptkit.cli.options import (
     FORMAT,
     Execution,
@@ -22,7 +22,6 @@ from ckptkit.cli.options import (
     choice,
 )
 from ckptkit.cli.output import Output
-from ckptkit.conversion.options import CASTS
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
 
@@ -221,3 +220,11 @@ def extract(
             **vars(execution),
         )
     output.result(result, rendering.conversion)
+
+
+GROUP = "Merge LoRA adapters into their model, take one out of a Megatron checkpoint, or make one of two models."
+COMMANDS = {
+    "merge": (merge, MERGE_EXAMPLES),
+    "export": (export, EXPORT_EXAMPLES),
+    "extract": (extract, EXTRACT_EXAMPLES),
+}

@@ -1,43 +1,78 @@
-"""The command `ckptkit`, with all its subcommands. A subcommand imports its implementation only when it runs."""
+"""The command `ckptkit`, with all its subcommands.
+
+The options of a subcommand are declared when somebody asks for it, and its implementation is imported when it runs:
+declaring the options of all takes longer than `inspect` takes for a small checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections import UserDict
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
-from ckptkit.cli import adapter, convert, delta, families, looking, split_llama, surgery, verify
 from ckptkit.cli.exits import EXIT_CODES, Commands
 from ckptkit.cli.help import GroupedCommand
 from ckptkit.cli.records import with_records
 from ckptkit.version import __version__
 
+_MODULES = {
+    "convert": "convert",
+    **dict.fromkeys(("inspect", "diff", "validate", "hash"), "looking"),
+    "verify": "verify",
+    "families": "families",
+    "delta": "delta",
+    "adapter": "adapter",
+    "surgery": "surgery",
+    "split-llama": "split_llama",
+}
+"""Subcommand -> the module that declares it, in the order of the help.
+
+`COMMANDS` of a module has functions and examples by name. The commands of a module with a `GROUP`, which is its help,
+are subcommands of the subcommand.
+"""
+
+
+class _OnDemand(UserDict[str, Any]):
+    """Subcommands by name, each declared when somebody first asks for it. Until then its module's name is here."""
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(found := self.data[name], str):
+            found = self.data[name] = _declared(name, import_module(f"ckptkit.cli.{found}"))
+        return found
+
+
+class _Root(Commands):
+    """The command `ckptkit` itself."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _OnDemand(_MODULES)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names alone: a list of all commands need not declare them."""
+        return list(self.commands)
+
+
+def _declared(name: str, module: Any) -> Any:
+    """A subcommand with its options, or a group of subcommands."""
+    group = getattr(module, "GROUP", None)
+    place = typer.Typer(name=name, help=group, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+    if group is not None:
+        place.callback()(lambda: None)  # with a callback it is a group, however many commands it has
+    for own, (function, examples) in module.COMMANDS.items():
+        if group is not None or own == name:
+            place.command(own, cls=GroupedCommand, epilog=examples)(with_records(function))
+    return get_command(place)
+
+
 app = typer.Typer(
-    cls=Commands,
+    cls=_Root,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
-)
-_adapter = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Merge LoRA adapters into their model, take one out of a Megatron checkpoint, or make one of two models.",
-)
-_split_llama = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Join the first layers of a narrow Llama and the last layers of a wide Llama, with an adapter between them.",
-)
-_surgery = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Make models of models: averages, other layers, other vocabularies, merges by recipe.",
-)
-_delta = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Publish new weights of a model as the difference from the old ones.",
 )
 
 
@@ -49,30 +84,3 @@ def root(
     if version:
         typer.echo(f"ckptkit {__version__}")
         raise typer.Exit
-
-
-def _add(group: typer.Typer, name: str, function: Callable[..., None], examples: str) -> None:
-    group.command(name, cls=GroupedCommand, epilog=examples)(with_records(function))
-
-
-_add(app, "convert", convert.convert, convert.EXAMPLES)
-_add(app, "inspect", looking.inspect, looking.INSPECT_EXAMPLES)
-_add(app, "diff", looking.diff, looking.DIFF_EXAMPLES)
-_add(app, "validate", looking.validate, looking.VALIDATE_EXAMPLES)
-_add(app, "hash", looking.hash_, looking.HASH_EXAMPLES)
-_add(app, "verify", verify.verify, verify.EXAMPLES)
-_add(app, "families", families.families, families.EXAMPLES)
-_add(_adapter, "merge", adapter.merge, adapter.MERGE_EXAMPLES)
-_add(_adapter, "export", adapter.export, adapter.EXPORT_EXAMPLES)
-_add(_adapter, "extract", adapter.extract, adapter.EXTRACT_EXAMPLES)
-_add(_split_llama, "build", split_llama.build, split_llama.BUILD_EXAMPLES)
-_add(_split_llama, "fit", split_llama.fit, split_llama.FIT_EXAMPLES)
-_add(_surgery, "average", surgery.average, surgery.AVERAGE_EXAMPLES)
-_add(_surgery, "slice", surgery.slice_, surgery.SLICE_EXAMPLES)
-_add(_surgery, "stack", surgery.stack, surgery.STACK_EXAMPLES)
-_add(_delta, "make", delta.make, delta.MAKE_EXAMPLES)
-_add(_delta, "apply", delta.apply, delta.APPLY_EXAMPLES)
-app.add_typer(_delta, name="delta")
-app.add_typer(_adapter, name="adapter")
-app.add_typer(_surgery, name="surgery")
-app.add_typer(_split_llama, name="split-llama")

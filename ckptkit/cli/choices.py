@@ -5,5 +5,13 @@ from __future__ import annotations
 MODEL_FORMATS = ("hf", "packed", "torch", "torch_dist")
 FORMATS = (*MODEL_FORMATS, "peft")
 PRECISIONS = ("float32", "float64")
+NEW_ROWS = ("mean", "pieces", "zeros", "normal")
 EXPERTS = ("grouped", "sequential")
+PARTS = ("model", "adapter")
 HASHED = ("tensors", "files")
+CASTS = ("bfloat16", "float16", "float32", "float64")
+FULL, TEXT, LEGACY = "full", "text", "legacy"
+LAYOUTS = (FULL, TEXT, LEGACY)
+HEADS = ("value",)
+ADAPTER_LAYOUTS = ("fused", "canonical", "peft")
+MEGATRON_MODELS = GPT, HYBRID = ("gpt", "hybrid")

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.choices import FORMATS
-from ckptkit.cli.options import FORMAT, Execution, Form, Grid, Json, Source, choice
+from ckptkit.cli.choices import ADAPTER_LAYOUTS, FORMATS, PARTS
+from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
 from ckptkit.cli.output import Output
-from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
 HINTS = {
@@ -26,7 +25,8 @@ Examples:
   ckptkit convert llama-tp4pp2 llama-pp3 --to torch --pp 3
   ckptkit convert checkpoints/iter_0001000 trained-hf --to hf --hf-reference Llama-3.1-8B
   ckptkit convert model model-bf16 --to hf --dtype bfloat16 --shard-size 5GB --json
-  ckptkit convert adapter adapter-tp4 --to torch_dist --tp 4 --hf-reference Llama-3.1-8B"""
+  ckptkit convert adapter adapter-tp4 --to torch_dist --tp 4 --hf-reference Llama-3.1-8B
+  ckptkit convert Llama-3.1-8B both-tp4 --to torch_dist --tp 4 --adapter adapter"""
 
 
 def convert(
@@ -49,6 +49,24 @@ def convert(
     source: Source,
     execution: Execution,
     form: Form,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="ADAPTER",
+            help="Write this adapter, of any format, beside the weights, as training with an adapter saves both.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        choice(
+            "--part",
+            PARTS,
+            "The part to take of a Megatron checkpoint that holds an adapter beside the weights.",
+            panel=SOURCE,
+        ),
+    ] = None,
     adapter_layout: Annotated[
         str | None,
         choice(
@@ -85,7 +103,9 @@ def convert(
             dst,
             to=to,
             grid=parallelism,
+            adapter=adapter,
             adapter_layout=adapter_layout,
+            part=part,
             lossy=lossy,
             progress=progress,
             **wanted,
@@ -93,3 +113,6 @@ def convert(
             **vars(execution),
         )
     output.result(result, rendering.conversion)
+
+
+COMMANDS = {"convert": (convert, EXAMPLES)}

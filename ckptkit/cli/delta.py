@@ -112,3 +112,7 @@ def apply(
             **vars(execution),
         )
     output.result(result, rendering.conversion)
+
+
+GROUP = "Publish new weights of a model as the difference from the old ones."
+COMMANDS = {"make": (make, MAKE_EXAMPLES), "apply": (apply, APPLY_EXAMPLES)}

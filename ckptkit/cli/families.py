@@ -21,3 +21,6 @@ def families(json: Json = False) -> None:
     supported = supported_architectures()
     data = [asdict(architecture) for architecture in supported]
     Output("-" if json else None).result(supported, rendering.architectures, data)
+
+
+COMMANDS = {"families": (families, EXAMPLES)}

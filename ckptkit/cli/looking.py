@@ -203,3 +203,11 @@ def hash_(
             **source.keywords(),
         )
     output.result(result, rendering.hashes)
+
+
+COMMANDS = {
+    "inspect": (inspect, INSPECT_EXAMPLES),
+    "diff": (diff, DIFF_EXAMPLES),
+    "validate": (validate, VALIDATE_EXAMPLES),
+    "hash": (hash_, HASH_EXAMPLES),
+}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckptkit.cli.choices import EXPERTS
-from ckptkit.conversion.options import CASTS, FULL, LAYOUTS, TEXT, VALUE, Options, dtype_called
+from ckptkit.cli.choices import CASTS, EXPERTS, FULL, GPT, HEADS, LAYOUTS, MEGATRON_MODELS, TEXT
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.sizes import parse_size
-from ckptkit.tables.hybrid_names import GPT, MODELS
+
+if TYPE_CHECKING:
+    from ckptkit.conversion.options import Options
 
 FORMAT, GRID, SOURCE, EXECUTION, OUTPUT = "Format", "Parallel grid", "Source", "Execution", "Output"
 """Headings in the help."""
@@ -142,7 +143,7 @@ class Form:
         str | None,
         choice(
             "--head",
-            (VALUE,),
+            HEADS,
             "Put a value head (one output per token) in place of a language model's head.",
             panel=FORMAT,
         ),
@@ -160,7 +161,7 @@ class Form:
         str,
         choice(
             "--megatron-model",
-            MODELS,
+            MEGATRON_MODELS,
             "The model class whose names and arguments Megatron formats get: GPTModel, or its successor since"
             " megatron-core 0.19, HybridModel. Reading recognises both.",
             panel=FORMAT,
@@ -197,6 +198,8 @@ class Form:
         Raises:
             UsageError: As `keywords`; or no type has the name.
         """
+        from ckptkit.conversion.options import Options, dtype_called
+
         return Options(grid=grid, **{**self.keywords(), "dtype": dtype_called(self.dtype)})
 
 

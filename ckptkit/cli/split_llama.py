@@ -215,3 +215,7 @@ def fit(
             **vars(execution),
         )
     output.result(result, rendering.conversion)
+
+
+GROUP = "Join the first layers of a narrow Llama and the last layers of a wide Llama, with an adapter between them."
+COMMANDS = {"build": (build, BUILD_EXAMPLES), "fit": (fit, FIT_EXAMPLES)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ckptkit.cli.choices import MODEL_FORMATS, PRECISIONS
+from ckptkit.cli.choices import MODEL_FORMATS, NEW_ROWS, PRECISIONS
 from ckptkit.cli.convert import HINTS
 from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
 from ckptkit.cli.output import Output
@@ -30,6 +30,16 @@ Examples:
 STACK_EXAMPLES = """\b
 Examples:
   ckptkit surgery stack Mistral-7B:0-23 Zephyr-7B:8-31 -o upscaled"""
+
+MERGE_EXAMPLES = """\b
+Examples:
+  ckptkit surgery merge ties.yaml -o merged
+  ckptkit surgery merge slerp.yaml -o merged-tp4 --to torch --tp 4 --dtype bfloat16"""
+
+RESIZE_EXAMPLES = """\b
+Examples:
+  ckptkit surgery resize-vocab Llama-3.1-8B -o larger --tokenizer my-tokenizer --new-rows pieces
+  ckptkit surgery resize-vocab Llama-3.1-8B -o larger --size 128320 --to torch --tp 4"""
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,107 @@ def stack(
     output.result(result, rendering.conversion)
 
 
+def merge(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file of mergekit's YAML.")],
+    written: Written,
+    form: Form,
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**63 - 1, metavar="N", help="Seed of dare_ties and dare_linear.", rich_help_panel=OPERATION
+        ),
+    ] = 0,
+    accept_differences: AcceptDifferences = False,
+    json: Json = False,
+) -> None:
+    """Merge models by a recipe in mergekit's YAML.
+
+    Methods: passthrough, linear, slerp, task_arithmetic, ties, dare_ties, dare_linear. Any other method or key is
+    refused by name. Norms and k-th magnitudes take a pass of their own; no tensor is loaded as a whole.
+    """
+    from ckptkit.cli import rendering
+    from ckptkit.editing import commands
+
+    output = Output("-" if json else None)
+    wanted = written.output(form, grid)
+    with output.progress("merging") as progress:
+        result = commands.merge(
+            recipe,
+            wanted,
+            seed=seed,
+            accept_differences=accept_differences,
+            source=_opening(source),
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
+
+
+def resize_vocab(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint of any format.")],
+    written: Written,
+    form: Form,
+    grid: Grid,
+    source: Source,
+    execution: Execution,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the new tokenizer; tokens are matched by text.", rich_help_panel=OPERATION
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of rows. Without --tokenizer, the last rows are left out, or new ones follow.",
+            rich_help_panel=OPERATION,
+        ),
+    ] = None,
+    new_rows: Annotated[
+        str,
+        choice(
+            "--new-rows",
+            NEW_ROWS,
+            "Rows of new tokens: the mean of all rows; the mean of the rows of the pieces that the old tokenizer makes"
+            " of them; zeros; or random with mean and deviation of each column.",
+            panel=OPERATION,
+        ),
+    ] = NEW_ROWS[0],
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, metavar="N", help="Seed of normal rows.", rich_help_panel=OPERATION),
+    ] = 0,
+    json: Json = False,
+) -> None:
+    """Add, drop or renumber tokens: rows of the embedding and of the head.
+
+    The rows of tokens that stay are copies. The ids of special tokens in config.json follow.
+    """
+    from ckptkit.cli import rendering
+    from ckptkit.editing import commands
+
+    output = Output("-" if json else None)
+    wanted = written.output(form, grid)
+    with output.progress("resizing") as progress:
+        result = commands.resize_vocabulary(
+            model,
+            wanted,
+            tokenizer=tokenizer,
+            size=size,
+            new_rows=new_rows,
+            seed=seed,
+            source=_opening(source),
+            progress=progress,
+            **vars(execution),
+        )
+    output.result(result, rendering.conversion)
+
+
 def _opening(source: Source) -> dict[str, Any]:
     """Options of `open_checkpoint` for models.
 
@@ -230,3 +341,13 @@ def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{option} {text}", hint="numbers with commas between them") from None
+
+
+GROUP = "Make models of models: averages, other layers, other vocabularies, merges by recipe."
+COMMANDS = {
+    "average": (average, AVERAGE_EXAMPLES),
+    "slice": (slice_, SLICE_EXAMPLES),
+    "stack": (stack, STACK_EXAMPLES),
+    "merge": (merge, MERGE_EXAMPLES),
+    "resize-vocab": (resize_vocab, RESIZE_EXAMPLES),
+}

@@ -37,6 +37,7 @@ Examples:
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --junit report.xml --html report.html
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --markdown - >> "$GITHUB_STEP_SUMMARY"
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --dp 2
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --packed --sequence-parallel --cp 2
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --level gradients --sequence-parallel --recompute
   ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
   ckptkit verify Llama-3.1-8B adapter-tp4 --adapter adapter
@@ -104,6 +105,14 @@ class Run:
             rich_help_panel=RUN,
         ),
     ] = False
+    cp: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Cut every sequence of the candidate over N context parallel ranks, as Megatron does.",
+            rich_help_panel=RUN,
+        ),
+    ] = 1
     dp: Annotated[
         int,
         typer.Option(
@@ -390,3 +399,6 @@ def _read_tokens(path: Path | None) -> list[list[int]] | None:
     from ckptkit.verification.tokens import read_rows
 
     return read_rows(path)
+
+
+COMMANDS = {"verify": (verify, EXAMPLES)}

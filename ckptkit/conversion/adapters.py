@@ -7,12 +7,13 @@ from dataclasses import fields, replace
 from math import lcm
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.lora.layouts import Record, laid_out
+from ckptkit.checkpoints.lora.dora import unlike_peft
+from ckptkit.checkpoints.lora.layouts import laid_out
 from ckptkit.checkpoints.lora.sources import RECORD
 from ckptkit.conversion.bridge_adapter import target_modules
 from ckptkit.conversion.changes import cast_floats
 from ckptkit.conversion.options import Options
-from ckptkit.conversion.target import Target, WritableFormat
+from ckptkit.conversion.target import Adapted, Target, WritableFormat
 from ckptkit.errors import UsageError
 from ckptkit.formats.peft import CONFIG
 from ckptkit.formats.sidecar import FOLDER
@@ -33,25 +34,51 @@ def make_adapter_plan(source: Checkpoint, format: WritableFormat, options: Optio
         UnsupportedError: Megatron cannot express the adapter.
     """
     _check_options(options, format)
-    lossy: list[str] = []
-    if options.dtype is not None:
-        config = source.sidecar.config
-        source, lossy = cast_floats(source, options.dtype)
-        # The dtype in config.json is that of the base, and stays.
-        source = replace(source, sidecar=replace(source.sidecar, config=config))
+    source, lossy = cast_adapter(source, options)
     if not format.megatron:
         files = format.lay_out(Target(source, options, format))
     else:
-        target = Target(source, options, format)
-        sequential = target.spelling.experts == SEQUENTIAL
-        check_heads(source.config, options.adapter_layout, target.grid.tp)
-        layout = options.adapter_layout or FUSED
-        multiple = 1 if layout == PEFT else lcm(target.grid.tp, target.grid.expert_tp)
-        adapter, record, lost = laid_out(source, layout, multiple, sequential=sequential, lossy=options.lossy)
+        source, adapted, lost = in_layout(source, Target(source, options, format))
         lossy += lost
-        target = Target(adapter, options, format, record)
-        files = [*format.lay_out(target), *_beside(target, record)]
+        target = Target(source, options, format, adapted)
+        files = [*format.lay_out(target), *beside(target)]
     return Plan(tuple(files), source.comparisons, tuple(lossy), source.notes, dict(source.coverage))
+
+
+def cast_adapter(source: Checkpoint, options: Options) -> tuple[Checkpoint, list[str]]:
+    """An adapter in the type that `--dtype` asks for, and a sentence for each loss."""
+    if options.dtype is None:
+        return source, []
+    config = source.sidecar.config
+    source, lossy = cast_floats(source, options.dtype)
+    # The dtype in config.json is that of the base, and stays.
+    return replace(source, sidecar=replace(source.sidecar, config=config)), lossy
+
+
+def in_layout(source: Checkpoint, target: Target) -> tuple[Checkpoint, Adapted, list[str]]:
+    """An adapter in the layout of Megatron that is asked for.
+
+    Args:
+        source: The adapter.
+        target: The output that it goes into.
+
+    Returns:
+        The adapter in that layout, the facts about it, and a sentence for each loss.
+
+    Raises:
+        UsageError: The grid cannot hold it, or its scales ask for `lossy`.
+        UnsupportedError: Megatron cannot express it.
+    """
+    assert source.lora is not None
+    options, grid = target.options, target.grid
+    check_heads(source.config, options.adapter_layout, grid.tp)
+    layout = options.adapter_layout or FUSED
+    multiple = 1 if layout == PEFT else lcm(grid.tp, grid.expert_tp)
+    sequential = target.spelling.experts == SEQUENTIAL
+    adapter, record, lost = laid_out(source, layout, multiple, sequential=sequential, lossy=options.lossy)
+    items = [linear.item for linear in source.lora.linears.values()]
+    unlike = unlike_peft(items, source.config, grid.tp) if source.lora.config.dora else []
+    return adapter.noting(*(f"not the DoRA of peft: {text}" for text in unlike)), Adapted(record, source.lora), lost
 
 
 def _check_options(options: Options, format: WritableFormat) -> None:
@@ -89,8 +116,10 @@ def check_heads(config: ModelConfig, layout: str | None, tp: int) -> None:
         )
 
 
-def _beside(target: Target, record: Record) -> list[OutputFile]:
+def beside(target: Target) -> list[OutputFile]:
     """The record of the way back, and for `peft` the config by which others know alpha."""
+    assert target.adapter is not None
+    record = target.adapter.record
     text = json.dumps(record.to_json(), indent=2, sort_keys=True)
     files = [OutputFile.small(f"{FOLDER}/{RECORD}", text.encode() + b"\n")]
     if record.layout == PEFT:
@@ -99,7 +128,7 @@ def _beside(target: Target, record: Record) -> list[OutputFile]:
             "r": record.rank,
             "lora_alpha": record.alpha,
             "use_rslora": False,
-            "target_modules": target_modules(target.source, target.spelling.prefix, record),
+            "target_modules": target_modules(target.source, target.adapter.lora, target.spelling.prefix, record),
         }
         files.append(OutputFile.small(CONFIG, json.dumps(raw, indent=2, sort_keys=True).encode() + b"\n"))
     return files

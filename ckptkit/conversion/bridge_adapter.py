@@ -6,9 +6,11 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.layouts import Record
+from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.errors import UnsupportedError
 from ckptkit.tables.lora import CANONICAL, FUSED, PEFT, is_linear
 
+_DORA = "megatron.bridge.peft.dora.DoRA"
 _CLASSES = {FUSED: "megatron.bridge.peft.lora.LoRA", CANONICAL: "megatron.bridge.peft.canonical_lora.CanonicalLoRA"}
 _CANONICAL_WORDS = {
     "linear_qkv": {"q": "linear_q", "k": "linear_k", "v": "linear_v"},
@@ -16,10 +18,16 @@ _CANONICAL_WORDS = {
 }
 
 
-def bridge_section(source: Checkpoint, prefix: str, record: Record) -> dict[str, Any]:
+def bridge_section(source: Checkpoint, lora: Lora, prefix: str, record: Record) -> dict[str, Any]:
     """The `peft` section of `run_config.yaml`, from which Megatron-Bridge builds the adapter.
 
-    Source: `LoRA` and `CanonicalLoRA` of Megatron-Bridge: their fields, and `ModuleMatcher.match`.
+    Args:
+        source: What is written, adapter or model with adapter.
+        lora: The facts about the adapter.
+        prefix: What the names of the model begin with.
+        record: How the adapter's ranks are made up.
+
+    Source: `LoRA`, `CanonicalLoRA` and `DoRA` of Megatron-Bridge: their fields, and `ModuleMatcher.match`.
 
     Raises:
         UnsupportedError: Megatron-Bridge has no class for these names.
@@ -27,20 +35,19 @@ def bridge_section(source: Checkpoint, prefix: str, record: Record) -> dict[str,
     if record.layout == PEFT:
         raise UnsupportedError("Megatron-Bridge has no class for the names of --adapter-layout peft")
     return {
-        "_target_": _CLASSES[record.layout],
-        "target_modules": target_modules(source, prefix, record),
+        "_target_": _DORA if lora.config.dora else _CLASSES[record.layout],
+        "target_modules": target_modules(source, lora, prefix, record),
         "dim": record.rank,
         "alpha": record.alpha,
         "dropout": 0.0,
-        "share_expert_adapters": False,
+        **({} if lora.config.dora else {"share_expert_adapters": False}),
     }
 
 
-def target_modules(source: Checkpoint, prefix: str, record: Record) -> list[str]:
+def target_modules(source: Checkpoint, lora: Lora, prefix: str, record: Record) -> list[str]:
     """The last words of the names of Megatron's modules, if these include no other module; else their full names."""
-    assert source.lora is not None
     there: dict[str, str] = {}
-    for linear in source.lora.linears.values():
+    for linear in lora.linears.values():
         there.update(_words(linear.item.key, linear.word, record.layout))
     known: dict[str, str] = {}
     for item in source.family.items(source.config):

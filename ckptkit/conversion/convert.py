@@ -12,10 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Unpack
 
+from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
 from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import FULL, Options, dtype_called
 from ckptkit.conversion.planning import make_plan
+from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.hybrid_names import GPT
 
@@ -40,7 +42,9 @@ def convert(
     head: str | None = None,
     head_init: str | None = None,
     megatron_model: str = GPT,
+    adapter: str | Path | None = None,
     adapter_layout: str | None = None,
+    part: str | None = None,
     lora_alpha: float | None = None,
     lossy: bool = False,
     **how: Unpack[How],
@@ -69,7 +73,10 @@ def convert(
         head: `value` turns a language model into a value model: one output per token in place of the logits.
         head_init: Weights of the new head: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
         megatron_model: The model class of Megatron-Core whose names and arguments are written: `gpt` or `hybrid`.
+        adapter: An adapter of any format that is written beside the model's weights, or None.
         adapter_layout: Names of an adapter in Megatron: `fused` (the default), `canonical` or `peft`.
+        part: `model` or `adapter`, the part to take of a Megatron source that holds both. With `adapter` the source
+            gives its model.
         lora_alpha: Alpha of a Megatron adapter that does not record it.
         lossy: Whether the factors of an adapter may be rounded, where their scales differ by other ratios than powers
             of two.
@@ -99,6 +106,8 @@ def convert(
         adapter_layout=adapter_layout,
         lossy=lossy,
     )
+    if adapter is not None and part == ADAPTER:
+        raise UsageError("--part adapter and --adapter exclude each other", hint="the source gives its model")
     with ExitStack() as stack:
         source = open_source(
             stack,
@@ -108,9 +117,16 @@ def convert(
             iteration=iteration,
             stored_grid=stored_grid,
             vocab_size=vocab_size,
-            lora_alpha=lora_alpha,
+            lora_alpha=lora_alpha if adapter is None else None,
+            part=part if adapter is None else MODEL,
         )
-        plan = make_plan(source, to, options)
+        added = None
+        if adapter is not None:
+            added = open_source(
+                stack, adapter, None, headers_only=execution.dry_run, base=source, part=ADAPTER, lora_alpha=lora_alpha
+            )
+        plan = make_plan(source, to, options, added)
+        opened = [source] if added is None else [source, added]
         source_facts = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
         target_facts = {"path": str(dst), "format": to, "grid": str(grid), **plan.facts}
-        return carry_out(plan, [source], source_facts, target_facts, execution, started)
+        return carry_out(plan, opened, source_facts, target_facts, execution, started)

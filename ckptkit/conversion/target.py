@@ -8,13 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid, vocabulary_multiple
+from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid, most_common_dtype, vocabulary_multiple
 from ckptkit.checkpoints.lora.layouts import Record
+from ckptkit.checkpoints.lora.megatron import is_adapter_name
+from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.run_config import run_config
 from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
+from ckptkit.dtypes import TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.json_files import read_json
+from ckptkit.formats.sidecar import OF_ADAPTER, Sidecar
 from ckptkit.formats.torch_dist import FOLDER
 from ckptkit.io.plan import OutputFile
 from ckptkit.megatron_args.flags import megatron_flags
@@ -30,7 +34,7 @@ _NULL_TOKENIZER = "NullTokenizer"
 """Without a run_config.yaml, Megatron-Bridge asks `args` for a tokenizer, by which it counts tokens: one more than
 `vocab_size`, since this tokenizer has an end of its own."""
 
-_OF_MEGATRON_LM = ("te", "local")
+OF_MEGATRON_LM = ("te", "local")
 """Spellings whose names are those of Megatron-LM's own models."""
 
 
@@ -73,6 +77,21 @@ class NoRunConfig:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """The adapter of an output, in a layout of Megatron.
+
+    Attributes:
+        record: How its ranks are made up.
+        lora: The facts about it.
+        sidecar: Its Hugging Face side, where it stands beside the weights of its model; None if it stands alone.
+    """
+
+    record: Record
+    lora: Lora
+    sidecar: Sidecar | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """The output of a conversion.
 
@@ -83,13 +102,21 @@ class Target:
         source: The model, after all changes.
         options: The requested output.
         format: The format.
-        adapter: For an adapter in a layout of Megatron, how its ranks are made up; else None.
+        adapter: The adapter in a layout of Megatron, alone or beside the model; None for a model alone, and for an
+            adapter in another format.
     """
 
     source: Checkpoint
     options: Options
     format: WritableFormat
-    adapter: Record | None = None
+    adapter: Adapted | None = None
+
+    @cached_property
+    def dtype(self) -> str:
+        """The element type that most bytes of the model have, or of an adapter that stands alone, as torch names it."""
+        tensors = self.source.tensors
+        of_model = [tensor for key, tensor in tensors.items() if not is_adapter_name(key)]
+        return TORCH_DTYPE_NAMES[most_common_dtype(of_model or tensors.values())]
 
     @property
     def grid(self) -> Parallelism:
@@ -139,9 +166,9 @@ class Target:
     def args(self) -> dict[str, Any]:
         """Megatron-LM's `args`, as plain values."""
         source, spelling = self.source, self.spelling
-        tokens = source.config.vocab_size if self.adapter is not None else source.tensors[EMBEDDING].shape[0]
+        tokens = source.tensors[EMBEDDING].shape[0] if EMBEDDING in source.tensors else source.config.vocab_size
         rows = padded_vocab_size(tokens, self.divisible_by, self.grid.tp)
-        config = replace(source.config, dtype=source.main_dtype)
+        config = replace(source.config, dtype=self.dtype)
         local = spelling.name == "local" or source.family.quirks.local_only(source.config)
         args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts, local=local)
         if self.format.any_grid and isinstance(self.run_config, NoRunConfig):
@@ -155,7 +182,7 @@ class Target:
     def megatron_flags(self) -> list[str] | None:
         """The words after `pretrain_gpt.py` with which Megatron-LM builds this model, or None where no words do."""
         ropes = [layer.rope.kind for layer in self.source.config.layers]
-        if self.spelling.name not in _OF_MEGATRON_LM or (self.spelling.hybrid and inexpressible_as_hybrid(ropes)):
+        if self.spelling.name not in OF_MEGATRON_LM or (self.spelling.hybrid and inexpressible_as_hybrid(ropes)):
             return None
         fixed = None if self.format.any_grid else self.grid
         return megatron_flags(self.source.family, self.source.config, self.args, fixed)
@@ -167,10 +194,13 @@ class Target:
             return NoRunConfig("a run_config.yaml can describe GPTModel only")
         text = self.options.layout == TEXT
         try:
-            peft = None if self.adapter is None else bridge_section(self.source, self.spelling.prefix, self.adapter)
+            peft = None if self.adapter is None else self._peft_section(self.adapter)
             return run_config(self.source, self.grid, self.divisible_by, self.spelling, FOLDER, text=text, peft=peft)
         except UnsupportedError as error:
             return NoRunConfig(error.what)
+
+    def _peft_section(self, adapter: Adapted) -> dict[str, Any]:
+        return bridge_section(self.source, adapter.lora, self.spelling.prefix, adapter.record)
 
     @cached_property
     def config_json(self) -> OutputFile:
@@ -197,5 +227,7 @@ class Target:
             "make_vocab_size_divisible_by": self.divisible_by,
             **({"megatron_flags": self.megatron_flags} if self.format.sharded else {}),
         }
-        files = source.sidecar.lay_out(manifest)
-        return [*files, replace(self.config_json, path=f"ckptkit/hf/{self.config_json.path}")]
+        files = source.sidecar.lay_out(manifest, self.config_json)
+        if self.adapter is not None and self.adapter.sidecar is not None:
+            files += self.adapter.sidecar.lay_out(manifest, folder=OF_ADAPTER)
+        return files

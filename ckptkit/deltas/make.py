@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from ckptkit.formats.delta.reading import ENTRY
 from ckptkit.formats.delta.tiles import Tiling
 from ckptkit.inspection.structure import config_differences
 from ckptkit.io.cores import moving_threads
+from ckptkit.io.crc import crc32
 from ckptkit.io.hashes import TensorHash
 from ckptkit.io.plan import OutputFile, Plan, literal, source_files
 from ckptkit.io.segments import Segment
@@ -327,7 +327,7 @@ class _Tiles:
         from ckptkit.formats.delta.codec import WHOLE as WHOLE_TILE
 
         whole = coding == WHOLE_TILE
-        crc = zlib.crc32(new.data if whole else data)
+        crc = crc32(new.data if whole else data)
         self._table += ENTRY.pack(coding, len(new) if whole else len(data), crc)
         if whole:  # it need not be kept: NEW has it
             self._flush()

@@ -14,14 +14,21 @@ from ckptkit.checkpoints.sources import facts_of
 from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
+from ckptkit.editing import recipes, vocabulary
 from ckptkit.editing.averaging import UNIFORM, averaged, check_weights, decayed
 from ckptkit.editing.inputs import Input, Opening, check_alike
 from ckptkit.editing.layers import Place, is_layer_list, layer_list, stacked
+from ckptkit.editing.merging import merged
 from ckptkit.editing.record import recorded
-from ckptkit.errors import UsageError
+from ckptkit.editing.tokenizers import with_tokenizer
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.formats.tokenizer_json import TOKENIZER
 from ckptkit.formats.torch_legacy import iterations as iterations_in
+from ckptkit.io.regular import read_bounded
 
 PRECISIONS = ("float32", "float64")
+RECIPE = "mergekit_config.yml"
+"""Name of the copy of a recipe beside the model."""
 
 
 @dataclass(frozen=True)
@@ -286,3 +293,112 @@ def _as_ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def merge(
+    recipe: str | Path,
+    output: Output,
+    *,
+    seed: int = 0,
+    accept_differences: bool = False,
+    source: Mapping[str, Any] | None = None,
+    **how: Unpack[How],
+) -> ConversionResult:
+    """Merges models by a recipe in mergekit's YAML.
+
+    Args:
+        recipe: The file. Relative paths in it count from the current directory, or else from the file.
+        output: What to write; its type outranks that of the recipe.
+        seed: Seed of the methods that draw random numbers.
+        accept_differences: Continue if settings differ that stored bytes do not depend on.
+        source: Options of `open_checkpoint`, for models that do not describe themselves.
+        how: How the plan is carried out: see `Execution`.
+
+    Raises:
+        UsageError: The request cannot work, or the models have different settings.
+        InputError: A source is damaged, or the recipe contradicts itself.
+        UnsupportedError: The recipe asks for what is not done here, or the models cannot be merged.
+        StorageError: The destination cannot be written.
+    """
+    file = Path(recipe)
+    text = read_bounded(file, recipes.LARGEST)
+    wanted = recipes.read_recipe(text, file)
+    with ExitStack() as stack:
+        work = _Work(stack, output, source, how)
+        opened = {name: work.opening.open(recipes.model_path(name, file), name) for name in wanted.models}
+        inputs = list(opened.values())
+        notes = check_alike(inputs, accept_differences=accept_differences, layers=not wanted.sliced)
+        found = merged(wanted, opened, out=output.options.dtype, seed=seed, where=file)
+        model = found.model
+        if wanted.tokenizer is not None:
+            model = with_tokenizer(model, _donor(wanted, opened, file), inputs)
+        what = {"recipe": wanted.text, "method": wanted.method, "seed": seed}
+        further = {RECIPE: text}
+        return work.write("merge", what, model, inputs, notes=[*notes, *found.notes], further=further)
+
+
+def _donor(recipe: recipes.Recipe, opened: Mapping[str, Input], where: Path) -> Input:
+    """The model whose tokenizer a recipe asks for."""
+    name = recipe.base if recipe.tokenizer == "base" else recipe.tokenizer
+    if name == "union":
+        hint = "resize-vocab gives models one tokenizer; then name a model"
+        raise UnsupportedError("tokenizer_source: union is not done here", where=where, hint=hint)
+    if name is None or name not in opened:
+        raise InputError(f"tokenizer_source: {recipe.tokenizer} is none of the models", where=where)
+    return opened[name]
+
+
+def resize_vocabulary(
+    model: str | Path,
+    output: Output,
+    *,
+    tokenizer: str | Path | None = None,
+    size: int | None = None,
+    new_rows: str = vocabulary.MEAN,
+    seed: int = 0,
+    source: Mapping[str, Any] | None = None,
+    **how: Unpack[How],
+) -> ConversionResult:
+    """Gives a model another vocabulary: the rows of tokens that it keeps are copies, in the embedding and in the head.
+
+    Args:
+        model: A checkpoint of any format.
+        output: What to write.
+        tokenizer: Folder of the new tokenizer, with tokenizer.json. Tokens are matched by their text.
+        size: Number of rows; without `tokenizer` the last rows are left out, or new ones follow them.
+        new_rows: How rows are made that no old token has: `mean` of all old rows, mean of the `pieces` that the old
+            tokenizer makes of the token's text, `zeros`, or `normal` with mean and deviation of each column.
+        seed: Seed of `normal`.
+        source: Options of `open_checkpoint`.
+        how: How the plan is carried out: see `Execution`.
+
+    Raises:
+        UsageError: The request cannot work.
+        InputError: The source or a tokenizer is damaged.
+        UnsupportedError: The model has no tokenizer.json to match tokens by.
+        StorageError: The destination cannot be written.
+    """
+    if tokenizer is None and size is None:
+        raise UsageError("resize-vocab needs --tokenizer or --size", hint="as in --size 32064")
+    if new_rows not in vocabulary.KINDS:
+        raise UsageError(f"--new-rows {new_rows}", hint=f"one of {', '.join(vocabulary.KINDS)}")
+    with ExitStack() as stack:
+        work = _Work(stack, output, source, how)
+        one = work.opening.open(model)
+        before = one.model.config.vocab_size
+        further: dict[str, bytes] = {}
+        notes: list[str] = []
+        if tokenizer is None:
+            rows = vocabulary.rows_of_size(size or 0, before, new_rows, seed)
+            made = vocabulary.with_rows(one, rows)
+        else:
+            folder, old = Path(tokenizer), vocabulary.tokenizer_of(one)
+            rows, moved = vocabulary.rows_by_token(old, folder / TOKENIZER, before, size, new_rows, seed)
+            made, further, notes = vocabulary.with_tokens(vocabulary.with_rows(one, rows), folder, old, moved)
+        copied = len(rows.old) - rows.made
+        notes.append(
+            f"{len(rows.old):,} rows, of {before:,}: {copied:,} are copies, {rows.made:,} are made ({new_rows})"
+        )
+        given = {"tokenizer": None if tokenizer is None else str(tokenizer), "size": size}
+        what = {**{key: value for key, value in given.items() if value is not None}, "new_rows": new_rows, "seed": seed}
+        return work.write("resize-vocab", what, made, [one], notes=notes, further=further)

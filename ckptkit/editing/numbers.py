@@ -1,12 +1,12 @@
-"""Tensors that are computed from several tensors of one shape, tile by tile."""
+"""Averages, element by element."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.dtypes import DType
-from ckptkit.io.computed import as_matrix, computed, numbers
+from ckptkit.io.computed import elementwise
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -14,27 +14,6 @@ if TYPE_CHECKING:
 
 WIDE = ("F32", "F64")
 """Types in which an error of float32 sums would show."""
-
-
-def elementwise(
-    dtype: DType, inputs: Sequence[Tensor], what: object, values: Callable[[list[Values]], Values], *, double: bool
-) -> Tensor:
-    """A tensor whose elements are each computed from the elements at the same place of some tensors.
-
-    Args:
-        dtype: Its type.
-        inputs: The tensors, of one shape.
-        what: What is computed, as a value whose `repr` says it in full.
-        values: Rows of every input, in float32 or float64 -> rows of the result. It may change its arguments.
-        double: Whether the inputs come in float64.
-    """
-    shape = inputs[0].shape
-    rows = [as_matrix(tensor) for tensor in inputs]
-
-    def make(start: int, stop: int) -> Values:
-        return values([numbers(tensor.rows(start, stop), double=double) for tensor in rows])
-
-    return computed(dtype, rows[0].shape, inputs, (what, double), make).reshape(shape)
 
 
 def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float], dtype: DType, *, double: bool) -> Tensor:
@@ -48,7 +27,7 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float], dtype: DT
     """
     whole = sum(weights)
 
-    def mean(values: list[Values]) -> Values:
+    def mean(at: int, values: list[Values]) -> Values:
         total, *others = values
         if weights[0] != 1:
             total = total * total.dtype.type(weights[0])

@@ -75,6 +75,11 @@ def parse_name(name: str, where: object) -> Stored:
     return Stored("whole", inner.replace(".base_layer.", "."))
 
 
+def magnitude_name(module: str) -> str:
+    """The stored name of the lengths of a weight's rows (DoRA)."""
+    return f"{PREFIX}{module}{MAGNITUDE}"
+
+
 def factor_name(module: str, side: str, depth: int = 0) -> str:
     """The stored name of a factor."""
     return f"{PREFIX}{module}{'.base_layer' * depth}.lora_{side}.weight"

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.errors import InputError
-from ckptkit.formats.torch_file.trees import check_tree
+from ckptkit.formats.yaml_files import read_yaml
 from ckptkit.io.plan import OutputFile
-from ckptkit.io.regular import read_bounded
-
-if TYPE_CHECKING:
-    from yaml import MappingNode, SafeLoader, ScalarNode
 
 RUN_CONFIG = "run_config.yaml"
 _LARGEST = 512 << 10
-_LONGEST_NUMBER = 64
 
 # For a run that continues from the checkpoint: there is no optimizer state, and no state of random numbers.
 _CHECKPOINT = {
@@ -61,27 +55,6 @@ def lay_out_run_config(model: Mapping[str, Any], folder: str, peft: Mapping[str,
     return OutputFile.small(f"{folder}/{RUN_CONFIG}", text.encode())
 
 
-@cache
-def _loader() -> type[SafeLoader]:
-    """PyYAML's safe loader without its two slow features: merged mappings and very long numbers take endless time."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def flatten_mapping(self, node: MappingNode) -> None:
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    raise yaml.constructor.ConstructorError(None, None, "a merged mapping", key.start_mark)
-
-        def construct_yaml_int(self, node: ScalarNode) -> int:
-            if len(node.value) > _LONGEST_NUMBER:
-                raise yaml.constructor.ConstructorError(None, None, "a number too long to be one", node.start_mark)
-            found: int = super().construct_yaml_int(node)
-            return found
-
-    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
-    return Loader
-
-
 def read_run_config(folder: Path) -> dict[str, Any]:
     """The `model` section beside a checkpoint's `.metadata`; empty if there is no such file.
 
@@ -109,15 +82,7 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / RUN_CONFIG
     if not os.path.lexists(path):
         return {}
-    import yaml
-
-    data = read_bounded(path, _LARGEST)
-    try:
-        content = yaml.load(data, Loader=_loader())
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        problem = " ".join(str(error).split())[:120]
-        raise InputError(f"not valid YAML ({problem})", where=path) from None
-    check_tree(content, len(data), "it", path)
+    content = read_yaml(path, _LARGEST)
     if not isinstance(content, dict):
         raise InputError("no section `model`", where=path)
     return content

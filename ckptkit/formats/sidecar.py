@@ -5,6 +5,7 @@
 - `headers/` holds the raw safetensors headers, so that the way back gives the same files byte for byte. Their names are
   `SHARD.header`: they hold no tensors, so `**/*.safetensors` must not find them.
 - `extras.safetensors` holds the tensors that have no place in Megatron.
+- `adapter/` is the sidecar of an adapter beside the weights of its model.
 
 Its bytes do not depend on time, paths or the number of threads.
 """
@@ -31,6 +32,8 @@ from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
 
 FOLDER = "ckptkit"
+OF_ADAPTER = f"{FOLDER}/adapter"
+"""The sidecar of an adapter beside the weights of its model."""
 SCHEMA = 2
 """The schema that is written. Schema 1 gave a header the name of its shard; it can still be read."""
 
@@ -83,21 +86,28 @@ class Sidecar:
         files += [OutputFile.small(name, data) for name, data in self.made.items()]
         return sorted((file for file in files if file.path != "config.json"), key=lambda file: file.path)
 
-    def lay_out(self, manifest: Mapping[str, Any]) -> list[OutputFile]:
-        """The files of the sidecar, without config.json.
+    def lay_out(
+        self, manifest: Mapping[str, Any], config: OutputFile | None = None, folder: str = FOLDER
+    ) -> list[OutputFile]:
+        """The files of the sidecar.
 
         Args:
             manifest: Facts about the checkpoint that it goes into.
+            config: config.json as it is to be written. None: that of the sidecar, unchanged.
+            folder: Where they go, below the checkpoint's root.
         """
         text = {"schema": SCHEMA, **manifest, "origin": self.origin, "source_fingerprint": self.fingerprint}
         if self.operation:
             text["operation"] = self.operation
-        files = [OutputFile.small(f"{FOLDER}/{MANIFEST}", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")]
-        files += [replace(file, path=f"{FOLDER}/{SMALL}/{file.path}") for file in self.small_outputs()]
+        files = [OutputFile.small(f"{folder}/{MANIFEST}", json.dumps(text, indent=2, sort_keys=True).encode() + b"\n")]
+        if config is None:
+            config = OutputFile.copy("config.json", str(path := self.small["config.json"]), path.stat().st_size)
+        for file in (*self.small_outputs(), config):
+            files.append(replace(file, path=f"{folder}/{SMALL}/{file.path}"))
         for name, header in sorted(self.headers.items()):
-            files.append(OutputFile.small(f"{FOLDER}/{HEADERS}/{name}{_HEADER}", header.raw))
+            files.append(OutputFile.small(f"{folder}/{HEADERS}/{name}{_HEADER}", header.raw))
         if self.extras:
-            files.append(safetensors.lay_out(f"{FOLDER}/{EXTRAS}", self.extras))
+            files.append(safetensors.lay_out(f"{folder}/{EXTRAS}", self.extras))
         return files
 
 
@@ -108,16 +118,20 @@ def _fingerprint(headers: Mapping[str, Header]) -> str:
     return digest.hexdigest()
 
 
-def read_sidecar(path: Path) -> Sidecar | None:
+def read_sidecar(path: Path, name: str = FOLDER) -> Sidecar | None:
     """The sidecar of a checkpoint, or None if it has none.
 
     What only the family knows is not checked here: `ckptkit.checkpoints.sidecar_contents` does that.
+
+    Args:
+        path: The checkpoint's root.
+        name: The sidecar's folder in it.
 
     Raises:
         InputError: It is damaged, or holds what no writer puts there.
         UnsupportedError: A newer ckptkit wrote it.
     """
-    folder = path / FOLDER
+    folder = path / name
     if not _is_sidecar(folder):
         return None
     manifest = read_json(folder / MANIFEST)

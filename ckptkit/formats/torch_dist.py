@@ -38,7 +38,8 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.(.+)")
 _STACKED = re.compile(r"(?!.*\blayers\.\d+\.)(.*?\blayers)\.(.+)")
-_MODULE = r"[a-z]\w*(?:\.adapter(?:\.adapter_\w+)?\.linear_(?:in|out)|\.lora_[AB]\.\w+)?"  # or its adapter
+# A module, its adapter, or the module inside of one that adapts it.
+_MODULE = r"[a-z]\w*(?:\.adapter(?:\.adapter_\w+)?\.linear_(?:in|out)|\.lora_[AB]\.\w+|\.base_layer)?"
 _STORED_EXPERT = re.compile(rf"(.*\.experts)\.experts\.(?:(\d+)\.)?({_MODULE})\.(weight|bias)(_[wv])?")
 _EXPERT = re.compile(rf"(.*\.experts)\.({_MODULE}\.(?:weight|bias|_extra_state))(\d+)")
 _HALF = re.compile(r"(.*\.(?:weight|bias)\d*)_([wv])")

@@ -11,6 +11,8 @@ and ours is the one of its scalar code.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,6 +57,26 @@ def encode(values: NDArray[np.float32] | NDArray[np.float64], target: DType) -> 
         if values.dtype == np.float64 and target.name in ("F16", "BF16"):
             values = _narrowed(values.astype(np.float64, copy=False), _BELOW_TIES[target.name])
         return np.ascontiguousarray(_encode(values, target)).reshape(-1).view(np.uint8)
+
+
+def rounded(values: NDArray[np.float32] | NDArray[np.float64], target: DType) -> NDArray[Any]:
+    """Numbers rounded to a type once, and kept in the type that `decode` gives for it.
+
+    Args:
+        values: float32; float64 for F64.
+        target: F64, F32, F16 or BF16.
+    """
+    if target.name in ("F64", "F32"):
+        return values
+    with np.errstate(all="ignore"):
+        single = values.astype(np.float32, copy=False)
+        if target.name == "F16":
+            return single.astype(np.float16).astype(np.float32)
+        bits = rounded_to_bf16(single.view(np.uint32)) << np.uint32(16)
+        nan = np.isnan(single)
+        if nan.any():
+            bits[nan] = np.uint32(_BF16_NAN) << np.uint32(16)
+        return bits.view(np.float32)
 
 
 _BELOW_TIES = {"F16": np.uint32(0x0FFF), "BF16": np.uint32(0x7FFF)}

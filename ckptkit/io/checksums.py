@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from ckptkit.io.crc import crc32_combine
+from ckptkit.io.crc import crc32, crc32_combine
 from ckptkit.io.segments import Checksum
 
 
@@ -22,7 +21,7 @@ class Checksums:
         """Adds bytes of the file, which begin at `offset`, to the checksums that cover them."""
         for index, start, stop in self.covering(offset, offset + len(view)):
             part = view[start - offset : stop - offset]
-            self._parts[index].append((start, zlib.crc32(part), stop - start))
+            self._parts[index].append((start, crc32(part), stop - start))
 
     def covering(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Each checksum that covers some of the bytes `start:stop`: its index, and the first and last byte covered."""

@@ -96,6 +96,7 @@ class Destination:
         self._resume = resume
         self._partial = self._beside("partial")
         self._fingerprints: tuple[Fingerprint, ...] = ()
+        self._digest = ""
         self._journal: FileJournal | None = None
         self._lock = -1
         self._in_place = False
@@ -263,7 +264,7 @@ class Destination:
     def _seal(self) -> None:
         """Records the inode of the directory that is about to become the destination. A rename keeps it."""
         self._sealed = self.directory.stat().st_ino
-        seal = self._seal_of(self._fingerprints, self._sealed)
+        seal = _seal_of(self._digest, self._fingerprints, self._sealed)
         path = self._partial / _SEAL
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
@@ -271,12 +272,6 @@ class Destination:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-    def _seal_of(self, sources: Iterable[Fingerprint], number: int) -> dict[str, object]:
-        """The content of the seal, for the directory with this inode, made from these sources."""
-        known = list(sources)
-        versions = [list(source.version) for source in known]
-        return {"plan": self._plan.digest(known), "sources": versions, "output": number}
 
     def _is_sealed(self) -> bool:
         """Whether the destination is the complete output of an earlier run of this very plan."""
@@ -288,7 +283,8 @@ class Destination:
             return False
         if sizes != [file.size for file in self._plan.files]:
             return False
-        return bool(seal == self._seal_of(fingerprints(self._plan.sources()), number))
+        sources = fingerprints(self._plan.sources())
+        return bool(seal == _seal_of(self._plan.digest(sources), sources, number))
 
     def _unfinished(self) -> bool:
         """Whether there is a partial directory to resume from. `commit` removes its journal."""
@@ -436,23 +432,23 @@ class Destination:
         for seen in self._seen:
             seen.check(sources)
         self._fingerprints = fingerprints(sources)
-        digest = self._plan.digest(self._fingerprints)
+        self._digest = self._plan.digest(self._fingerprints)
         resumable = self._resume and self._unfinished()
         self._refuse_links(resumable)
-        kept = self._kept(digest) if resumable else None
+        kept = self._kept() if resumable else None
         if kept is None and self._partial.is_dir():
             shutil.rmtree(self._partial)
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_strangers(self.directory, {file.path for file in kept or ()})
         journal = self._partial / _JOURNAL
-        self._journal = FileJournal(journal, self.directory, digest, self._fingerprints, kept or ())
+        self._journal = FileJournal(journal, self.directory, self._digest, self._fingerprints, kept or ())
 
-    def _kept(self, digest: str) -> list[Finished] | None:
+    def _kept(self) -> list[Finished] | None:
         """Files of an earlier run that still count, or None if there is nothing to resume from."""
         recorded = read_journal(self._partial / _JOURNAL)
         if recorded is None or not self.directory.is_dir():
             return None
-        touched = recorded.touched(digest, self._fingerprints, self._partial)
+        touched = recorded.touched(self._digest, self._fingerprints, self._partial)
         remove_strangers(self.directory, {file.path for file in self._plan.files} & recorded.files.keys())
         return still_finished(self._plan, self.directory, recorded.files, touched)
 
@@ -489,6 +485,11 @@ def _storage(where: Path) -> Iterator[None]:
                 "the file system has no locks", where=where, hint="choose another place, or mount it with flock"
             ) from error
         raise storage_error(error, error.filename or where) from error
+
+
+def _seal_of(digest: str, sources: Iterable[Fingerprint], number: int) -> dict[str, object]:
+    """The content of the seal: a plan, the sources that it was made from, and the inode of the output."""
+    return {"plan": digest, "sources": [list(source.version) for source in sources], "output": number}
 
 
 def _current() -> Path:

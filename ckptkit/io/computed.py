@@ -8,11 +8,12 @@ threads share: a range of bytes rarely ends where a tile does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ckptkit.dtypes import DType
 from ckptkit.io.cache import Cache
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     Values = NDArray[np.float32] | NDArray[np.float64]
     Bytes = NDArray[np.uint8]
 
+Found = TypeVar("Found")
 TILE = 1 << 20
 """Elements of a tile: about as many as this, in whole rows."""
+BLOCK = 1 << 15
+"""Elements of a block, in which a tile is computed element by element."""
 CACHE = 64 << 20
 """Bytes of finished tiles, and of values from which tiles are made, that stay in memory."""
 
@@ -102,6 +106,93 @@ def computed(
     return _made(dtype, tuple(shape), inputs, ("computed", what), make)
 
 
+def elementwise(
+    dtype: DType,
+    inputs: Sequence[Tensor],
+    what: object,
+    values: Callable[[int, list[Values]], Values],
+    *,
+    double: bool,
+) -> Tensor:
+    """A tensor whose elements are each computed from the elements at the same place of tensors of its shape.
+
+    Tiles are computed in blocks that stay in the caches of a core.
+
+    Args:
+        dtype: Its type: F64, F32, F16 or BF16.
+        inputs: The tensors, of one shape.
+        what: Everything else that its values depend on, as a value whose `repr` says it in full.
+        values: (index of the first element in row-major order, elements of each input from there) -> as many elements.
+            Equal arguments give equal values. It may change its arguments.
+        double: Whether the inputs come in float64.
+    """
+    matrices = [as_matrix(tensor) for tensor in inputs]
+
+    def make(start: int, stop: int) -> Bytes:
+        import numpy as np
+
+        from ckptkit.io.casts import encode
+
+        return np.concatenate(
+            [encode(values(at, some), dtype) for at, some in blocks(matrices, start, stop, double=double)]
+        )
+
+    made = _made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make)
+    return made.reshape(inputs[0].shape)
+
+
+def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The tiles of a vector or matrix of this shape: (first row, row after the last)."""
+    width = shape[-1] if len(shape) > 1 else 1
+    height = _tile_rows(width, 1)
+    return [(row, min(row + height, shape[0])) for row in range(0, shape[0] if width else 0, height)]
+
+
+def blocks(
+    matrices: Sequence[Tensor], start: int, stop: int, *, double: bool, size: int | None = None
+) -> Iterator[tuple[int, list[Values]]]:
+    """Rows of tensors of one shape, block by block: (index of the first element, elements of each tensor from there).
+
+    Args:
+        matrices: Vectors or matrices.
+        start: First row.
+        stop: Row after the last.
+        double: Whether to give float64.
+        size: Elements of a block; None for those of `elementwise`.
+    """
+    import numpy as np
+
+    from ckptkit.io.casts import decode
+    from ckptkit.io.reading import read_tensor
+
+    raw = [read_tensor(tensor.rows(start, stop)) for tensor in matrices]
+    width = matrices[0].shape[-1] if len(matrices[0].shape) > 1 else 1
+    size = size or BLOCK
+    for first in range(0, (stop - start) * width, size):
+        found = []
+        for data, tensor in zip(raw, matrices, strict=True):
+            item = tensor.out_dtype.itemsize
+            some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
+            found.append(some.astype(np.float64, copy=False) if double else some)
+        yield start * width + first, found
+
+
+class Once(Generic[Found]):
+    """A value that is found when it is first wanted, by one thread; others wait for it."""
+
+    def __init__(self, find: Callable[[], Found]) -> None:
+        self._find = find
+        self._lock = threading.Lock()
+        self._found: list[Found] = []
+
+    def __call__(self) -> Found:
+        """The value."""
+        with self._lock:
+            if not self._found:
+                self._found.append(self._find())
+        return self._found[0]
+
+
 def recast(tensor: Tensor, dtype: DType, *, double: bool = False) -> Tensor:
     """A tensor in another type, as a computed one: what is joined with computed tensors must not be a cast.
 
@@ -171,6 +262,11 @@ def _made(
     return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit), dtype, shape)
 
 
+def _tile_rows(width: int, unit: int) -> int:
+    """Rows of `width` elements in a tile: a multiple of `unit`."""
+    return max(TILE // (width * unit), 1) * unit
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Computed:
     """The bytes of a computed tensor, as `ckptkit.tensors.Made` asks for them.
@@ -222,7 +318,7 @@ class _Computed:
     @cached_property
     def _rows(self) -> int:
         """Rows of a tile."""
-        return max(TILE * self.dtype.itemsize // (self._width * self.unit), 1) * self.unit
+        return _tile_rows(self._width // self.dtype.itemsize, self.unit)
 
     def _tile(self, number: int) -> bytes:
         start = number * self._rows

@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+try:
+    # Intel's library, which also serves ARM, does many times what zlib does.
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
+
+__all__ = ["crc32", "crc32_combine"]
+
 _POLYNOMIAL = 0xEDB88320  # reflected: the most significant bit is the coefficient of x^0
 _ONE = 0x80000000
 _X8 = 0x00800000

@@ -1,4 +1,4 @@
-"""SHA-256 of a file while it is written: the hash follows the writers and reads what they leave in the page cache.
+"""SHA-256 of a file while it is written: the hash follows the writers through what they leave in the page cache.
 
 SHA-256 takes the bytes in order, but writers write a file in several places at once, and a checksum in front of its
 bytes is known after them. So the hash advances to the first byte that is not final yet, whenever there is enough to
@@ -14,11 +14,13 @@ from collections.abc import Callable
 
 from ckptkit.errors import StorageError
 from ckptkit.io.checksums import Checksums
+from ckptkit.io.mapped import mapped
 from ckptkit.io.plan import OutputFile
 
 _STEP = 8 << 20
 """Bytes worth a turn: far more than starting one costs, and less than the cores' shared cache holds."""
-_BUFFER = 2 << 20  # a large one, because every read waits for Python's lock afterwards
+_BUFFER = 2 << 20
+"""Bytes to read where a file cannot be mapped: many, because every read waits for Python's lock afterwards."""
 _place = threading.local()
 
 
@@ -95,27 +97,31 @@ class Follower:
         return min(self._ready, self._fields[self._open][0]) if self._open < len(self._fields) else self._ready
 
     def _take(self, final: int) -> None:
-        buffer = _buffer()
-        view = buffer[: min(len(buffer), final - self._position)]
-        count = os.preadv(self._fd(), [view], self._position)
-        if not count:
+        """Hashes the next bytes, up to `final` at most."""
+        fd, start = self._fd(), self._position
+        # Mapped, the bytes need not be copied out of the page cache, which would cost a fifth of what hashing does.
+        view = mapped(fd, start, min(final, start + _STEP))
+        if view is None:
+            view = _buffer()[: final - start]
+            view = view[: os.preadv(fd, [view], start)]
+        if not view:
             raise StorageError("the file became shorter", where=self._spec.path, hint="run again with --resume")
-        self._fill_in(view[:count])
-        self._digest.update(view[:count])
-        self._position += count
+        self._hash(view)
 
-    def _fill_in(self, view: memoryview) -> None:
-        """Puts the values of checksums where the file has none yet."""
-        start, stop = self._position, self._position + len(view)
-        while self._passed < len(self._fields):
+    def _hash(self, view: memoryview) -> None:
+        """Hashes bytes, with the values of checksums where the file has none yet."""
+        start, stop, done = self._position, self._position + len(view), 0
+        while self._passed < len(self._fields) and self._fields[self._passed][0] < stop:
             at, index = self._fields[self._passed]
-            if at >= stop:
-                return
             first, last = max(at, start), min(at + 4, stop)
-            view[first - start : last - start] = self._checksums.value(index)[first - at : last - at]
+            self._digest.update(view[done : first - start])
+            self._digest.update(self._checksums.value(index)[first - at : last - at])
+            done = last - start
             if last < at + 4:
-                return
+                break
             self._passed += 1
+        self._digest.update(view[done:])
+        self._position = stop
 
 
 def _buffer() -> memoryview:

@@ -41,7 +41,7 @@ class OutputFile:
     tensors: int = 0
 
     @classmethod
-    def filled(cls, path: str, form: Form, tensors: Sequence[tuple[Tensor, Cut]]) -> OutputFile:
+    def filled(cls, path: str, form: Form, tensors: Iterable[tuple[Tensor, Cut]]) -> OutputFile:
         """A file of a form; `tensors` as for `Form.filled`."""
         return cls(path, form.size, form.filled(tensors), form.checksums, form.tensors)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
 from ckptkit.io.casts import convert
+from ckptkit.io.crc import crc32
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.plan import Comparison
 from ckptkit.io.regular import open_regular
@@ -63,7 +63,7 @@ class TensorReader:
         """CRC-32 of `size` bytes of a file; errors as `chunks`."""
         value = 0
         for chunk in self.chunks(Tensor.from_file(str(file), offset, DTYPES["U8"], (1, size))):
-            value = zlib.crc32(chunk.data, value)
+            value = crc32(chunk.data, value)
         return value
 
     def close(self) -> None:

@@ -76,16 +76,21 @@ class Form:
         ]
         return cls(size, tuple(parts), checksums, len(blanks))
 
-    def filled(self, tensors: Sequence[tuple[Tensor, Cut]]) -> Filled:
+    def filled(self, tensors: Iterable[tuple[Tensor, Cut]]) -> Filled:
         """The segments of a file of this form.
 
         Args:
             tensors: For each place, the tensor that its content is cut from, and how.
         """
         places = sum(isinstance(part, Place) for part in self.parts)
-        if len(tensors) != places:
-            raise ValueError(f"{len(tensors)} tensors for {places} places")
-        return Filled(self, tuple([whole for whole, _ in tensors]), tuple([cut for _, cut in tensors]))
+        wholes: list[Tensor] = []
+        cuts: list[Cut] = []
+        for whole, cut in tensors:
+            wholes.append(whole)
+            cuts.append(cut)
+        if len(wholes) != places:
+            raise ValueError(f"{len(wholes)} tensors for {places} places")
+        return Filled(self, tuple(wholes), tuple(cuts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

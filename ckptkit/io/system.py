@@ -9,17 +9,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckptkit.errors import StorageError
-
-if TYPE_CHECKING:
-    pass
 
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
+_MADV_POPULATE_READ = 22
 
 _ADVICE = {
     errno.ENOSPC: ("no space left on the device", "free some space and run again with --resume"),
@@ -102,6 +99,15 @@ def start_writeback(fd: int) -> None:
     """
     with suppress(OSError):
         _call("sync_file_range", fd, ctypes.c_longlong(0), ctypes.c_longlong(0), _SYNC_FILE_RANGE_WRITE)
+
+
+def populate(address: int, size: int) -> bool:
+    """Brings all pages of a mapping in, for reading; False where this system has no such call.
+
+    Raises:
+        OSError: A page cannot be read. Touching it would raise a signal.
+    """
+    return _call("madvise", ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_READ)
 
 
 def exchange(left: Path, right: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.config import attention_config
+from ckptkit.megatron.context_parallel.plan import is_packed, plan_of
+from ckptkit.megatron.masks import QUERY_BLOCK, Block, causal_block
 from ckptkit.megatron.packed_inputs.kernels import flash_attention, flash_serves
 from ckptkit.megatron.rotary import RotaryEmbedding
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
-
-QUERY_BLOCK = 1024
-"""Query rows whose scores exist at a time; bounds memory at heads x QUERY_BLOCK x length elements."""
 
 
 class GroupedQueryAttention(SelfAttention):
@@ -51,24 +50,36 @@ class GroupedQueryAttention(SelfAttention):
             hidden_states: Input of the layer after its norm; split over the sequence under sequence parallelism.
             attention_mask: None: the core attention is causal by itself.
             rotary_pos_emb: Unused, the layer has its own.
-            packed_seq_params: Where the sequences of a packed row begin and end.
+            packed_seq_params: Where the sequences of a packed row begin and end, and under context parallelism the
+                plan of the batch.
             options: Passed on.
 
         Returns:
             The output in the shape of the input, and the bias that is still to be added, or None.
         """
-        if packed_seq_params is not None:
-            length = max((end - start for start, end in segments(packed_seq_params)), default=0)
-        else:
-            length = hidden_states.size(0) * (self.world_size if self.config.sequence_parallel else 1)
         output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
-            rotary_pos_emb=self.rotary(length),
+            rotary_pos_emb=self._angles(hidden_states, packed_seq_params),
             packed_seq_params=packed_seq_params,
             **options,
         )
         return output
+
+    def _angles(self, hidden_states: torch.Tensor, params: PackedSeqParams | None) -> torch.Tensor:
+        """Rotary angles of the tokens.
+
+        Of a packed row megatron-core is given those of the longest sequence, and takes for each sequence what it needs,
+        under context parallelism the rank's part. Of plain rows it takes what it is given.
+        """
+        if params is not None and is_packed(params):
+            length = max((end - start for start, end in segments(params)), default=0)
+        elif (plan := plan_of(params)) is not None:
+            return self.rotary.at(plan.positions)
+        else:
+            length = hidden_states.size(0) * (self.world_size if self.config.sequence_parallel else 1)
+        angles: torch.Tensor = self.rotary(length)
+        return angles
 
 
 class ExactAttention(torch.nn.Module):
@@ -147,42 +158,65 @@ class ExactAttention(torch.nn.Module):
             key, value = self.shared.reshape(*key.shape[:-1], -1).chunk(2, dim=-1)
         if self.keeps:
             self.kept = torch.cat((key, value), dim=-1)
+        return self._attend_rows(query, key, value, packed_seq_params)
+
+    def _attend_rows(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> torch.Tensor:
+        """Attend, once it is known to what: see `forward`."""
         if packed_seq_params is None:
-            return self._attend(query, key, value)
+            return self._attend(query, key, value, self._causal(len(query), query.device))
         if flash_serves(query, self.softcap):
             return flash_attention(query, key, value, packed_seq_params, scale=self.scale, window=self.window)
-        parts = [
-            self._attend(*(part[start:end].unsqueeze(1) for part in (query, key, value))).squeeze(1)
-            for start, end in segments(packed_seq_params)
-        ]
+        parts = []
+        for start, end in segments(packed_seq_params):
+            q, k, v = (part[start:end].unsqueeze(1) for part in (query, key, value))
+            parts.append(self._attend(q, k, v, self._causal(end - start, query.device)).squeeze(1))
         return torch.cat(parts) if parts else query.new_empty(0, query.size(1) * query.size(2))
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[sequence, batch, heads, head_dim] -> [sequence, batch, heads * head_dim], all tokens one sequence."""
+    def _causal(self, length: int, device: torch.device) -> Iterator[Block]:
+        """The blocks of one sequence; there is one mask at a time."""
+        for start in range(0, length, QUERY_BLOCK):
+            tokens = range(start, min(start + QUERY_BLOCK, length))
+            yield causal_block(start, tokens, 0, self.window, device)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Iterable[Block]
+    ) -> torch.Tensor:
+        """Attend in some blocks, which together are all queries in their order.
+
+        Args:
+            query: [queries, batch, heads, head_dim].
+            key: [keys, batch, query groups, head_dim].
+            value: As `key`.
+            blocks: The blocks.
+
+        Returns:
+            [queries, batch, heads * head_dim].
+        """
         length, batch, heads, width = query.shape
         groups = key.size(2)
         # [batch, groups, heads per group, sequence, head_dim]: each group's key and value broadcast over its heads.
         query = query.permute(1, 2, 0, 3).reshape(batch, groups, heads // groups, length, width)
         key, value = (part.permute(1, 2, 0, 3).unsqueeze(2) for part in (key, value))
-        blocks = [
-            self._block(query[..., start : start + QUERY_BLOCK, :], key, value, start)
-            for start in range(0, length, QUERY_BLOCK)
+        parts = [
+            self._block(query[..., queries, :], key[..., keys, :], value[..., keys, :], hidden)
+            for queries, keys, hidden in blocks
         ]
-        joined = torch.cat(blocks, dim=-2) if blocks else query
+        joined = torch.cat(parts, dim=-2) if parts else query
         return joined.reshape(batch, heads, length, width).permute(2, 0, 1, 3).reshape(length, batch, heads * width)
 
-    def _block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int) -> torch.Tensor:
-        """Attend from the rows that begin at position `start` to what they can see."""
-        end = start + query.size(-2)
-        first = 0 if self.window is None else max(0, start - self.window + 1)
-        scores = torch.matmul(query, key[..., first:end, :].transpose(-1, -2)) * self.scale
+    def _block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Attend from some queries to keys of which some are hidden."""
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        rows, columns = (torch.arange(begin, end, device=query.device) for begin in (start, first))
-        distance = rows[:, None] - columns
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
         weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32)
-        return torch.matmul(weights.to(query.dtype), value[..., first:end, :])
+        return torch.matmul(weights.to(query.dtype), value)
 
 
 def segments(packed: PackedSeqParams) -> Iterator[tuple[int, int]]:

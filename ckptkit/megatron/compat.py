@@ -105,35 +105,45 @@ def runs_on(device: torch.device) -> Iterator[None]:
         (random, "_get_cuda_rng_state", lambda *args, **options: None),
         (random, "_set_cuda_rng_state", lambda *args, **options: None),
     ]
-    originals = [getattr(module, name) for module, name, _ in replaced]
-    for module, name, stand_in in replaced:
-        setattr(module, name, stand_in)
-    try:
-        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
-            yield
-    finally:
-        for (module, name, _), original in zip(replaced, originals, strict=True):
-            setattr(module, name, original)
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with _replaced(replaced), eager:
+        yield
 
 
 @contextlib.contextmanager
 def trains_on(device: torch.device) -> Iterator[None]:
-    """`runs_on` for megatron-core's schedules too, which count tokens on `cuda` and wait for the device.
+    """`runs_on` for megatron-core's schedules and reductions too, which count tokens on `cuda` and wait for the device.
 
-    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for.
+    On the CPU they see a torch that allocates on the CPU, and there is nothing to wait for. Over gloo, gradients on a
+    GPU are reduced one buffer after the other: it has no such operation for several at once.
     """
-    with runs_on(device):
-        if device.type == "cuda":
-            yield
-            return
-        from megatron.core.pipeline_parallel import schedules
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.pipeline_parallel import schedules
 
-        originals = schedules.torch, torch.cuda.synchronize
-        schedules.torch, torch.cuda.synchronize = _TorchOnCpu(), lambda device=None: None
-        try:
-            yield
-        finally:
-            schedules.torch, torch.cuda.synchronize = originals
+    replaced: list[tuple[Any, str, Any]] = []
+    if device.type == "cpu":
+        replaced += [
+            (schedules, "torch", _TorchOnCpu()),
+            (torch.cuda, "synchronize", lambda device=None: None),
+            (torch.cuda, "current_stream", lambda device=None: None),
+        ]
+    elif torch.distributed.get_backend() == "gloo":
+        replaced += [(param_and_grad_buffer, "_coalescing_manager", lambda *args, **options: contextlib.nullcontext())]
+    with runs_on(device), _replaced(replaced):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(replaced: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Put stand-ins in the places of attributes: (object, name, stand-in)."""
+    originals = [getattr(thing, name) for thing, name, _ in replaced]
+    for thing, name, stand_in in replaced:
+        setattr(thing, name, stand_in)
+    try:
+        yield
+    finally:
+        for (thing, name, _), original in zip(replaced, originals, strict=True):
+            setattr(thing, name, original)
 
 
 class _TorchOnCpu:

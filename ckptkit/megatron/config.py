@@ -35,6 +35,7 @@ def transformer_config(
     device: torch.device,
     sequence_parallel: bool = False,
     recompute: bool = False,
+    cp: int = 1,
 ) -> RuntimeConfig:
     """The model-wide `TransformerConfig`; its per-layer sizes are those of the first layer, its activation is unset.
 
@@ -48,6 +49,7 @@ def transformer_config(
         device: Where the parameters live.
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
         recompute: Keep only the inputs of layers in training, and compute their activations again backwards.
+        cp: Context parallel size.
 
     Raises:
         UnsupportedError: megatron-core cannot express the biases or the router.
@@ -57,6 +59,7 @@ def transformer_config(
     base = RuntimeConfig(
         **written(fields_of(config), "core", config, config.layers[0]),
         **core_grid(grid),
+        context_parallel_size=cp,
         add_bias_linear=config.mlp_bias,
         sequence_parallel=sequence_parallel,
         # Two stages that exchange activations and gradients in one batch would take one for the other.

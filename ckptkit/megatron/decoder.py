@@ -42,10 +42,10 @@ class NormedRowParallelLinear(RowParallelLinear):
         options: Passed on.
 
     Attributes:
-        added: What an adapter adds to the linear's output, before the norm; or None.
+        adapted: The linear's output and its input -> its output with an adapter, before the norm; or None.
     """
 
-    added: Callable[[torch.Tensor], torch.Tensor] | None = None
+    adapted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
@@ -54,6 +54,6 @@ class NormedRowParallelLinear(RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The normalised output, bias included: nothing is left to be added."""
         output, bias = super().forward(input_)
-        if self.added is not None:
-            output = output + self.added(input_)
+        if self.adapted is not None:
+            output = self.adapted(output, input_)
         return self.post_layernorm(output if bias is None else output + bias), None

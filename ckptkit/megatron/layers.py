@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.attention import ExactAttention, GroupedQueryAttention
 from ckptkit.megatron.compat import local_layer_spec, submodules_of, with_module
+from ckptkit.megatron.context_parallel.attention import ContextParallelAttention
 from ckptkit.megatron.decoder import DecoderLayer, NormedRowParallelLinear
 from ckptkit.megatron.gemma4.attention import ValueNormAttention
 from ckptkit.megatron.gemma4.layer import Gemma4Layer
@@ -19,19 +20,20 @@ from ckptkit.megatron.norms import DeferredRMSNorm, RMSNorm
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
 
-def block_spec(config: ModelConfig, layers: range) -> TransformerBlockSubmodules:
-    """Specs of the decoder layers `layers` (global numbers) and of the final norm."""
-    specs = [layer_spec(config, number, layers) for number in layers]
+def block_spec(config: ModelConfig, layers: range, cp: int = 1) -> TransformerBlockSubmodules:
+    """Specs of the decoder layers `layers` (global numbers) and of the final norm, for `cp` context parallel ranks."""
+    specs = [layer_spec(config, number, layers, cp) for number in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def layer_spec(config: ModelConfig, number: int, stage: range) -> ModuleSpec:
+def layer_spec(config: ModelConfig, number: int, stage: range, cp: int = 1) -> ModuleSpec:
     """Spec of one decoder layer: linears, MLP, experts and residual adds are megatron-core's, norms and attention ours.
 
     Args:
         config: The model.
         number: Global number of the layer.
         stage: Global numbers of the layers of its model chunk.
+        cp: Context parallel ranks.
 
     Raises:
         UnsupportedError: The runtime has no such layer.
@@ -41,7 +43,7 @@ def layer_spec(config: ModelConfig, number: int, stage: range) -> ModuleSpec:
         raise UnsupportedError("experts with a norm after them are not in the runtime, but beside a dense MLP")
     submodules = local_layer_spec(config.qk_norm, config.num_experts if layer.moe else None).submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-    submodules.self_attention = _attention_spec(submodules.self_attention, config, layer)
+    submodules.self_attention = _attention_spec(submodules.self_attention, config, layer, cp)
     mlp = submodules_of(submodules.mlp)
     if layer.moe:
         mlp.router = ScaledRouter if config.router_scales else Router
@@ -58,9 +60,10 @@ def layer_spec(config: ModelConfig, number: int, stage: range) -> ModuleSpec:
     return ModuleSpec(module=DecoderLayer, params=params, submodules=submodules)
 
 
-def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig) -> ModuleSpec:
+def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int) -> ModuleSpec:
     parts = stock.submodules
-    parts.core_attention = ModuleSpec(module=ExactAttention, params={"softcap": config.attention_softcap})
+    core = ContextParallelAttention if cp > 1 else ExactAttention
+    parts.core_attention = ModuleSpec(module=core, params={"softcap": config.attention_softcap})
     if config.qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm
     # Gemma 4's dense layers have this norm beside the linear, those with experts in it.

@@ -1,5 +1,8 @@
 """LoRA adapters on megatron-core's linears: parallel modules that add `scale * B A x` to what a linear gives.
 
+In DoRA the sum is then scaled, row by row of the weight, to the lengths that the adapter stores. A row counts whole: of
+a row-parallel linear every rank has a part of it.
+
 The modules, and the names of their weights, are those of the three layouts (see `tables.lora`). The factors are
 megatron-core's `ColumnParallelLinear` and `RowParallelLinear`; in the layout `peft`, the factor that every rank holds
 whole is a `torch.nn.Linear`.
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -37,6 +41,7 @@ from ckptkit.tables.lora import A, B
 _NAME = re.compile(
     r"(?P<linear>.+?)\.(?:adapter\.(?:adapter_(?P<part>\w+)\.)?linear_(?P<way>in|out)|lora_(?P<side>[AB])\.default)\.weight"
 )
+_LENGTHS = re.compile(r"(?P<linear>.+?)\.adapter\.weight_magnitude")
 _PARTS = {("q", "k", "v"), ("gate", "up")}
 
 
@@ -68,28 +73,75 @@ class Pair(torch.nn.Module):
         about = self._about
         if about.by_columns:
             return about.row(rank), about.column(rank, rows, about.unsplit)
-        return about.column(about.input_size, rank, about.config), about.column(rank, rows, about.unsplit)
+        return about.column_in(rank), about.column(rank, rows, about.unsplit)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """What the linear is given -> B A of it, divided as the linear's output is."""
         about = self._about
         if not about.by_columns:
+            states = about.whole_states(states)
             low = gather_from_tensor_model_parallel_region(self.linear_in(states)[0], group=about.group)
-            return about.gathered(self.linear_out(low)[0])
+            return about.gathered(self.linear_out(about.summed_back(low))[0])
         low = self.linear_in(states)[0]
         if about.partial:  # outputs of experts are sums over ranks, which megatron-core adds up later
             low = reduce_from_tensor_model_parallel_region(low, group=about.group)
-            own = self.linear_out(low)[0]
+            own = self.linear_out(about.summed_back(low))[0]
             at, size = about.group.rank(), own.shape[-1]
             padded: torch.Tensor = F.pad(own, (at * size, (about.group.size() - 1 - at) * size))
             return padded
-        if about.splits_sequence:
-            low = gather_from_sequence_parallel_region(low, group=about.group)
+        low = about.whole_sequence(low)
         out = gather_from_tensor_model_parallel_region(self.linear_out(low)[0], group=about.group)
         if about.splits_sequence:
             out = scatter_to_sequence_parallel_region(out, group=about.group)
         whole: torch.Tensor = out
         return whole
+
+
+class DoraPair(Pair):
+    """A pair with the lengths of the rows of what the linear and the pair compute together.
+
+    Args:
+        linear: megatron-core's linear.
+        rank: Rank of the factors, over all ranks.
+        rows: Rows of B over all ranks.
+
+    Attributes:
+        weight_magnitude: The lengths of this rank's rows, [rows]; all of them where ranks hold columns.
+
+    Source: `DoraLinearLayer.forward` of peft.
+    """
+
+    def __init__(self, linear: Any, rank: int, rows: int) -> None:
+        super().__init__(linear, rank, rows)
+        lengths = torch.empty(linear.weight.shape[0], dtype=linear.config.params_dtype)
+        self.weight_magnitude = torch.nn.Parameter(lengths)
+
+    def ratios(self, weight: torch.Tensor, scale: float) -> torch.Tensor:
+        """What each row of the sum is multiplied by to get its length, [rows].
+
+        Args:
+            weight: This rank's part of the weight.
+            scale: The factor of B A.
+        """
+        about = self._about
+        a: Any = self.linear_in.weight
+        b: Any = self.linear_out.weight
+        if not about.by_columns:
+            a = about.all_rows(a)
+        if about.by_columns or about.replicated:
+            b = about.all_rows(b)
+        squares: torch.Tensor = (weight + scale * (b @ a)).square().sum(dim=1)
+        if about.by_columns:
+            squares = reduce_from_tensor_model_parallel_region(squares, group=about.group)
+        return self.weight_magnitude / squares.sqrt()
+
+    def whole(self, rows: torch.Tensor) -> torch.Tensor:
+        """A number for each of this rank's rows -> one for each column of the linear's output."""
+        about = self._about
+        if about.replicated or not about.gathers:
+            return rows
+        found: torch.Tensor = gather_from_tensor_model_parallel_region(rows, group=about.group)
+        return found
 
 
 class HalfWholePair(Pair):
@@ -114,9 +166,28 @@ class HalfWholePair(Pair):
         if about.replicated:
             whole: torch.Tensor = self.linear_out(low)
             return whole
-        if about.splits_sequence:
-            low = gather_from_sequence_parallel_region(low, group=about.group)
-        return about.gathered(self.linear_out(low)[0])
+        return about.gathered(self.linear_out(about.whole_sequence(low))[0])
+
+
+class _Whole(torch.nn.Linear):
+    """A factor that every rank holds whole. Where each has seen a part of what it is for, their gradients are summed.
+
+    Args:
+        about: The linear that it is beside.
+        into: Width of the input.
+        out: Width of the output.
+    """
+
+    def __init__(self, about: _About, into: int, out: int) -> None:
+        super().__init__(into, out, bias=False, dtype=about.config.params_dtype)
+        self._about = about
+        # megatron-core reads both marks: whose gradients it sums over tensor parallel ranks, and over which replicas.
+        self.weight.sequence_parallel = about.splits_sequence  # type: ignore[attr-defined]
+        self.weight.allreduce = about.replicated_over_experts  # type: ignore[attr-defined]
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """As of any linear."""
+        return F.linear(states, self._about.summed_back(self.weight))
 
 
 @dataclass(frozen=True)
@@ -128,10 +199,12 @@ class _About:
         unsplit: The same for inputs that hold the whole sequence.
         by_columns: Whether ranks hold columns of the weight (row-parallel).
         replicated: Whether all ranks hold the whole weight.
-        partial: Whether its outputs are sums over the ranks that are still to be added up.
+        apart: Whether megatron-core exchanges tokens around it: outputs of a row-parallel one, and gradients of what
+            goes into a column-parallel one, are sums over the ranks that are still to be added up.
         splits_sequence: Whether the sequence is divided over the ranks outside of linears.
         gathers: Whether its output has all columns.
         expert: Whether it is an expert's.
+        replicated_over_experts: Whether expert parallel ranks hold copies of it.
         input_size: Width of the input over all ranks.
         output_size: Width of the output over all ranks.
         group: The tensor parallel ranks.
@@ -141,10 +214,11 @@ class _About:
     unsplit: Any
     by_columns: bool
     replicated: bool
-    partial: bool
+    apart: bool
     splits_sequence: bool
     gathers: bool
     expert: bool
+    replicated_over_experts: bool
     input_size: int
     output_size: int
     group: Any
@@ -154,23 +228,41 @@ class _About:
         unsplit = copy.copy(linear.config)
         unsplit.sequence_parallel = False
         replicated, by_columns = isinstance(linear, WHOLE), isinstance(linear, RowParallelLinear)
-        apart = not replicated and linear.explicit_expert_comm  # megatron-core exchanges tokens around such linears
+        apart = not replicated and linear.explicit_expert_comm
         return cls(
             config=linear.config,
             unsplit=unsplit,
             by_columns=by_columns,
             replicated=replicated,
-            partial=by_columns and apart,
+            apart=apart,
             splits_sequence=linear.config.sequence_parallel if replicated else linear.sequence_parallel and not apart,
             gathers=replicated or (not by_columns and linear.gather_output),
             expert=not replicated and linear.is_expert,
+            replicated_over_experts=getattr(linear.weight, "allreduce", True),
             input_size=linear.weight.shape[1] if replicated else linear.input_size,
             output_size=linear.weight.shape[0] if replicated else linear.output_size,
             group=get_tensor_model_parallel_group() if replicated else linear.tp_group,
         )
 
-    def column(self, into: int, out: int, config: Any) -> ColumnParallelLinear:
-        return ColumnParallelLinear(into, out, config=config, gather_output=False, **self._common)
+    def column(self, into: int, out: int, config: Any, **options: Any) -> ColumnParallelLinear:
+        return ColumnParallelLinear(into, out, config=config, gather_output=False, **self._common, **options)
+
+    def column_in(self, rank: int) -> ColumnParallelLinear:
+        """A column-parallel A."""
+        if self.replicated and self.splits_sequence:
+            return self.column(self.input_size, rank, self.unsplit, disable_grad_reduce=True)
+        return self.column(self.input_size, rank, self.config)
+
+    def whole_states(self, states: torch.Tensor) -> torch.Tensor:
+        """What goes into a column-parallel A: beside a replicated linear that has a part of the sequence, the whole.
+
+        A linear of megatron-core would gather it into a buffer that all of them share. There the dispatcher of tokens
+        keeps the gradients of a router's input until those of the router are added.
+        """
+        if not (self.replicated and self.splits_sequence):
+            return states
+        whole: torch.Tensor = gather_from_sequence_parallel_region(states, group=self.group)
+        return whole
 
     def row(self, out: int) -> RowParallelLinear:
         return RowParallelLinear(
@@ -178,12 +270,38 @@ class _About:
         )
 
     def whole(self, into: int, out: int) -> torch.nn.Linear:
-        return torch.nn.Linear(into, out, bias=False, dtype=self.config.params_dtype)
+        return _Whole(self, into, out)
 
     @property
     def _common(self) -> dict[str, Any]:
         options = {"init_method": self.config.init_method, "bias": False}
         return {**options, "is_expert": self.expert, "tp_group": self.group}
+
+    def all_rows(self, factor: torch.Tensor) -> torch.Tensor:
+        """A factor whose rows are divided, whole."""
+        whole: torch.Tensor = gather_from_tensor_model_parallel_region(factor.T, group=self.group).T
+        return whole
+
+    @property
+    def partial(self) -> bool:
+        """Whether its outputs are sums over the ranks that are still to be added up."""
+        return self.by_columns and self.apart
+
+    def summed_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same; its gradients are summed over the ranks where megatron-core's linears leave that to others."""
+        if not self.apart:
+            return tensor
+        same: torch.Tensor = copy_to_tensor_model_parallel_region(tensor, group=self.group)
+        return same
+
+    def whole_sequence(self, low: torch.Tensor) -> torch.Tensor:
+        """What goes into a column-parallel factor, which sums the gradients of its input itself."""
+        if not self.splits_sequence:
+            return low
+        whole: torch.Tensor = gather_from_sequence_parallel_region(
+            low, tensor_parallel_output_grad=False, group=self.group
+        )
+        return whole
 
     def gathered(self, output: torch.Tensor) -> torch.Tensor:
         if not self.gathers:
@@ -200,10 +318,12 @@ class _Found:
     Attributes:
         peft: Whether they have PEFT's names.
         shapes: Word of a part, or an empty string -> side -> shape of this rank's factor.
+        lengths: Whether there are lengths of rows, too (DoRA).
     """
 
     peft: bool
     shapes: dict[str, dict[str, Sequence[int]]] = field(default_factory=dict)
+    lengths: bool = False
 
 
 def is_factor(name: str) -> bool:
@@ -223,7 +343,8 @@ def attach(
 
     Args:
         chunk: From `model.build_chunks`.
-        factors: Name of a factor of this rank, in a layout of `tables.lora` -> its shape.
+        factors: Name of a factor of this rank, or of its lengths of rows (DoRA), in a layout of `tables.lora` -> its
+            shape.
         scale: The factor of B A.
         device: Where the factors live.
         where: Name of their source in an error.
@@ -239,7 +360,7 @@ def attach(
             if not isinstance(linear, LINEARS):
                 raise UnsupportedError(f"the runtime has no linear {name} that could have an adapter", where=where)
             added = _add_modules(linear, name, found, modules, where)
-            _add_output(linear, added, scale)
+            _change_output(linear, _scaled_rows(linear, added, scale) if found.lengths else _sum(added, scale))
     chunk.to(device)
     chunk.eval()
 
@@ -247,6 +368,9 @@ def attach(
 def _by_linear(factors: Mapping[str, Sequence[int]], where: object) -> dict[str, _Found]:
     found: dict[str, _Found] = {}
     for name, shape in factors.items():
+        if lengths := _LENGTHS.fullmatch(name):
+            found.setdefault(lengths["linear"], _Found(peft=False)).lengths = True
+            continue
         match = _NAME.fullmatch(name)
         if match is None or len(shape) != 2:
             raise InputError(f"{name} {list(shape)} is no factor of an adapter", where=where)
@@ -254,7 +378,7 @@ def _by_linear(factors: Mapping[str, Sequence[int]], where: object) -> dict[str,
         side = match["side"] or {"in": A, "out": B}[match["way"]]
         one.shapes.setdefault(match["part"] or "", {})[side] = shape
     for linear, one in found.items():
-        if any(len(sides) < 2 for sides in one.shapes.values()):
+        if not one.shapes or any(len(sides) < 2 for sides in one.shapes.values()):
             raise InputError(f"{linear} has only one of the two factors", where=where, hint="is the adapter complete?")
     return found
 
@@ -267,12 +391,15 @@ def _add_modules(
     size = about.group.size()
     divides_a = not (found.peft or about.by_columns)
     divides_b = not (found.peft and (about.by_columns or about.replicated))
+    kind = DoraPair if found.lengths else HalfWholePair if found.peft else Pair
+    if found.lengths and linear.weight is None:
+        raise UnsupportedError(f"{name} takes its weight from elsewhere, and the runtime has no DoRA for it")
     pairs: dict[str, Pair] = {}
     for part, sides in found.shapes.items():
         rank, rows = sides[A][0] * (size if divides_a else 1), sides[B][0] * (size if divides_b else 1)
         if not part and rows != about.output_size:
             raise InputError(f"B of {name} has {rows} rows, the linear has {about.output_size}", where=where)
-        pairs[part] = (HalfWholePair if found.peft else Pair)(linear, rank, rows)
+        pairs[part] = kind(linear, rank, rows)
     if "" in pairs:
         if len(pairs) > 1:
             raise InputError(f"{name} has an adapter for the whole and for parts", where=where)
@@ -316,14 +443,34 @@ def _joined(
     return outputs
 
 
-def _add_output(linear: torch.nn.Module, added: Callable[[torch.Tensor], torch.Tensor], scale: float) -> None:
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What a linear gives, and what it was given -> what it gives with its adapter."""
+
+
+def _sum(added: Callable[[torch.Tensor], torch.Tensor], scale: float) -> Change:
+    return lambda output, states: output + scale * added(states)
+
+
+def _scaled_rows(linear: Any, pair: Any, scale: float) -> Change:
+    """The change of DoRA. A bias is not scaled."""
+
+    def change(output: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        ratios: torch.Tensor = pair.whole(pair.ratios(linear.weight, scale))
+        bias = None if getattr(linear, "skip_bias_add", True) or linear.bias is None else pair.whole(linear.bias)
+        total: torch.Tensor = (output if bias is None else output - bias) + scale * pair(states)
+        return total * ratios if bias is None else total * ratios + bias
+
+    return change
+
+
+def _change_output(linear: torch.nn.Module, change: Change) -> None:
     if isinstance(linear, NormedRowParallelLinear | Router):
-        linear.added = lambda states: scale * added(states)
+        linear.adapted = change
         return
 
     def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor):
-            return output + scale * added(inputs[0])
-        return output[0] + scale * added(inputs[0]), output[1]
+            return change(output, inputs[0])
+        return change(output[0], inputs[0]), output[1]
 
     linear.register_forward_hook(hook, prepend=True)  # before the cap of the logits, which is a hook, too

@@ -142,6 +142,7 @@ def build_chunks(
     device: torch.device,
     sequence_parallel: bool = False,
     recompute: bool = False,
+    cp: int = 1,
 ) -> list[CausalModel]:
     """The model chunks of this rank, one per virtual stage, in evaluation mode; parameters hold no values yet.
 
@@ -155,6 +156,7 @@ def build_chunks(
         device: Where the parameters live.
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
         recompute: In training, keep only the inputs of layers and compute their activations again backwards.
+        cp: Context parallel size.
 
     Raises:
         UsageError: The model does not divide over the grid.
@@ -166,7 +168,7 @@ def build_chunks(
     with warnings.catch_warnings(), runs_on(device):
         warnings.simplefilter("ignore")
         megatron_config = transformer_config(
-            config, grid, dtype=dtype, device=device, sequence_parallel=sequence_parallel, recompute=recompute
+            config, grid, dtype=dtype, device=device, sequence_parallel=sequence_parallel, recompute=recompute, cp=cp
         )
         chunks = [
             CausalModel(
@@ -174,7 +176,7 @@ def build_chunks(
                 stage=stage,
                 has_adapter=config.adapter is not None and holds_cut(stage, config.adapter.after, grid),
                 config=megatron_config,
-                transformer_layer_spec=block_spec(config, stage.layers),
+                transformer_layer_spec=block_spec(config, stage.layers, cp),
                 vocab_size=padded_vocab_size,
                 max_sequence_length=config.max_position_embeddings,
                 pre_process=stage.first,

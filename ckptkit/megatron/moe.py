@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
 from ckptkit.errors import UsageError
-from ckptkit.megatron.parallel import gather_over_tensor_ranks
+from ckptkit.megatron.context_parallel.share import whole_sequence
 
 
 @dataclass
@@ -101,15 +101,16 @@ class Router(TopKRouter):
 
     Attributes:
         replay: Experts that the tokens of every forward pass are routed to, int64 [batch, sequence, experts per token],
-            or None. All tensor parallel ranks are given the whole sequence, also where each of them holds a part of it.
-            Tokens beyond its end, which are padding, and tokens with a negative number are left to the router.
+            or None. All tensor parallel ranks are given the whole sequence, also where each of them holds a part of it;
+            context parallel ranks are given theirs. Tokens beyond its end, which are padding, and tokens with a
+            negative number are left to the router.
         record: Called in every forward pass with the logits, fp32 [batch, sequence, experts], the chosen experts, and
             those that the router would have chosen by itself, int64 [batch, sequence, experts per token], of the whole
             sequence; or None.
-        added: What an adapter adds to the logits; or None.
+        adapted: The logits and the hidden states -> the logits with an adapter; or None.
     """
 
-    added: Callable[[torch.Tensor], torch.Tensor] | None = None
+    adapted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     replay: torch.Tensor | None = None
     record: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
 
@@ -120,7 +121,7 @@ class Router(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, fp32 [..., experts], of hidden states [..., hidden]."""
         logits = F.linear(input, self.weight)
-        return (logits if self.added is None else logits + self.added(input)).float()
+        return (logits if self.adapted is None else self.adapted(logits, input)).float()
 
     def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [tokens, experts], zero for those not chosen, and which were chosen, of logits [s, b, experts]."""
@@ -152,7 +153,7 @@ class Router(TopKRouter):
 
     def _whole(self, part: torch.Tensor) -> torch.Tensor:
         """The whole sequence [sequence, batch, width] from every rank's part of it."""
-        return gather_over_tensor_ranks(part, dim=0) if self.config.sequence_parallel else part
+        return whole_sequence(part, self.config.sequence_parallel)
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> dict[int, Router]:

@@ -21,6 +21,7 @@ def initialize(
     device: torch.device,
     timeout_seconds: float = 600.0,
     replicas: int = 1,
+    cp: int = 1,
 ) -> None:
     """Join the process group of `grid` and create Megatron's groups.
 
@@ -30,29 +31,32 @@ def initialize(
         store: Where the ranks meet; a fresh one (or a fresh prefix) for every call.
         device: `cpu`, or the CUDA device of this rank.
         timeout_seconds: How long a collective may wait.
-        replicas: How many times the grid is there, for data parallelism.
+        replicas: How many times the grid is there, for data and context parallelism.
+        cp: Context parallel size.
     """
     world_size = grid.world_size * replicas
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend(device, world_size), store=store, rank=rank, world_size=world_size, timeout=timeout)
-    create_groups(grid, device=device, timeout_seconds=timeout_seconds)
+    create_groups(grid, device=device, timeout_seconds=timeout_seconds, cp=cp)
 
 
-def create_groups(grid: Parallelism, *, device: torch.device, timeout_seconds: float = 600.0) -> None:
+def create_groups(grid: Parallelism, *, device: torch.device, timeout_seconds: float = 600.0, cp: int = 1) -> None:
     """Create Megatron's groups inside the process group that is there; ranks beyond the grid's are replicas.
 
     Args:
         grid: The parallel grid; its world size divides that of the process group.
         device: Where this rank computes.
         timeout_seconds: How long a collective may wait.
+        cp: Context parallel size.
     """
     with runs_on(device):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=grid.tp,
             pipeline_model_parallel_size=grid.pp,
             virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+            context_parallel_size=cp,
             expert_model_parallel_size=grid.ep,
             expert_tensor_parallel_size=grid.expert_tp,
             create_gloo_process_groups=False,
@@ -100,7 +104,15 @@ def broadcast(tensor: torch.Tensor, rank: int) -> torch.Tensor:
 
 def gather_over_tensor_ranks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The shards of all tensor parallel ranks joined along `dim`, on each of them."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    return _gather(tensor, dim, parallel_state.get_tensor_model_parallel_group())
+
+
+def gather_over_context_ranks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """What all context parallel ranks hold joined along `dim`, on each of them."""
+    return _gather(tensor, dim, parallel_state.get_context_parallel_group())
+
+
+def _gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     if group.size() == 1:
         return tensor
     wire = tensor.contiguous().to(_wire(tensor.device))

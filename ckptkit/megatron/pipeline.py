@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from ckptkit.megatron import parallel
 from ckptkit.megatron.compat import runs_on
+from ckptkit.megatron.context_parallel.share import Share, filled_up, multiple_of
 from ckptkit.megatron.model import CausalModel
 from ckptkit.megatron.moe import replay_routing
 from ckptkit.megatron.packed_inputs.batch import PackedBatch, pad, unpad
@@ -49,8 +49,9 @@ class Pipeline:
         """Logits of every position.
 
         All ranks call this with the same tokens; expert parallel ranks, which share experts like data parallel ones,
-        compute the rest each for itself. Rows go through the pipeline a few at a time; with virtual stages the
-        activations go round the pipeline ranks once per virtual stage.
+        compute the rest each for itself. Context parallel ranks compute each its part of every row. Rows go through the
+        pipeline a few at a time; with virtual stages the activations go round the pipeline ranks once per virtual
+        stage.
 
         Args:
             tokens: Token ids, int64 [batch, sequence].
@@ -61,14 +62,14 @@ class Pipeline:
             fp32 [batch, sequence, vocab_size] in host memory on the ranks of the last pipeline stage; None elsewhere.
         """
         length = tokens.size(1)
-        tokens = F.pad(tokens, (0, -length % self._sequence_split))  # causal: what is added at the end is not seen
+        multiple = multiple_of(self._sequence_split)
+        tokens = F.pad(tokens, (0, -length % multiple))  # causal: what is added at the end is not seen
         rows = max(1, self.tokens_per_pass // max(1, length))
-        with torch.no_grad(), runs_on(self.device):
-            parts = [
-                self._pass(tokens[at : at + rows].to(self.device), length, _rows(replay, at, at + rows))
-                for at in range(0, max(1, tokens.size(0)), rows)
-            ]
-        logits = [part for part in parts if part is not None]
+        parts = []
+        for at in range(0, max(1, tokens.size(0)), rows):
+            parts.append(self._pass(tokens[at : at + rows], _rows(replay, at, at + rows)))
+            self.passed(len(tokens[at : at + rows]) * length)
+        logits = [part[:, :length] for part in parts if part is not None]
         return torch.cat(logits) if logits else None
 
     def forward_packed(
@@ -77,7 +78,8 @@ class Pipeline:
         """Logits of every token of a packed batch, which goes through the pipeline in one piece.
 
         All ranks call this with the same batch. Under sequence parallelism it is filled up to a multiple of the tensor
-        parallel size with a sequence that no other one sees, and that is cut off again.
+        parallel size with a sequence that no other one sees, and that is cut off again. Under context parallelism every
+        sequence is filled up behind its end.
 
         Args:
             batch: The sequences.
@@ -86,10 +88,13 @@ class Pipeline:
         Returns:
             fp32 [total_nnz, vocab_size] in host memory on the ranks of the last pipeline stage; None elsewhere.
         """
-        filled = batch.filled(self._sequence_split).to(self.device)
-        with torch.no_grad(), runs_on(self.device):
-            logits = self._pass(filled.input_ids[None], batch.total, _rows(replay, 0, 1), filled.params())
-        return None if logits is None else logits[0]
+        filled, places = filled_up(batch, self._sequence_split)
+        chosen = None
+        if replay is not None:
+            chosen = {layer: _spread(experts, places, filled.total) for layer, experts in replay.items()}
+        logits = self._pass(filled.input_ids[None], chosen, filled)
+        self.passed(batch.total)
+        return None if logits is None else logits[0, places]
 
     def forward_padded(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Logits of a padded batch, computed without its padding.
@@ -127,27 +132,37 @@ class Pipeline:
     def _pass(
         self,
         tokens: torch.Tensor,
-        length: int,
         replay: dict[int, torch.Tensor] | None,
-        packed: PackedSeqParams | None = None,
+        packed: PackedBatch | None = None,
     ) -> torch.Tensor | None:
         """One batch [batch, sequence] through every chunk of this rank, virtual stage after virtual stage."""
-        logits = None
+        with torch.no_grad(), runs_on(self.device):
+            return self._through(tokens, replay, Share.of(self.chunks, tokens.size(1), packed, self.device))
+
+    def _through(
+        self, tokens: torch.Tensor, replay: dict[int, torch.Tensor] | None, share: Share
+    ) -> torch.Tensor | None:
+        logits, own = None, share.part(tokens).to(self.device)
+        chosen = None if replay is None else share.experts(replay, tokens.size(1))
         for number, chunk in enumerate(self.chunks):
-            with contextlib.nullcontext() if replay is None else replay_routing([chunk], replay):
-                output = self._run(number, tokens, packed)
+            with contextlib.nullcontext() if chosen is None else replay_routing([chunk], chosen):
+                output = self._run(number, own, share)
             if chunk.post_process:
-                logits = output[:, :length].float()
+                logits = output.float()
                 if not chunk.value_head:
                     logits = parallel.gather_over_tensor_ranks(logits, dim=-1)
             else:
                 parallel.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
-        logits = None if logits is None else logits[..., : self.vocab_size].cpu()
-        self.passed(tokens.size(0) * length)
-        return logits
+        return None if logits is None else share.whole(logits[..., : self.vocab_size]).cpu()
 
-    def _run(self, number: int, tokens: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor:
-        """One batch through one chunk: [sequence / split, batch, hidden], or logits [batch, sequence, entries / tp]."""
+    def _run(self, number: int, tokens: torch.Tensor, share: Share) -> torch.Tensor:
+        """One batch through one chunk: [sequence / split, batch, hidden], or logits [batch, sequence, entries / tp].
+
+        Args:
+            number: Virtual stage of the chunk.
+            tokens: This rank's.
+            share: The share that they are.
+        """
         chunk, (batch, length) = self.chunks[number], tokens.shape
         if not chunk.pre_process:
             shape = (length // self._sequence_split, batch, chunk.input_width)
@@ -156,8 +171,15 @@ class Pipeline:
             chunk.set_input_tensor(parallel.receive(shape, dtype, self.device, before))
         positions = torch.arange(length, device=self.device).expand(batch, length)
         run = self.replicated[number] if self.replicated else chunk
-        output: torch.Tensor = run(tokens, positions, None, packed_seq_params=packed)
+        output: torch.Tensor = run(tokens, positions, None, packed_seq_params=share.params)
         return output
+
+
+def _spread(experts: torch.Tensor, places: slice | torch.Tensor, total: int) -> torch.Tensor:
+    """Experts of the tokens at some places [1, tokens, experts per token] in a row of `total`; -1 elsewhere."""
+    whole = experts.new_full((1, total, experts.size(2)), -1)
+    whole[:, places] = experts
+    return whole
 
 
 def _rows(replay: Mapping[int, torch.Tensor] | None, start: int, end: int) -> dict[int, torch.Tensor] | None:

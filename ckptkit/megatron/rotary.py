@@ -70,6 +70,9 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, length: int) -> torch.Tensor:
         """Angles of positions 0 to `length` - 1, fp32 [length, 1, 1, head_dim], both halves alike."""
-        positions = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq)
+        return self.at(torch.arange(length, device=self.inv_freq.device))
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Angles of positions, int64 (tokens,), in the shape [tokens, 1, 1, head_dim]."""
+        angles = torch.outer(positions.float(), self.inv_freq)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

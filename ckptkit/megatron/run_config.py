@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ckptkit.megatron import DDP
@@ -19,6 +20,7 @@ class RunConfig:
 
     Attributes:
         grid: Where it runs; one rank for transformers.
+        cp: Ranks that share out every sequence.
         dp: Replicas of the grid.
         dp_kind: Wrapper of the replicas: `ddp` or `fsdp2`.
         sequence_parallel: Whether the sequence is split over tensor parallel ranks outside of the linears.
@@ -31,6 +33,7 @@ class RunConfig:
     """
 
     grid: Parallelism = Parallelism()  # noqa: RUF009  frozen
+    cp: int = 1
     dp: int = 1
     dp_kind: str = DDP
     sequence_parallel: bool = False
@@ -43,13 +46,23 @@ class RunConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks that it needs."""
-        return self.grid.world_size * self.dp
+        """Ranks that it needs.
+
+        Context parallel ranks are counted within the tensor parallel ones for everything but experts, and are ranks
+        like any others for these (source: `initialize_model_parallel` of megatron-core).
+        """
+        grid = self.grid
+        return grid.pp * math.lcm(grid.tp * self.cp, grid.ep * grid.expert_tp) * self.dp
+
+    @property
+    def copies(self) -> int:
+        """How many times its ranks hold the model."""
+        return self.world_size // self.grid.world_size
 
     @property
     def changes_candidate(self) -> bool:
         """Whether a candidate runs in another way than a reference does."""
-        return self.packed or self.sequence_parallel or self.dp > 1
+        return self.packed or self.sequence_parallel or self.dp > 1 or self.cp > 1
 
     def __str__(self) -> str:
         return f"{self.grid}, {self.device}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,12 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ckptkit.errors import VerificationError
 from ckptkit.megatron.compat import trains_on
+from ckptkit.megatron.context_parallel.share import Share
 from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.packed_inputs.batch import PackedBatch
@@ -43,6 +46,7 @@ class Microbatch:
         packed: The sequences of a packed row, or None.
         experts: Global layer number -> experts that the tokens are routed to, int64 [batch, sequence, experts per
             token]; empty for the routers' own choice.
+        params: What layers are told of the sequences, once it is known what this rank's share is.
     """
 
     tokens: torch.Tensor
@@ -50,6 +54,19 @@ class Microbatch:
     counted: torch.Tensor
     packed: PackedBatch | None = None
     experts: dict[int, torch.Tensor] = field(default_factory=dict)
+    params: PackedSeqParams | None = None
+
+    def shared_out(self, chunks: Sequence[CausalModel], device: torch.device) -> Microbatch:
+        """This context parallel rank's share, on its device."""
+        share = Share.of(chunks, self.tokens.size(1), self.packed, device)
+        return replace(
+            self,
+            tokens=share.part(self.tokens).to(device),
+            labels=share.part(self.labels).to(device),
+            counted=share.part(self.counted).to(device),
+            experts=share.experts(self.experts, self.tokens.size(1)),
+            params=share.params,
+        )
 
 
 class Training:
@@ -57,19 +74,21 @@ class Training:
 
     Args:
         pipeline: The loaded model.
-        frozen: For each chunk the names of its parameters that have no gradient.
+        trained: For each chunk the names of its parameters that have a gradient; None for all of them.
 
     Attributes:
         pipeline: As given.
         chunks: The chunks, wrapped for data parallelism.
     """
 
-    def __init__(self, pipeline: Pipeline, frozen: Sequence[Collection[str]] = ()) -> None:
+    def __init__(self, pipeline: Pipeline, trained: Sequence[Collection[str]] | None = None) -> None:
         self.pipeline = pipeline
-        for chunk, names in zip(pipeline.chunks, frozen, strict=bool(frozen)):
-            for name, parameter in chunk.named_parameters():
-                parameter.requires_grad_(name not in names)
+        if trained is not None:
+            for chunk, names in zip(pipeline.chunks, trained, strict=True):
+                for name, parameter in chunk.named_parameters():
+                    parameter.requires_grad_(name in names)
         config = pipeline.chunks[0].config
+        _check_wire(pipeline)
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
         config.variable_seq_lengths = True  # every microbatch is as long as its rows
@@ -84,7 +103,8 @@ class Training:
         """All microbatches forwards, and backwards; gradients of a run before are forgotten.
 
         All ranks call this with as many microbatches; those of one data parallel rank are given to all its tensor and
-        pipeline parallel ranks. With virtual stages their number is a multiple of the pipeline parallel size.
+        pipeline parallel ranks, and to all its context parallel ranks, which take their part. With virtual stages their
+        number is a multiple of the pipeline parallel size.
 
         Args:
             batches: The microbatches of this data parallel rank.
@@ -94,6 +114,7 @@ class Training:
             The loss per token that counts, over all data parallel ranks, and the number of those tokens.
         """
         device = self.pipeline.device
+        batches = [batch.shared_out(self.pipeline.chunks, device) for batch in batches]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         with trains_on(device), ExitStack() as stack:
@@ -117,26 +138,23 @@ class Training:
     def _forward(
         self, batches: Iterator[Microbatch], chunk: Any
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, tuple[float, int]]]]:
-        batch, device = next(batches), self.pipeline.device
-        counted = batch.counted.to(device)
+        batch = next(batches)
 
         def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
             # Where nothing counts the label may be one that has no loss at all.
-            total = torch.where(counted, losses, 0.0).sum()
-            number = counted.sum().to(torch.int)
+            total = torch.where(batch.counted, losses, 0.0).sum()
+            number = batch.counted.sum().to(torch.int)
             return total, number, (float(total.detach()), int(number))
 
-        tokens = batch.tokens.to(device)
-        positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
-        labels = batch.labels.to(device)
-        packed = None if batch.packed is None else batch.packed.to(device).params()
-        return chunk(tokens, positions, None, labels=labels, packed_seq_params=packed), loss
+        tokens = batch.tokens
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        return chunk(tokens, positions, None, labels=batch.labels, packed_seq_params=batch.params), loss
 
     def _loss(self, found: Sequence[tuple[float, int]]) -> tuple[float, int]:
-        """Loss and tokens of all microbatches and data parallel ranks, on every rank."""
+        """Loss and tokens of all microbatches, data and context parallel ranks, on every rank."""
         sums = [sum(loss for loss, _ in found), float(sum(number for _, number in found))]
         totals = torch.tensor(sums, dtype=torch.float64, device=self.pipeline.device)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
         loss, number = totals.tolist()
         return loss / max(1.0, number), int(number)
@@ -152,6 +170,19 @@ class Training:
             number: Virtual stage of the chunk.
         """
         return {name: _gradient(value) for name, value in expected_tensors(self.pipeline.chunks[number]).items()}
+
+
+def _check_wire(pipeline: Pipeline) -> None:
+    """Whether megatron-core's schedules can send from stage to stage.
+
+    Raises:
+        VerificationError: They cannot.
+    """
+    if pipeline.grid.pp > 1 and pipeline.device.type == "cuda" and dist.get_backend() == "gloo":
+        raise VerificationError(
+            "gloo does not send tensors on GPUs from stage to stage, as megatron-core's schedules want it to",
+            hint="use a GPU for each rank, where NCCL does, or --device cpu",
+        )
 
 
 def _gradient(value: torch.Tensor) -> torch.Tensor:

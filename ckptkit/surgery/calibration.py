@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UsageError
-from ckptkit.surgery.matching import TOKENIZER
+from ckptkit.formats.tokenizer_json import TOKENIZER
 
 TOKENS, LENGTH = 32768, 512
 """Default number of tokens, and default length of a sequence."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.errors import UnsupportedError
 from ckptkit.families.split_llama import HALF, incompatible
 from ckptkit.formats.json_files import read_json
+from ckptkit.formats.tokenizer_json import TOKENIZER, model_of, part_of, vocabulary
 from ckptkit.tables.config_fields import rope_fields
 
-T = TypeVar("T")
-
-TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+SENTENCEPIECE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ def differences(first: Checkpoint, last: Checkpoint) -> Differences:
     fatal, risky, notes = [*incompatible(first.config, last.config)], list(_sizes(first, last)), []
     tokenizers = [model.sidecar.small.get(TOKENIZER) for model in (first, last)]
     if tokenizers[0] is not None and tokenizers[1] is not None:
-        vocabulary, rest = _tokenizers(tokenizers[0], tokenizers[1])
-        fatal += vocabulary
+        tokens, rest = _tokenizers(tokenizers[0], tokenizers[1])
+        fatal += tokens
         risky += rest
     else:
         text, unknown = _sentencepiece(first, last)
@@ -85,7 +84,7 @@ def _tokenizers(first: Path, last: Path) -> tuple[list[str], list[str]]:
     if filecmp.cmp(first, last, shallow=False):
         return [], []
     one, other = read_json(first), read_json(last)
-    left, right = _read(_vocabulary, one, first), _read(_vocabulary, other, last)
+    left, right = part_of(vocabulary, one, first), part_of(vocabulary, other, last)
     unequal = sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token))
     if unequal:
         token = unequal[0]
@@ -93,33 +92,13 @@ def _tokenizers(first: Path, last: Path) -> tuple[list[str], list[str]]:
         return [f"tokens: {len(unequal)} have different ids ({ids}{', ...' if len(unequal) > 1 else ''})"], []
     parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     changed = [part for part in parts if one.get(part) != other.get(part)]
-    changed += ["merges"] if _read(_merges, one, first) != _read(_merges, other, last) else []
+    changed += ["merges"] if part_of(_merges, one, first) != part_of(_merges, other, last) else []
     return [], [f"{TOKENIZER}: {', '.join(changed)}"] if changed else []
-
-
-def _read(part: Callable[[Mapping[str, Any]], T], tokenizer: Mapping[str, Any], path: Path) -> T:
-    """A part of a tokenizer.json, whose inner structure is not checked before."""
-    try:
-        return part(tokenizer)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not the tokenizer.json of a tokenizer ({error})", where=path) from None
-
-
-def _model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
-    model = tokenizer.get("model")
-    return model if isinstance(model, dict) else {}
-
-
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    vocabulary = _model(tokenizer).get("vocab")
-    if isinstance(vocabulary, list):  # unigram models list pairs of a token and its score
-        return {str(item[0]): number for number, item in enumerate(vocabulary)}
-    return dict(vocabulary) if isinstance(vocabulary, dict) else {}
 
 
 def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
     """The merges of a BPE model; newer files keep each as a pair, older ones as a string."""
-    merges = _model(tokenizer).get("merges") or []
+    merges = model_of(tokenizer).get("merges") or []
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 

@@ -10,9 +10,13 @@ up):
 - `fused`: one pair (`LoRA` of Megatron-Bridge). All parts share A, and B is laid out as the weight is;
 - `peft`: one pair again, under the names of PEFT (ms-swift, mcore-bridge).
 
+DoRA keeps a length for each row of the weight, too. Only `fused` has a form for it: a vector with the layout of a bias
+(`DoRA` of Megatron-Bridge), which is divided as the weight's rows are.
+
 Source: `ParallelLinearAdapter` and `GroupedExpertLinearAdapter` in `peft/utils.py` and `canonical_lora.py` of
 Megatron-Bridge (commit 067f987), which divide A by rank for column-parallel layers, and B by rows for all layers;
-`LoraParallelLinear` in `tuners/lora.py` of mcore-bridge, where only the factor beside the divided axis is divided.
+`ParallelLinearDoRAAdapter` in `peft/dora_layers.py` of the same commit; `LoraParallelLinear` in `tuners/lora.py` of
+mcore-bridge, where only the factor beside the divided axis is divided.
 """
 
 from __future__ import annotations
@@ -116,15 +120,35 @@ def fused(item: Item, side: str, rank: int, layout: str = FUSED) -> Item:
     if side == A:
         columns = next(iter(item.parts.values()))[1]
         return _derived(item, middle, {_inserted(item.key, middle): (rank, columns)}, copy, split)
-    parts: dict[str, tuple[int, ...]] = {
-        f"{name.removesuffix(_WEIGHT)}.lora_{side}{_WEIGHT}": (shape[0], rank) for name, shape in item.parts.items()
-    }
+    return _by_rows(item, middle, f".lora_{side}{_WEIGHT}", (rank,), split)
+
+
+def magnitudes(item: Item) -> Item:
+    """The row of the lengths of all rows of a Megatron tensor, which DoRA has in `fused`."""
+    base = item.row.split
+    split = base if base.axis == 0 else replace(REPLICATED, expert=base.expert)
+    return _by_rows(item, "adapter", ".lora_magnitude_vector", (), split, "_magnitude")
+
+
+def has_magnitudes(item: Item) -> bool:
+    """Whether there is a form for the lengths of the rows of a Megatron tensor.
+
+    `DoRA` of Megatron-Bridge has none for experts: it asks a linear for its one weight. Rows that the model does not
+    use, and those of vocabulary padding, have no length that could be trained.
+    """
+    unused = item.row.split.padded or any(slot.slot.repeats is None for slot in item.slots)
+    return item.expert is None and not unused
+
+
+def _by_rows(item: Item, middle: str, ending: str, rest: tuple[int, ...], split: Split, after: str = "") -> Item:
+    """A row that has the rows of the weight in the weight's layout, and other axes behind them."""
+    parts = {f"{name.removesuffix(_WEIGHT)}{ending}": (shape[0], *rest) for name, shape in item.parts.items()}
     slots = tuple(
         # The delta of a part that the model does not use is zero, unless the part repeats another.
-        ResolvedSlot(replace(slot.slot, value=0.0), (slot.shape[0], rank), None)
+        ResolvedSlot(replace(slot.slot, value=0.0), (slot.shape[0], *rest), None)
         for slot in item.slots
     )
-    return _derived(item, middle, parts, item.row.layout, split, slots)
+    return _derived(item, middle, parts, item.row.layout, split, slots, after)
 
 
 def stored_layouts(item: Item) -> Iterator[tuple[str, int | None]]:
@@ -180,7 +204,9 @@ def _derived(
     layout: Layout,
     split: Split,
     slots: tuple[ResolvedSlot, ...] = (),
+    after: str = "",
 ) -> Item:
-    row = replace(item.row, megatron=_inserted(item.row.megatron, middle), hf={}, layout=layout, split=split, slots=())
+    name = _inserted(item.row.megatron, middle) + after
+    row = replace(item.row, megatron=name, hf={}, layout=layout, split=split, slots=())
     kind = Kind(row, item.kind.config, item.kind.model, (tuple(parts.values()), tuple(slot.shape for slot in slots)))
-    return item._replace(kind=kind, key=_inserted(item.key, middle), hf=tuple(parts), slots=slots)
+    return item._replace(kind=kind, key=_inserted(item.key, middle) + after, hf=tuple(parts), slots=slots)

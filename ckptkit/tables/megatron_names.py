@@ -19,6 +19,9 @@ from collections.abc import Iterable
 from ckptkit.tables.family import MegatronQuirks
 
 _STATE = "_extra_state"
+WRAPPED = "base_layer"
+"""Where the modules of PEFT keep the layer that they adapt. Source: `LoraLayer` of peft, `LoraParallelLinear` of
+mcore-bridge."""
 _WEIGHT = re.compile(r"(.+)\.weight(\d*)")
 _TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2")
 _LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm")
@@ -36,9 +39,10 @@ def rank_states(name: str, quirks: MegatronQuirks) -> list[str]:
         quirks: The quirks of its family.
     """
     module = name.rpartition(".")[0]
-    modules = [module] if module.endswith((*_TE_LINEAR, *_NORMS)) and not module.endswith(quirks.plain) else []
-    if module.endswith(f".self_attention.{_QKV}"):
-        modules.append(module.removesuffix(_QKV) + _CORE)
+    bare = module.removesuffix(f".{WRAPPED}")
+    modules = [module] if bare.endswith((*_TE_LINEAR, *_NORMS)) and not bare.endswith(quirks.plain) else []
+    if bare.endswith(f".self_attention.{_QKV}"):
+        modules.append(bare.removesuffix(_QKV) + _CORE)
     return [f"{module}.{_STATE}" for module in modules]
 
 
@@ -51,10 +55,13 @@ def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str
         quirks: The quirks of its family.
     """
     match = _WEIGHT.fullmatch(name)
-    if match is None or match[1].endswith(quirks.plain):
+    if match is None:
         return []
     module, expert = match.groups()
-    last = module.rpartition(".")[2]
+    bare = module.removesuffix(f".{WRAPPED}")
+    if bare.endswith(quirks.plain):
+        return []
+    last = bare.rpartition(".")[2]
     modules = [module] if last.startswith(_LINEAR) or last in quirks.parallel else []
     if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
         modules.append(module.removesuffix(_HYBRID_NORM) + _HEAD)

@@ -17,9 +17,8 @@ from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor, vstack
 
 GROUPED, SEQUENTIAL = "grouped", "sequential"
-_EXPERT_LAYER = (
-    r"(linear_fc[12](?:\.(?:adapter\.(?:adapter_\w+\.)?linear_(?:in|out)|lora_[AB]\.\w+))?)"  # or its adapter
-)
+# The layer, its adapter, or the layer inside of one that adapts it.
+_EXPERT_LAYER = r"(linear_fc[12](?:\.(?:adapter\.(?:adapter_\w+\.)?linear_(?:in|out)|lora_[AB]\.\w+|base_layer))?)"
 _GROUPED_NAME = re.compile(rf"\.experts\.{_EXPERT_LAYER}\.weight(\d+)$")
 _SEQUENTIAL_NAME = re.compile(rf"\.experts\.local_experts\.(\d+)\.{_EXPERT_LAYER}\.weight$")
 _NUMBER = re.compile(r"\.\d+(?=\.)|(?<=\.weight)\d+$")

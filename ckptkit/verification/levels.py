@@ -19,8 +19,10 @@ from ckptkit.errors import CkptkitError, UnsupportedError, UsageError
 from ckptkit.formats.hub import locate
 from ckptkit.inspection.hashing import hash_checkpoint
 from ckptkit.io.threads import Progress
+from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
 from ckptkit.steps import Step, Tell, nobody
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
@@ -85,9 +87,7 @@ def verify(
         UnsupportedError: No family converts a side.
         VerificationError: A run could not be made; this says nothing about the checkpoints.
     """
-    if level not in LEVELS:
-        raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
-    options = RunOptions.of(**run)
+    options, level, run = asked_for(level, run)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
         opened = (
@@ -96,23 +96,8 @@ def verify(
         )
     checkpoints = opened[0][0], opened[1][0]
     sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), options)
-    if options.train_steps and level in ("logits", "gradients"):
-        level = "training"
-    if level == "training" and not options.train_steps:
-        run = {**run, "train_steps": STEPS}
-        options = RunOptions.of(**run)
     if level in LEVELS[2:]:  # what cannot run is said before every byte is compared
-        options.check()
-        grid = sides[1].grid or checkpoints[1].grid
-        refuse_unused_backwards(level, options)
-        config = checkpoints[1].config
-        how = options.config(grid, widest_window(config))
-        check_candidate(sides[1], how)
-        if level in BACKWARD:
-            check_backwards(sides[1], how, experts=bool(config.num_experts), value=config.value_head)
-        if sides[1].grid is not None:
-            check_grid(config, grid)
-            split_layers(config.num_layers, grid)
+        check_run(level, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config, options)
     else:
         refuse_unused(level, options, prompts, tokens)
     asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
@@ -121,8 +106,7 @@ def verify(
     asked.ask("weights", lambda: in_one_process(lambda: check_weights(*checkpoints, progress, diff, sides[1].grid)))
     hashes = _once(lambda: [_hash(*side, progress) for side in opened]) if hash else [None, None]
     asked.ask("logits", lambda: logits_level(checkpoints, sides, prompts, tokens, pool, tell, run))
-    for name, question in (("gradients", verify_gradients), ("training", verify_training)):
-        asked.ask(name, partial(_backwards, name, question, checkpoints, sides, prompts, tokens, pool, tell, run))
+    ask_backwards(asked, checkpoints, sides, prompts, tokens, pool, tell, run)
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
@@ -139,6 +123,46 @@ def verify(
         started=started,
         versions=installed_versions(),
     )
+
+
+def asked_for(level: str, run: RunKeywords) -> tuple[RunOptions, str, RunKeywords]:
+    """How the sides run, the last level, and the keywords of the former. Steps of training ask for the last level.
+
+    Raises:
+        UsageError: There is no such level.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
+    options = RunOptions.of(**run)
+    if options.train_steps and level in ("logits", "gradients"):
+        level = "training"
+    if level == "training" and not options.train_steps:
+        run = {**run, "train_steps": STEPS}
+    return RunOptions.of(**run), level, run
+
+
+def check_run(level: str, candidate: Side, grid: Parallelism, config: ModelConfig, options: RunOptions) -> None:
+    """Whether a level can run.
+
+    Args:
+        level: The last level.
+        candidate: The candidate.
+        grid: The grid that it runs on.
+        config: Its model.
+        options: How it runs.
+
+    Raises:
+        CkptkitError: It cannot.
+    """
+    options.check()
+    refuse_unused_backwards(level, options)
+    how = options.config(grid, widest_window(config))
+    check_candidate(candidate, how)
+    if level in BACKWARD:
+        check_backwards(candidate, how, experts=bool(config.num_experts), value=config.value_head)
+    if candidate.grid is not None:
+        check_grid(config, grid)
+        split_layers(config.num_layers, grid)
 
 
 class Asked:
@@ -283,6 +307,21 @@ def logits_level(
         lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts or (), texts, strict=True)]
         answer.details["messages"] = [*answer.details.get("messages", []), *lines]
     return answer
+
+
+def ask_backwards(
+    asked: Asked,
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    sides: tuple[Side, Side],
+    prompts: Sequence[str] | None,
+    tokens: Sequence[Sequence[int]] | None,
+    pool: Ranks | None,
+    tell: Tell,
+    run: RunKeywords,
+) -> None:
+    """Asks the levels that run backwards, if they are wanted."""
+    for name, question in (("gradients", verify_gradients), ("training", verify_training)):
+        asked.ask(name, partial(_backwards, name, question, checkpoints, sides, prompts, tokens, pool, tell, run))
 
 
 def _backwards(

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Unpack
 
+from ckptkit.megatron.run_config import RunConfig
 from ckptkit.steps import Step, Tell, nobody
 from ckptkit.verification.judging import Judgement, Pair, Runs, find_place, judge, run_both
 from ckptkit.verification.passes import Passes
@@ -20,7 +21,7 @@ from ckptkit.verification.rounding import Rounding
 from ckptkit.verification.run_options import RunKeywords, RunOptions
 from ckptkit.verification.runs import Run, keep_logits
 from ckptkit.verification.sides import MEGATRON, Side, check_candidate, open_side
-from ckptkit.verification.tokens import check_rows, default_rows, read_rows
+from ckptkit.verification.tokens import check_rows, default_length, default_rows, read_rows
 
 GREEDY_STEPS = 8
 
@@ -69,13 +70,14 @@ def verify_logits(
     options = RunOptions.of(**run)
     options.check()
     pair = Pair(*(open_side(Side(*side), opener) for side in (reference, candidate)))
-    check_candidate(pair.candidate.side, options.config(pair.candidate.grid, pair.candidate.window))
+    how = options.config(pair.candidate.grid, pair.candidate.window)
+    check_candidate(pair.candidate.side, how)
     vocabularies = pair.reference.vocab_size, pair.candidate.vocab_size
     if vocabularies[0] != vocabularies[1]:
         summary = f"the vocabularies differ: {vocabularies[0]} and {vocabularies[1]} tokens"
         checks = [Check("vocabulary", False, summary)]
         return LogitsReport(False, summary, options.device, options.dtype, options.tolerance, [], checks=checks)
-    rows = rows_of(tokens, vocabularies[0])
+    rows = rows_of(tokens, vocabularies[0], how)
     steps = 0 if pair.reference.value_head or pair.candidate.value_head else greedy
     with ExitStack() as stack:
         ranks = pool or stack.enter_context(own_ranks(pair, options))
@@ -95,14 +97,14 @@ def verify_logits(
     return _report(runs, judgement, location, messages, options, pair.reference.side.rounding)
 
 
-def rows_of(tokens: Tokens, vocab_size: int, default: int = 2) -> list[list[int]]:
-    """The token ids to run; where none are given, `default` pseudo-random rows.
+def rows_of(tokens: Tokens, vocab_size: int, run: RunConfig, default: int = 2) -> list[list[int]]:
+    """The token ids to run; where none are given, `default` pseudo-random rows, long enough for the candidate's run.
 
     Raises:
         UsageError: They are not what a model can take.
     """
     if tokens is None:
-        return default_rows(vocab_size, default)
+        return default_rows(vocab_size, default, default_length(run))
     rows = read_rows(tokens) if isinstance(tokens, str | Path) else [list(row) for row in tokens]
     check_rows(rows, vocab_size)
     return rows
@@ -147,7 +149,7 @@ def _ran(found: Run) -> CandidateRan | None:
     devices = sorted({facts["device"] for facts in found.seen})
     run = found.config
     replication = run.dp_kind if run.dp > 1 else None
-    return CandidateRan(run.packed, run.sequence_parallel, run.dp, replication, devices)
+    return CandidateRan(run.packed, run.sequence_parallel, run.cp, run.dp, replication, devices)
 
 
 def _report(

@@ -130,6 +130,10 @@ def check_how_it_ran(job: LogitsJob, seen: Sequence[Seen]) -> None:
         VerificationError: One did not.
     """
     run = job.run
-    asked = {"packed": run.packed, "sequence_parallel": run.sequence_parallel}
+    asked = {
+        "packed": run.packed,
+        "sequence_parallel": run.sequence_parallel,
+        "context_parallel": run.cp,
+    }
     replication = run.dp_kind if run.dp > 1 or job.training is not None else None
     check_ran({**asked, "replication": replication}, seen)

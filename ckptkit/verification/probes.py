@@ -82,7 +82,7 @@ class Recorder:
             known = self.states.get(place)
             room = KEPT_IN_ALL - (0 if known is None else len(known))
             # A copy: megatron-core adds the residual into the output of attention and MLP in place.
-            whole = take(output).detach()  # a collective under sequence parallelism: no rank may leave it out
+            whole = take(output).detach()  # a collective where the sequence is split: no rank may leave it out
             state = whole[:, :length][:, -KEPT:].flatten(0, 1)[:room].float().cpu().clone()
             self.states[place] = state if known is None else torch.cat((known, state))
 
@@ -220,12 +220,10 @@ def _sequence_first(sequence_parallel: bool) -> Callable[[Any], torch.Tensor]:
     """Reads a Megatron module's output: [sequence, batch, hidden], or that with a bias still to be added."""
 
     def take(output: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        from ckptkit.megatron.parallel import gather_over_tensor_ranks
+        from ckptkit.megatron.context_parallel.share import whole_sequence
 
         state, bias = output if isinstance(output, tuple) else (output, None)
         state = state if bias is None else state + bias
-        if sequence_parallel:
-            state = gather_over_tensor_ranks(state, dim=0)
-        return state.transpose(0, 1)
+        return whole_sequence(state, sequence_parallel).transpose(0, 1)
 
     return take

@@ -46,6 +46,7 @@ class RunKeywords(TypedDict, total=False):
     replay: bool
     packed: bool
     sequence_parallel: bool
+    cp: int
     dp: int
     dp_kind: str
     recompute: bool
@@ -77,6 +78,7 @@ class RunOptions:
         packed: Take the candidate's logits from packed inputs, sequences joined in one row without padding. Hidden
             states and routing stay those of plain rows.
         sequence_parallel: Split the candidate's sequence over its tensor parallel ranks outside of the linears.
+        cp: Ranks that share out every sequence of the candidate (context parallelism).
         dp: Replicas of the candidate's grid; all must compute the same logits. Backwards they share out the rows.
         dp_kind: Wrapper of the replicas: `ddp` (megatron-core's DistributedDataParallel) or `fsdp2`.
         recompute: Keep only the inputs of layers when the candidate runs forwards, and compute their activations again
@@ -100,6 +102,7 @@ class RunOptions:
     replay: bool = True
     packed: bool = False
     sequence_parallel: bool = False
+    cp: int = 1
     dp: int = 1
     dp_kind: str = DDP
     recompute: bool = False
@@ -131,6 +134,7 @@ class RunOptions:
         """
         return RunConfig(
             grid=grid,
+            cp=self.cp,
             dp=self.dp,
             dp_kind=self.dp_kind,
             sequence_parallel=self.sequence_parallel,
@@ -202,8 +206,9 @@ class RunOptions:
             raise UsageError(f"no logits in {self.dtype}", hint=f"choose {', '.join(DTYPES)}")
         if self.device not in DEVICES:
             raise UsageError(f"no device {self.device!r}", hint=f"choose {' or '.join(DEVICES)}")
-        if self.dp < 1:
-            raise UsageError(f"--dp must be at least 1, got {self.dp}")
+        for name, size in (("--cp", self.cp), ("--dp", self.dp)):
+            if size < 1:
+                raise UsageError(f"{name} must be at least 1, got {size}")
         if self.dp_kind not in DP_KINDS:
             raise UsageError(f"no data parallelism by {self.dp_kind!r}", hint=f"choose {' or '.join(DP_KINDS)}")
         if self.capacity < 1:

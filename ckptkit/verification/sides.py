@@ -102,7 +102,7 @@ def check_candidate(candidate: Side, run: RunConfig) -> None:
     """
     if candidate.kind == HF and run.changes_candidate:
         raise UsageError(
-            "packed rows, sequence parallelism and replicas need a candidate that megatron-core runs",
+            "packed rows, sequence and context parallelism and replicas need a candidate that megatron-core runs",
             where=candidate.path,
             hint="give the grid to run it on (--tp, --pp, --ep; --tp 1 for one rank)",
         )

@@ -8,11 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptkit.errors import UsageError
+from ckptkit.megatron.run_config import RunConfig
 
 SEED = 20240229
+LENGTH = 48
+"""Tokens of a row by default."""
+BEYOND = 32
+"""Tokens of a row by default beyond the widest window, where the row is cut over ranks."""
 
 
-def default_rows(vocab_size: int, rows: int = 2, length: int = 48) -> list[list[int]]:
+def default_length(run: RunConfig) -> int:
+    """Tokens of a row by default: if ranks share it out, windows must cross the cut and hide something."""
+    return max(LENGTH, run.window + BEYOND) if run.cp > 1 else LENGTH
+
+
+def default_rows(vocab_size: int, rows: int = 2, length: int = LENGTH) -> list[list[int]]:
     """Pseudo-random ids, the same in every run; the first row begins with the first and the last id."""
     draw = random.Random(SEED)
     ids = [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(rows)]

@@ -81,6 +81,23 @@ def test_the_same_files_come_back(
     assert files_of(tmp_path / "back") == files_of(adapters[name])
 
 
+def test_distributed_factors_of_gate_and_up_under_the_names_of_peft(
+    tmp_path: Path, llama: Path, adapters: dict[str, Path]
+) -> None:
+    """mcore-bridge stores B rank by rank: its `sharded_state_dict` halves the tensors of `base_layer` alone."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    grid = Parallelism(2)
+    for to in ("torch", "torch_dist"):
+        convert(adapters["all"], tmp_path / to, to=to, adapter_layout="peft", grid=grid, hf_reference=llama)
+    dcp_to_torch_save(tmp_path / "torch_dist/release", tmp_path / "whole.pt")
+    stored = torch.load(tmp_path / "whole.pt", weights_only=False)
+    ranks = ranks_of(tmp_path / "torch", grid).values()
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        parts = [tensors[f"decoder.layers.2.{name}.lora_B.default.weight"] for tensors in ranks]
+        assert torch.equal(stored[f"decoder.layers.{name}.lora_B.default.weight"][2], torch.cat(parts))
+
+
 FAST = ("qwen3_moe", "gemma3", "gemma4-moe", "gemma4_text-e2b")
 
 
@@ -348,13 +365,16 @@ def test_adapters_of_megatron_bridge(
     LoraConfig.from_pretrained(tmp_path / "back")
 
 
-@pytest.mark.parametrize(("written", "layout"), [("LoRA", "fused"), ("CanonicalLoRA", "canonical")])
+@pytest.mark.parametrize(("written", "layout"), [("LoRA", "fused"), ("CanonicalLoRA", "canonical"), ("DoRA", "fused")])
 def test_checkpoints_that_megatron_bridge_wrote(tmp_path: Path, written: str, layout: str) -> None:
     """Its distributed checkpoint, read and cut again, gives each rank the factors that it had there."""
     folder = BRIDGE / written
     convert(folder, tmp_path / "peft", to="peft", hf_reference=BRIDGE)
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, sorted(LINEARS))
+    dora = written == "DoRA"
+    linears = [name for name in LINEARS if not dora or name not in ("o_proj", "down_proj")]
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4, sorted(linears))
+    assert config["use_dora"] == dora
     for source in (folder, tmp_path / "peft"):
         out = tmp_path / f"from-{source.name}"
         convert(source, out, to="torch", grid=Parallelism(2), adapter_layout=layout, hf_reference=BRIDGE)

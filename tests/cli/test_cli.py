@@ -143,7 +143,9 @@ def test_defaults_of_convert(convert):
         "head": None,
         "head_init": None,
         "megatron_model": "gpt",
+        "adapter": None,
         "adapter_layout": None,
+        "part": None,
         "lora_alpha": None,
         "lossy": False,
         "dry_run": False,
@@ -163,7 +165,7 @@ def test_every_option_of_convert_arrives(convert):
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
         " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
-        " --adapter-layout peft --lora-alpha 16 --lossy"
+        " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy"
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {
@@ -183,7 +185,9 @@ def test_every_option_of_convert_arrives(convert):
         "head": "value",
         "head_init": "normal",
         "megatron_model": "hybrid",
+        "adapter": "lora",
         "adapter_layout": "peft",
+        "part": "model",
         "lora_alpha": 16.0,
         "lossy": True,
         "dry_run": True,
@@ -384,6 +388,7 @@ def test_verify_passes_and_differs(verify):
         "packed": False,
         "sequence_parallel": False,
         "dp": 1,
+        "cp": 1,
         "dp_kind": "ddp",
         "recompute": False,
         "capacity": 8192,
@@ -411,7 +416,7 @@ def test_verify_passes_and_differs(verify):
 def test_every_option_of_verify_arrives(verify, tmp_path):
     report = tmp_path / "report.json"
     line = f"verify a b --level weights --device cuda --dtype bfloat16 --tolerance 1e-4 --save-logits l --json {report}"
-    how = "--packed --sequence-parallel --dp 2 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
+    how = "--packed --sequence-parallel --dp 2 --cp 3 --dp-kind fsdp2 --timeout 60 --tp 4 --pp 2 --ep 8 --keep-going"
     how += " --recompute --capacity 4096 --train-steps 3 --optimizer sgd --lr 0.5 --train-only *a*"
     how += " --ref-iteration 3 --cand-iteration 4 --ref-hf-reference r --cand-src-tp 2 --cand-vocab-size 9"
     arguments = [*line.split(), *how.split(), "--hash", "--prompt", "one", "--prompt", "two three"]
@@ -429,6 +434,7 @@ def test_every_option_of_verify_arrives(verify, tmp_path):
         "packed": True,
         "sequence_parallel": True,
         "dp": 2,
+        "cp": 3,
         "dp_kind": "fsdp2",
         "recompute": True,
         "capacity": 4096,
@@ -526,8 +532,8 @@ def test_help_has_examples_and_explains_every_option(command):
 
 def test_options_are_named_where_their_metavar_is_their_name():
     """Typer 0.27 takes `--DTYPE` for the option of a parameter `dtype` with that metavar, if nothing names it."""
-    groups = [cli.app, *(group.typer_instance for group in cli.app.registered_groups)]
-    callbacks = [command.callback for group in groups for command in group.registered_commands]
+    commands = cli.typer.main.get_command(cli.app).commands.values()
+    callbacks = [command.callback for group in commands for command in getattr(group, "commands", {"": group}).values()]
     unnamed = 0
     for callback in callbacks:
         for name, hint in get_type_hints(callback, include_extras=True).items():

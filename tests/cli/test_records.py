@@ -95,13 +95,18 @@ def test_options_of_a_command_stand_under_headings(command: str, headings: list[
 
 def test_choices_are_those_of_the_modules_that_use_them() -> None:
     from ckptkit.adapters.commands import PRECISIONS
+    from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
+    from ckptkit.conversion import options
     from ckptkit.conversion.targets import ADAPTER_NAMES, NAMES
     from ckptkit.inspection.hashing import PARTS
+    from ckptkit.tables import hybrid_names, lora
     from ckptkit.tables.spelling import GROUPED, SEQUENTIAL
 
     assert (choices.MODEL_FORMATS, choices.HASHED) == (NAMES, PARTS)
     assert (*NAMES, *ADAPTER_NAMES) == choices.FORMATS and choices.PRECISIONS == PRECISIONS
-    assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL}
+    assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL} and choices.PARTS == (MODEL, ADAPTER)
+    assert (choices.CASTS, choices.LAYOUTS, choices.HEADS) == (options.CASTS, options.LAYOUTS, (options.VALUE,))
+    assert (choices.ADAPTER_LAYOUTS, choices.MEGATRON_MODELS) == (lora.LAYOUTS, hybrid_names.MODELS)
 
 
 def test_options_of_verify_are_the_fields_of_run_options() -> None:

@@ -26,15 +26,38 @@ print(" ".join(sys.modules), file=sys.stderr)
 
 def imported(*arguments: str) -> set[str]:
     """The top-level modules that a command has imported when it ends."""
+    return {name.split(".")[0] for name in every_import(*arguments)}
+
+
+def every_import(*arguments: str) -> set[str]:
+    """The modules that a command has imported when it ends."""
     command = [sys.executable, "-c", COMMAND, *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=True)
-    return {name.split(".")[0] for name in done.stderr.split()}
+    return set(done.stderr.split())
 
 
 @pytest.mark.parametrize("base", ["hf", "torch", "torch_dist"])
 def test_inspect_imports_nothing_heavy(base: str) -> None:
     modules = imported("inspect", str(SOUND / base), "--json")
     assert "ckptkit" in modules and not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    "arguments, declared",
+    [
+        (["inspect", str(SOUND / "hf")], {"looking"}),
+        (["adapter", "merge", "--help"], {"adapter"}),
+        (["--version"], set()),
+        (["--help"], {"looking", "convert", "verify", "families", "delta", "adapter", "split_llama"}),
+    ],
+)
+def test_only_the_commands_asked_for_are_declared(arguments: list[str], declared: set[str]) -> None:
+    modules = {"looking", "convert", "verify", "families", "delta", "adapter", "split_llama"}
+    assert {name for name in modules if f"ckptkit.cli.{name}" in every_import(*arguments)} == declared
+
+
+def test_help_declares_options_and_nothing_else() -> None:
+    assert not {name for name in every_import("--help") if name.startswith(("ckptkit.conversion", "ckptkit.tables"))}
 
 
 def test_what_moves_bytes_is_seen(tmp_path: Path) -> None:

@@ -1,15 +1,33 @@
-"""CRC arithmetic against zlib."""
+"""CRC arithmetic, and the library that computes CRCs, against zlib."""
 
 from __future__ import annotations
 
+import runpy
+import sys
 import time
+import types
 import zlib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.io.crc import crc32_combine
+from ckptkit.io import crc
+from ckptkit.io.crc import crc32, crc32_combine
+
+
+@given(st.binary(max_size=9000), st.integers(0, 2**32 - 1))
+def test_the_library_in_use(data: bytes, start: int) -> None:
+    assert crc32(memoryview(data)) == zlib.crc32(data)
+    assert crc32(data, start) == zlib.crc32(data, start)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_isal_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    other = types.SimpleNamespace(crc32=lambda data, value=0: 0)
+    monkeypatch.setitem(sys.modules, "isal", types.ModuleType("isal"))
+    monkeypatch.setitem(sys.modules, "isal.isal_zlib", other if installed else None)
+    assert runpy.run_path(crc.__file__)["crc32"] is (other.crc32 if installed else zlib.crc32)
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

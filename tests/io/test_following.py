@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptkit.errors import StorageError
@@ -56,9 +56,17 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "_place", threading.local())
 
 
-@settings(max_examples=100)
+@pytest.fixture(params=[True, False], ids=["mapped", "read"])
+def mappable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can map files into memory."""
+    if not request.param:
+        monkeypatch.setattr(following, "mapped", lambda fd, start, stop: None)
+    return bool(request.param)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_order(path: Path, data: st.DataObject) -> None:
+def test_any_order(path: Path, mappable: bool, data: st.DataObject) -> None:
     cuts = sorted({0, SIZE, *data.draw(st.lists(st.integers(0, SIZE), max_size=30))})
     follow, sums, fd = follower(path)
     placeholders = bytearray(CONTENT)
@@ -94,7 +102,7 @@ def test_bytes_that_nobody_wrote(path: Path) -> None:
     os.close(fd)
 
 
-def test_a_file_cut_short_meanwhile(path: Path) -> None:
+def test_a_file_cut_short_meanwhile(path: Path, mappable: bool) -> None:
     follow, _, fd = follower(path, ())
     os.pwrite(fd, CONTENT[:1000], 0)
     follow.written(0, SIZE)

@@ -21,6 +21,7 @@ from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope
 OPENER = "tests.verification.mutants:"
 Tensors = dict[str, Any]
 TWO = Parallelism(2)
+CUT = {"cp": 2}
 
 
 @dataclass(frozen=True)
@@ -219,20 +220,91 @@ def bound_late() -> dict[tuple[Any, str], Any]:
     return {(PackedBatch, "params"): params}
 
 
-def first_token_hidden() -> dict[tuple[Any, str], Any]:
+def masked(hide: Callable[[Any, range, int, int | None], None]) -> Callable[[], dict[tuple[Any, str], Any]]:
+    """Masks that are changed after they are made: `hide` is given block, tokens, first token and window."""
+
+    def patch() -> dict[tuple[Any, str], Any]:
+        from ckptkit.megatron import attention, masks
+        from ckptkit.megatron.context_parallel import plan
+
+        original = masks.causal_block
+
+        def block(at: int, tokens: range, first: int, window: int | None, device: Any) -> Any:
+            found = original(at, tokens, first, window, device)
+            hide(found, tokens, first, window)
+            return found
+
+        return {(module, "causal_block"): block for module in (attention, plan)}
+
+    return patch
+
+
+def first_token_hidden(block: Any, tokens: range, first: int, window: int | None) -> None:
     """A causal mask that is off by one: nobody sees the first position but itself."""
-    from ckptkit.megatron.attention import ExactAttention
+    if block.keys.start == first:
+        block.hidden[max(0, first + 1 - tokens.start) :, 0] = True
 
-    original = ExactAttention._block
 
-    def block(self: Any, query: Any, key: Any, value: Any, start: int) -> Any:
-        import torch
+# Context parallelism --------------------------------------------------------------------------------------------------
 
-        output = original(self, query, key, value, start)
-        later = original(self, query[..., 1:, :], key[..., 1:, :], value[..., 1:, :], 0) if start == 0 else None
-        return output if later is None else torch.cat((output[..., :1, :], later), dim=-2)
 
-    return {(ExactAttention, "_block"): block}
+def zigzag_forgotten() -> dict[tuple[Any, str], Any]:
+    """Each rank is fed neighbouring tokens, and attends as if it had a chunk from the front and one from the back."""
+    from ckptkit.megatron.context_parallel.cut import Cut
+
+    return {(Cut, "part"): lambda cut, whole, rank, dim: whole.chunk(cut.ranks, dim)[rank]}
+
+
+def local_positions() -> dict[tuple[Any, str], Any]:
+    """Each rank counts its own tokens."""
+    import torch
+
+    from ckptkit.megatron.context_parallel.cut import Cut
+
+    return {(Cut, "positions"): lambda cut, rank: torch.arange(cut.bounds[-1] // cut.ranks)}
+
+
+def farthest_hidden_at_the_edge(block: Any, tokens: range, first: int, window: int | None) -> None:
+    """The window of the first token of a chunk is one too narrow."""
+    if window is not None and tokens.start - first >= window:
+        block.hidden[0, 0] = True
+
+
+def sequence_mask_lost() -> dict[tuple[Any, str], Any]:
+    """Tokens of a packed row see whatever comes before them in it."""
+    from ckptkit.megatron.context_parallel import plan
+
+    original = plan.causal_block
+
+    def block(at: int, tokens: range, first: int, window: int | None, device: Any) -> Any:
+        return original(at, tokens, 0, window, device)
+
+    return {(plan, "causal_block"): block}
+
+
+def context_summed_twice() -> dict[tuple[Any, str], Any]:
+    """Gradients that are reduced once more over context parallel ranks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
+
+    original = DistributedDataParallel.finish_grad_sync
+
+    def again(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        for parameter in self.module.parameters():
+            dist.all_reduce(parameter.main_grad, group=parallel_state.get_context_parallel_group())
+
+    return {(DistributedDataParallel, "finish_grad_sync"): again}
+
+
+def keys_not_summed() -> dict[tuple[Any, str], Any]:
+    """The gradients of keys and values are those of the rank's own queries."""
+    from ckptkit.megatron.context_parallel import attention
+
+    name = "gather_from_sequence_parallel_region"
+    original = getattr(attention, name)
+    return {(attention, name): functools.partial(original, tensor_parallel_output_grad=False)}
 
 
 def experts_before_weights() -> dict[tuple[Any, str], Any]:
@@ -481,7 +553,7 @@ FAULTS: dict[str, Fault] = {
     "window one wider": Fault("mistral", "structure", "layer 0 self_attention", args={"window_size": (16, 0)}),
     "window one narrower": Fault("mistral", "logits", "layer 0 self_attention", config=windows_wider(-1)),
     "windows on the wrong layers": Fault("ministral", "logits", "layer 0 self_attention", config=windows_shifted),
-    "first position not seen": Fault("gqa", "logits", "layer 0 self_attention", patch=first_token_hidden),
+    "first position not seen": Fault("gqa", "logits", "layer 0 self_attention", patch=masked(first_token_hidden)),
     # Routing.
     "one expert more per token": Fault("mixtral", "structure", "layer 0 mlp", args={"moe_router_topk": 3}),
     "one expert fewer per token": Fault(
@@ -522,6 +594,16 @@ FAULTS: dict[str, Fault] = {
     ),
     "packed sequences see one another": Fault("mistral", "logits", None, patch=positions_run_on, packed=True),
     "packed sequences begin one token late": Fault("gqa", "logits", None, patch=bound_late, packed=True),
+    "zigzag forgotten": Fault("gqa", "logits", "embedding", patch=zigzag_forgotten, run=CUT),
+    "positions counted on each context parallel rank": Fault(
+        "gqa", "logits", "layer 0 self_attention", patch=local_positions, run=CUT
+    ),
+    "window one narrower at the edge of a chunk": Fault(
+        "mistral", "logits", "layer 0 self_attention", patch=masked(farthest_hidden_at_the_edge), run=CUT
+    ),
+    "packed sequences see one another across the cut": Fault(
+        "gqa", "logits", None, patch=sequence_mask_lost, packed=True, run=CUT
+    ),
     # Gradients.
     "gradients of norms not summed under sequence parallelism": backwards(
         "gqa",
@@ -559,6 +641,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "padding of the vocabulary in the loss": backwards(
         "gqa", "lm_head.weight", padding_counted, tensors=put("output_layer.weight", padding_trained)
+    ),
+    "gradients of context parallel ranks not summed": backwards("gqa", "lm_head.weight", replicas_not_summed, run=CUT),
+    "gradients of context parallel ranks summed twice": backwards(
+        "gqa", "lm_head.weight", context_summed_twice, run=CUT
+    ),
+    "gradients of keys and values not summed over the cut": backwards(
+        "mistral", "model.layers.0.self_attn.k_proj.weight", keys_not_summed, run=CUT
     ),
     "prompts in the loss": backwards("gqa", "lm_head.weight", prompts_learned),
 }

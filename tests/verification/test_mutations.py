@@ -29,6 +29,8 @@ SAMPLE = [
     "keys and values exchanged",
     "tied gradients of first and last stage not summed",
     "values of attention cut off",
+    "window one narrower at the edge of a chunk",
+    "gradients of keys and values not summed over the cut",
 ]
 """What `make test` runs; the rest is slow."""
 

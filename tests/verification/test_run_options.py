@@ -23,6 +23,7 @@ OTHER: dict[str, Any] = {
     "replay": False,
     "packed": True,
     "sequence_parallel": True,
+    "cp": 2,
     "dp": 2,
     "dp_kind": "fsdp2",
     "recompute": True,
@@ -67,7 +68,7 @@ def test_a_run_is_configured_by_the_options_its_grid_and_its_window() -> None:
     grid = Parallelism(2)
     run = RunOptions.of(**OTHER).config(grid, 16)
     assert vars(run) == {"grid": grid, "window": 16, **{name: OTHER[name] for name in vars(run).keys() & OTHER.keys()}}
-    assert (run.world_size, run.changes_candidate) == (4, True)
+    assert (run.world_size, run.copies, run.changes_candidate) == (8, 4, True)
     assert RunConfig() == RunOptions().config(Parallelism(), 0)
 
 
@@ -93,6 +94,7 @@ def test_options_of_the_level_logits() -> None:
     assert RunOptions.of(**OTHER).for_logits_only() == [
         "--packed",
         "--sequence-parallel",
+        "--cp",
         "--dp",
         "--recompute",
         "--capacity",
@@ -112,6 +114,7 @@ def test_options_of_the_level_logits() -> None:
     [
         {"device": "tpu"},
         {"dtype": "int8"},
+        {"cp": 0},
         {"dp": 0},
         {"dp_kind": "zero"},
         {"optimizer": "lion"},

@@ -6,6 +6,8 @@ into B. That is exact for powers of two.
 
 `fused` and `peft` have one pair of factors for all parts of a Megatron tensor. Where the parts share A, their B are
 laid out as their weights are. Where they do not, their A are stacked, and each B has zeros for the ranks of the others.
+The lengths of rows that DoRA has are laid out as the weight's rows are, in `fused` alone.
+
 A `Record` keeps which ranks belong to which part, and no values. As long as the zeros are there, the parts are taken
 apart again. Once training has filled them, each part gets all ranks.
 """
@@ -26,7 +28,20 @@ from ckptkit.formats.peft import MAGNITUDE
 from ckptkit.formats.peft_config import alpha_for
 from ckptkit.io.computed import computed
 from ckptkit.tables.items import Item
-from ckptkit.tables.lora import CANONICAL, FUSED, SIDES, A, B, Linear, fused, has_parts, part_of, single
+from ckptkit.tables.lora import (
+    CANONICAL,
+    FUSED,
+    SIDES,
+    A,
+    B,
+    Linear,
+    fused,
+    has_magnitudes,
+    has_parts,
+    magnitudes,
+    part_of,
+    single,
+)
 from ckptkit.tensors import Tensor, hstack, vstack
 
 if TYPE_CHECKING:
@@ -160,21 +175,27 @@ def laid_out(
         make = writer.fused if is_fused(group.item, layout, sequential=sequential) else writer.singles
         for item, tensor in make(group):
             items[item.key], tensors[item.key] = item, tensor
-    return replace(source, items=items, tensors=tensors), record, writer.losses()
+        if lora.config.dora:
+            item = magnitudes(group.item)
+            items[item.key], tensors[item.key] = item, writer.magnitudes(group)
+    # What a source has beside its factors is in the tensors now: the rest was refused.
+    adapter = replace(source, items=items, tensors=tensors, sidecar=replace(source.sidecar, extras={}))
+    return adapter, record, writer.losses()
 
 
 def _check_expressible(source: Checkpoint, layout: str, *, sequential: bool) -> None:
-    extras = source.sidecar.extras
+    extras = [name for name in source.sidecar.extras if not name.endswith(MAGNITUDE)]
     if extras:
         name = min(extras)
         kind = "factors of an embedding" if "lora_embedding" in name else "a whole tensor (modules_to_save, or a bias)"
-        kind = "the magnitudes of DoRA" if name.endswith(MAGNITUDE) else kind
         raise UnsupportedError(
             f"adapters of Megatron have no place for {name}, {kind}",
             where=source.path,
             hint="`ckptkit adapter merge` puts it into the model",
         )
     assert source.lora is not None
+    if source.lora.config.dora:
+        _check_magnitudes(source, layout)
     for linear in source.lora.linears.values():
         repeated = any(slot.slot.repeats is not None for slot in linear.item.slots)
         if repeated and not is_fused(linear.item, layout, sequential=sequential):
@@ -183,6 +204,22 @@ def _check_expressible(source: Checkpoint, layout: str, *, sequential: bool) -> 
                 where=source.path,
                 hint=f"use --adapter-layout {FUSED}",
             )
+
+
+def _check_magnitudes(source: Checkpoint, layout: str) -> None:
+    assert source.lora is not None
+    hint = "`ckptkit adapter merge` puts it into the model"
+    if layout != FUSED:
+        what = f"--adapter-layout {layout} has no form for the lengths of rows that DoRA has"
+        raise UnsupportedError(what, where=source.path, hint=f"use --adapter-layout {FUSED}")
+    for group in groups(source.lora):
+        if not has_magnitudes(group.item):
+            why = "an expert's" if group.item.expert is not None else "some rows of which the model does not use"
+            what = f"DoRA of Megatron has no form for {group.item.key}, {why}"
+            raise UnsupportedError(what, where=source.path, hint=hint)
+        if others := sorted(group.item.parts.keys() - {linear.weight for linear in group.linears}):
+            what = f"DoRA of Megatron has one length for each row of {group.item.key}"
+            raise UnsupportedError(f"{what}, the adapter has none for {others[0]}", where=source.path, hint=hint)
 
 
 def _share(source: Checkpoint, group: Group) -> bool:
@@ -228,6 +265,11 @@ class _Writer:
             ):
                 whole = not has_parts(linear.item)
                 yield fused(linear.item, side, rank, layout) if whole else single(linear, side, rank), tensor
+
+    def magnitudes(self, group: Group) -> Tensor:
+        """The lengths of the rows of a whole Megatron tensor."""
+        extras = self.source.sidecar.extras
+        return magnitudes(group.item).pack([extras[linear.module + MAGNITUDE] for linear in group.linears])
 
     def _wide(self, linear: Linear) -> Tensor:
         """B of a linear layer, with the common scale and columns of zeros for the ranks of others."""
@@ -296,6 +338,7 @@ class Found:
         layout: The layout of its names.
         a: A.
         b: B, whole and in the layout of the weight.
+        magnitudes: The lengths of all rows, in the layout of the weight (DoRA); or None.
     """
 
     item: Item
@@ -303,6 +346,7 @@ class Found:
     layout: str
     a: Tensor
     b: Tensor
+    magnitudes: Tensor | None = None
 
     @property
     def linears(self) -> list[tuple[Linear, Tensor]]:
@@ -311,6 +355,34 @@ class Found:
             return [(part_of(self.item, self.index), self.b)]
         parts = fused(self.item, B, self.b.shape[1], self.layout).unpack(self.b)
         return [(part_of(self.item, index), part) for index, part in enumerate(parts.values())]
+
+    @property
+    def lengths(self) -> dict[str, Tensor]:
+        """Hugging Face name of a module -> the lengths of its rows, where there are any."""
+        if self.magnitudes is None:
+            return {}
+        parts = magnitudes(self.item).unpack(self.magnitudes)
+        return {part_of(self.item, index).module: part for index, part in enumerate(parts.values())}
+
+
+def taken_apart(laid: Checkpoint, record: Record, *, sequential: bool) -> Iterator[Found]:
+    """The pairs of factors of an adapter that `laid_out` has laid out.
+
+    Args:
+        laid: The adapter in that layout, or other tensors in the place of its factors.
+        record: The record of that layout.
+        sequential: Whether each expert is a module of its own.
+    """
+    assert laid.lora is not None
+    rank, layout = record.rank, record.layout
+    for group in groups(laid.lora):
+        if is_fused(group.item, layout, sequential=sequential) or not has_parts(group.item):
+            keys = [fused(group.item, side, rank, layout).key for side in SIDES]
+            yield Found(group.item, None, layout, *(laid.tensors[key] for key in keys))
+            continue
+        for linear in group.linears:
+            keys = [single(linear, side, rank).key for side in SIDES]
+            yield Found(group.item, linear.index, layout, *(laid.tensors[key] for key in keys))
 
 
 @dataclass

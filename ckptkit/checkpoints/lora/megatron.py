@@ -13,16 +13,17 @@ from ckptkit.checkpoints.config_fields import differing_fields, in_words
 from ckptkit.checkpoints.description import Given, located
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
+from ckptkit.checkpoints.lora.dora import lengths_in, unlike_peft
 from ckptkit.checkpoints.lora.layouts import Canonical, Found, Record, canonical
 from ckptkit.checkpoints.lora.places import names_in_memory
 from ckptkit.checkpoints.lora.record import Lora
-from ckptkit.checkpoints.lora.sources import Alpha, find_alpha, read_record
+from ckptkit.checkpoints.lora.sources import Alpha, find_alpha, has_record, read_record
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.peft import CONFIG
 from ckptkit.formats.peft_config import AdapterConfig
-from ckptkit.formats.sidecar import Sidecar, read_sidecar
+from ckptkit.formats.sidecar import OF_ADAPTER, Sidecar, read_sidecar
 from ckptkit.formats.torch_dist import ungrouped
 from ckptkit.formats.torch_legacy import RankFile, RankKey
 from ckptkit.io.plan import Comparison
@@ -33,7 +34,7 @@ from ckptkit.sharding.stages import split_layers, stage_of_layer
 from ckptkit.tables.bounds import check_adapted
 from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
-from ckptkit.tables.lora import A, B, fused, is_linear, part_of, single, stored_layouts
+from ckptkit.tables.lora import FUSED, A, B, fused, is_linear, magnitudes, part_of, single, stored_layouts
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import Spelling
 from ckptkit.tensors import Tensor, stack
@@ -48,6 +49,9 @@ _BASE_LAYER = re.compile(r"\.(?:base_layer|to_wrap)\.(?=(?:weight|bias|layer_nor
 _MAGNITUDE = ".adapter.weight_magnitude"
 """End of the name that `DoRA` of Megatron-Bridge has for the lengths of rows."""
 _EXPERTS = re.compile(r".+\.experts\.linear_fc[12]")
+_HALVED = (".adapter.adapter_gate.linear_out.weight", ".adapter.adapter_up.linear_out.weight")
+_RANK_BY_RANK = (_MAGNITUDE, ".lora_B.default.weight")
+"""Ends of names in distributed checkpoints, see `stored_form`; experts have another end."""
 
 Ranks = Mapping[RankKey, RankFile]
 
@@ -86,20 +90,14 @@ def choose_part(ranks: Ranks, given: Given, where: Path) -> tuple[Ranks, bool]:
         raise InputError("no adapter in it", where=where, hint="expected names such as linear_qkv.adapter.linear_in")
     if not factors:
         return ranks, False
-    magnitudes = [name for name in factors if name.endswith(_MAGNITUDE)]
-    if magnitudes and given.part != MODEL:
-        raise UnsupportedError(
-            f"an adapter of DoRA ({min(magnitudes)}), and LoRA is read of Megatron checkpoints",
-            where=where,
-            hint="merge it with Megatron-Bridge",
-        )
     if given.part is not None:
         return only_part(ranks, given.part), given.part == ADAPTER
     if len(factors) < len(names):
         raise UnsupportedError(
             f"adapters of Megatron beside the weights ({min(factors)})",
             where=where,
-            hint="`ckptkit adapter export` takes the adapter out, `ckptkit adapter merge` puts it into the weights",
+            hint="`ckptkit adapter merge` puts it into the weights, `ckptkit adapter export` takes it out, and `ckptkit"
+            " convert --part model` takes the weights",
         )
     return ranks, True
 
@@ -140,14 +138,20 @@ def read_megatron(
     if known is not None:
         _check_record(known, joined.found, place.root)
     view = canonical(joined.found, alpha.scale, known)
-    config = about.original if known is not None and about.original is not None else _config(view, alpha, about)
+    lengths = lengths_in(joined.found, view, place, about.original)
+    if lengths and not has_record(place.root):  # ckptkit did not write it
+        unlike = unlike_peft([one.item for one in joined.found], about.config, (stored or grid).tp)
+        if unlike:
+            raise UnsupportedError(f"not the DoRA of peft: {unlike[0]}", where=path, hint="leave these layers out")
+    own = about.original if known is not None else None
+    config = own or _config(view, alpha, about, dora=bool(lengths))
     names = {} if known is None else _original_names(about.sidecar, known)
     return Checkpoint(
         path=path,
         format=format,
         family=about.family,
         config=about.config,
-        sidecar=about.sidecar,
+        sidecar=replace(about.sidecar, extras={**about.sidecar.extras, **lengths}),
         items=view.items,
         tensors=view.tensors,
         spelling=about.family.spellings[0],
@@ -174,7 +178,7 @@ class _About:
 
 
 def _describe(place: Place, args: Mapping[str, Any], given: Given) -> _About:
-    sidecar = read_sidecar(place.root)
+    sidecar = read_sidecar(place.root, OF_ADAPTER) or read_sidecar(place.root)
     if given.reference is not None:
         base = {name: file for name, file in given.reference.small.items() if name == "config.json"}
         own = sidecar or Sidecar(given.reference.config, {})
@@ -236,7 +240,7 @@ def _join(
             one.item,
             one.index,
             one.layout,
-            *(_regular(one, item, joined.tensors[item.key], stored) for item in one.items),
+            *(regular(item, joined.tensors[item.key], stored) for item in one.items),
         )
         for one in wanted
     ]
@@ -251,13 +255,13 @@ class _Wanted:
         item: The Megatron tensor that it is for.
         index: The part of it, or None for all.
         layout: The layout of its names.
-        items: The rows of A and B.
+        items: The rows of A and B, and of the lengths of the weight's rows, if it has them (DoRA).
     """
 
     item: Item
     index: int | None
     layout: str
-    items: tuple[Item, Item]
+    items: tuple[Item, ...]
 
 
 def _wanted(about: _About, spelling: Spelling, grid: Parallelism, ranks: Ranks, path: Path) -> Iterator[_Wanted]:
@@ -292,42 +296,55 @@ def _wanted(about: _About, spelling: Spelling, grid: Parallelism, ranks: Ranks, 
             if taken - {layout if index is None else f"{layout}, part by part"}:
                 raise InputError(f"{item.key} has factors in two layouts ({present[0]})", where=path)
             taken.add(layout if index is None else f"{layout}, part by part")
-            yield _Wanted(item, index, layout, _rows(item, index, layout, rank))
+            rows = _rows(item, index, layout, rank)
+            if layout == FUSED and spelling.written(magnitudes(item).name(number, expert)) in chunk:
+                rows = (*rows, magnitudes(item))
+            yield _Wanted(item, index, layout, rows)
 
 
-def _rows(item: Item, index: int | None, layout: str, rank: int) -> tuple[Item, Item]:
+def _rows(item: Item, index: int | None, layout: str, rank: int) -> tuple[Item, ...]:
     if index is None:
         return fused(item, A, rank, layout), fused(item, B, rank, layout)
     return single(part_of(item, index), A, rank), single(part_of(item, index), B, rank)
 
 
-def regular_gated(tensor: Tensor, tp: int) -> Tensor:
-    """B of a gate or up projection as its rows are, from the form that `CanonicalLoRA` gives it in torch_dist.
-
-    There each rank's rows are stored in two halves, as if they held gate and up: first the first halves of all ranks.
-
-    Source: `ParallelLinearAdapter.sharded_state_dict` of Megatron-Bridge, which tests `"linear_fc1" in
-    base_linear_name` alone, and `apply_swiglu_sharded_factory` of Megatron-Core.
-    """
+def _by_rank(tensor: Tensor, tp: int) -> Tensor:
+    """Gate and up as their rows are -> rank by rank, each rank's part of gate and then of up."""
     return COLUMN.join([GATED_COLUMN.cut(tensor, rank, tp) for rank in range(tp)])
 
 
-def bridge_gated(tensor: Tensor, tp: int) -> Tensor:
-    """The inverse of `regular_gated`."""
+def _by_half(tensor: Tensor, tp: int) -> Tensor:
+    """Rank by rank -> first the first halves of all ranks' rows: the inverse of `_by_rank`."""
     return GATED_COLUMN.join([COLUMN.cut(tensor, rank, tp) for rank in range(tp)])
 
 
-def is_bridge_gated(item: Item) -> bool:
-    """Whether a factor in `canonical` is B of a gate or up projection."""
-    return item.row.megatron.endswith(
-        ("adapter.adapter_gate.linear_out.weight", "adapter.adapter_up.linear_out.weight")
-    )
+def stored_form(item: Item, tensor: Tensor, grid: Parallelism) -> tuple[Tensor, int]:
+    """A tensor of an adapter as writers have it in torch_dist, and in how many blocks ranks divide it.
+
+    Megatron-Core stores gate and up of a linear's weight one after the other. Of adapters not all follow:
+
+    - `CanonicalLoRA` of Megatron-Bridge stores B of gate, and that of up, in two halves, as if each held gate and up;
+    - its `DoRA` stores the lengths of rows rank by rank, each rank's gate before its up; so does mcore-bridge with B.
+
+    Source: `ParallelLinearAdapter.sharded_state_dict`, which tests `"linear_fc1" in base_linear_name` alone, and
+    `ParallelLinearDoRAAdapter.sharded_state_dict` of Megatron-Bridge (commit 067f987);
+    `LoraParallelLinear.sharded_state_dict` of mcore-bridge (commit f020e47), which halves the tensors of `base_layer`;
+    `apply_swiglu_sharded_factory` of Megatron-Core.
+    """
+    if item.row.megatron.endswith(_HALVED):
+        return _by_half(tensor, grid.tp), 2
+    if item.row.megatron.endswith(_RANK_BY_RANK) and item.row.split.blocks == 2:
+        return _by_rank(tensor, grid.tp), 1
+    return tensor, item.row.split.blocks
 
 
-def _regular(wanted: _Wanted, item: Item, tensor: Tensor, stored: Parallelism | None) -> Tensor:
-    if stored is None or wanted.index is None or not is_bridge_gated(item):
-        return tensor
-    return regular_gated(tensor, stored.expert_tp if item.row.split.expert else stored.tp)
+def regular(item: Item, tensor: Tensor, grid: Parallelism | None) -> Tensor:
+    """The inverse of `stored_form`, for the grid that wrote a distributed checkpoint; None for per-rank files."""
+    if grid is not None and item.row.megatron.endswith(_HALVED):
+        return _by_rank(tensor, grid.tp)
+    if grid is not None and item.row.megatron.endswith(_RANK_BY_RANK) and item.row.split.blocks == 2:
+        return _by_half(tensor, grid.tp)
+    return tensor
 
 
 def _names_in(ranks: Ranks) -> set[str]:
@@ -421,7 +438,7 @@ def _original_names(sidecar: Sidecar, record: Record) -> dict[str, tuple[int, ..
     return named or dict(record.names)
 
 
-def _config(view: Canonical, alpha: Alpha, about: _About) -> AdapterConfig:
+def _config(view: Canonical, alpha: Alpha, about: _About, *, dora: bool) -> AdapterConfig:
     """PEFT's config of an adapter that Megatron made."""
     names = names_in_memory(about.family, about.config)
     ranks = [view.tensors[linear.key(A)].shape[0] for linear in view.linears.values()]
@@ -434,7 +451,7 @@ def _config(view: Canonical, alpha: Alpha, about: _About) -> AdapterConfig:
         "lora_alpha": int(alpha.value) if float(alpha.value).is_integer() else alpha.value,
         "lora_dropout": 0.0,
         "use_rslora": alpha.rslora,
-        "use_dora": False,
+        "use_dora": dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -14,7 +14,15 @@ from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
-from ckptkit.formats.peft import MAGNITUDE, PeftFiles, Stored, factor_name, open_peft, parse_name
+from ckptkit.formats.peft import (
+    MAGNITUDE,
+    PeftFiles,
+    Stored,
+    factor_name,
+    magnitude_name,
+    open_peft,
+    parse_name,
+)
 from ckptkit.formats.peft_config import AdapterConfig
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.tables.bounds import check_adapted
@@ -32,8 +40,8 @@ def read_peft(place: Place, given: Given) -> Checkpoint:
         UnsupportedError: It is no LoRA.
         UsageError: Nothing says which model it is for.
     """
-    files, reference = open_peft(place.folder), given.reference
-    if reference is None:
+    files = open_peft(place.folder)
+    if given.reference is None:
         base = f" ({files.config.base[:80]}, it says)" if files.config.base else ""
         raise UsageError(
             "an adapter does not hold the config of the model that it is for",
@@ -42,6 +50,20 @@ def read_peft(place: Place, given: Given) -> Checkpoint:
         )
     if given.lora_alpha is not None:
         raise UsageError("adapter_config.json has the alpha", where=place.folder, hint="drop --lora-alpha")
+    return open_peft_files(files, given.reference)
+
+
+def open_peft_files(files: PeftFiles, reference: HfFiles) -> Checkpoint:
+    """The adapter in the files of a PEFT directory.
+
+    Args:
+        files: The files.
+        reference: The model that it is for.
+
+    Raises:
+        InputError: It has factors that the model has no place for.
+        UnsupportedError: It is no LoRA.
+    """
     family = family_of(reference.config, reference.path / "config.json")
     config = family.parse(reference.config)
     check_adapted(config, reference.path)
@@ -204,6 +226,8 @@ def peft_tensors(source: Checkpoint) -> tuple[dict[str, Tensor], AdapterConfig]:
         stating[lora.config.called(name)] = _rank_and_scale(source, linear)
         for side in SIDES:
             tensors[factor_name(name, side)] = source.tensors[linear.key(side)]
+        if (lengths := source.sidecar.extras.get(module + MAGNITUDE)) is not None:
+            tensors[magnitude_name(name)] = lengths
     return tensors, lora.config.targeting(targets).stating(stating)
 
 

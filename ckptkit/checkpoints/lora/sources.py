@@ -22,6 +22,7 @@ from ckptkit.formats.sidecar import FOLDER
 from ckptkit.tables.lora import LAYOUTS
 
 RECORD = "adapter.json"
+_DORA = "DoRA"
 _MOST_MODULES, _MOST_RANK = 10_000_000, 1 << 20
 
 
@@ -73,6 +74,30 @@ def find_alpha(folder: Path, root: Path, record: Record | None, given: float | N
         texts = "; ".join(f"{one.where} says {one.value:g}{' (rslora)' if one.rslora else ''}" for one in found)
         raise InputError(f"two alphas: {texts}", where=folder, hint="correct one, or give --lora-alpha")
     return found[0], []
+
+
+def states_dora(folder: Path, root: Path) -> dict[str, bool]:
+    """Who says whether the adapter is one of DoRA: file -> whether it is. Not all files say so.
+
+    Args:
+        folder: The folder with the weights.
+        root: The folder with the sidecar.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    found: dict[str, bool] = {}
+    for place in dict.fromkeys((folder, root)):
+        if section := read_section(place, "peft"):
+            found[str(place / RUN_CONFIG)] = _class_in(section) == _DORA
+        if (place / CONFIG).is_file():
+            found[str(place / CONFIG)] = AdapterConfig.parse(read_json(place / CONFIG), place / CONFIG).dora
+    return found
+
+
+def has_record(root: Path) -> bool:
+    """Whether there is a record, so that ckptkit wrote the checkpoint."""
+    return (root / FOLDER / RECORD).is_file()
 
 
 def read_record(root: Path) -> Record | None:
@@ -134,9 +159,13 @@ def _of_bridge(folder: Path, name: str) -> Alpha | None:
 
 
 def _refuse_other_classes(section: Mapping[str, Any], where: Path) -> None:
-    target = str(section.get("_target_")).rpartition(".")[2]
-    if target not in ("LoRA", "CanonicalLoRA", "VLMLoRA"):
-        raise UsageError(f"an adapter of the class {target[:40]}, and LoRA is read", where=where)
+    target = _class_in(section)
+    if target not in ("LoRA", "CanonicalLoRA", "VLMLoRA", _DORA):
+        raise UsageError(f"an adapter of the class {target[:40]}, and LoRA and DoRA are read", where=where)
+
+
+def _class_in(section: Mapping[str, Any]) -> str:
+    return str(section.get("_target_")).rpartition(".")[2]
 
 
 def _of_swift(folder: Path, name: str) -> Alpha | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.checkpoints.checkpoint import is_on
-from ckptkit.checkpoints.lora.megatron import bridge_gated, is_bridge_gated
+from ckptkit.checkpoints.lora.megatron import is_adapter_name, stored_form
 from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
 from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
@@ -21,7 +21,7 @@ def _lay_out(target: Target) -> list[OutputFile]:
     files = lay_out_torch_dist(
         _tensors(target),
         target.args,
-        dtype=source.main_dtype,
+        dtype=target.dtype,
         grid=target.grid,
         groups=source.family.attention_groups(source.config),
         stacked=False if target.spelling.hybrid or _some_layers(target) else None,
@@ -31,7 +31,7 @@ def _lay_out(target: Target) -> list[OutputFile]:
 
 
 def _some_layers(target: Target) -> bool:
-    """Whether only some layers have tensors, as those of an adapter may: a stack would have holes."""
+    """Whether only some layers have tensors, as those of an adapter alone may: a stack would have holes."""
     layers = {item.layer for item in target.source.items.values() if item.layer is not None}
     return target.adapter is not None and len(layers) < target.source.config.num_layers
 
@@ -54,10 +54,9 @@ def _tensors(target: Target) -> list[GlobalTensor]:
         whole, split = source.padded(key, grid.tp, target.divisible_by), item.split(spelling)
         name, states = norms.get(names[key], names[key]), tuple(distributed_states(names[key], spec, quirks))
         blocks = split.blocks
-        if target.adapter is not None:
+        if is_adapter_name(key):
             states = ()  # Megatron-Bridge saves adapters without them
-            if is_bridge_gated(item):
-                whole, blocks = bridge_gated(whole, grid.expert_tp if split.expert else grid.tp), 2
+            whole, blocks = stored_form(item, whole, grid)
         tensors.append(GlobalTensor(name, whole, split.axis, blocks, stage.pp_rank, states))
     return tensors
 

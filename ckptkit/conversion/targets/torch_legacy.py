@@ -26,11 +26,11 @@ def _lay_out(target: Target) -> list[OutputFile]:
     stateful = spelling.extra_states and not quirks.local_only(source.config)
     for stage, rank, shards in source.shards(target.stages, grid, spelling, target.divisible_by):
         key = "model" if grid.vpp == 1 else f"model{stage.vp_stage}"
-        if target.adapter is not None:
+        if target.adapter is not None and source.config.num_experts:
             shards = Shards.of(grouped_factors(shards.tensors()))
         states = states_of(shards.names) if stateful else ()
         ranks[rank.pp, rank.tp, rank.ep][key] = replace(shards, states=states)
-    return [*lay_out_torch_legacy(ranks, target.args, source.main_dtype), *target.sidecar]
+    return [*lay_out_torch_legacy(ranks, target.args, target.dtype), *target.sidecar]
 
 
 FORMAT = WritableFormat(

@@ -85,7 +85,8 @@ def lay_out_dcp(
         for name, cut in zip(chunk.files, kind.cuts, strict=True):
             file = files[name]
             file.kinds.append(kind)
-            file.tensors.append((chunk.tensor, cut))
+            file.boxes.append(chunk.tensor)
+            file.cuts.append(cut)
     forms: dict[object, _Form] = {}
     placed = {name: file.form(forms) for name, file in files.items()}
     prefix = f"{folder}/" if folder else ""
@@ -196,11 +197,15 @@ class _Form:
 
 @dataclass(slots=True)
 class _Distcp:
-    """The content of one `.distcp` file: objects, then archives."""
+    """The content of one `.distcp` file: objects, then archives.
+
+    There may be a million chunks, so what describes them stands in lists side by side, and not in an object for each.
+    """
 
     objects: list[bytes] = field(default_factory=list)
     kinds: list[_Alike] = field(default_factory=list)
-    tensors: list[tuple[Tensor, Cut]] = field(default_factory=list)
+    boxes: list[Tensor] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
 
     def form(self, known: dict[object, _Form]) -> _Form:
         """Its form. Ranks that hold alike chunks share one."""
@@ -211,9 +216,10 @@ class _Distcp:
             known[kind] = _Form(layout.form(), spans)
         return known[kind]
 
-    def written(self) -> list[tuple[Tensor, Cut]]:
-        """The tensor and the cut of each chunk that has bytes."""
-        return [pair for pair, kind in zip(self.tensors, self.kinds, strict=True) if prod(kind.sizes)]
+    def written(self) -> Iterator[tuple[Tensor, Cut]]:
+        """The box and the cut of each chunk that has bytes."""
+        everything = zip(self.boxes, self.cuts, self.kinds, strict=True)
+        return ((box, cut) for box, cut, kind in everything if prod(kind.sizes))
 
 
 class _Layout:

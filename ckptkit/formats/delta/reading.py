@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ckptkit.formats.delta.manifest import CHANGED, MANIFEST, Change, Manifest, 
 from ckptkit.formats.delta.tiles import TILE, Tiling
 from ckptkit.formats.links import check_links
 from ckptkit.io.cache import Cache
+from ckptkit.io.crc import crc32
 from ckptkit.io.plan import source_files
 from ckptkit.tensors import Region, Tensor
 
@@ -196,7 +196,7 @@ class ChangedTiles:
         """
         tile = self.table[number]
         data = self._read(int(tile["start"]), int(tile["size"])) if tile["size"] else b""
-        if zlib.crc32(data) != tile["crc"]:
+        if crc32(data) != tile["crc"]:
             raise self.damaged(number, "its checksum is another")
         return data
 

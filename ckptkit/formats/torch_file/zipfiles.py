@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptkit.errors import InputError, StorageError, UnsupportedError
+from ckptkit.io.crc import crc32
 from ckptkit.io.plan import literal
 from ckptkit.io.regular import open_regular
 from ckptkit.io.segments import Checksum, Segment
@@ -91,7 +91,7 @@ class Archive:
             raise UnsupportedError(f"record {member.name} alone has {member.size:,} bytes", where=self.path)
         with _Window(self.path, 0, None) as window:
             data = window.read(member.offset, member.size, f"record {member.name}")
-        if member.checked and zlib.crc32(data) != member.crc:
+        if member.checked and crc32(data) != member.crc:
             raise InputError(f"record {member.name} is damaged: its checksum is wrong", where=self.path, hint=_AGAIN)
         return data
 
@@ -373,7 +373,7 @@ class _Writer:
     def add(self, name: bytes, content: bytes | Tensor, label: str) -> None:
         header = self._cursor
         size = len(content) if isinstance(content, bytes) else content.nbytes
-        crc = zlib.crc32(content) if isinstance(content, bytes) else 0
+        crc = crc32(content) if isinstance(content, bytes) else 0
         self._emit(_local_header(name, header, size))
         start = self._cursor
         if isinstance(content, bytes):

@@ -7,6 +7,7 @@ padded again.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -103,6 +104,22 @@ class PackedBatch:
             torch.cat((self.cu_seqlens, end)),
             max(self.max_seqlen, missing),
         )
+
+    def each_filled(self, multiple: int) -> tuple[PackedBatch, torch.Tensor]:
+        """With token 0 behind every sequence whose length is no multiple, which no token before it sees.
+
+        Returns:
+            The batch, and where the tokens of this one are in it, int64 (total_nnz,).
+        """
+        lengths = [-(-length // multiple) * multiple for length in self.lengths]
+        bounds = [0, *itertools.accumulate(lengths)]
+        shifts = [new - old for new, old in zip(bounds, self.bounds, strict=True)][:-1]
+        device = self.input_ids.device
+        places = torch.arange(self.total, device=device) + torch.repeat_interleave(
+            torch.tensor(shifts, dtype=torch.int64, device=device), self.cu_seqlens.diff(), output_size=self.total
+        )
+        tokens = self.input_ids.new_zeros(bounds[-1]).index_copy(0, places, self.input_ids)
+        return PackedBatch(tokens, torch.tensor(bounds, device=device), max(lengths, default=0)), places
 
     def params(self) -> PackedSeqParams:
         """The parameters of megatron-core's attention for packed sequences.

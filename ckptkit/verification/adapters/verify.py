@@ -9,32 +9,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Unpack
 
-from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
+from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
-from ckptkit.sharding.stages import split_layers
 from ckptkit.steps import Tell, nobody
 from ckptkit.tables.lora import FUSED
 from ckptkit.verification.adapters.opening import PEFT_FORMAT, Candidate, Opened, open_all
 from ckptkit.verification.adapters.weights import check_adapters, check_deltas, check_merged
+from ckptkit.verification.judging import Pair
 from ckptkit.verification.levels import (
     Asked,
+    ask_backwards,
+    asked_for,
+    check_run,
     in_one_process,
     logits_level,
     refuse_unused,
-    refuse_unused_backwards,
     sides_of,
 )
-from ckptkit.verification.ranks.jobs import AdapterJob
+from ckptkit.verification.ranks.jobs import OPENER, AdapterJob
 from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.rounding import rounding_to
-from ckptkit.verification.run_options import LEVELS, RunKeywords, RunOptions
-from ckptkit.verification.sides import HF, MEGATRON, Side, check_candidate, widest_window
+from ckptkit.verification.run_options import BACKWARD, LEVELS, RunKeywords, RunOptions
+from ckptkit.verification.sides import HF, MEGATRON, Side, open_side
+from ckptkit.verification.training.level import check_trainable
 from ckptkit.verification.weights import check_structure, check_weights
-
-OF_ADAPTERS = ("structure", "weights", "logits")
 
 
 def verify_adapter(
@@ -87,23 +88,18 @@ def verify_adapter(
         UnsupportedError: Megatron or the runtime cannot express the adapter.
         VerificationError: A run could not be made; this says nothing about the checkpoints.
     """
-    if level not in OF_ADAPTERS:
-        raise UsageError(f"no level {level!r} with --adapter", hint=f"choose {', '.join(OF_ADAPTERS)}")
     if hash:
         raise UsageError("--hash and --adapter exclude each other", hint="`ckptkit hash` hashes each of the three")
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    options = RunOptions.of(**run)
+    options, level, run = asked_for(level, run)
     with ExitStack() as stack:
         opened = open_all(stack, reference, adapter, candidate, reference_source, candidate_source)
     sides = _sides(opened, options)
-    if level == "logits":  # what cannot run is said before every byte is compared
-        options.check()
-        refuse_unused_backwards(level, options)
+    if level in LEVELS[2:]:  # what cannot run is said before every byte is compared
         grid = sides[1].grid or opened.candidate.checkpoint.grid
-        check_candidate(sides[1], options.config(grid, widest_window(opened.base.config)))
-        if sides[1].kind == MEGATRON:
-            check_grid(opened.base.config, grid)
-            split_layers(opened.base.config.num_layers, grid)
+        check_run(level, sides[1], grid, opened.base.config, options)
+        if level in BACKWARD:
+            check_trainable(Pair(*(open_side(side, OPENER) for side in sides)), OPENER, options)
     else:
         refuse_unused(level, options, prompts, tokens)
     asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
@@ -111,6 +107,7 @@ def verify_adapter(
     asked.ask("weights", lambda: in_one_process(lambda: _weights(opened, progress)))
     both = (opened.base, opened.candidate.model or opened.base)
     asked.ask("logits", lambda: logits_level(both, sides, prompts, tokens, pool, tell, run))
+    ask_backwards(asked, both, sides, prompts, tokens, pool, tell, run)
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),

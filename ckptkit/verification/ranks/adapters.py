@@ -9,7 +9,7 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.lora.layouts import laid_out
+from ckptkit.checkpoints.lora.layouts import Record, laid_out
 from ckptkit.checkpoints.lora.megatron import ADAPTER
 from ckptkit.conversion.adapters import check_heads
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
@@ -28,15 +28,30 @@ class LaidOut:
 
     Attributes:
         checkpoint: Its factors, whose `shard` is a rank's part.
-        layout: `fused`, `canonical` or `peft`.
-        scale: The factor of B A.
-        rank: The rank of the factors, which a layout may have raised.
+        record: How they were laid out.
     """
 
     checkpoint: Checkpoint
-    layout: str
-    scale: float
-    rank: int
+    record: Record
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.record.scale
+
+
+def open_adapter(job: AdapterJob, base: Checkpoint, opener: Callable[..., Checkpoint]) -> Checkpoint:
+    """The adapter of a job, in its canonical view.
+
+    Args:
+        job: The adapter.
+        base: The model that it is for.
+        opener: Opens a checkpoint.
+
+    Raises:
+        CkptkitError: It cannot be opened.
+    """
+    return opener(job.path, base=base, part=ADAPTER, **job.opening.keywords())
 
 
 def open_laid_out(job: AdapterJob, base: Checkpoint, grid: Parallelism, opener: Callable[..., Checkpoint]) -> LaidOut:
@@ -53,13 +68,13 @@ def open_laid_out(job: AdapterJob, base: Checkpoint, grid: Parallelism, opener: 
         UnsupportedError: Megatron cannot express it.
         UsageError: It does not divide over the grid.
     """
-    adapter = opener(job.path, base=base, part=ADAPTER, **job.opening.keywords())
+    adapter = open_adapter(job, base, opener)
     assert adapter.lora is not None
     layout = adapter.lora.layout or FUSED
     check_heads(base.config, layout, grid.tp)
     multiple = 1 if layout == PEFT else lcm(grid.tp, grid.expert_tp)
     checkpoint, record, _ = laid_out(adapter, layout, multiple, sequential=True, lossy=False)
-    return LaidOut(checkpoint, layout, record.scale, record.rank)
+    return LaidOut(checkpoint, record)
 
 
 def with_peft(model: Any, job: AdapterJob, dtype: torch.dtype) -> Any:

@@ -77,7 +77,7 @@ class LiveModel:
         """
         from ckptkit.megatron.training import Training
 
-        return Training(self.pipeline, self._frozen(train_only))
+        return Training(self.pipeline, self._trained(train_only))
 
     def microbatches(self, rows: Sequence[Sequence[int]], *, packed_capacity: int | None = None) -> list[Microbatch]:
         """Rows of token ids as this rank's microbatches. The next tokens of the last three quarters of a row count.
@@ -149,21 +149,20 @@ class LiveModel:
         alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
         return {"hf_reference": str(reference), "stored_grid": StatedGrid(**given), **alpha}
 
-    def _frozen(self, train_only: str | None) -> list[set[str]]:
-        """For each chunk the names of its parameters that are not trained."""
+    def _trained(self, train_only: str | None) -> list[set[str]] | None:
+        """For each chunk the names of its parameters that are trained; None for all."""
         from ckptkit.megatron.lora import is_factor
-        from ckptkit.verification.training.candidate import frozen_names
+        from ckptkit.verification.training.candidate import trained_names
         from ckptkit.verification.training.names import matching
 
-        names = [[name for name, _ in chunk.named_parameters()] for chunk in self.chunks]
-        if any(is_factor(name) for part in names for name in part):
+        factors = [{name for name, _ in chunk.named_parameters() if is_factor(name)} for chunk in self.chunks]
+        if any(factors):
             if train_only is not None:
                 raise UsageError("with an adapter only its factors are trained", hint="leave train_only out")
-            return [{name for name in part if not is_factor(name)} for part in names]
+            return factors
         if train_only is None:
-            return [set() for _ in self.chunks]
-        trained = set(matching(self.checkpoint, train_only))
-        return frozen_names(self.checkpoint, trained, self.grid, self.rank)
+            return None
+        return trained_names(self.checkpoint, set(matching(self.checkpoint, train_only)), self.grid, self.rank)
 
 
 def load_megatron(
@@ -247,7 +246,7 @@ def load_megatron(
     alpha = None
     if part is not None:
         laid_out = open_laid_out(part, checkpoint, grid, find(OPENER))
-        alpha = laid_out.scale * laid_out.rank
+        alpha = laid_out.scale * laid_out.record.rank
     return LiveModel(pipeline.chunks, grid, here.place, here.replica, where, pipeline, checkpoint, run, alpha)
 
 

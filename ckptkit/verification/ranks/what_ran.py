@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _HINT = "this is a mistake in ckptkit"
 
 Seen = dict[str, Any]
-"""`packed` and `sequence_parallel` of the last pass, `replication` (`ddp`, `fsdp2` or None), `device` in words."""
+"""`packed`, `sequence_parallel` and `context_parallel` (ranks) of the last pass, `replication` (`ddp`, `fsdp2` or
+None), `device` in words."""
 
 
 class Observer:
@@ -28,7 +29,7 @@ class Observer:
         passes: Look at this many passes only, or None for all.
 
     Attributes:
-        seen: Of the last pass; without `packed` and `sequence_parallel` on a rank that has no layer.
+        seen: Of the last pass; without what is seen in layers on a rank that has none.
     """
 
     def __init__(self, pipeline: Pipeline, passes: int | None = None) -> None:
@@ -56,10 +57,16 @@ class Observer:
             if not self._left:
                 return
             self._left -= 1
+        from ckptkit.megatron.context_parallel.plan import is_packed, plan_of
+
         states = named["hidden_states"] if "hidden_states" in named else inputs[0]
-        packed = named.get("packed_seq_params")
-        length = self._length if packed is None else int(packed.cu_seqlens_q[-1])
-        self.seen["packed"] = packed is not None
+        params = named.get("packed_seq_params")
+        packed, plan = is_packed(params), plan_of(params)
+        length = int(params.cu_seqlens_q[-1]) if params is not None and packed else self._length
+        if plan is not None:
+            length = len(plan.positions)
+        self.seen["packed"] = packed
+        self.seen["context_parallel"] = 1 if plan is None else len(plan.order) // len(plan.positions)
         if length > 1:  # one token cannot be split
             self.seen["sequence_parallel"] = len(states) < length
 
@@ -95,7 +102,7 @@ def check_ran(asked: Mapping[str, Any], seen: Sequence[Seen]) -> None:
     """Checks that every rank ran as requested.
 
     Args:
-        asked: `packed`, `sequence_parallel`, and `replication` or None.
+        asked: `packed`, `sequence_parallel`, `context_parallel`, and `replication` or None.
         seen: The facts that an `Observer` recorded on each rank.
 
     Raises:

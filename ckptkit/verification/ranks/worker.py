@@ -74,7 +74,13 @@ def execute(
     torch.set_float32_matmul_precision("highest")
     try:
         parallel.initialize(
-            run.grid, rank, store=store, device=device, timeout_seconds=job.options.timeout, replicas=run.dp
+            run.grid,
+            rank,
+            store=store,
+            device=device,
+            timeout_seconds=job.options.timeout,
+            replicas=run.copies,
+            cp=run.cp,
         )
         with double_precision(run.dtype == "float64"):
             return _run(job, rank, device, nobody if rank else tell)
@@ -97,14 +103,14 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
     start = time.monotonic()
     tell(Step("loading"))
     pipeline = load_together(job, rank, device)
-    group = replica_group(job.run.grid, job.run.dp, rank) if job.run.dp > 1 else None
+    group = replica_group(job.run.grid, job.run.copies, rank) if job.run.copies > 1 else None
     if group is not None:
         check_same_weights(pipeline.chunks, group)
     if job.training is not None:
         from ckptkit.verification.training.candidate import train
 
         return train(job, job.training, pipeline, rank)
-    if group is not None:
+    if group is not None and job.run.dp > 1:
         pipeline = replace(pipeline, replicated=replicate(job.run.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()
     counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=job.run.packed), "tokens", tell)
@@ -199,7 +205,7 @@ class _RankRun:
         from ckptkit.verification.runs import save_logits, save_probes
 
         job, grid = self.job, self.job.run.grid
-        sits = seat(grid, job.run.dp, rank)
+        sits = seat(grid, job.run.copies, rank)
         if sits.replica:
             return
         if sits.number == grid.world_size - grid.stage_size:  # the first rank of the last stage
@@ -243,7 +249,7 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     if job.rounded:
         checkpoint = _rounded(checkpoint, job.rounded)
     adapter = None if job.adapter is None else open_laid_out(job.adapter, checkpoint, grid, opener)
-    here = seat(grid, run.dp, rank).place
+    here = seat(grid, run.copies, rank).place
     shards = [
         checkpoint.shard(
             grid=grid,
@@ -267,6 +273,7 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
         device=device,
         sequence_parallel=run.sequence_parallel,
         recompute=run.recompute,
+        cp=run.cp,
     )
     for vp_stage, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
         place = f"tensor rank {here.tp}, pipeline rank {here.pp}, expert rank {here.ep}, virtual stage {vp_stage}"

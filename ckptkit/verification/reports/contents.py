@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ckptkit.verification.reports.placement import place_of
+from ckptkit.verification.run_options import BACKWARD
+
 Facts = list[tuple[str, str]]
 """Names and texts. The texts may come out of files, so whoever writes them escapes them."""
 DIFFERENCES = ("tensor", "layer", "largest difference", "elements", "ranks")
@@ -166,6 +169,12 @@ def fed_by(data: Mapping[str, Any]) -> tuple[str, list[str]] | None:
     return None if not location else (location["place"], location["tensors"])
 
 
+def worst_place(details: Mapping[str, Any]) -> str | None:
+    """The place of the worst gradient of a level that runs backwards, if any is wrong."""
+    wrong = [*details.get("differing", []), *details.get("missing", []), *details.get("surplus", [])]
+    return place_of(wrong[0])[1] if wrong else None
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Numbers in order, runs of them as `first-last`; of many runs only the first ones."""
     runs: list[list[int]] = []
@@ -181,15 +190,20 @@ def ranges(numbers: Sequence[int]) -> str:
 def guilty_places(data: Mapping[str, Any]) -> set[tuple[int, int]]:
     """(rank of the candidate, row of its map) of what differs; row 0 is the embedding, the last one the head.
 
-    Where bytes differ, the ranks that hold them; otherwise all ranks that hold the place where the models part.
+    Where bytes differ, the ranks that hold them; otherwise all ranks that hold the place where the models part, or, if
+    the logits agree, those that hold the worst gradient.
     """
     side = data["sides"].get("candidate")
     if side is None:
         return set()
-    found = details_of(data, "weights").get("differences", [])
-    rows = [(_row_of(item["tensor"], item["layer"], side), item["ranks"]) for item in found]
+    differences = details_of(data, "weights").get("differences", [])
+    rows = [(_row_of(item["tensor"], item["layer"], side), item["ranks"]) for item in differences]
+    everywhere = [rank["rank"] for rank in side["ranks"]]
     if not rows and (parted := fed_by(data)) is not None:
-        rows = [(_row_of_place(parted[0], side), [rank["rank"] for rank in side["ranks"]])]
+        rows = [(_row_of_place(parted[0], side), everywhere)]
+    if not rows:
+        found = (worst_place(details_of(data, level)) for level in BACKWARD)
+        rows = [(_row_of_place(place, side), everywhere) for place in found if place is not None][:1]
     holds = {(rank["rank"], row) for rank in side["ranks"] for chunk in rank["chunks"] for row in rows_of(chunk, side)}
     return {(rank, row) for row, ranks in rows for rank in ranks} & holds
 

@@ -20,9 +20,14 @@ from ckptkit.verification.reports.contents import (
     run_facts,
     side_facts,
     title_of,
+    worst_place,
     worst_rows,
 )
 from ckptkit.verification.reports.report import VerificationReport
+from ckptkit.verification.run_options import BACKWARD, EXACT
+
+SOME = 5
+"""Tensors that are named below a chart of them."""
 
 
 def html_page(report: VerificationReport) -> str:
@@ -35,6 +40,7 @@ def html_page(report: VerificationReport) -> str:
         _run(data),
         *_rollouts(details_of(data, "rollouts")),
         *_error_growth(details),
+        *_backwards(data),
         *([] if report.passed else _routers(details)),
         *_maps(data),
         *([_details("Routers", text) for text in _routers(details)] if report.passed else []),
@@ -179,6 +185,35 @@ def _error_growth(details: Mapping[str, Any]) -> Iterator[str]:
         f'<p class="soft">RMS error of the hidden states, relative to their size. {_what_ran(details)}</p>'
         f"{_legend(series)}{_scrolled(chart)}"
     )
+
+
+def _backwards(data: Mapping[str, Any]) -> Iterator[str]:
+    """The gradients, and what steps of training added, by layer; and the worst of them by name."""
+    for level, what in zip(BACKWARD, ("gradient", "update"), strict=True):
+        details = details_of(data, level)
+        if not (places := details.get("places")):
+            continue
+        names, worst = [place["place"] for place in places], worst_place(details)
+        series = [Series("error", "a", [place["error"] for place in places])]
+        if all(place["ratio"] is not None for place in places):
+            series.append(Series("times the reference's own", "b", [place["ratio"] for place in places]))
+        exact = level == "gradients" and details["dtype"] in EXACT
+        chart = log_chart(
+            series,
+            names,
+            limit=(details["tolerance"], f"tolerance {details['tolerance']:.0e}") if exact else None,
+            mark=(names.index(worst), f"wrong in {worst}") if worst in names else None,
+            title=f"Error of the worst {what} by layer",
+        )
+        heading = ("tensor", "largest error", "largest |element|")
+        rows = [(one["name"], f"{one['error']:.1e}", f"{one['largest']:.1e}") for one in details["worst"][:SOME]]
+        yield (
+            f"<h2>{what.capitalize()}s by layer</h2>"
+            f'<p class="soft">The worst {what} of each place: its largest error over its largest |element|.'
+            f" The candidate ran in {shown(details['dtype'])}.</p>{_legend(series)}"
+            f'{_scrolled(chart)}<p class="soft">The worst of {details["tensors"]:,} tensors:</p>'
+            f"{_wide_table(heading, rows)}"
+        )
 
 
 def _what_ran(details: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,10 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import expert_home
 from ckptkit.sharding.stages import split_layers
+
+_LAYER = re.compile(r"\blayers\.(?P<layer>\d+)\.")
+_BEFORE = ("embed", "per_layer")
+"""Words in the names of what is before the layers."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,21 @@ def describe(checkpoint: Checkpoint, grid: Parallelism | None = None, sha256: st
         ranks=placement(config.num_layers, config.num_experts, grid),
         sha256=sha256,
     )
+
+
+def place_of(name: str) -> tuple[float, str]:
+    """Where a tensor is: a number that orders the places of a model, and the name of that place.
+
+    Args:
+        name: Its Hugging Face name, or Megatron's.
+
+    Returns:
+        `embedding`, `layer 0`, ..., or `head` for everything behind the layers.
+    """
+    if match := _LAYER.search(name):
+        layer = int(match["layer"])
+        return layer, f"layer {layer}"
+    return (-1, "embedding") if any(word in name for word in _BEFORE) else (math.inf, "head")
 
 
 def placement(num_layers: int, num_experts: int, grid: Parallelism) -> list[RankPlacement]:

@@ -280,6 +280,7 @@ class CandidateRan:
     Attributes:
         packed: Whether the logits come from packed rows.
         sequence_parallel: Whether the sequence was split over tensor parallel ranks.
+        context_parallel: Ranks that shared out every sequence.
         replicas: How many replicas of the grid there were.
         replication: Wrapper of the replicas, `ddp` or `fsdp2`, or None.
         devices: Names of the devices, each once.
@@ -287,12 +288,15 @@ class CandidateRan:
 
     packed: bool
     sequence_parallel: bool
+    context_parallel: int
     replicas: int
     replication: str | None
     devices: list[str]
 
     def __str__(self) -> str:
         words = ["packed rows" if self.packed else "plain rows", *(["sequence parallel"] * self.sequence_parallel)]
+        if self.context_parallel > 1:
+            words.append(f"{self.context_parallel} context parallel ranks")
         if self.replicas > 1:
             words.append(f"{self.replicas} replicas ({self.replication})")
         return f"the candidate ran on {' and '.join(self.devices)}: {', '.join(words)}"

@@ -42,6 +42,8 @@ class Sharing:
         multiple: The number of microbatches is a multiple of this.
         split: The length of a microbatch is a multiple of this.
         capacity: Tokens of a packed row, unless one sequence is longer; None for plain rows, each by itself.
+        cut: Whether the length of every sequence is a multiple of `split`, too, for context parallel ranks to share it
+            out.
     """
 
     ranks: int
@@ -49,6 +51,7 @@ class Sharing:
     multiple: int = 1
     split: int = 1
     capacity: int | None = None
+    cut: bool = False
 
     def deal(self, rows: Sequence[Row], experts: Experts) -> list[Microbatch]:
         """The microbatches of this rank.
@@ -65,7 +68,7 @@ class Sharing:
         for groups in dealt:
             groups += [[] for _ in range(number - len(groups))]
         lengths = [
-            max(self.split, max(sum(len(rows[at]) for at in groups[place]) for groups in dealt))
+            max(self.split, max(sum(self._filled(len(rows[at])) for at in groups[place]) for groups in dealt))
             for place in range(number)
         ]
         of_length = group_by_length(rows)
@@ -84,12 +87,16 @@ class Sharing:
         groups: list[list[int]] = []
         filled = 0
         for number in numbers:
-            if not groups or self.capacity is None or filled + len(rows[number]) > self.capacity:
+            if not groups or self.capacity is None or filled + self._filled(len(rows[number])) > self.capacity:
                 groups.append([])
                 filled = 0
             groups[-1].append(number)
-            filled += len(rows[number])
+            filled += self._filled(len(rows[number]))
         return groups
+
+    def _filled(self, length: int) -> int:
+        """The length that a sequence is filled up to."""
+        return -(-length // self.split) * self.split if self.cut else length
 
     def _microbatch(
         self,
@@ -100,13 +107,17 @@ class Sharing:
         from ckptkit.megatron.packed_inputs.batch import PackedBatch
         from ckptkit.megatron.training import Microbatch
 
-        lists = [list(row) for row in rows]
+        missing = [self._filled(len(row)) - len(row) for row in rows]
+        lists = [[*row, *[0] * more] for row, more in zip(rows, missing, strict=True)]
         tokens = [token for row in lists for token in row]
         labels = [token for row in lists for token in [*row[1:], 0]]
-        counts = [count for row in lists for count in counted(row)]
+        counts = [count for row, more in zip(rows, missing, strict=True) for count in [*counted(row), *[False] * more]]
         packed = PackedBatch.of_rows(lists).filled(length) if self.capacity is not None else None
         chosen = {
-            layer: torch.cat([part[layer] for part in experts])[None] for layer in (experts[0] if experts else ())
+            layer: torch.cat(
+                [F.pad(part[layer], (0, 0, 0, more), value=-1) for part, more in zip(experts, missing, strict=True)]
+            )[None]
+            for layer in (experts[0] if experts else ())
         }
         parts = (torch.tensor([part]) for part in (tokens, labels, counts))
         tokens_, labels_, counts_ = (F.pad(part.long(), (0, length - part.size(1))) for part in parts)

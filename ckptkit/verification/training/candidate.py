@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.megatron.context_parallel.share import multiple_of
 from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.pipeline import Pipeline
@@ -18,7 +19,8 @@ from ckptkit.megatron.replicas import seat
 from ckptkit.megatron.training import Microbatch, Training
 from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.stages import split_layers
-from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find
+from ckptkit.verification.ranks.adapters import open_laid_out
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find, open_model
 from ckptkit.verification.ranks.what_ran import Observer, count_modules
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.routing import can_replay, read_experts
@@ -38,7 +40,8 @@ def train(job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> 
 
     Returns:
         `losses` before each step and after the last one, `tokens` that count, `moved` (names of tensors that changed
-        although they are not trained), and what `Run` has of a rank.
+        although they are not trained), `stray` (names of parameters that have gradients although they are not), and
+        what `Run` has of a rank.
     """
     return _RankTraining(job, part, pipeline, rank).run()
 
@@ -48,8 +51,9 @@ class _RankTraining:
 
     def __init__(self, job: LogitsJob, part: TrainingPart, pipeline: Pipeline, rank: int) -> None:
         self.job, self.part, self.pipeline = job, part, pipeline
-        self.seat = seat(job.run.grid, job.run.dp, rank)
-        self.training = Training(pipeline, self._frozen() if part.trained is not None else ())
+        self.seat = seat(job.run.grid, job.run.copies, rank)
+        self.trained = self._trained()
+        self.training = Training(pipeline, self.trained)
         self.moved: list[str] = []
         self.observer = Observer(replace(pipeline, replicated=self.training.chunks), passes=1)
 
@@ -59,6 +63,7 @@ class _RankTraining:
         with self.observer.watching():
             loss, tokens = self._run(0)
             losses.append(loss)
+            stray = self._stray()
             self._write(files.GRADIENTS, self.training.gradients)
             if self.part.steps:
                 losses += self._steps()
@@ -66,6 +71,7 @@ class _RankTraining:
             "losses": losses,
             "tokens": tokens,
             "moved": self.moved,
+            "stray": stray,
             "modules": count_modules(self.pipeline.chunks),
             "seen": [self.observer.seen],
             "versions": installed_versions(),
@@ -109,15 +115,33 @@ class _RankTraining:
             ranks=parallel_state.get_data_parallel_world_size(),
             rank=parallel_state.get_data_parallel_rank(),
             multiple=run.grid.pp if run.grid.vpp > 1 else 1,
-            split=run.grid.tp if run.sequence_parallel else 1,
+            split=multiple_of(run.grid.tp if run.sequence_parallel else 1),
+            cut=run.cp > 1,
             capacity=run.capacity if run.packed else None,
         )
         return sharing.deal(self.job.rows, experts)
 
-    def _frozen(self) -> list[set[str]]:
-        """For each chunk the names of its parameters that are not trained."""
-        checkpoint: Checkpoint = find(self.job.opener)(self.job.checkpoint, **self.job.opening.keywords())
-        return frozen_names(checkpoint, set(self.part.trained or ()), self.job.run.grid, self.seat.place)
+    def _trained(self) -> list[set[str]] | None:
+        """For each chunk the names of its parameters that are trained; None for all: those of an adapter, if any."""
+        job, wanted = self.job, self.part.trained
+        if job.adapter is None and wanted is None:
+            return None
+        opener = find(job.opener)
+        checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
+        if job.adapter is not None:
+            checkpoint = open_laid_out(job.adapter, checkpoint, job.run.grid, opener).checkpoint
+        return trained_names(checkpoint, wanted, job.run.grid, self.seat.place)
+
+    def _stray(self) -> list[str]:
+        """Names of parameters that have a gradient although they are not trained."""
+        if self.trained is None:
+            return []
+        return sorted(
+            name
+            for chunk, trained in zip(self.pipeline.chunks, self.trained, strict=True)
+            for name, parameter in chunk.named_parameters()
+            if name not in trained and any(getattr(parameter, kind, None) is not None for kind in ("grad", "main_grad"))
+        )
 
     def _untrained(self, number: int) -> list[str]:
         """Names of a chunk's tensors that are not trained, buffers included."""
@@ -129,21 +153,26 @@ class _RankTraining:
         if self.seat.replica:
             return
         for number in range(len(self.pipeline.chunks)):
-            files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), tensors(number))
+            found = tensors(number)
+            if self.job.adapter is not None and self.trained is not None:
+                found = {name: found[name] for name in self.trained[number]}
+            files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), found)
 
 
-def frozen_names(checkpoint: Checkpoint, trained: set[str], grid: Parallelism, here: Rank) -> list[set[str]]:
-    """For each chunk of a rank the names of its parameters that are not trained.
+def trained_names(
+    checkpoint: Checkpoint, trained: Collection[str] | None, grid: Parallelism, here: Rank
+) -> list[set[str]]:
+    """For each chunk of a rank the names of its parameters that are trained.
 
     Args:
-        checkpoint: The model.
-        trained: Canonical names of what is trained.
+        checkpoint: The model, or its adapter.
+        trained: Canonical names of what is trained; None for all.
         grid: The grid.
         here: The rank's place there.
     """
     spelling = checkpoint.family.spelling("local", text=True)
     return [
-        {name for key, name in checkpoint.names_on(stage, here, grid, spelling) if key not in trained}
+        {name for key, name in checkpoint.names_on(stage, here, grid, spelling) if trained is None or key in trained}
         for stage in split_layers(checkpoint.config.num_layers, grid)
         if stage.pp_rank == here.pp
     ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ckptkit.io.as_torch import load
 from ckptkit.io.plan import Comparison
 from ckptkit.tensors import Tensor
+from ckptkit.verification.reports.placement import place_of
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +144,38 @@ def _largest(tensor: torch.Tensor) -> float:
 
 def _rms(tensor: torch.Tensor) -> float:
     return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class PlaceError:
+    """The worst tensor of a place.
+
+    Attributes:
+        place: `embedding`, `layer 0`, ..., or `head` for everything behind the layers.
+        name: Its Hugging Face name.
+        error: Largest difference over the largest |element| of the reference.
+        ratio: The error in units of the noise, or None without noise.
+    """
+
+    place: str
+    name: str
+    error: float
+    ratio: float | None
+
+
+def by_place(tensors: Sequence[TensorError]) -> list[PlaceError]:
+    """The worst tensor of each place, in the order of the model.
+
+    Args:
+        tensors: All tensors, worst first.
+    """
+    worst: dict[tuple[float, str], TensorError] = {}
+    for tensor in tensors:
+        worst.setdefault(place_of(tensor.name), tensor)
+    return [
+        PlaceError(place, tensor.name, tensor.error, tensor.ratio if tensor.noise else None)
+        for (_, place), tensor in sorted(worst.items())
+    ]
 
 
 def some(names: Sequence[str]) -> str:

@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.io.as_torch import load
 from ckptkit.verification.judging import Pair
 from ckptkit.verification.logits import own_ranks, rows_of
-from ckptkit.verification.ranks.jobs import OPENER
+from ckptkit.verification.ranks.adapters import open_adapter, open_laid_out
+from ckptkit.verification.ranks.jobs import OPENER, find
 from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.reference import OTHER_ATTENTION
 from ckptkit.verification.reports.report import LevelResult, jsonable
@@ -22,7 +24,8 @@ from ckptkit.verification.reports.results import CandidateRan, Check
 from ckptkit.verification.run_options import EXACT, RunKeywords, RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, open_side
 from ckptkit.verification.training import files
-from ckptkit.verification.training.figures import Comparisons, compare
+from ckptkit.verification.training.factors import check_same_factors, check_trained_alike, described, together
+from ckptkit.verification.training.figures import Comparisons, by_place, compare
 from ckptkit.verification.training.judging import differs, judge_gradients, judge_steps
 from ckptkit.verification.training.names import matching
 from ckptkit.verification.training.passes import Backwards, TrainingRun, open_side_with
@@ -139,15 +142,19 @@ class _Sides:
         self.options = options
         self.pair = Pair(*(open_side(Side(*side), opener) for side in (reference, candidate)))
         own = self.pair.candidate
-        check_backwards(own.side, options.config(own.grid, own.window), experts=own.experts, value=own.value_head)
-        rows = rows_of(tokens, self.pair.reference.vocab_size, ROWS)
+        how = options.config(own.grid, own.window)
+        check_backwards(own.side, how, experts=own.experts, value=own.value_head)
+        rows = rows_of(tokens, self.pair.reference.vocab_size, how, ROWS)
         if not any(len(row) > 1 for row in rows):
             raise UsageError("no row has a next token", hint="give longer rows with --tokens")
         ranks = pool or stack.enter_context(own_ranks(self.pair, options))
         folder = Path(ranks.once(lambda: tempfile.mkdtemp(prefix="ckptkit-verify-")))
         stack.callback(_remove, ranks, folder)
         trained = None
-        if options.train_only is not None:
+        if self.pair.reference.side.adapter is not None:
+            check_trainable(self.pair, opener, options)
+            check_same_factors(*_adapters(self.pair, opener))
+        elif options.train_only is not None:
             trained = matching(open_side_with(opener, self.pair.candidate), options.train_only)
         self.backwards = Backwards(ranks, folder, opener, rows, trained)
 
@@ -186,14 +193,18 @@ class _Sides:
 
     def compare(self, kind: str, exact: TrainingRun, found: TrainingRun, noise: Sequence[TrainingRun]) -> Comparisons:
         """What two runs left, tensor by tensor."""
-        ours = self.backwards.named(found, kind)
-        return compare(
-            self.backwards.named(exact, kind).tensors,
+        sides = [self.backwards.named(run, kind) for run in (exact, found, *noise)]
+        if self.pair.reference.side.adapter is not None:
+            sides = together(sides)
+        theirs, ours, *low = sides
+        figures = compare(
+            theirs.tensors,
             ours.tensors,
-            low=[self.backwards.named(run, kind).tensors for run in noise],
+            low=[run.tensors for run in low],
             unused=ours.unused,
             copies=ours.copies,
         )
+        return replace(figures, surplus=[*figures.surplus, *found.stray])
 
     def details(self, exact: TrainingRun, found: TrainingRun, figures: Comparisons) -> dict[str, Any]:
         """What the report of a level has beside its checks."""
@@ -208,6 +219,7 @@ class _Sides:
             "losses": {"reference": exact.losses, "candidate": found.losses},
             "tensors": len(figures.tensors),
             "worst": [asdict(tensor) for tensor in figures.tensors[:KEPT]],
+            "places": [asdict(place) for place in by_place(figures.tensors)],
             "differing": [tensor.name for tensor in figures.tensors if differs(tensor, options)],
             "missing": figures.missing,
             "surplus": figures.surplus,
@@ -227,6 +239,8 @@ class _Sides:
         """What else to know."""
         ran = _ran(found)
         lines = [str(ran)] if ran is not None and found.config.changes_candidate else []
+        if self.pair.candidate.side.adapter is not None:
+            return [*lines, *described(self.backwards.named(found, files.GRADIENTS).further)]
         return [*lines, *self._padding(exact, found)]
 
     def _padding(self, exact: TrainingRun, found: TrainingRun) -> list[str]:
@@ -249,12 +263,40 @@ class _Sides:
         return lines
 
 
+def check_trainable(pair: Pair, opener: str, options: RunOptions) -> None:
+    """Whether the adapters of two sides can be trained alike.
+
+    Raises:
+        UsageError: The candidate has its adapter in its weights, or something else is to be trained.
+        UnsupportedError: Steps do something else to the candidate's factors, in its layout, than to those of peft.
+    """
+    candidate = pair.candidate.side.adapter
+    if candidate is None:
+        raise UsageError(
+            "a merged model has no factors that could have gradients",
+            where=pair.candidate.side.path,
+            hint="stop at --level logits, or give the adapter itself for CANDIDATE",
+        )
+    if options.train_only is not None:
+        raise UsageError("with --adapter exactly the adapter is trained", hint="drop --train-only")
+    if options.train_steps and pair.candidate.side.kind == MEGATRON:
+        model = open_side_with(opener, pair.candidate)
+        laid = open_laid_out(candidate, model, pair.candidate.grid, find(opener))
+        check_trained_alike(_adapters(pair, opener)[0], laid)
+
+
+def _adapters(pair: Pair, opener: str) -> list[Checkpoint]:
+    """The adapters of two sides that have one."""
+    jobs = [(side, side.side.adapter) for side in (pair.reference, pair.candidate)]
+    return [open_adapter(job, open_side_with(opener, side), find(opener)) for side, job in jobs if job is not None]
+
+
 def _ran(found: TrainingRun) -> CandidateRan | None:
     if found.opened.side.kind != MEGATRON:
         return None
     devices = sorted({facts["device"] for facts in found.seen})
     run = found.config
-    return CandidateRan(run.packed, run.sequence_parallel, run.dp, run.dp_kind, devices)
+    return CandidateRan(run.packed, run.sequence_parallel, run.cp, run.dp, run.dp_kind, devices)
 
 
 def _remove(ranks: Ranks, folder: Path) -> None:

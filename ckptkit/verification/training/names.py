@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.huggingface import open_hf_files
-from ckptkit.checkpoints.joining import Shards, join_shards
+from ckptkit.checkpoints.joining import Joined, Shards, join_shards
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UsageError
 from ckptkit.formats.hf import HfFiles
@@ -33,11 +33,14 @@ class Named:
         tensors: Hugging Face name -> tensor.
         copies: Copies that must be equal, as each rank has one.
         unused: Parts of Megatron tensors that the model does not use, by a description.
+        further: Parts that are trained in Megatron alone, by a description: zeros in B of an adapter, which hold the
+            place of other modules' ranks.
     """
 
     tensors: dict[str, Tensor]
     copies: tuple[Comparison, ...] = ()
     unused: dict[str, Tensor] = field(default_factory=dict)
+    further: dict[str, Tensor] = field(default_factory=dict)
 
 
 def of_ranks(checkpoint: Checkpoint, grid: Parallelism, folder: str | Path, kind: str) -> Named:
@@ -48,6 +51,23 @@ def of_ranks(checkpoint: Checkpoint, grid: Parallelism, folder: str | Path, kind
         grid: Their grid.
         folder: Where they wrote it.
         kind: `files.GRADIENTS` or `files.UPDATES`.
+
+    Raises:
+        InputError: Shards are missing or do not fit.
+    """
+    whole = joined(checkpoint, grid, folder, kind)
+    found, unused = _unpacked(checkpoint.items, whole.tensors)
+    return Named(found, whole.comparisons, unused)
+
+
+def joined(checkpoint: Checkpoint, grid: Parallelism, folder: str | Path, kind: str) -> Joined:
+    """The same under Megatron's canonical names.
+
+    Args:
+        checkpoint: As for `of_ranks`; or the adapter that they ran.
+        grid: As for `of_ranks`.
+        folder: As for `of_ranks`.
+        kind: As for `of_ranks`.
 
     Raises:
         InputError: Shards are missing or do not fit.
@@ -69,9 +89,7 @@ def of_ranks(checkpoint: Checkpoint, grid: Parallelism, folder: str | Path, kind
         most_rows=None,
         padding_to=0,
     )
-    joined = join_shards(shards)
-    found, unused = _unpacked(checkpoint.items, joined.tensors)
-    return Named(found, joined.comparisons, unused)
+    return join_shards(shards)
 
 
 def of_transformers(path: str | Path, folder: str | Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Named:

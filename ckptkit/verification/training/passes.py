@@ -9,11 +9,12 @@ from typing import Any
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.verification.passes import check_how_it_ran
-from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find
+from ckptkit.verification.ranks.adapters import open_laid_out
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find, open_model
 from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.run_options import EXACT, RunOptions
 from ckptkit.verification.sides import HF, OpenedSide
-from ckptkit.verification.training import names
+from ckptkit.verification.training import factors, names
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TrainingRun:
         padding: Hugging Face name of an embedding -> its `padding_idx`; transformers only.
         shapes: Name in memory -> shape; transformers only.
         moved: Tensors that changed although they are not trained.
+        stray: Parameters that have gradients although they are not trained.
         seen: Facts that the ranks recorded.
         modules: Class of module -> how many of them ran.
         versions: Package -> version.
@@ -43,6 +45,7 @@ class TrainingRun:
     padding: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
+    stray: list[str] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
     modules: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -105,6 +108,7 @@ class Backwards:
             opening=opened.side.opening,
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
             training=TrainingPart(str(own), options.train_steps, self.trained, attention),
+            adapter=opened.side.adapter,
         )
         return self._in_transformers(job, opened) if opened.side.kind == HF else self._on_ranks(job, opened)
 
@@ -119,6 +123,8 @@ class Backwards:
         if not answer.pop("found"):
             return None
         run = TrainingRun(opened, job.run, Path(job.output).parent, **answer)
+        if not run.padding:
+            return run
         traced = names.trace(opened.side.path, run.shapes)
         return replace(run, padding={hub: row for name, row in run.padding.items() for hub in traced.on_hub(name)})
 
@@ -137,6 +143,7 @@ class Backwards:
             losses=first["losses"],
             tokens=first["tokens"],
             moved=sorted({name for answer in answers for name in answer["moved"]}),
+            stray=sorted({name for answer in answers for name in answer["stray"]}),
             seen=[facts for answer in answers for facts in answer["seen"]],
             modules=modules,
             versions=first["versions"],
@@ -150,13 +157,18 @@ class Backwards:
             run: The run.
             kind: `files.GRADIENTS` or `files.UPDATES`.
         """
-        side = run.opened.side
-        if side.kind == HF:
+        side, grid = run.opened.side, run.opened.grid
+        if side.kind == HF and side.adapter is None:
             return names.of_transformers(side.path, run.folder, kind, run.shapes)
-        return names.of_ranks(open_side_with(self.opener, run.opened), run.opened.grid, run.folder, kind)
+        model = open_side_with(self.opener, run.opened)
+        if side.adapter is None:
+            return names.of_ranks(model, grid, run.folder, kind)
+        if side.kind == HF:
+            return factors.of_peft(side.adapter.path, model, run.folder, kind)
+        laid = open_laid_out(side.adapter, model, grid, find(self.opener))
+        return factors.of_ranks(laid, grid, run.folder, kind)
 
 
 def open_side_with(opener: str, opened: OpenedSide) -> Checkpoint:
-    """The checkpoint of a side, opened by the function that `module:function` names."""
-    found: Checkpoint = find(opener)(str(opened.side.path), **opened.side.opening.keywords())
-    return found
+    """The model of a side, opened by the function that `module:function` names."""
+    return open_model(find(opener), str(opened.side.path), opened.side.opening, opened.side.adapter)

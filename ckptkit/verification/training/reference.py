@@ -14,6 +14,7 @@ from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_ex
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
 from ckptkit.verification.training.batches import counted, tokens_that_count
+from ckptkit.verification.training.factors import is_factor, stored_name
 from ckptkit.verification.training.names import trace
 from ckptkit.verification.training.optimizers import make_optimizer
 
@@ -27,8 +28,8 @@ def train_reference(job: LogitsJob, part: TrainingPart) -> dict[str, Any]:
 
     Returns:
         `losses` before each step and after the last one, `tokens` that count, `padding` (name of an embedding in memory
-        -> its `padding_idx`), `shapes` of all tensors by their names in memory, and whether there is the attention that
-        was asked for (`found`).
+        -> its `padding_idx`), `shapes` of all tensors by their names in memory (with an adapter both are empty), and
+        whether there is the attention that was asked for (`found`).
 
     Raises:
         CkptkitError: As `reference.with_model`; or the model has no next-token loss.
@@ -54,6 +55,7 @@ class _ReferenceTraining:
         padding = _take_padding(self.model)
         self._freeze()
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        shapes = _shapes(self.model) if self.job.adapter is None else {}
         optimizer = make_optimizer(self.job.options, named.values()) if self.part.steps else None
         before = {name: value.detach().clone() for name, value in named.items()} if self.part.steps else {}
         losses = []
@@ -73,15 +75,19 @@ class _ReferenceTraining:
         return {
             "losses": losses,
             "tokens": self.total,
-            "padding": padding,
+            "padding": padding if shapes else {},
             "found": True,
-            "shapes": _shapes(self.model),
+            "shapes": shapes,
         }
 
     def _freeze(self) -> None:
+        named = dict(self.model.named_parameters())
+        if self.job.adapter is not None:
+            for name, parameter in named.items():
+                parameter.requires_grad_(is_factor(name))
+            return
         if self.part.trained is None:
             return
-        named = dict(self.model.named_parameters())
         trained = trace(self.job.checkpoint, _shapes(self.model)).made_of(self.part.trained)
         for name, parameter in named.items():
             parameter.requires_grad_(name in trained)
@@ -120,6 +126,8 @@ class _ReferenceTraining:
         return (losses * counts[:-1]).sum() / max(1, self.total)
 
     def _write(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+        if self.job.adapter is not None:
+            tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
         files.write(self.part.folder, kind, files.WHOLE, tensors)
 
 

@@ -49,6 +49,7 @@ def check(converted: Converted, pool: RankPool, kind: str, grid: Parallelism, **
     assert report.levels[-1].details["candidate_ran"] == {
         "packed": how.get("packed", False),
         "sequence_parallel": how.get("sequence_parallel", False),
+        "context_parallel": 1,
         "replicas": replicas,
         "replication": how.get("dp_kind", "ddp") if replicas > 1 else None,
         "devices": ["cpu"],

@@ -173,7 +173,7 @@ def test_what_cannot_be_asked(tmp_path: Path, saved: Saved) -> None:
         with pytest.raises(error, match=match):
             verify_adapter(*arguments, level="structure")
     with pytest.raises(UsageError, match="no level"):
-        verify_adapter(base, meg, adapter, level="gradients")
+        verify_adapter(base, meg, adapter, level="rollouts")
     with pytest.raises(UsageError, match="--tp, --pp and --ep"):
         verify_adapter(base, meg, adapter, tp=2)
     with pytest.raises(UnsupportedError, match="an adapter is no model"):

@@ -9,7 +9,7 @@ import pytest
 from ckptkit.errors import VerificationError
 from ckptkit.verification.ranks.what_ran import check_ran
 
-ASKED: dict[str, Any] = {"packed": True, "sequence_parallel": True, "replication": "fsdp2"}
+ASKED: dict[str, Any] = {"packed": True, "sequence_parallel": True, "context_parallel": 2, "replication": "fsdp2"}
 
 
 def test_all_ranks_ran_as_asked() -> None:
@@ -22,7 +22,14 @@ def test_somebody_must_have_seen_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"packed": False}, {"sequence_parallel": False}, {"replication": None}, {"replication": "ddp"}]
+    "other",
+    [
+        {"packed": False},
+        {"sequence_parallel": False},
+        {"context_parallel": 1},
+        {"replication": None},
+        {"replication": "ddp"},
+    ],
 )
 def test_one_rank_that_did_not_is_named(other: dict[str, Any]) -> None:
     (name,) = other

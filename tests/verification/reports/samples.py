@@ -20,6 +20,7 @@ from ckptkit.verification.reports.results import (
     StateError,
     TensorDifference,
 )
+from ckptkit.verification.training.figures import TensorError, by_place
 
 PLACES = ["embedding", "layer 0", "layer 1", "final norm", "head"]
 
@@ -56,7 +57,7 @@ def logits_report(passed: bool = True, dtype: str = "float32") -> LogitsReport:
         megatron_modules={"megatron.core.transformer.mlp.MLP": 2},
         own_modules={"ckptkit.megatron.norms.RMSNorm": 5},
         versions={"python": "3.12", "torch": "2.11"},
-        candidate_ran=CandidateRan(True, True, 2, "ddp", ["cpu"]),
+        candidate_ran=CandidateRan(True, True, 2, 2, "ddp", ["cpu"]),
         seconds={"reference.load": 1.5, "candidate.run": 2.5},
     )
 
@@ -69,6 +70,30 @@ def weights_that_differ() -> LevelResult:
     ]
     details = {"bytes": 5, "differences": [asdict(difference) for difference in differences]}
     return LevelResult("weights", False, "2 tensors differ", details, [Check("bytes", False, "they differ")], 0.25)
+
+
+def gradients_level(passed: bool = True, dtype: str = "float32") -> LevelResult:
+    """A level gradients; in one that failed a tensor of layer 1 is off, and worse than all others."""
+    noise = None if dtype == "float32" else 1e-3
+    tensors = [
+        TensorError(name, 1e-6, 1e-3, noise, 0.5, 0.1, 96)
+        for name in ("model.embed_tokens.<weight>", "model.layers.0.mlp.<down>.weight", "model.norm.<weight>")
+    ]
+    tensors.insert(
+        0, TensorError("model.layers.1.mlp.<down>.weight", 1e-6 if passed else 0.5, 1e-3, noise, 0.5, 0.1, 96)
+    )
+    details = {
+        "dtype": dtype,
+        "tolerance": 1e-4,
+        "tensors": len(tensors),
+        "worst": [asdict(tensor) for tensor in tensors],
+        "places": [asdict(place) for place in by_place(tensors)],
+        "differing": [] if passed else [tensors[0].name],
+        "missing": [],
+        "surplus": [],
+        "messages": [],
+    }
+    return LevelResult("gradients", passed, "what <was> found", details, [Check("gradients", passed, "found <&>")], 4.5)
 
 
 def report(passed: bool = True, dtype: str = "float32", grid: Parallelism | None = None) -> VerificationReport:

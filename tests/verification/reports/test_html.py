@@ -10,7 +10,8 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.reports.charts import Series, log_chart, name_shown, rank_map
 from ckptkit.verification.reports.contents import guilty_places, ranges
 from ckptkit.verification.reports.html import html_page
-from tests.verification.reports.samples import hostile, report, side
+from ckptkit.verification.reports.placement import place_of
+from tests.verification.reports.samples import gradients_level, hostile, report, side
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
@@ -93,6 +94,38 @@ def test_a_failure_names_tensors_by_size_and_marks_ranks_and_layers() -> None:
     assert titles == [f"{place}: differs" for place in expected]
     assert len(numbers(page, "rect", "guilty")) == 4
     assert not numbers(Page(html_page(report(True))), "rect", "guilty")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("passed", [True, False])
+def test_gradients_are_drawn_by_layer(passed: bool, dtype: str) -> None:
+    good = report(True)
+    whole = replace(good, levels=[*good.levels, gradients_level(passed, dtype)])
+    page = Page(html_page(whole))
+    text = "".join(page.text)
+    assert "Gradients by layer" in text and "Updates by layer" not in text
+    assert "model.layers.1.mlp.<down>.weight" in text and "The worst of 4 tensors" in text
+    assert ("times the reference's own, layer 1: 1.00e+00" in page.text) == (dtype == "bfloat16")
+    assert "error, embedding: 1.00e-06" in page.text and "error, head: 1.00e-06" in page.text
+    assert ("wrong in layer 1" in text) == (not passed)
+    marked = [title for title in page.text if title.endswith(": differs")]
+    assert marked == ([] if passed else [f"rank {rank}, layer 1: differs" for rank in (4, 5, 6, 7)])
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.language_model.layers.12.mlp.down_proj.weight", "layer 12"),
+        ("decoder.layers.0.input_layernorm.weight", "layer 0"),
+        ("model.layers.3.a.lora_A.weight + model.layers.3.b.lora_A.weight", "layer 3"),
+        ("model.embed_tokens_per_layer.weight", "embedding"),
+        ("model.per_layer_projection_norm.weight", "embedding"),
+        ("model.norm.weight", "head"),
+        ("lm_head.weight", "head"),
+    ],
+)
+def test_places_of_tensors(name: str, place: str) -> None:
+    assert place_of(name)[1] == place
 
 
 def test_without_bytes_that_differ_all_ranks_that_hold_the_place_are_marked() -> None:

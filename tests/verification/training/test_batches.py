@@ -23,9 +23,18 @@ def experts_of(rows: list[list[int]]) -> dict[int, dict[int, torch.Tensor]]:
     }
 
 
-@given(ROWS, st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), st.sampled_from([None, 1, 9, 100]))
-def test_every_row_once(rows: list[list[int]], ranks: int, multiple: int, split: int, capacity: int | None) -> None:
-    dealt = [Sharing(ranks, rank, multiple, split, capacity).deal(rows, experts_of(rows)) for rank in range(ranks)]
+@given(
+    ROWS,
+    st.integers(1, 4),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([None, 1, 9, 100]),
+    st.booleans(),
+)
+def test_every_row_once(
+    rows: list[list[int]], ranks: int, multiple: int, split: int, capacity: int | None, cut: bool
+) -> None:
+    dealt = [Sharing(ranks, rank, multiple, split, capacity, cut).deal(rows, experts_of(rows)) for rank in range(ranks)]
     assert len({len(batches) for batches in dealt}) == 1 and len(dealt[0]) % multiple == 0
     for together in zip(*dealt, strict=True):
         lengths = {batch.tokens.size(1) for batch in together}
@@ -36,9 +45,13 @@ def test_every_row_once(rows: list[list[int]], ranks: int, multiple: int, split:
             assert batch.tokens.shape == batch.labels.shape == batch.counted.shape
             pairs += zip(batch.tokens[batch.counted].tolist(), batch.labels[batch.counted].tolist(), strict=True)
             for chosen in batch.experts.values():
-                assert torch.equal(chosen[0, :, 0], batch.tokens[0, : chosen.size(1)])
+                filled = chosen[0, :, 0] < 0
+                assert cut or not filled.any()
+                assert not batch.counted[0, : chosen.size(1)][filled].any()
+                assert torch.equal(chosen[0, ~filled, 0], batch.tokens[0, : chosen.size(1)][~filled])
             if capacity is not None:
                 assert batch.packed is not None and torch.equal(batch.packed.input_ids, batch.tokens[0])
+                assert not cut or not any(length % split for length in batch.packed.lengths)
     expected = [(row[at], row[at + 1]) for row in rows for at, counts in enumerate(counted(row)) if counts]
     assert sorted(pairs) == sorted(expected)
     assert len(pairs) == tokens_that_count(rows)

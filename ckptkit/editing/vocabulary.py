@@ -1,0 +1,301 @@
+"""Models with another vocabulary: rows of the embedding and of the head are copied, left out, or made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.config_fields import differing_fields
+from ckptkit.editing.inputs import Input
+from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.formats.hf import BIN_INDEX, INDEX
+from ckptkit.formats.json_files import read_json
+from ckptkit.formats.tokenizer_json import FILES, TOKENIZER, tokens_in
+from ckptkit.io.castable import CASTABLE
+from ckptkit.io.computed import Once, as_matrix, blocks, computed, numbers, tiles
+from ckptkit.tables.bounds import MAX_SIZE
+from ckptkit.tables.dims import VP
+from ckptkit.tables.items import Item
+from ckptkit.tensors import Tensor, vstack
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ckptkit.io.computed import Values
+
+MEAN, PIECES, ZEROS, NORMAL = "mean", "pieces", "zeros", "normal"
+KINDS = (MEAN, PIECES, ZEROS, NORMAL)
+
+GENERATION = "generation_config.json"
+_IDS = ("_token_id", "_token_index")
+"""Endings of the keys of config.json that hold ids of tokens."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a new vocabulary.
+
+    Attributes:
+        old: For each new row the number of the old row that it is a copy of, or None for one that is made.
+        pieces: New row -> old rows whose mean it is; other rows that are made follow `kind`.
+        kind: `mean`, `pieces`, `zeros` or `normal`.
+        seed: Seed of random rows.
+    """
+
+    old: tuple[int | None, ...]
+    pieces: Mapping[int, tuple[int, ...]]
+    kind: str
+    seed: int = 0
+
+    @property
+    def made(self) -> int:
+        """Number of rows that are made."""
+        return sum(row is None for row in self.old)
+
+
+def rows_of_size(size: int, old: int, kind: str, seed: int) -> Rows:
+    """The rows of a vocabulary that is longer or shorter at its end.
+
+    Raises:
+        UsageError: The new rows would be made of pieces of tokens that nobody knows.
+    """
+    if kind == PIECES:
+        raise UsageError("--new-rows pieces needs the texts of new tokens", hint="add --tokenizer")
+    return Rows(tuple(row if row < old else None for row in range(size)), {}, kind, seed)
+
+
+def rows_by_token(
+    old: Path, new: Path, stored: int, size: int | None, kind: str, seed: int
+) -> tuple[Rows, dict[int, int]]:
+    """The rows of another tokenizer's tokens, and old id -> new id of the tokens that both have.
+
+    A token that the old tokenizer has keeps its row, whatever its new id. An id that no token of either tokenizer has
+    keeps its row, too.
+
+    Args:
+        old: tokenizer.json of the model.
+        new: tokenizer.json to get.
+        stored: Rows of the model.
+        size: Number of new rows, or None for as many as the ids of the tokens ask for.
+        kind: How other rows are made.
+        seed: Seed of random rows.
+
+    Raises:
+        InputError: A tokenizer is damaged, or the model has no rows for its own tokens.
+        UsageError: The tokens need more rows.
+    """
+    before, after = tokens_in(old), tokens_in(new)
+    if not after:
+        raise InputError("no tokens in it", where=new)
+    needed = max(after.values()) + 1
+    if needed > MAX_SIZE:
+        raise InputError(f"a token has the id {needed - 1:,}", where=new)
+    if size is not None and size < needed:
+        raise UsageError(f"--size {size}: the tokens need {needed} rows", hint="drop --size")
+    if before and max(before.values()) >= stored:
+        raise InputError(f"a token has the id {max(before.values()):,}, and the model has {stored:,} rows", where=old)
+    rows: list[int | None] = [None] * (needed if size is None else size)
+    taken, given = set(before.values()), set(after.values())
+    for row in range(min(len(rows), stored)):
+        if row not in taken and row not in given:
+            rows[row] = row
+    moved: dict[int, int] = {}
+    for token, number in after.items():
+        if token in before:
+            rows[number] = before[token]
+            moved[before[token]] = number
+    pieces = {}
+    if kind == PIECES:
+        wanted = [number for number in given if rows[number] is None]
+        pieces = _pieces(old, new, sorted(wanted))
+    return Rows(tuple(rows), pieces, kind, seed), moved
+
+
+def _pieces(old: Path, new: Path, wanted: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """New token -> the tokens that the old tokenizer makes of its text; without those that have no text."""
+    from tokenizers import Tokenizer
+
+    try:
+        before, after = (Tokenizer.from_file(str(path)) for path in (old, new))
+        texts = {number: after.decode([number], skip_special_tokens=False) for number in wanted}
+        found = {number: tuple(before.encode(text, add_special_tokens=False).ids) for number, text in texts.items()}
+    except Exception as error:  # tokenizers raises no other class
+        raise InputError(f"the tokenizers cannot be used ({error})", where=new) from None
+    return {number: ids for number, ids in found.items() if ids}
+
+
+def with_rows(one: Input, rows: Rows) -> Checkpoint:
+    """A model with other rows in its embedding, in its head, and in its per-layer embedding.
+
+    Raises:
+        UnsupportedError: Its config.json cannot describe the vocabulary, or rows cannot be made in its type.
+    """
+    model, size = one.model, len(rows.old)
+    changes: dict[str, Any] = {"vocab_size": size}
+    if model.config.per_layer_vocab_size:
+        changes["per_layer_vocab_size"] = size
+    config = replace(model.config, **changes)
+    raw = model.family.unparse(config, model.sidecar.config)
+    if found := differing_fields(config, model.family.parse(raw), ignored=("dtype", "init_std")):
+        raise UnsupportedError(f"config.json cannot describe it: {found[0].name}", where=one.name)
+    items = {item.key: item for item in model.family.items(config)}
+    tensors = {
+        key: _resized(model.tensors[key], rows, f"{key} of {one.name}") if _has_vocabulary(item) else model.tensors[key]
+        for key, item in items.items()
+    }
+    small = {name: file for name, file in model.sidecar.small.items() if name not in (INDEX, BIN_INDEX)}
+    sidecar = replace(model.sidecar, config=raw, headers={}, small=small)
+    copied = sum(not _has_vocabulary(item) for item in items.values())
+    return replace(
+        model,
+        config=config,
+        items=items,
+        tensors=tensors,
+        sidecar=sidecar,
+        padding={},
+        coverage={"resized": len(items) - copied, "copied": copied},
+    )
+
+
+def _has_vocabulary(item: Item) -> bool:
+    return item.row.split.padded or any(shape[:1] == (VP,) for shape in item.row.hf.values())
+
+
+def _resized(table: Tensor, rows: Rows, what: str) -> Tensor:
+    """A table with other rows: copies in runs, and rows that are made."""
+    made = _Made(table, rows, what)
+    pieces: list[Tensor] = []
+    for start, stop in _runs(rows.old):
+        first = rows.old[start]
+        pieces.append(made.rows(start, stop) if first is None else table.rows(first, first + stop - start))
+    return vstack(pieces)
+
+
+def _runs(old: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """Runs of new rows that are copies of successive old ones, or all made: (first, the one after the last)."""
+    start = 0
+    for at in range(1, len(old) + 1):
+        before = old[at - 1]
+        if at == len(old) or old[at] != (None if before is None else before + 1):
+            yield start, at
+            start = at
+
+
+class _Made:
+    """The rows of a table that are made: computed when they are written, from sums of all old rows where needed."""
+
+    def __init__(self, table: Tensor, rows: Rows, what: str) -> None:
+        self.table, self.wanted, self.what = table, rows, what
+        self.sums = Once(self._sums)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """New rows `start` to `stop`."""
+        kind, dtype = self.wanted.kind, self.table.out_dtype
+        shape = (stop - start, self.table.shape[1])
+        if kind == ZEROS:
+            zeros = Tensor.full(self.table.dtype, shape)
+            return zeros if self.table.cast is None else zeros.astype(self.table.cast)
+        if self.table.cast is not None or dtype.name not in CASTABLE:
+            raise UnsupportedError(f"no rows of {dtype} can be made", where=self.what, hint="--new-rows zeros")
+
+        def values(first: int, last: int) -> Values:
+            import numpy as np
+
+            return np.stack([self._row(start + number) for number in range(first, last)])
+
+        what = ("rows", kind, self.wanted.seed, start, sorted(self.wanted.pieces.items()), self.what)
+        return computed(dtype, shape, [self.table], what, values)
+
+    def _row(self, number: int) -> NDArray[np.float64]:
+        import numpy as np
+
+        if pieces := self.wanted.pieces.get(number):
+            found = [numbers(self.table.rows(piece, piece + 1), double=True)[0] for piece in pieces]
+            return np.asarray(np.mean(found, axis=0), np.float64)
+        mean, deviation = self.sums()
+        if self.wanted.kind != NORMAL:
+            return mean
+        seed = hashlib.sha256(f"{self.wanted.seed} {number} {self.what.partition(' ')[0]}".encode()).digest()
+        stream = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
+        return np.asarray(mean + deviation * stream.standard_normal(len(mean)), np.float64)
+
+    def _sums(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and standard deviation of every column of the old table."""
+        import numpy as np
+
+        table = as_matrix(self.table)
+        count, width = table.shape
+        total, squares = np.zeros(width), np.zeros(width)
+        for start, stop in tiles(table.shape):
+            for _, (found,) in blocks([table], start, stop, double=True, size=(stop - start) * width):
+                rows = found.reshape(-1, width)
+                total += rows.sum(axis=0)
+                squares += (rows * rows).sum(axis=0)
+        mean = total / count
+        return mean, np.sqrt(np.maximum(squares / count - mean * mean, 0))
+
+
+def with_tokens(
+    model: Checkpoint, folder: Path, old: Path, moved: Mapping[int, int]
+) -> tuple[Checkpoint, dict[str, bytes], list[str]]:
+    """A model with another tokenizer: its files, and the ids in config.json and generation_config.json.
+
+    Args:
+        model: The model with its new rows.
+        folder: The folder of the new tokenizer.
+        old: tokenizer.json of the model.
+        moved: Old id -> new id of the tokens that both tokenizers have.
+
+    Returns:
+        The model, changed small files, and notes about tokens that are gone.
+    """
+    names = {number: token for token, number in tokens_in(old).items()}
+    notes: list[str] = []
+
+    def renumbered(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+        found = {key: renumbered(value, where) if key == "text_config" else value for key, value in raw.items()}
+        for key, value in raw.items():
+            if not key.endswith(_IDS):
+                continue
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(number) is int for number in ids):
+                continue
+            kept = [moved[number] for number in ids if number in moved]
+            for number in ids:
+                if number not in moved:
+                    token = names.get(number, "no token")
+                    notes.append(f"{where}: {key} {number} ({token}) is not in the new tokenizer, and is left out")
+            if kept:
+                found[key] = kept if isinstance(value, list) else kept[0]
+            else:
+                del found[key]
+        return found
+
+    sidecar = model.sidecar
+    small = {name: path for name, path in sidecar.small.items() if name not in FILES}
+    small |= {name: folder / name for name in FILES if (folder / name).is_file()}
+    made = {}
+    if GENERATION in sidecar.small:
+        content = renumbered(read_json(sidecar.small[GENERATION]), GENERATION)
+        made[GENERATION] = json.dumps(content, indent=2).encode() + b"\n"
+    config = renumbered(sidecar.config, "config.json")
+    return replace(model, sidecar=replace(sidecar, config=config, small=small)), made, notes
+
+
+def tokenizer_of(one: Input) -> Path:
+    """tokenizer.json of a model.
+
+    Raises:
+        UnsupportedError: It has none.
+    """
+    found = one.model.sidecar.small.get(TOKENIZER)
+    if found is None:
+        hint = "tokens are matched by it; --size changes the number of rows alone"
+        raise UnsupportedError(f"the model has no {TOKENIZER}", where=one.name, hint=hint)
+    return found

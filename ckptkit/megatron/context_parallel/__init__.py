@@ -1,0 +1,1 @@
+"""Context parallelism: sequences cut over ranks, whose attention sees the keys and values of all of them."""

@@ -1,0 +1,305 @@
+"""Merges are what mergekit makes of the same recipes: as it was recorded, and as it does now where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ckptkit import Parallelism, convert
+from ckptkit.conversion.options import Options
+from ckptkit.editing.commands import Output, merge
+from ckptkit.editing.recipes import resolved
+from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
+from ckptkit.io import computed
+from ckptkit.io.cache import Cache
+from fixtures.make_merges import CASES, FOLDER, RECIPES, RECORD, name_of, write_models, write_recipe
+from tests.editing.models import tensors_of, tuned, ulps
+from tests.models import files_of, save_llama, save_model
+
+Tensors = dict[str, torch.Tensor]
+RANDOM = ("dare_ties", "dare_linear")
+EXACT = [case for case in CASES if case[1] not in RANDOM]
+MERGEKIT = shutil.which("mergekit-yaml")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(kind: str, dtype: str) -> Path:
+        if (kind, dtype) not in made:
+            made[kind, dtype] = tmp_path_factory.mktemp(f"{kind}-{dtype}")
+            write_models(made[kind, dtype], kind, dtype)
+        return made[kind, dtype]
+
+    return get
+
+
+def limits(recipe: dict[str, Any], name: str, base: Tensors, models: dict[str, Tensors]) -> torch.Tensor:
+    """Where a difference is as large as the smallest one that ties keeps: which of them are kept is nobody's choice."""
+    alike = torch.zeros(base[name].shape, dtype=torch.bool)
+    kind = getattr(torch, recipe.get("dtype", str(base[name].dtype).removeprefix("torch.")))
+    for one in recipe["models"]:
+        if one["model"] == "base":
+            continue
+        layer = re.search(r"layers[.](\d)", name)
+        density = resolved([one["parameters"]], "density", name, int(layer[1]) / 3 if layer else 0, "")
+        size = (models[one["model"]][name].to(kind) - base[name].to(kind)).abs().float()
+        alike |= size == size.flatten().sort(descending=True).values[max(1, int(density * size.numel())) - 1]
+    return alike
+
+
+def check(recipe: str, found: Tensors, expected: Tensors, folder: Path) -> None:
+    """Whether a merge is mergekit's: bit for bit, but for ties at the limit and the last bits of slerp's factors."""
+    assert found.keys() == expected.keys()
+    models = {name: tensors_of(folder / name) for name in ("base", "a", "b") if (folder / name).is_dir()}
+    for name, tensor in expected.items():
+        mine = found[name]
+        assert mine.dtype == tensor.dtype, name
+        differs = mine != tensor
+        if RECIPES[recipe]["merge_method"] == "ties":
+            assert not (differs & ~limits(RECIPES[recipe], name, models["base"], models)).any(), name
+        elif RECIPES[recipe]["merge_method"] != "slerp":
+            assert not differs.any(), name
+        elif tensor.dtype == torch.float32:
+            assert float((mine - tensor).abs().max()) <= 4 * torch.finfo(torch.float32).eps * float(tensor.abs().max())
+        else:
+            assert ulps(mine, tensor)[1] <= 1, name
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: name_of(*case))
+def test_what_mergekit_made(folders: Any, tmp_path: Path, case: tuple[str, str, str]) -> None:
+    kind, recipe, dtype = case
+    folder = folders(kind, dtype)
+    merge(write_recipe(folder, recipe), Output(tmp_path / "out"))
+    expected = load_file(FOLDER / f"{name_of(*case)}.safetensors")
+    check(recipe, tensors_of(tmp_path / "out"), expected, folder)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    layers = {name.split(".")[2] for name in expected if ".layers." in name}
+    assert config["num_hidden_layers"] == len(layers)
+    assert config["dtype"] == str(next(iter(expected.values())).dtype).removeprefix("torch.")
+
+
+def test_the_record_names_its_versions() -> None:
+    record = json.loads(RECORD.read_text())
+    assert {"mergekit", "torch", "transformers"} <= record["versions"].keys()
+    assert [tuple(case) for case in record["cases"]] == CASES
+
+
+@pytest.mark.parametrize("recipe", RANDOM)
+def test_random_methods_by_density_and_sums(folders: Any, tmp_path: Path, recipe: str) -> None:
+    """Ours and mergekit's keep the same share, up to chance, and give a difference back its sum of absolute values."""
+    folder = folders("llama", "bfloat16")
+    path = write_recipe(folder, recipe)
+    merge(path, Output(tmp_path / "one"), seed=3)
+    merge(path, Output(tmp_path / "same"), seed=3, threads=1)
+    merge(path, Output(tmp_path / "other"), seed=4)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "same")
+    ours, other = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other")
+    theirs = load_file(FOLDER / f"{name_of('llama', recipe, 'bfloat16')}.safetensors")
+    base, first = tensors_of(folder / "base"), tensors_of(folder / "a")
+    assert sum(not torch.equal(ours[name], other[name]) for name in ours) > len(ours) / 2
+    if recipe != "dare_linear":
+        return
+    kept = {"ours": 0, "theirs": 0}
+    total = 0
+    for name, start in base.items():
+        delta = first[name].float() - start.float()
+        for who, found in (("ours", ours), ("theirs", theirs)):
+            moved = found[name] - start.float()
+            kept[who] += int((moved != 0).sum())
+            assert float(moved.abs().sum()) == pytest.approx(float(delta.abs().sum()), rel=1e-4)
+            factors = (moved / delta)[(moved != 0) & (delta != 0)]
+            assert float(factors.max() - factors.min()) < 0.02 * float(factors.mean())  # float32 of small differences
+        total += int((delta != 0).sum())
+    for who, count in kept.items():
+        assert abs(count - total / 2) < 5 * math.sqrt(total / 4), who
+
+
+@pytest.mark.skipif(MERGEKIT is None, reason="mergekit-yaml is not on PATH")
+@pytest.mark.parametrize(
+    "recipe", ["passthrough", "linear", "linear-gradient", "slerp", "task_arithmetic", "ties-float32"]
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+def test_what_mergekit_makes_now(tmp_path: Path, recipe: str, kind: str) -> None:
+    base = (
+        save_llama(tmp_path / "base", dtype="bfloat16")
+        if kind == "llama"
+        else save_model(tmp_path / "base", kind, dtype="bfloat16")
+    )
+    for seed, name in enumerate(("a", "b"), 1):
+        tuned(base, tmp_path / name, seed)
+    path = write_recipe(tmp_path, recipe)
+    command = [str(MERGEKIT), path.name, "theirs", "--clone-tensors", "--no-copy-tokenizer", "--no-write-model-card"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    merge(path, Output(tmp_path / "ours"))
+    check(recipe, tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"), tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["ties", "slerp", "ties-rescaled", "dare_linear"])
+def test_tiles_and_threads_give_the_same_bytes(folders: Any, tmp_path: Path, recipe: str, monkeypatch: Any) -> None:
+    """Whole tensors in one block, and many small blocks of many tiles: limits, sums and random numbers are the same."""
+    folder = folders("llama", "bfloat16")
+    path = write_recipe(folder, recipe)
+    merge(path, Output(tmp_path / "whole"), threads=1)
+    monkeypatch.setattr(computed, "_tiles", Cache(0, len))
+    monkeypatch.setattr(computed, "TILE", 100)
+    monkeypatch.setattr(computed, "BLOCK", 33)
+    merge(path, Output(tmp_path / "small"), threads=4)
+    assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_models_of_megatron_and_into_megatron(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("llama", "bfloat16"), tmp_path / "models")
+    path = write_recipe(folder, "ties")
+    merge(path, Output(tmp_path / "hf"))
+    for name, to, grid in (("base", "torch", Parallelism(2, 2)), ("a", "torch_dist", Parallelism(2))):
+        convert(folder / name, folder / "meg", to=to, grid=grid)
+        shutil.rmtree(folder / name)
+        (folder / "meg").rename(folder / name)
+    merge(path, Output(tmp_path / "again"))
+    one, other = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    merge(path, Output(tmp_path / "tp2", "torch", Options(grid=Parallelism(2))))
+    convert(tmp_path / "tp2", tmp_path / "back", to="hf")
+    back = tensors_of(tmp_path / "back")
+    assert all(torch.equal(tensor, back[name]) for name, tensor in one.items())
+    assert (tmp_path / "back/mergekit_config.yml").read_bytes() == path.read_bytes()
+    assert "merge_method: ties" in (tmp_path / "back/README.md").read_text()
+
+
+def test_experts_towers_and_per_layer_inputs(tmp_path: Path) -> None:
+    """What mergekit does not know: each expert is a tensor of its own, and towers are those of the base model."""
+    for kind in ("qwen3_moe", "gemma4", "gemma4_text-moe"):
+        folder = tmp_path / kind
+        base = save_model(folder / "base", kind, dtype="bfloat16")
+        tuned(base, folder / "a", 1)
+        path = write_recipe(folder, "slerp")
+        merge(path, Output(folder / "out"))
+        found, before, after = (tensors_of(folder / name) for name in ("out", "base", "a"))
+        assert found.keys() == before.keys()
+        moved = [name for name in found if not torch.equal(found[name], before[name])]
+        assert not any("tower" in name or "embed_vision" in name for name in moved)
+        assert any("experts" in name for name in moved) == ("moe" in kind)
+        for name in moved:
+            low, high = torch.minimum(before[name], after[name]), torch.maximum(before[name], after[name])
+            assert found[name].shape == low.shape == high.shape
+
+
+TIES: dict[str, Any] = RECIPES["ties"]
+LINEAR: dict[str, Any] = RECIPES["linear"]
+PASSED: dict[str, Any] = RECIPES["passthrough"]
+
+
+def layers_of_a(*span: int) -> list[dict[str, Any]]:
+    return [{"model": "a", "layer_range": list(span)}]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "match"),
+    [
+        ({**TIES, "merge_method": "della"}, UnsupportedError, r"merge_method 'della'.*done are passthrough"),
+        ({**TIES, "modules": {}}, UnsupportedError, "modules of a recipe is not done"),
+        ({**TIES, "tokenizer": {"source": "union"}}, UnsupportedError, "tokenizer of a recipe"),
+        ({**TIES, "chat_template": "auto"}, UnsupportedError, "chat_template of a recipe"),
+        ({**TIES, "base_mdoel": "base"}, UnsupportedError, r"base_mdoel.*did you mean base_model"),
+        ({**TIES, "parameters": {"gamma": 0.1}}, UnsupportedError, r"parameters.gamma of a recipe"),
+        ({**LINEAR, "models": [{"model": "a", "weight": 1}]}, UnsupportedError, r"models\[0\].weight"),
+        ({**PASSED, "slices": [{**PASSED["slices"][0], "residual_weight": 0.5}]}, UnsupportedError, "residual_weight"),
+        ({**TIES, "tokenizer_source": "union"}, UnsupportedError, "union is not done"),
+        ({**TIES, "tokenizer_source": "elsewhere"}, InputError, "none of the models"),
+        ({**TIES, "tokenizer_source": "base"}, UnsupportedError, r"no tokenizer.json"),
+        ({**TIES, "base_model": None}, InputError, "needs a base_model"),
+        ({**TIES, "dtype": "int8"}, UsageError, "--dtype int8"),
+        ({**LINEAR, "models": LINEAR["models"] * 2}, InputError, "names a model twice"),
+        ({**LINEAR, "models": [{"model": "a"}]}, InputError, r"parameter weight is missing for a \(model"),
+        ({**LINEAR, "models": [{"model": "a", "parameters": {"weight": "x"}}]}, InputError, "weight must be a number"),
+        ({**LINEAR, "models": [{"model": "a", "parameters": {"weight": 0}}]}, InputError, "add up to 0"),
+        ({**LINEAR, "parameters": {"normalize": 3}}, InputError, "normalize must be true or false"),
+        ({**LINEAR, "slices": PASSED["slices"]}, InputError, "either models or slices"),
+        ({**LINEAR, "models": []}, InputError, "models must be a list"),
+        ({**LINEAR, "models": [{"model": "nowhere", "parameters": {"weight": 1}}]}, InputError, "no such directory"),
+        ({**LINEAR, "models": [{"model": "a+b", "parameters": {"weight": 1}}]}, UnsupportedError, "adapter merge a b"),
+        ({**PASSED, "merge_method": "slerp"}, InputError, "needs a base_model"),
+        (
+            {**PASSED, "slices": [{"sources": [{"model": "a", "layer_range": [2, 5]}]}]},
+            InputError,
+            "which has 4 layers",
+        ),
+        (
+            {**PASSED, "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]},
+            InputError,
+            "layer_range must be",
+        ),
+        ({**PASSED, "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}] * 2}]}, InputError, "twice"),
+        (
+            {**LINEAR, "models": [{"model": "a", "parameters": {"weight": [{"filter": 3, "value": 1}]}}]},
+            InputError,
+            r"weight\[0\].filter must be a path or a name",
+        ),
+    ],
+)
+def test_what_is_refused(
+    folders: Any, tmp_path: Path, recipe: dict[str, Any], error: type[CkptkitError], match: str
+) -> None:
+    path = folders("llama", "bfloat16") / "wrong.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(error, match=match):
+        merge(path, Output(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("- 1", "the recipe must be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("merge_method: linear\nmerge_method: ties", "twice"),
+        ("a: &x [1]\nb: {<<: *x}", "not valid YAML"),
+        ("x" * 600_000, "larger|bytes"),
+    ],
+)
+def test_hostile_recipes(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=match):
+        merge(tmp_path / "recipe.yaml", Output(tmp_path / "out"))
+
+
+def test_tokenizers(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("llama", "bfloat16"), tmp_path / "models")
+    tokens = {f"t{number}": number for number in range(40)}
+    for name in ("base", "a", "b"):
+        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "name": name}))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**TIES, "tokenizer_source": "a"}))
+    merge(path, Output(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text())["name"] == "a"
+    added = {"model": {"vocab": tokens}, "added_tokens": [{"id": 7, "content": "t8"}]}
+    (folder / "b" / "tokenizer.json").write_text(json.dumps(added))
+    with pytest.raises(UnsupportedError, match=r"b: 1 tokens have other ids than in a: 't8' is 7, and 8 there"):
+        merge(path, Output(tmp_path / "no"))
+
+
+def test_gradients_and_filters() -> None:
+    """As `evaluate_setting` of mergekit has it."""
+    gradient = {"weight": [0.0, 1.0, 0.5]}
+    assert [resolved([gradient], "weight", "x", t, "") for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0.5, 1, 0.75, 0.5]
+    flags = {"normalize": [True, False, True]}
+    assert [resolved([flags], "normalize", "x", t, "") for t in (0, 0.49, 0.5, 1)] == [True, True, False, True]
+    filtered = {"weight": [{"filter": "mlp", "value": "1e-1"}, {"filter": "*", "value": 2}]}
+    assert resolved([filtered], "weight", "a.mlp.b", 0, "") == 0.1
+    assert resolved([filtered], "weight", "a.b", 0, "") == 2
+    only = {"weight": {"filter": "mlp", "value": 1}}
+    assert resolved([only, {"weight": 3}], "weight", "a.b", 0, "") == 3
+    assert resolved([only], "weight", "a.b", 0, "") is None
