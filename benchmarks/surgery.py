@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.big_models import CONFIGS, change, write_checkpoint
+from benchmarks.big_models import CONFIGS, change, nbytes_of, write_checkpoint
 from benchmarks.measure import Summary, cp_command, remove, run, settle
 
 CKPTKIT = [sys.executable, "-m", "ckptkit", "surgery"]
@@ -66,8 +66,10 @@ def main() -> None:
     released = json.loads(CONFIGS.read_text(encoding="utf-8"))
     config = {**released[options.name]["config"], **options.set}
     folder, out = options.workdir / "models", options.workdir / "out"
-    made = [write_checkpoint(folder / name, config, "cpu", seed) for seed, name in enumerate(NAMES)]
-    nbytes = sum(one.nbytes for one in made)
+    for seed, name in enumerate(NAMES):
+        if not (folder / name).exists():
+            write_checkpoint(folder / name, config, "cpu", seed)
+    nbytes = 3 * nbytes_of(config)
     for operation, recipe in recipes(folder, config["num_hidden_layers"]).items():
         (folder / f"{operation}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     found = {("cp of three", "cp"): _measured(cp_command(folder, out, sync=False), folder, out, options)}
@@ -75,7 +77,8 @@ def main() -> None:
     for operation in options.only or OPERATIONS:
         for tool, command in commands(operation, folder, out, options.threads, options.mergekit):
             found[operation, tool] = _measured(command, folder, out, options)
-    remove(folder)
+    if not options.keep:
+        remove(folder)
     print(f"3 x {options.name}, {config['num_hidden_layers']} layers, {nbytes / 3e9:.2f} GB each\n")
     print("| operation | tool | seconds | x cp of three | x cp of one | CPU seconds | peak memory, MB |")
     print("|---|---|---|---|---|---|---|")
@@ -117,6 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=OPERATIONS, help="this operation alone")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument("--keep", action="store_true", help="keep the models, and take those that are there")
     parser.add_argument("--cold", action="store_true", help="drop the models from the page cache before each run")
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), metavar="FILE", help="its command")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")

@@ -43,6 +43,15 @@ def test_vllm_said_the_same(models: dict[str, Path], name: str, pool: RankPool) 
     assert level.details["fitted_temperature"] == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["dense-float32", "moe-float32-routed"])
+def test_context_parallel_ranks(tmp_path: Path, name: str, packed: bool, pool: RankPool) -> None:
+    model = save_recorded(tmp_path / "hf", RECORDED[name][0])
+    report = verify_engine(None, model, file_of(name), engine_dtype="float32", tp=1, cp=2, packed=packed, pool=pool)
+    assert report.passed, report.levels[0].summary
+
+
 def test_another_model_is_told_from_it(models: dict[str, Path], pool: RankPool, tmp_path: Path) -> None:
     """One id of each answer is another one: what follows was not said after it."""
     lines = [json.loads(line) for line in file_of("dense-float32").read_text().splitlines()]
