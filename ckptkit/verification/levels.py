@@ -78,7 +78,7 @@ def verify(
         command: The command line, for the report.
         hash: Also give the SHA-256 of both sides' tensors, for which both are read once more.
         run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
-            packed, sequence_parallel, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
+            packed, sequence_parallel, cp, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
             grid of its own, which megatron-core then runs.
 
     Raises:

@@ -118,10 +118,11 @@ def _join_groups(device: torch.device) -> None:
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
         )
-        if sizes != (1, 1, 1):
+        if sizes != (1, 1, 1, 1):
             raise UsageError(
-                "megatron-core's groups are there for TP{} x PP{} x EP{}".format(*sizes),
+                "megatron-core's groups are there for TP{} x PP{} x EP{} x CP{}".format(*sizes),
                 hint="convert where they are for one rank, or convert a checkpoint with `ckptkit convert`",
             )
     elif dist.is_initialized():
