@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.peft import CONFIG
-from ckptkit.formats.peft_config import AdapterConfig
+from ckptkit.formats.peft_config import AdapterConfig, alpha_for, raw_config
 from ckptkit.formats.sidecar import Sidecar, read_sidecar
 from ckptkit.formats.torch_dist import ungrouped
 from ckptkit.formats.torch_legacy import RankFile, RankKey
@@ -134,14 +134,15 @@ def read_megatron(
     path, about = place.folder, _describe(place, args, given)
     # An alpha of the user means that the sidecar's record does not count.
     record = read_record(place.root) if given.lora_alpha is None else None
-    alpha, notes = find_alpha(path, place.root, record, given.lora_alpha)
+    alpha, notes = find_alpha(place, record, given.lora_alpha)
     joined = _join(path, about, ranks, grid, stacked=stacked, stored=stored)
-    known = record if about.original is not None else None
-    if known is not None:
-        _check_record(known, joined.found, place.root)
-    view = canonical(joined.found, alpha.scale, known)
-    config = about.original if known is not None and about.original is not None else _config(view, alpha, about)
-    names = {} if known is None else _original_names(about.sidecar, known)
+    if stored is not None and not args:
+        _refuse_unknown_order(joined.found, path)
+    if record is not None:
+        _check_record(record, joined.found, place.root)
+    view = canonical(joined.found, alpha.scale, record)
+    config = about.original if record is not None and about.original is not None else _config(view, alpha, about)
+    names = {} if record is None else _original_names(about.sidecar, record)
     return Checkpoint(
         path=path,
         format=format,
@@ -282,17 +283,16 @@ def _wanted(about: _About, spelling: Spelling, grid: Parallelism, ranks: Ranks, 
         first = min(tp for pp, tp, at in chunks if (pp, at) == (stage.pp_rank, ep))
         chunk = chunks[stage.pp_rank, first, ep][stage.vp_stage]
         taken: set[str] = set()
-        for layout, index in stored_layouts(item):
-            a, b = _rows(item, index, layout, 1)
-            names = [spelling.written(side.name(number, expert)) for side in (a, b)]
+        for way in stored_layouts(item.kind):
+            names = [spelling.written(name.format(i=number, e=expert)) for name in way.names]
             present = [name for name in names if name in chunk]
             if not present:
                 continue
             rank = chunk[names[1]].shape[-1] if names[1] in chunk and chunk[names[1]].shape else 1
-            if taken - {layout if index is None else f"{layout}, part by part"}:
+            if taken - {way.layout}:
                 raise InputError(f"{item.key} has factors in two layouts ({present[0]})", where=path)
-            taken.add(layout if index is None else f"{layout}, part by part")
-            yield _Wanted(item, index, layout, _rows(item, index, layout, rank))
+            taken.add(way.layout)
+            yield _Wanted(item, way.index, way.layout, _rows(item, way.index, way.layout, rank))
 
 
 def _rows(item: Item, index: int | None, layout: str, rank: int) -> tuple[Item, Item]:
@@ -328,6 +328,22 @@ def _regular(wanted: _Wanted, item: Item, tensor: Tensor, stored: Parallelism | 
     if stored is None or wanted.index is None or not is_bridge_gated(item):
         return tensor
     return regular_gated(tensor, stored.expert_tp if item.row.split.expert else stored.tp)
+
+
+def _refuse_unknown_order(found: Iterable[Found], path: Path) -> None:
+    """Refuses B of gate and up from `CanonicalLoRA` where nothing says how many ranks wrote it (see `regular_gated`).
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    for one in found:
+        if one.index is not None and is_bridge_gated(single(part_of(one.item, one.index), B, 1)):
+            raise UnsupportedError(
+                f"B of {one.item.key} lies in the order of the tensor parallel ranks that wrote it, and nothing says"
+                " how many these were",
+                where=path,
+                hint="take the PEFT adapter that its trainer exports",
+            )
 
 
 def _names_in(ranks: Ranks) -> set[str]:
@@ -426,32 +442,19 @@ def _config(view: Canonical, alpha: Alpha, about: _About) -> AdapterConfig:
     names = names_in_memory(about.family, about.config)
     ranks = [view.tensors[linear.key(A)].shape[0] for linear in view.linears.values()]
     modules = {names.written(module) for module in view.linears}
-    raw = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": about.sidecar.origin.get("repository", ""),
-        "r": max(set(ranks), key=ranks.count),
-        "lora_alpha": int(alpha.value) if float(alpha.value).is_integer() else alpha.value,
-        "lora_dropout": 0.0,
-        "use_rslora": alpha.rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": _targets(modules, names.linears),
-    }
+    rank = max(set(ranks), key=ranks.count)
+    scales = list(view.scales.values())
+    value = alpha.value if alpha.rslora else alpha_for(max(set(scales), key=scales.count), rank)
+    raw = raw_config(about.sidecar.origin.get("repository", ""), rank, value, rslora=alpha.rslora)
+    raw["target_modules"] = targets(modules, names.linears)
     return AdapterConfig.parse(raw, about.config.architecture)
 
 
-def _targets(modules: set[str], known: Iterable[str]) -> list[str]:
+def targets(modules: Collection[str], known: Iterable[str]) -> list[str]:
     """The last words of the names of modules, if these include no other module; else their full names."""
     words = {module.rpartition(".")[2] for module in modules}
     all_of = {module for module in known if module.rpartition(".")[2] in words}
-    return sorted(words if all_of == modules else modules)
+    return sorted(words if all_of == set(modules) else modules)
 
 
 def _trained(modules: list[str]) -> list[str]:
