@@ -59,8 +59,8 @@ $(VLLM_VENV)/.stamp: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin and served adapters against transformers, on CPU, in an environment of its own
-	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py tests/adapters/test_vllm.py
+test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin, served adapters and rollouts against transformers, on CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py tests/adapters/test_vllm.py tests/verification/rollouts/test_vllm.py
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks

@@ -259,7 +259,7 @@ def nbytes_of(config: dict[str, Any]) -> int:
     return 2 * sum(math.prod(shape) for shape in shapes_of(config).values())
 
 
-def write_checkpoint(path: Path, config: dict[str, Any], device: str) -> Made:
+def write_checkpoint(path: Path, config: dict[str, Any], device: str, seed: int = SEED) -> Made:
     """Draws a checkpoint in bf16 on the device and streams it to disk; holds two tensors at a time."""
     import torch
 
@@ -268,7 +268,7 @@ def write_checkpoint(path: Path, config: dict[str, Any], device: str) -> Made:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n", encoding="utf-8")
     started = time.perf_counter()
-    generator = torch.Generator(device).manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(seed)
     shards = list(_shards(shapes))
     weight_map = {}
     for number, names in enumerate(shards, 1):

@@ -74,6 +74,16 @@ def test_merging_an_adapter(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+def test_surgery(tmp_path: Path) -> None:
+    sizes = changed("--set", num_hidden_layers=4, **SMALL)
+    where = ("--workdir", str(tmp_path / "work"), "--json", str(tmp_path / "figures.json"))
+    table = run("benchmarks.surgery", "Llama-3.2-1B", "--repeat", "1", *where, *sizes)
+    runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert {"ties: ckptkit merge", "passthrough: ckptkit merge", "average: ckptkit average"} <= runs.keys()
+    assert "| average | ckptkit average |" in table
+
+
+@pytest.mark.slow
 def test_a_released_model_shrunk(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     sizes = changed("--set", **SMALL, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)

@@ -207,7 +207,7 @@ def slice_layers(
             kept = [layer for layer in range(count) if layer not in dropped]
         made = stacked(one, one, one, [Place(one, layer) for layer in kept])
         left = sorted(set(range(count)) - set(kept))
-        notes = [f"{len(kept)} layers, of {count} in the source", *_left_behind([one])]
+        notes = [f"{len(kept)} layers, of {count} in the source"]
         if left:
             notes.append(f"layers {_as_ranges(left)} are left out")
         return work.write("slice", {"layers": _as_ranges(kept)}, made, [one], notes=notes)
@@ -279,7 +279,7 @@ def _left_behind(inputs: Sequence[Input]) -> list[str]:
     """Notes about the towers of models that give layers alone."""
     return [
         f"{len(one.model.sidecar.extras):,} tensors outside of the layers of {one.name} are left behind"
-        for one in inputs[1:]
+        for one in inputs
         if one.model.sidecar.extras
     ]
 

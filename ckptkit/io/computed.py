@@ -33,6 +33,8 @@ TILE = 1 << 20
 """Elements of a tile: about as many as this, in whole rows."""
 BLOCK = 1 << 15
 """Elements of a block, in which a tile is computed element by element."""
+READ = 1 << 17
+"""Elements of each tensor that are read at a time for blocks, in whole rows."""
 CACHE = 64 << 20
 """Bytes of finished tiles, and of values from which tiles are made, that stay in memory."""
 
@@ -165,16 +167,19 @@ def blocks(
     from ckptkit.io.casts import decode
     from ckptkit.io.reading import read_tensor
 
-    raw = [read_tensor(tensor.rows(start, stop)) for tensor in matrices]
     width = matrices[0].shape[-1] if len(matrices[0].shape) > 1 else 1
     size = size or BLOCK
-    for first in range(0, (stop - start) * width, size):
-        found = []
-        for data, tensor in zip(raw, matrices, strict=True):
-            item = tensor.out_dtype.itemsize
-            some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
-            found.append(some.astype(np.float64, copy=False) if double else some)
-        yield start * width + first, found
+    height = max(max(size, READ) // width, 1)
+    for top in range(start, stop, height):
+        bottom = min(top + height, stop)
+        raw = [read_tensor(tensor.rows(top, bottom)) for tensor in matrices]
+        for first in range(0, (bottom - top) * width, size):
+            found = []
+            for data, tensor in zip(raw, matrices, strict=True):
+                item = tensor.out_dtype.itemsize
+                some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
+                found.append(some.astype(np.float64, copy=False) if double else some)
+            yield top * width + first, found
 
 
 class Once(Generic[Found]):

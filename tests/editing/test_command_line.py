@@ -25,7 +25,7 @@ def run(*arguments: str) -> Any:
 @pytest.fixture
 def callee(monkeypatch: pytest.MonkeyPatch) -> Callee:
     callee = Callee(RESULT)
-    for name in ("average", "slice_layers", "stack_layers"):
+    for name in ("average", "slice_layers", "stack_layers", "merge", "resize_vocabulary"):
         monkeypatch.setattr(commands, name, callee)
     return callee
 
@@ -50,6 +50,12 @@ COMMON = ["-o", "out", "--to", "torch", "--tp", "2", "--dtype", "bf16", "--hash-
         (["slice", "a", "--layers", "0-3"], "a", {"layers": "0-3", "drop": None}),
         (["slice", "a", "--drop", "1"], "a", {"drop": "1", "layers": None}),
         (["stack", "a:0-1", "b", "--accept-differences"], ["a:0-1", "b"], {"accept_differences": True}),
+        (["merge", "a.yaml", "--seed", "7"], "a.yaml", {"seed": 7, "accept_differences": False}),
+        (
+            ["resize-vocab", "a", "--tokenizer", "t", "--size", "9", "--new-rows", "normal", "--seed", "2"],
+            "a",
+            {"tokenizer": "t", "size": 9, "new_rows": "normal", "seed": 2},
+        ),
     ],
 )
 def test_options(callee: Callee, arguments: list[str], positional: object, options: dict[str, Any]) -> None:

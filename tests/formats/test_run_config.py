@@ -288,6 +288,6 @@ def test_megatron_bridge_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 FUSIONS = (
     *("gradient_accumulation_fusion", "masked_softmax_fusion", "bias_dropout_fusion", "persist_layer_norm"),
-    *("apply_rope_fusion", "bias_activation_fusion"),
+    *("apply_rope_fusion", "bias_activation_fusion", "moe_permute_fusion"),
 )
 """Fusions that need a GPU, or APEX."""

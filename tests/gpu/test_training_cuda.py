@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.big_models import released, shrink, write_checkpoint
 from ckptkit.conversion.convert import convert
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.adapters.verify import verify_adapter
 from ckptkit.verification.logits import Side
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import VerificationReport
+from ckptkit.verification.tokens import default_rows
 from ckptkit.verification.training.level import verify_gradients
 from tests.gpu.test_cuda import EXACT
 from tests.lora import save_adapter
@@ -30,6 +32,8 @@ from tests.verification.training.test_training import steps_of
 pytestmark = pytest.mark.gpu
 
 CUDA = {"device": "cuda"}
+GRADIENTS = 1e-4
+WIDE_VOCABULARY = 32_768
 TWO_RANKS: list[tuple[str, Way]] = [
     ("gqa", (Parallelism(2), SP)),
     ("gqa", (Parallelism(1, 2), PACKED)),
@@ -120,6 +124,48 @@ def test_adapters(
     assert [level.name for level in report.levels] == ["structure", "weights", "logits"], report.levels[-1].summary
     assert report.passed, report.levels[-1].summary
     assert report.levels[-1].details["candidate_ran"]["devices"] != ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "how"),
+    [
+        ("gqa", Parallelism(2), {"layout": "peft", **SP}),
+        ("tied", Parallelism(1, 2), {"layout": "fused", **RECOMPUTE}),
+        ("qwen3_moe", Parallelism(ep=2), {"layout": "fused", **PACKED}),
+        ("mixtral", Parallelism(2, ep=2, etp=2), {"layout": "fused", **SP}),
+    ],
+    ids=str,
+)
+def test_gradients_of_adapters(
+    sources: Sources, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism, how: dict[str, Any]
+) -> None:
+    report = adapted(sources[kind], tmp_path, pool, grid, level="gradients", tolerance=GRADIENTS, **how)
+    answer = report.levels[-1]
+    assert answer.name == "gradients" and answer.passed, answer.summary
+    assert all(".lora_" in tensor["name"] for tensor in answer.details["worst"]) and ran_on_cuda(answer.details)
+
+
+def true_width(folder: Path, name: str, layers: int, device: str, **changes: Any) -> Path:
+    """The first layers of a released model with random weights; `changes` are stated."""
+    write_checkpoint(folder, shrink(released(name), layers, changes), device)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("grid", [Parallelism(2), Parallelism(1, 2)], ids=str)
+def test_a_model_of_true_width_past_its_window(tmp_path: Path, pool: RankPool, grid: Parallelism, dtype: str) -> None:
+    """Six of the 34 layers of Gemma 3 4B, one of them without a window, and a vocabulary of 32,768 of 262,208."""
+    source = true_width(tmp_path / "hf", "gemma-3-4b", 6, "cuda", vocab_size=WIDE_VOCABULARY)
+    lengths = [1536, 1200, 400]
+    tokens = [row[:length] for row, length in zip(default_rows(WIDE_VOCABULARY, 3, 1536), lengths, strict=True)]
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
+    sides = Side(source, "hf"), Side(tmp_path / "meg", "megatron")
+    answer = verify_gradients(
+        *sides, pool=pool, tokens=tokens, dtype=dtype, packed=True, capacity=1600, sequence_parallel=grid.tp > 1, **CUDA
+    )
+    record("gemma-3-4b, 6 layers", (grid, {"packed": True, "sequence_parallel": grid.tp > 1}), answer)
+    assert answer.passed, answer.summary
+    assert ran_on_cuda(answer.details)
 
 
 def test_another_scale_of_an_adapter_is_seen(sources: Sources, tmp_path: Path, pool: RankPool) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 MEAN_LIMIT, P99_LIMIT = 2.0, 3.0
-LEAST = 5e-6
+LEAST = 2e-5
 """The smallest floor of the mean, in nats: kernels in float32 approximate exponentials to about so much."""
 SCALED = 0.02
 """A temperature is another one than asked for if its logarithm differs by so much."""
