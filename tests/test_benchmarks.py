@@ -68,7 +68,8 @@ def test_merging_an_adapter(tmp_path: Path, name: str) -> None:
     options = ("--layers", "2", "--rank", "2", "--repeat", "1", "--workdir", str(tmp_path))
     table = run("benchmarks.adapters", name, *options, "--json", str(tmp_path / "figures.json"), *sizes)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["same"] and {"cp", "ckptkit", "peft"} <= figures["tools"].keys()
+    assert figures["same"] and {"cp", "ckptkit", "peft", "export"} <= figures["tools"].keys()
+    assert figures["adapter_bytes"] <= figures["bytes_read"]
     assert all(f"| {tool} |" in table for tool in figures["tools"])
 
 

@@ -22,7 +22,7 @@ from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.peft import PREFIX, factor_name
-from ckptkit.formats.peft_config import AdapterConfig
+from ckptkit.formats.peft_config import AdapterConfig, raw_config
 from ckptkit.inspection.structure import config_differences
 from ckptkit.io.reading import difference
 from ckptkit.sharding.grid import Parallelism
@@ -262,21 +262,8 @@ class _Extraction:
     def _config(self, rank: int) -> Mapping[str, Any]:
         wholes = sorted(self.names.spelling.written(name).removesuffix(_WEIGHT) for name in self.wholes)
         return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base.sidecar.origin.get("repository", ""),
-            "r": rank,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "use_rslora": False,
-            "use_dora": False,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
+            **raw_config(self.base.sidecar.origin.get("repository", ""), rank, rank),
             "modules_to_save": wholes or None,
-            "rank_pattern": {},
-            "alpha_pattern": {},
             "target_modules": [],
             "target_parameters": sorted(self.parameters) or None,
             "peft_version": _PEFT_VERSION,

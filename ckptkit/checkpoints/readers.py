@@ -15,6 +15,7 @@ from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
 from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.lora.megatron import ADAPTER, choose_part, is_adapter_name, read_megatron
+from ckptkit.checkpoints.lora.module_state import choose_part_of_state, keys_of_part, read_state_of_adapter
 from ckptkit.checkpoints.lora.peft_directory import read_peft
 from ckptkit.checkpoints.recognition import refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
@@ -214,15 +215,15 @@ def _dist_args(files: TorchDistFiles, given: Given) -> tuple[dict[str, Any], lis
 
 
 def _read_dcp(place: Place, given: Given) -> Checkpoint:
-    return _read_state(open_dcp_state(place.folder), given)
+    return _read_state(open_dcp_state(place.folder, keys_of_part(given.part)), place, given)
 
 
 def _read_fsdp(place: Place, given: Given) -> Checkpoint:
-    return _read_state(open_fsdp(place.folder), given)
+    return _read_state(open_fsdp(place.folder, keys_of_part(given.part)), place, given)
 
 
-def _read_state(state: ModuleState, given: Given) -> Checkpoint:
-    """The state of a bare module: whole tensors under Hugging Face's names, or those of a packed model."""
+def _read_state(state: ModuleState, place: Place, given: Given) -> Checkpoint:
+    """The state of a bare module: whole tensors under Hugging Face's names, those of a packed model, or an adapter."""
     reference = given.reference
     if reference is None:
         raise UsageError(
@@ -230,6 +231,21 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
             where=state.path,
             hint="give --hf-reference with the model's config.json",
         )
+    state, is_adapter = choose_part_of_state(state, given.part)
+    if is_adapter:
+        checkpoint, wrapping = read_state_of_adapter(state, place, reference, given)
+    else:
+        checkpoint, wrapping = _read_state_of_model(state, reference, given)
+    replicas = checkpoint.coverage.get("replicas", 0) + len(state.comparisons)
+    checkpoint = replace(
+        checkpoint.noting(*state.notes, *_told(wrapping)),
+        comparisons=(*checkpoint.comparisons, *state.comparisons),
+        coverage={**checkpoint.coverage, "replicas": replicas},
+    )
+    return _without_optimizer(checkpoint, state.optimizer)
+
+
+def _read_state_of_model(state: ModuleState, reference: HfFiles, given: Given) -> tuple[Checkpoint, Wrapping]:
     refuse_trainers_parts(state.tensors, state.path)
     tensors, wrapping = state.named(lambda names: max(_known(names, reference, state), fit_of_megatron(names)))
     if is_packed(tensors):
@@ -238,13 +254,7 @@ def _read_state(state: ModuleState, given: Given) -> Checkpoint:
     else:
         files = replace(reference, path=state.path, tensors=tensors, ignored=[])
         checkpoint = replace(open_hf_files(files), format=state.format)
-    replicas = checkpoint.coverage.get("replicas", 0) + len(state.comparisons)
-    checkpoint = replace(
-        checkpoint.noting(*state.notes, *_told(wrapping), *_dtype_notes(checkpoint)),
-        comparisons=(*checkpoint.comparisons, *state.comparisons),
-        coverage={**checkpoint.coverage, "replicas": replicas},
-    )
-    return _without_optimizer(checkpoint, state.optimizer)
+    return checkpoint.noting(*_dtype_notes(checkpoint)), wrapping
 
 
 def _known(names: set[str], reference: HfFiles, state: ModuleState) -> int:

@@ -63,7 +63,7 @@ def convert(
         choice(
             "--part",
             PARTS,
-            "The part to take of a Megatron checkpoint that holds an adapter beside the weights.",
+            "The part to take of a checkpoint that holds an adapter beside the weights.",
             panel=SOURCE,
         ),
     ] = None,

@@ -75,8 +75,8 @@ def convert(
         megatron_model: The model class of Megatron-Core whose names and arguments are written: `gpt` or `hybrid`.
         adapter: An adapter of any format that is written beside the model's weights, or None.
         adapter_layout: Names of an adapter in Megatron: `fused` (the default), `canonical` or `peft`.
-        part: `model` or `adapter`, the part to take of a Megatron source that holds both. With `adapter` the source
-            gives its model.
+        part: `model` or `adapter`, the part to take of a source that holds both. With `adapter` the source gives its
+            model.
         lora_alpha: Alpha of a Megatron adapter that does not record it.
         lossy: Whether the factors of an adapter may be rounded, where their scales differ by other ratios than powers
             of two.

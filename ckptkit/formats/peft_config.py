@@ -207,6 +207,34 @@ class AdapterConfig:
         return name if isinstance(name, str) else ""
 
 
+def raw_config(base: str, rank: int, alpha: float, *, rslora: bool = False) -> dict[str, Any]:
+    """An adapter_config.json of plain LoRA, without its targets.
+
+    Args:
+        base: The model that it is for, as the hub calls it, or an empty string.
+        rank: `r`.
+        alpha: `lora_alpha`.
+        rslora: `use_rslora`.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
 def scale(alpha: float, rank: int, *, rslora: bool) -> float:
     """The factor of B A."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank

@@ -22,8 +22,8 @@ mcore-bridge, where only the factor beside the divided axis is divided.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from ckptkit.sharding.rules import COLUMN, REPLICATED, ROW, Split
 from ckptkit.tables.family import Family
@@ -38,6 +38,9 @@ SIDES = (A, B)
 _WEIGHT = ".weight"
 _MATRIX = re.compile(r"\.weight(?:\{e\})?$")
 _WORDS = {"qkv": ("q", "k", "v"), "gate/up": ("gate", "up")}
+_KINDS = 1 << 12
+"""Kinds that are kept: a model has a few tens of them, and each has factors of a few ranks."""
+_BESIDE, _MAGNITUDE = "adapter", "_magnitude"
 _BRIDGE, _PEFT = {A: "linear_in", B: "linear_out"}, {A: "lora_A.default", B: "lora_B.default"}
 
 
@@ -57,7 +60,7 @@ class Linear:
     weight: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def module(self) -> str:
         """Hugging Face name of the layer."""
         return self.weight.removesuffix(_WEIGHT)
@@ -65,29 +68,43 @@ class Linear:
     @property
     def word(self) -> str:
         """The word for this part in the names of `canonical`, or an empty string for a tensor of one part."""
-        words = _WORDS.get(self.item.row.layout.name)
-        if words is not None:
-            return words[self.index]
-        return f"part{self.index}" if has_parts(self.item) else ""
+        return _word(self.item.kind, self.index)
 
     def key(self, side: str) -> str:
         """Name of one of its factors in `canonical`."""
-        return _inserted(self.item.key, _middle(CANONICAL, side, self.word))
+        return self._keys[side]
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {side: _inserted(self.item.key, _middle(CANONICAL, side, self.word)) for side in SIDES}
 
 
 def is_linear(item: Item) -> bool:
     """Whether a Megatron tensor is the weight of linear layers."""
-    return (
-        bool(item.parts)
-        and _MATRIX.search(item.row.megatron) is not None
-        and all(len(shape) == 2 and name.endswith(_WEIGHT) for name, shape in item.parts.items())
-        and not is_embedding(item)
-    )
+    return _holds_linears(item.kind) and not is_embedding(item)
+
+
+@lru_cache(maxsize=_KINDS)
+def _holds_linears(kind: Kind) -> bool:
+    matrices = kind.parts and all(len(shape) == 2 for shape in kind.parts)
+    named = all(name.endswith(_WEIGHT) for name in kind.row.hf)
+    return bool(matrices) and named and _MATRIX.search(kind.row.megatron) is not None
 
 
 def has_parts(item: Item) -> bool:
     """Whether a Megatron tensor is more than the weight of one linear layer."""
-    return len(item.parts) + len(item.slots) > 1
+    return _has_parts(item.kind)
+
+
+def _has_parts(kind: Kind) -> bool:
+    return len(kind.parts) + len(kind.slots) > 1
+
+
+def _word(kind: Kind, index: int) -> str:
+    words = _WORDS.get(kind.row.layout.name)
+    if words is not None:
+        return words[index]
+    return f"part{index}" if _has_parts(kind) else ""
 
 
 def is_embedding(item: Item) -> bool:
@@ -107,27 +124,24 @@ def linears(family: Family, config: ModelConfig) -> dict[str, Linear]:
 
 def single(linear: Linear, side: str, rank: int) -> Item:
     """The row of a factor of one linear layer, in `canonical`."""
-    item, (rows, columns) = linear.item, linear.shape
-    shape = (rank, columns) if side == A else (rows, rank)
+    kind = _kind_of_single(linear.item.kind, linear.index, side, rank)
     name = f"{linear.module}.lora_{side}{_WEIGHT}"
-    split = _split(item.row.split, side, CANONICAL, whole=not has_parts(item))
-    return _derived(item, _middle(CANONICAL, side, linear.word), {name: shape}, copy, split)
+    return linear.item._replace(kind=kind, key=linear.key(side), hf=(name,), slots=())
 
 
 def fused(item: Item, side: str, rank: int, layout: str = FUSED) -> Item:
     """The row of a factor of a whole Megatron tensor, in `fused` or `peft`."""
-    middle, split = _middle(layout, side), _split(item.row.split, side, layout, whole=True)
-    if side == A:
-        columns = next(iter(item.parts.values()))[1]
-        return _derived(item, middle, {_inserted(item.key, middle): (rank, columns)}, copy, split)
-    return _by_rows(item, middle, f".lora_{side}{_WEIGHT}", (rank,), split)
+    kind, slots = _kind_of_fused(item.kind, side, rank, layout)
+    key = _inserted(item.key, _middle(layout, side))
+    names = (key,) if side == A else _names(item, f".lora_{side}{_WEIGHT}")
+    return item._replace(kind=kind, key=key, hf=names, slots=slots)
 
 
 def magnitudes(item: Item) -> Item:
     """The row of the lengths of all rows of a Megatron tensor, which DoRA has in `fused`."""
-    base = item.row.split
-    split = base if base.axis == 0 else replace(REPLICATED, expert=base.expert)
-    return _by_rows(item, "adapter", ".lora_magnitude_vector", (), split, "_magnitude")
+    kind, slots = _kind_of_magnitudes(item.kind)
+    key = _inserted(item.key, _BESIDE) + _MAGNITUDE
+    return item._replace(kind=kind, key=key, hf=_names(item, ".lora_magnitude_vector"), slots=slots)
 
 
 def has_magnitudes(item: Item) -> bool:
@@ -140,36 +154,86 @@ def has_magnitudes(item: Item) -> bool:
     return item.expert is None and not unused
 
 
-def _by_rows(item: Item, middle: str, ending: str, rest: tuple[int, ...], split: Split, after: str = "") -> Item:
-    """A row that has the rows of the weight in the weight's layout, and other axes behind them."""
-    parts = {f"{name.removesuffix(_WEIGHT)}{ending}": (shape[0], *rest) for name, shape in item.parts.items()}
+def _names(item: Item, ending: str) -> tuple[str, ...]:
+    return tuple([f"{name.removesuffix(_WEIGHT)}{ending}" for name in item.hf])
+
+
+@lru_cache(maxsize=_KINDS)
+def _kind_of_single(kind: Kind, index: int, side: str, rank: int) -> Kind:
+    rows, columns = kind.parts[index]
+    shape = (rank, columns) if side == A else (rows, rank)
+    split = _split(kind.row.split, side, CANONICAL, whole=not _has_parts(kind))
+    return _derived(kind, _middle(CANONICAL, side, _word(kind, index)), (shape,), copy, split)
+
+
+@lru_cache(maxsize=_KINDS)
+def _kind_of_fused(kind: Kind, side: str, rank: int, layout: str) -> tuple[Kind, tuple[ResolvedSlot, ...]]:
+    middle, split = _middle(layout, side), _split(kind.row.split, side, layout, whole=True)
+    if side == A:
+        return _derived(kind, middle, ((rank, kind.parts[0][1]),), copy, split), ()
+    return _by_rows(kind, middle, (rank,), split)
+
+
+@lru_cache(maxsize=_KINDS)
+def _kind_of_magnitudes(kind: Kind) -> tuple[Kind, tuple[ResolvedSlot, ...]]:
+    base = kind.row.split
+    return _by_rows(kind, _BESIDE, (), base if base.axis == 0 else replace(REPLICATED, expert=base.expert), _MAGNITUDE)
+
+
+def _by_rows(
+    kind: Kind, middle: str, rest: tuple[int, ...], split: Split, after: str = ""
+) -> tuple[Kind, tuple[ResolvedSlot, ...]]:
+    """A kind that has the rows of the weight in the weight's layout, and other axes behind them."""
     slots = tuple(
         # The delta of a part that the model does not use is zero, unless the part repeats another.
-        ResolvedSlot(replace(slot.slot, value=0.0), (slot.shape[0], *rest), None)
-        for slot in item.slots
+        ResolvedSlot(replace(slot, value=0.0), (shape[0], *rest), None)
+        for slot, shape in zip(kind.row.slots, kind.slots, strict=True)
     )
-    return _derived(item, middle, parts, item.row.layout, split, slots, after)
+    parts = tuple((shape[0], *rest) for shape in kind.parts)
+    return _derived(kind, middle, parts, kind.row.layout, split, slots, after), slots
 
 
-def stored_layouts(item: Item) -> Iterator[tuple[str, int | None]]:
-    """The ways in which an adapter of a Megatron tensor can be named: (layout, part of `canonical` or None)."""
-    yield FUSED, None
-    yield PEFT, None
-    if has_parts(item):
-        for index in range(len(item.parts)):
-            yield CANONICAL, index
+@dataclass(frozen=True)
+class Stored:
+    """A way in which an adapter of a Megatron tensor can be named.
+
+    Attributes:
+        layout: The layout.
+        index: The part of the tensor in `canonical`, or None for all of it.
+        names: Canonical names of A and B, with `{i}` and `{e}` as in rows.
+        magnitudes: That of the lengths of rows, which DoRA has; None where the layout has no form for them.
+    """
+
+    layout: str
+    index: int | None
+    names: tuple[str, str]
+    magnitudes: str | None
+
+
+@lru_cache(maxsize=_KINDS)
+def stored_layouts(kind: Kind) -> tuple[Stored, ...]:
+    """The ways in which an adapter of the Megatron tensors of a kind can be named."""
+    ways: list[tuple[str, int | None]] = [(FUSED, None), (PEFT, None)]
+    if _has_parts(kind):
+        ways += [(CANONICAL, index) for index in range(len(kind.parts))]
+    found = []
+    for layout, index in ways:
+        word = "" if index is None else _word(kind, index)
+        a, b = (_inserted(kind.row.megatron, _middle(layout, side, word)) for side in SIDES)
+        lengths = _kind_of_magnitudes(kind)[0].row.megatron if layout == FUSED else None
+        found.append(Stored(layout, index, (a, b), lengths))
+    return tuple(found)
 
 
 def part_of(item: Item, index: int) -> Linear:
     """A linear layer of a Megatron tensor."""
-    name, shape = list(item.parts.items())[index]
-    return Linear(item, index, name, shape)
+    return Linear(item, index, item.hf[index], item.kind.parts[index])
 
 
 def _middle(layout: str, side: str, word: str = "") -> str:
     if layout == PEFT:
         return _PEFT[side]
-    return f"adapter.adapter_{word}.{_BRIDGE[side]}" if word else f"adapter.{_BRIDGE[side]}"
+    return f"{_BESIDE}.adapter_{word}.{_BRIDGE[side]}" if word else f"{_BESIDE}.{_BRIDGE[side]}"
 
 
 def _inserted(name: str, middle: str) -> str:
@@ -198,15 +262,14 @@ def _split(base: Split, side: str, layout: str, *, whole: bool) -> Split:
 
 
 def _derived(
-    item: Item,
+    kind: Kind,
     middle: str,
-    parts: dict[str, tuple[int, ...]],
+    parts: tuple[tuple[int, ...], ...],
     layout: Layout,
     split: Split,
     slots: tuple[ResolvedSlot, ...] = (),
     after: str = "",
-) -> Item:
-    name = _inserted(item.row.megatron, middle) + after
-    row = replace(item.row, megatron=name, hf={}, layout=layout, split=split, slots=())
-    kind = Kind(row, item.kind.config, item.kind.model, (tuple(parts.values()), tuple(slot.shape for slot in slots)))
-    return item._replace(kind=kind, key=_inserted(item.key, middle) + after, hf=tuple(parts), slots=slots)
+) -> Kind:
+    name = _inserted(kind.row.megatron, middle) + after
+    row = replace(kind.row, megatron=name, hf={}, layout=layout, split=split, slots=())
+    return Kind(row, kind.config, kind.model, (parts, tuple(slot.shape for slot in slots)))

@@ -36,7 +36,7 @@ def lengths_in(
         InputError: Some layers have none, or what the checkpoint says of itself is something else.
     """
     lengths = {module: tensor for one in found for module, tensor in one.lengths.items() if module in view.linears}
-    stated = states_dora(place.folder, place.root)
+    stated = states_dora(place)
     if original is not None and has_record(place.root):
         stated[str(original.where)] = original.dora
     for where, dora in stated.items():
@@ -53,7 +53,7 @@ def lengths_in(
     return {module + MAGNITUDE: tensor for module, tensor in lengths.items()}
 
 
-def unlike_peft(items: Iterable[Item], config: ModelConfig, tp: int) -> list[str]:
+def unlike_peft(items: Iterable[Item], config: ModelConfig, tp: int | None) -> list[str]:
     """A sentence for each way in which Megatron-Bridge computes another DoRA of these layers than peft.
 
     Source: `DoRALinear._get_weight_norm` and `forward` of Megatron-Bridge (commit 067f987); `SelfAttention` of
@@ -62,15 +62,16 @@ def unlike_peft(items: Iterable[Item], config: ModelConfig, tp: int) -> list[str
     Args:
         items: The Megatron tensors that have an adapter of DoRA.
         config: The model.
-        tp: Tensor parallel size of the run.
+        tp: Tensor parallel size of the run, or None if nothing says it.
     """
     items = list(items)
     divided = [item.key for item in items if item.row.split.axis == -1]
     biased = [item.key for item in items if config.qkv_bias and item.key.endswith(".linear_qkv.weight")]
     found = []
-    if divided and tp > 1:
+    if divided and tp != 1:
+        size = "TP above 1 (nothing says which this was)" if tp is None else f"TP {tp}"
         found.append(
-            f"at TP {tp} Megatron-Bridge takes the lengths of the rows of {divided[0]} from each rank's columns alone"
+            f"at {size} Megatron-Bridge takes the lengths of the rows of {divided[0]} from each rank's columns alone"
         )
     if biased:
         found.append(f"Megatron-Bridge scales the bias beside {biased[0]}, too")

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import frexp
 from typing import TYPE_CHECKING
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.lora.peft_directory import same_values
 from ckptkit.checkpoints.lora.record import Lora
+from ckptkit.checkpoints.lora.values import ValueReader, same_values
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.peft import MAGNITUDE
 from ckptkit.formats.peft_config import alpha_for
@@ -105,20 +106,37 @@ class Group:
     Attributes:
         item: The Megatron tensor.
         linears: The parts.
-        shared: Whether they share A.
+        fused: Whether they have one pair of factors.
+        shared: Whether they then share A.
     """
 
     item: Item
     linears: tuple[Linear, ...]
+    fused: bool
     shared: bool = False
 
 
-def groups(lora: Lora) -> list[Group]:
-    """The factors by Megatron tensor, in table order."""
+def _groups(lora: Lora, layout: str, *, sequential: bool) -> list[Group]:
+    """The factors by Megatron tensor, in table order; nothing is known of shared ones yet."""
     found: dict[str, list[Linear]] = {}
     for linear in lora.linears.values():
         found.setdefault(linear.item.key, []).append(linear)
-    return [Group(parts[0].item, tuple(sorted(parts, key=lambda part: part.index))) for parts in found.values()]
+    groups = []
+    for parts in found.values():
+        item, linears = parts[0].item, tuple(sorted(parts, key=lambda part: part.index))
+        groups.append(Group(item, linears, is_fused(item, layout, sequential=sequential)))
+    return groups
+
+
+def _sharing(source: Checkpoint, groups: Sequence[Group]) -> list[Group]:
+    """Groups that know whether they share A, for which values are read."""
+    with ValueReader() as reader:
+        return [
+            replace(group, shared=reader.all_same([source.tensors[linear.key(A)] for linear in group.linears]))
+            if group.fused
+            else group
+            for group in groups
+        ]
 
 
 def is_fused(item: Item, layout: str, *, sequential: bool) -> bool:
@@ -150,20 +168,16 @@ def laid_out(
     """
     lora = source.lora
     assert lora is not None
-    _check_expressible(source, layout, sequential=sequential)
-    found = [
-        replace(group, shared=_share(source, group)) if is_fused(group.item, layout, sequential=sequential) else group
-        for group in groups(lora)
-    ]
-    sizes = {linear.module: source.tensors[linear.key(A)].shape[0] for linear in lora.linears.values()}
+    found = _groups(lora, layout, sequential=sequential)
+    _check_expressible(source, layout, found)
+    found = _sharing(source, found)
     modules: dict[str, Ranks] = {}
     for group in found:
         at = 0
         for linear in group.linears:
-            modules[linear.module] = Ranks(sizes[linear.module], at, lora.scales[linear.module])
-            at += (
-                sizes[linear.module] if is_fused(group.item, layout, sequential=sequential) and not group.shared else 0
-            )
+            count = source.tensors[linear.key(A)].shape[0]
+            modules[linear.module] = Ranks(count, at, lora.scales[linear.module])
+            at += count if group.fused and not group.shared else 0
     rank = max(own.stop for own in modules.values())
     rank = -(-rank // multiple) * multiple
     scale = Counter(lora.scales[module] for module in modules).most_common(1)[0][0]
@@ -172,7 +186,7 @@ def laid_out(
     items: dict[str, Item] = {}
     tensors: dict[str, Tensor] = {}
     for group in found:
-        make = writer.fused if is_fused(group.item, layout, sequential=sequential) else writer.singles
+        make = writer.fused if group.fused else writer.singles
         for item, tensor in make(group):
             items[item.key], tensors[item.key] = item, tensor
         if lora.config.dora:
@@ -183,7 +197,7 @@ def laid_out(
     return adapter, record, writer.losses()
 
 
-def _check_expressible(source: Checkpoint, layout: str, *, sequential: bool) -> None:
+def _check_expressible(source: Checkpoint, layout: str, found: Sequence[Group]) -> None:
     extras = [name for name in source.sidecar.extras if not name.endswith(MAGNITUDE)]
     if extras:
         name = min(extras)
@@ -195,24 +209,22 @@ def _check_expressible(source: Checkpoint, layout: str, *, sequential: bool) -> 
         )
     assert source.lora is not None
     if source.lora.config.dora:
-        _check_magnitudes(source, layout)
-    for linear in source.lora.linears.values():
-        repeated = any(slot.slot.repeats is not None for slot in linear.item.slots)
-        if repeated and not is_fused(linear.item, layout, sequential=sequential):
+        _check_magnitudes(source, layout, found)
+    for group in found:
+        if not group.fused and any(slot.slot.repeats is not None for slot in group.item.slots):
             raise UnsupportedError(
-                f"--adapter-layout {layout} has no form for {linear.item.key}, a part of which repeats another",
+                f"--adapter-layout {layout} has no form for {group.item.key}, a part of which repeats another",
                 where=source.path,
                 hint=f"use --adapter-layout {FUSED}",
             )
 
 
-def _check_magnitudes(source: Checkpoint, layout: str) -> None:
-    assert source.lora is not None
+def _check_magnitudes(source: Checkpoint, layout: str, found: Sequence[Group]) -> None:
     hint = "`ckptkit adapter merge` puts it into the model"
     if layout != FUSED:
         what = f"--adapter-layout {layout} has no form for the lengths of rows that DoRA has"
         raise UnsupportedError(what, where=source.path, hint=f"use --adapter-layout {FUSED}")
-    for group in groups(source.lora):
+    for group in found:
         if not has_magnitudes(group.item):
             why = "an expert's" if group.item.expert is not None else "some rows of which the model does not use"
             what = f"DoRA of Megatron has no form for {group.item.key}, {why}"
@@ -220,11 +232,6 @@ def _check_magnitudes(source: Checkpoint, layout: str) -> None:
         if others := sorted(group.item.parts.keys() - {linear.weight for linear in group.linears}):
             what = f"DoRA of Megatron has one length for each row of {group.item.key}"
             raise UnsupportedError(f"{what}, the adapter has none for {others[0]}", where=source.path, hint=hint)
-
-
-def _share(source: Checkpoint, group: Group) -> bool:
-    first, *others = (source.tensors[linear.key(A)] for linear in group.linears)
-    return all(same_values(first, other) for other in others)
 
 
 @dataclass
@@ -348,7 +355,7 @@ class Found:
     b: Tensor
     magnitudes: Tensor | None = None
 
-    @property
+    @cached_property
     def linears(self) -> list[tuple[Linear, Tensor]]:
         """The linear layers, each with its rows of B."""
         if self.index is not None:
@@ -375,8 +382,8 @@ def taken_apart(laid: Checkpoint, record: Record, *, sequential: bool) -> Iterat
     """
     assert laid.lora is not None
     rank, layout = record.rank, record.layout
-    for group in groups(laid.lora):
-        if is_fused(group.item, layout, sequential=sequential) or not has_parts(group.item):
+    for group in _groups(laid.lora, layout, sequential=sequential):
+        if group.fused or not has_parts(group.item):
             keys = [fused(group.item, side, rank, layout).key for side in SIDES]
             yield Found(group.item, None, layout, *(laid.tensors[key] for key in keys))
             continue
@@ -420,46 +427,40 @@ def canonical(found: Sequence[Found], scale_of: Callable[[int], float], record: 
         record: How the ranks were made up, if that is known; values are read to see whether it still holds.
     """
     view = Canonical()
-    for one in found:
-        known = (
-            {}
-            if record is None
-            else {
-                linear.module: record.modules[linear.module]
-                for linear, _ in one.linears
-                if linear.module in record.modules
-            }
-        )
-        if record is None:
+    if record is None:
+        for one in found:
             for linear, b in one.linears:
                 view.add(linear, one.a, b, scale_of(one.a.shape[0]))
-        elif _untouched(one, known):
-            for linear, b in one.linears:
-                if linear.module in known:
-                    own = known[linear.module]
-                    part, ratio = b.cols(own.first, own.stop), own.scale / record.scale
-                    factor = part if ratio == 1 else times(part, 1 / ratio)
-                    view.add(linear, one.a.rows(own.first, own.stop), factor, own.scale)
-        else:
-            for linear, b in one.linears:
-                view.add(linear, one.a, b, record.scale)
-                view.trained.append(linear.module)
+        return view
+    with ValueReader() as reader:
+        for one in found:
+            _take_apart(view, one, record, reader)
     return view
 
 
-def _untouched(found: Found, known: Mapping[str, Ranks]) -> bool:
+def _take_apart(view: Canonical, one: Found, record: Record, reader: ValueReader) -> None:
+    """Adds the layers of a tensor: each with its own ranks, or with all of them where training has mixed them."""
+    known = [(linear, b, record.modules.get(linear.module)) for linear, b in one.linears]
+    if not _untouched(one.a, [(b, own) for _, b, own in known], reader):
+        for linear, b, _ in known:
+            view.add(linear, one.a, b, record.scale)
+            view.trained.append(linear.module)
+        return
+    for linear, b, own in known:
+        if own is not None:
+            part, ratio = b.cols(own.first, own.stop), own.scale / record.scale
+            factor = part if ratio == 1 else times(part, 1 / ratio)
+            view.add(linear, one.a.rows(own.first, own.stop), factor, own.scale)
+
+
+def _untouched(a: Tensor, parts: Sequence[tuple[Tensor, Ranks | None]], reader: ValueReader) -> bool:
     """Whether what a record says is zero still is: ranks of other parts in B, and ranks of none in A."""
-    claimed: set[int] = set()
-    for linear, b in found.linears:
-        own = known.get(linear.module, Ranks(0, 0, 0.0))
-        claimed.update(range(own.first, own.stop))
-        if not (_is_zero(b.cols(0, own.first)) and _is_zero(b.cols(own.stop, b.shape[1]))):
+    rank, claimed = a.shape[0], set[int]()
+    for b, own in parts:
+        first, stop = (own.first, own.stop) if own is not None else (0, 0)
+        claimed.update(range(first, stop))
+        others = [(0, first), (stop, rank)]
+        if not all(start == end or reader.is_zero(b.cols(start, end)) for start, end in others):
             return False
-    free = [number for number in range(found.a.shape[0]) if number not in claimed]
-    return not free or _is_zero(found.a.rows(free[0], free[-1] + 1))
-
-
-def _is_zero(tensor: Tensor) -> bool:
-    from ckptkit.io.reading import read_tensor
-
-    return not tensor.numel or not read_tensor(tensor).any()
+    free = [number for number in range(rank) if number not in claimed]
+    return not free or reader.is_zero(a.rows(free[0], free[-1] + 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.peft import CONFIG
-from ckptkit.formats.peft_config import AdapterConfig
+from ckptkit.formats.peft_config import AdapterConfig, alpha_for, raw_config
 from ckptkit.formats.sidecar import OF_ADAPTER, Sidecar, read_sidecar
 from ckptkit.formats.torch_dist import ungrouped
 from ckptkit.formats.torch_legacy import RankFile, RankKey
@@ -34,7 +34,7 @@ from ckptkit.sharding.stages import split_layers, stage_of_layer
 from ckptkit.tables.bounds import check_adapted
 from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
-from ckptkit.tables.lora import FUSED, A, B, fused, is_linear, magnitudes, part_of, single, stored_layouts
+from ckptkit.tables.lora import A, B, fused, is_linear, magnitudes, part_of, single, stored_layouts
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import Spelling
 from ckptkit.tensors import Tensor, stack
@@ -52,6 +52,12 @@ _EXPERTS = re.compile(r".+\.experts\.linear_fc[12]")
 _HALVED = (".adapter.adapter_gate.linear_out.weight", ".adapter.adapter_up.linear_out.weight")
 _RANK_BY_RANK = (_MAGNITUDE, ".lora_B.default.weight")
 """Ends of names in distributed checkpoints, see `stored_form`; experts have another end."""
+
+HOW_TO_TAKE = (
+    "`ckptkit adapter merge` puts it into the weights, `ckptkit adapter export` takes it out, and `ckptkit convert"
+    " --part model` takes the weights"
+)
+"""What to do with an adapter beside the weights."""
 
 Ranks = Mapping[RankKey, RankFile]
 
@@ -96,8 +102,7 @@ def choose_part(ranks: Ranks, given: Given, where: Path) -> tuple[Ranks, bool]:
         raise UnsupportedError(
             f"adapters of Megatron beside the weights ({min(factors)})",
             where=where,
-            hint="`ckptkit adapter merge` puts it into the weights, `ckptkit adapter export` takes it out, and `ckptkit"
-            " convert --part model` takes the weights",
+            hint=HOW_TO_TAKE,
         )
     return ranks, True
 
@@ -132,20 +137,20 @@ def read_megatron(
     path, about = place.folder, _describe(place, args, given)
     # An alpha of the user means that the sidecar's record does not count.
     record = read_record(place.root) if given.lora_alpha is None else None
-    alpha, notes = find_alpha(path, place.root, record, given.lora_alpha)
-    joined = _join(path, about, ranks, grid, stacked=stacked, stored=stored)
-    known = record if about.original is not None else None
-    if known is not None:
-        _check_record(known, joined.found, place.root)
-    view = canonical(joined.found, alpha.scale, known)
+    alpha, notes = find_alpha(place, record, given.lora_alpha)
+    unknown = stored is not None and not args
+    joined = _join(path, about, ranks, grid, stacked=stacked, stored=stored, unknown=unknown)
+    if record is not None:
+        _check_record(record, joined.found, place.root)
+    view = canonical(joined.found, alpha.scale, record)
     lengths = lengths_in(joined.found, view, place, about.original)
     if lengths and not has_record(place.root):  # ckptkit did not write it
-        unlike = unlike_peft([one.item for one in joined.found], about.config, (stored or grid).tp)
+        unlike = unlike_peft([one.item for one in joined.found], about.config, None if unknown else (stored or grid).tp)
         if unlike:
             raise UnsupportedError(f"not the DoRA of peft: {unlike[0]}", where=path, hint="leave these layers out")
-    own = about.original if known is not None else None
+    own = about.original if record is not None else None
     config = own or _config(view, alpha, about, dora=bool(lengths))
-    names = {} if known is None else _original_names(about.sidecar, known)
+    names = {} if record is None else _original_names(about.sidecar, record)
     return Checkpoint(
         path=path,
         format=format,
@@ -217,7 +222,14 @@ class _Factors:
 
 
 def _join(
-    path: Path, about: _About, ranks: Ranks, grid: Parallelism, *, stacked: bool, stored: Parallelism | None
+    path: Path,
+    about: _About,
+    ranks: Ranks,
+    grid: Parallelism,
+    *,
+    stacked: bool,
+    stored: Parallelism | None,
+    unknown: bool,
 ) -> _Factors:
     family, config = about.family, about.config
     check_adapted(config, path)
@@ -231,6 +243,8 @@ def _join(
     }
     spelling = family.spelling_of(_base_names(_names_in(ranks)))
     wanted = list(_wanted(about, spelling, grid, ranks, path))
+    if unknown:
+        _refuse_unknown_order(wanted, path)
     items = {item.key: item for one in wanted for item in one.items}
     joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, None, 1 << 40))
     if not wanted:
@@ -286,20 +300,20 @@ def _wanted(about: _About, spelling: Spelling, grid: Parallelism, ranks: Ranks, 
         first = min(tp for pp, tp, at in chunks if (pp, at) == (stage.pp_rank, ep))
         chunk = chunks[stage.pp_rank, first, ep][stage.vp_stage]
         taken: set[str] = set()
-        for layout, index in stored_layouts(item):
-            a, b = _rows(item, index, layout, 1)
-            names = [spelling.written(side.name(number, expert)) for side in (a, b)]
+        for way in stored_layouts(item.kind):
+            names = [spelling.written(name.format(i=number, e=expert)) for name in way.names]
             present = [name for name in names if name in chunk]
             if not present:
                 continue
             rank = chunk[names[1]].shape[-1] if names[1] in chunk and chunk[names[1]].shape else 1
-            if taken - {layout if index is None else f"{layout}, part by part"}:
+            if taken - {way.layout}:
                 raise InputError(f"{item.key} has factors in two layouts ({present[0]})", where=path)
-            taken.add(layout if index is None else f"{layout}, part by part")
-            rows = _rows(item, index, layout, rank)
-            if layout == FUSED and spelling.written(magnitudes(item).name(number, expert)) in chunk:
+            taken.add(way.layout)
+            rows = _rows(item, way.index, way.layout, rank)
+            lengths = way.magnitudes and spelling.written(way.magnitudes.format(i=number, e=expert))
+            if lengths in chunk:
                 rows = (*rows, magnitudes(item))
-            yield _Wanted(item, index, layout, rows)
+            yield _Wanted(item, way.index, way.layout, rows)
 
 
 def _rows(item: Item, index: int | None, layout: str, rank: int) -> tuple[Item, ...]:
@@ -331,20 +345,45 @@ def stored_form(item: Item, tensor: Tensor, grid: Parallelism) -> tuple[Tensor, 
     `LoraParallelLinear.sharded_state_dict` of mcore-bridge (commit f020e47), which halves the tensors of `base_layer`;
     `apply_swiglu_sharded_factory` of Megatron-Core.
     """
-    if item.row.megatron.endswith(_HALVED):
+    if _is_halved(item):
         return _by_half(tensor, grid.tp), 2
-    if item.row.megatron.endswith(_RANK_BY_RANK) and item.row.split.blocks == 2:
+    if _is_rank_by_rank(item):
         return _by_rank(tensor, grid.tp), 1
     return tensor, item.row.split.blocks
 
 
 def regular(item: Item, tensor: Tensor, grid: Parallelism | None) -> Tensor:
     """The inverse of `stored_form`, for the grid that wrote a distributed checkpoint; None for per-rank files."""
-    if grid is not None and item.row.megatron.endswith(_HALVED):
+    if grid is not None and _is_halved(item):
         return _by_rank(tensor, grid.tp)
-    if grid is not None and item.row.megatron.endswith(_RANK_BY_RANK) and item.row.split.blocks == 2:
+    if grid is not None and _is_rank_by_rank(item):
         return _by_half(tensor, grid.tp)
     return tensor
+
+
+def _is_halved(item: Item) -> bool:
+    return item.row.megatron.endswith(_HALVED)
+
+
+def _is_rank_by_rank(item: Item) -> bool:
+    return item.row.megatron.endswith(_RANK_BY_RANK) and item.row.split.blocks == 2
+
+
+def _refuse_unknown_order(wanted: Iterable[_Wanted], path: Path) -> None:
+    """Refuses tensors that `regular` moves, where nothing says how many ranks wrote the distributed checkpoint.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    for one in wanted:
+        for item in one.items:
+            if _is_halved(item) or _is_rank_by_rank(item):
+                raise UnsupportedError(
+                    f"{item.key} lies in the order of the tensor parallel ranks that wrote it, and nothing says how"
+                    " many these were",
+                    where=path,
+                    hint="take the PEFT adapter that its trainer exports",
+                )
 
 
 def _names_in(ranks: Ranks) -> set[str]:
@@ -443,32 +482,19 @@ def _config(view: Canonical, alpha: Alpha, about: _About, *, dora: bool) -> Adap
     names = names_in_memory(about.family, about.config)
     ranks = [view.tensors[linear.key(A)].shape[0] for linear in view.linears.values()]
     modules = {names.written(module) for module in view.linears}
-    raw = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": about.sidecar.origin.get("repository", ""),
-        "r": max(set(ranks), key=ranks.count),
-        "lora_alpha": int(alpha.value) if float(alpha.value).is_integer() else alpha.value,
-        "lora_dropout": 0.0,
-        "use_rslora": alpha.rslora,
-        "use_dora": dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": _targets(modules, names.linears),
-    }
+    rank = max(set(ranks), key=ranks.count)
+    scales = list(view.scales.values())
+    value = alpha.value if alpha.rslora else alpha_for(max(set(scales), key=scales.count), rank)
+    raw = raw_config(about.sidecar.origin.get("repository", ""), rank, value, rslora=alpha.rslora)
+    raw |= {"use_dora": dora, "target_modules": targets(modules, names.linears)}
     return AdapterConfig.parse(raw, about.config.architecture)
 
 
-def _targets(modules: set[str], known: Iterable[str]) -> list[str]:
+def targets(modules: Collection[str], known: Iterable[str]) -> list[str]:
     """The last words of the names of modules, if these include no other module; else their full names."""
     words = {module.rpartition(".")[2] for module in modules}
     all_of = {module for module in known if module.rpartition(".")[2] in words}
-    return sorted(words if all_of == modules else modules)
+    return sorted(words if all_of == set(modules) else modules)
 
 
 def _trained(modules: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from ckptkit.checkpoints.description import Given
 from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.lora.places import Names, Packed, assign, names_in_memory, names_of, pairs
 from ckptkit.checkpoints.lora.record import Lora
+from ckptkit.checkpoints.lora.values import ValueReader
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
@@ -54,14 +55,10 @@ def read_peft(place: Place, given: Given) -> Checkpoint:
 
 
 def open_peft_files(files: PeftFiles, reference: HfFiles) -> Checkpoint:
-    """The adapter in the files of a PEFT directory.
-
-    Args:
-        files: The files.
-        reference: The model that it is for.
+    """An adapter under PEFT's names, for the model that a reference describes.
 
     Raises:
-        InputError: It has factors that the model has no place for.
+        InputError: It is damaged, or has factors that the model has no place for.
         UnsupportedError: It is no LoRA.
     """
     family = family_of(reference.config, reference.path / "config.json")
@@ -288,20 +285,5 @@ def _can_pack(source: Checkpoint, packed: Packed) -> bool:
     ranks = {source.tensors[linear.key(A)].shape for linear in linears}
     if len(ranks) > 1 or len({source.lora.scales[linear.module] for linear in linears}) > 1:
         return False
-    return all(_same(source, parts) for parts in packed.experts)
-
-
-def _same(source: Checkpoint, parts: tuple[Linear, ...]) -> bool:
-    first, *others = (source.tensors[linear.key(A)] for linear in parts)
-    return all(same_values(first, other) for other in others)
-
-
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two small tensors hold equal bytes; reads them if their recipes do not say."""
-    if (one.shape, one.out_dtype) != (other.shape, other.out_dtype):
-        return False
-    if one.same_bytes_as(other):
-        return True
-    from ckptkit.io.reading import hash_tensor  # with NumPy, which commands that read headers do not wait for
-
-    return hash_tensor(one) == hash_tensor(other)
+    with ValueReader() as reader:
+        return all(reader.all_same([source.tensors[one.key(A)] for one in parts]) for parts in packed.experts)

@@ -125,19 +125,20 @@ class Names:
     old: bool | None = None
 
     @cached_property
+    def known(self) -> dict[str, Linear]:
+        """Canonical name of a module -> its linear layer."""
+        return linears(self.family, self.config)
+
+    @cached_property
     def linears(self) -> dict[str, Linear]:
         """Name of a module -> its linear layer, except those of packed experts."""
-        return {
-            self.spelling.written(linear.weight).removesuffix(_WEIGHT): linear
-            for linear in linears(self.family, self.config).values()
-        }
+        return {self.spelling.written(linear.weight).removesuffix(_WEIGHT): linear for linear in self.known.values()}
 
     @cached_property
     def packed(self) -> dict[str, list[Packed]]:
         """Name of a module -> the parameters in it that hold all experts."""
         found: dict[str, list[Packed]] = {}
-        known = linears(self.family, self.config)
-        for packed in _packed(self.spelling.stacks, self.config, known, self.old):
+        for packed in _packed(self.spelling.stacks, self.config, self.known, self.old):
             found.setdefault(packed.wrapper, []).append(packed)
         return found
 

@@ -6,11 +6,13 @@ Source: `run_config.yaml` of Megatron-Bridge (`peft` section), `args.json` of ms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.lora.layouts import Ranks, Record
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.json_files import read_json
@@ -34,23 +36,24 @@ class Alpha:
         value: Alpha.
         rslora: Whether the scale is alpha / sqrt(rank).
         where: Who states it.
+        rank: The rank that is stated beside it, if one counts for all modules.
     """
 
     value: float
     rslora: bool
     where: str
+    rank: int | None = None
 
     def scale(self, rank: int) -> float:
         """The factor of B A."""
         return scale_of(self.value, rank, rslora=self.rslora)
 
 
-def find_alpha(folder: Path, root: Path, record: Record | None, given: float | None) -> tuple[Alpha, list[str]]:
+def find_alpha(place: Place, record: Record | None, given: float | None) -> tuple[Alpha, list[str]]:
     """The alpha of an adapter, and a note if the user's outranks another.
 
     Args:
-        folder: The folder with the weights.
-        root: The folder with the sidecar.
+        place: Where the adapter is.
         record: The record in the sidecar, or None.
         given: The alpha that the user gives, or None.
 
@@ -58,8 +61,10 @@ def find_alpha(folder: Path, root: Path, record: Record | None, given: float | N
         InputError: Nobody states it, or two files state different ones.
     """
     found = [] if record is None else [Alpha(float(record.alpha), False, f"{FOLDER}/{RECORD}")]
-    for place in dict.fromkeys((folder, root)):
-        found += [alpha for name, read in _READERS.items() if (alpha := read(place, name)) is not None]
+    for folder in dict.fromkeys(_folders(place)):
+        for name, read in _READERS.items():
+            with suppress(*(() if given is None else (InputError,))):  # the user's outranks what makes no sense
+                found += [] if (alpha := read(folder, name)) is None else [alpha]
     if given is not None:
         others = [f"{one.where} says {one.value:g}" for one in found if (one.value, one.rslora) != (given, False)]
         notes = [f"--lora-alpha {given:g} outranks the files: {'; '.join(others)}"] if others else []
@@ -67,37 +72,46 @@ def find_alpha(folder: Path, root: Path, record: Record | None, given: float | N
     if not found:
         raise InputError(
             "nothing says the alpha of the adapter, so its scale is not known",
-            where=folder,
+            where=place.folder,
             hint=f"give --lora-alpha, or put {CONFIG} beside the weights",
         )
     if len({(one.value, one.rslora) for one in found}) > 1:
         texts = "; ".join(f"{one.where} says {one.value:g}{' (rslora)' if one.rslora else ''}" for one in found)
-        raise InputError(f"two alphas: {texts}", where=folder, hint="correct one, or give --lora-alpha")
+        raise InputError(f"two alphas: {texts}", where=place.folder, hint="correct one, or give --lora-alpha")
     return found[0], []
 
 
-def states_dora(folder: Path, root: Path) -> dict[str, bool]:
+def states_dora(place: Place) -> dict[str, bool]:
     """Who says whether the adapter is one of DoRA: file -> whether it is. Not all files say so.
-
-    Args:
-        folder: The folder with the weights.
-        root: The folder with the sidecar.
 
     Raises:
         InputError: A file is damaged.
     """
     found: dict[str, bool] = {}
-    for place in dict.fromkeys((folder, root)):
-        if section := read_section(place, "peft"):
-            found[str(place / RUN_CONFIG)] = _class_in(section) == _DORA
-        if (place / CONFIG).is_file():
-            found[str(place / CONFIG)] = AdapterConfig.parse(read_json(place / CONFIG), place / CONFIG).dora
+    for folder in dict.fromkeys(_folders(place)):
+        if section := read_section(folder, "peft"):
+            found[str(folder / RUN_CONFIG)] = _class_in(section) == _DORA
+        if (folder / CONFIG).is_file():
+            found[str(folder / CONFIG)] = AdapterConfig.parse(read_json(folder / CONFIG), folder / CONFIG).dora
     return found
 
 
 def has_record(root: Path) -> bool:
     """Whether there is a record, so that ckptkit wrote the checkpoint."""
     return (root / FOLDER / RECORD).is_file()
+
+
+def _folders(place: Place) -> Iterator[Path]:
+    """The folders that may have a file that describes the adapter.
+
+    verl has its file around `model/` and `huggingface/`, and an exported adapter in `huggingface/adapter/`.
+    Source: `fsdp_checkpoint_manager.py`, `checkpoint_handler.py` and `megatron_checkpoint_manager.py` of verl (commit
+    1dda039).
+    """
+    yield from (place.folder, place.root)
+    if place.reference is not None and place.reference.name == "huggingface":
+        around = place.reference.parent
+        yield from (around, around.parent if around.name == "model" else around, place.reference / "adapter")
 
 
 def read_record(root: Path) -> Record | None:
@@ -173,7 +187,17 @@ def _of_swift(folder: Path, name: str) -> Alpha | None:
 
 
 def _of_verl(folder: Path, name: str) -> Alpha | None:
-    return _of_json(folder / name, "lora_alpha", "use_rslora")
+    """Verl has one rank and one alpha for all modules; an alpha that it does not know is 0 there, or is left out."""
+    file = folder / name
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    if content.get("lora_alpha") is None:
+        return None
+    rank = content.get("r")
+    if rank is not None and (not _natural(rank) or not rank):
+        raise InputError(f"r is {str(rank)[:40]}, which is no rank", where=file)
+    return replace(_stated(content, "lora_alpha", file), rank=rank)
 
 
 def _of_peft(folder: Path, name: str) -> Alpha | None:

@@ -17,6 +17,8 @@ _UNIT = 64  # bytes of text that count as one value
 
 _Container = dict[Any, Any] | list[Any] | tuple[Any, ...] | Namespace | Record
 _CONTAINERS = (dict, list, tuple, Namespace, Record)
+_NUMBERS = {int, float, bool, type(None)}
+_Parts = tuple[list[_Container], int]
 
 
 def check_tree(root: object, stored: int, what: str, where: object) -> None:
@@ -33,29 +35,34 @@ def check_tree(root: object, stored: int, what: str, where: object) -> None:
     """
     heights: dict[int, int] = {}
     sizes: dict[int, int] = {}
+    most = _ALLOWANCE + _PER_BYTE * stored
     open_nodes: set[int] = set()
-    pending: list[tuple[_Container, bool]] = [(root, False)] if isinstance(root, _CONTAINERS) else []
+    pending: list[tuple[_Container, _Parts | None]] = [(root, None)] if isinstance(root, _CONTAINERS) else []
     while pending:
-        node, expanded = pending.pop()
+        node, parts = pending.pop()
         key = id(node)
-        if expanded:
-            open_nodes.discard(key)
-            inner, leaves = _parts(node)
-            heights[key] = 1 + max((heights[id(part)] for part in inner), default=0)
-            sizes[key] = 1 + leaves + sum(sizes[id(part)] for part in inner)
-            if heights[key] > _MAX_DEPTH:
-                raise InputError(f"{what} nests more than {_MAX_DEPTH} containers", where=where)
-            if sizes[key] > _ALLOWANCE + _PER_BYTE * stored:
-                raise InputError(f"{what} unfolds to more values than a file of its size has use for", where=where)
-        elif key in open_nodes:
-            raise InputError(f"{what} has a container that contains itself", where=where)
-        elif key not in heights:
-            open_nodes.add(key)
-            pending.append((node, True))
-            pending.extend((part, False) for part in _parts(node)[0])
+        if parts is None:
+            if key in open_nodes:
+                raise InputError(f"{what} has a container that contains itself", where=where)
+            if key in heights:
+                continue
+            parts = _parts(node)
+            if parts[0]:
+                open_nodes.add(key)
+                pending.append((node, parts))
+                pending.extend([(part, None) for part in parts[0]])
+                continue
+        open_nodes.discard(key)
+        inner, leaves = parts
+        heights[key] = 1 + max([heights[id(part)] for part in inner], default=0)
+        sizes[key] = 1 + leaves + sum([sizes[id(part)] for part in inner])
+        if heights[key] > _MAX_DEPTH:
+            raise InputError(f"{what} nests more than {_MAX_DEPTH} containers", where=where)
+        if sizes[key] > most:
+            raise InputError(f"{what} unfolds to more values than a file of its size has use for", where=where)
 
 
-def _parts(node: _Container) -> tuple[list[_Container], int]:
+def _parts(node: _Container) -> _Parts:
     """The containers directly inside one, and how much else there is."""
     if isinstance(node, Namespace):
         node = node.fields
@@ -63,5 +70,13 @@ def _parts(node: _Container) -> tuple[list[_Container], int]:
         values: list[object] = [*node.args, node.state]
     else:
         values = [*node, *node.values()] if isinstance(node, dict) else [*node]
-    inner = [value for value in values if isinstance(value, _CONTAINERS)]
-    return inner, len(values) - len(inner) + sum(len(v) // _UNIT for v in values if isinstance(v, str | bytes))
+    inner: list[_Container] = []
+    leaves = 0
+    for value in values:
+        if type(value) in _NUMBERS:
+            leaves += 1
+        elif isinstance(value, _CONTAINERS):
+            inner.append(value)
+        else:
+            leaves += 1 + (len(value) // _UNIT if isinstance(value, str | bytes) else 0)
+    return inner, leaves

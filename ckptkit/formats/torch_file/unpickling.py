@@ -114,7 +114,11 @@ class _Machine:
 
     def number(self, size: int) -> int:
         """A little-endian count of `size` bytes."""
-        return int.from_bytes(self.take(size), "little")
+        start = self.at
+        self.at = stop = start + size
+        if stop > len(self.data):
+            raise Damage("it is cut off")
+        return int.from_bytes(self.data[start:stop], "little")
 
     def line(self) -> str:
         """Text up to a line break."""

@@ -7,6 +7,7 @@ beside them. There is nothing else.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ckptkit.formats.dcp.reading import archives_of_dcp, checks_of_dcp, is_dcp, open_dcp
@@ -17,8 +18,12 @@ from ckptkit.formats.trainer_states.module_state import ModuleState
 _OPTIMIZER = re.compile(r"(?:(?:app|state_dict)\.)*(?:optim|optimizer|optimizers)\.")
 
 
-def open_dcp_state(path: Path) -> ModuleState:
+def open_dcp_state(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> ModuleState:
     """Opens a checkpoint; reads metadata and the headers of the model's chunks.
+
+    Args:
+        path: The folder.
+        wanted: Key -> whether its tensor is taken. Nothing of other keys is read, not even headers.
 
     Raises:
         InputError: Files are missing or damaged.
@@ -26,7 +31,7 @@ def open_dcp_state(path: Path) -> ModuleState:
     """
     files = open_dcp(path)
     optimizer = {key for key in files.tensors if _OPTIMIZER.match(key)}
-    tensors = {key: files.tensor(key) for key in files.tensors if key not in optimizer}
+    tensors = {key: files.tensor(key) for key in files.tensors if key not in optimizer and wanted(key)}
     return ModuleState(path, "dcp", tensors, optimizer=optimizer_state(files, optimizer))
 
 

@@ -37,8 +37,12 @@ def is_fsdp(path: Path) -> bool:
     return path.is_dir() and any(_RANK.fullmatch(item.name) for item in path.iterdir())
 
 
-def open_fsdp(path: Path) -> ModuleState:
+def open_fsdp(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> ModuleState:
     """Opens every rank's file; tensors are not read.
+
+    Args:
+        path: The folder.
+        wanted: Key -> whether its tensor is taken.
 
     Raises:
         InputError: A rank is missing or damaged, its pickle names something that no checkpoint needs, or ranks do not
@@ -51,7 +55,7 @@ def open_fsdp(path: Path) -> ModuleState:
             raise InputError(f"{other[0]} is on one of the ranks 0 and {rank} only", where=path)
     tensors: dict[str, Tensor] = {}
     comparisons: list[Comparison] = []
-    for key in states[0]:
+    for key in filter(wanted, states[0]):
         tensors[key], copies = _whole(path, key, states)
         comparisons += (_comparison(key, copy) for copy in copies)
     notes = (f"joined from the shards of {len(states)} ranks of FSDP",)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.adapters.merging import Term, Weighted, changes_of, with_magnitudes
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.lora.peft_directory import same_values
+from ckptkit.checkpoints.lora.values import same_values
 from ckptkit.dtypes import DType
 from ckptkit.io.computed import TILE, numbers
 from ckptkit.io.reading import difference, hash_tensor

@@ -38,7 +38,19 @@ def _model(job: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     auto = AutoModelForTokenClassification if job.get("critic") else AutoModelForCausalLM
-    return auto.from_pretrained(job["hf"], dtype="auto")
+    model = auto.from_pretrained(job["hf"], dtype="auto")
+    return _adapted(model, job["adapter"]) if "adapter" in job else model
+
+
+def _adapted(model: Any, adapter: str) -> Any:
+    """The model inside PEFT's, as verl trains it: factors in the type of the weights, because FSDP wants one type."""
+    from peft import PeftModel
+
+    dtype = next(model.parameters()).dtype
+    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    for parameter in adapted.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
 def _mesh(*shape: int, names: tuple[str, ...]) -> Any:
@@ -48,6 +60,7 @@ def _mesh(*shape: int, names: tuple[str, ...]) -> Any:
 
 
 def _layers(model: Any) -> Any:
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
     return getattr(model.model, "language_model", model.model).layers
 
 
@@ -124,7 +137,10 @@ def _verl(job: dict[str, Any], rank: int, model: Any) -> None:
     actor = Path(job["out"])
     (actor / "huggingface").mkdir(parents=True, exist_ok=True)
     ending = f"world_size_{job['world_size']}_rank_{rank}.pt"
-    torch.save(model.state_dict(), actor / f"model_{ending}")
+    state = model.state_dict()
+    if job.get("lora_only"):
+        state = {key: value for key, value in state.items() if "lora_" in key or ".adapter_" in key}
+    torch.save(state, actor / f"model_{ending}")
     torch.save({"state": {}, "param_groups": []}, actor / f"optim_{ending}")
     torch.save(
         {"lr_scheduler": {"last_epoch": 3}, "rng": {"cpu": torch.get_rng_state()}}, actor / f"extra_state_{ending}"
@@ -134,6 +150,14 @@ def _verl(job: dict[str, Any], rank: int, model: Any) -> None:
         for name in ("config.json", "generation_config.json"):
             if (source := Path(job["hf"]) / name).is_file():
                 shutil.copy(source, actor / "huggingface" / name)
+        if "adapter" in job:
+            (actor / "lora_train_meta.json").write_text(json.dumps(_lora_train_meta(model), indent=4))
+
+
+def _lora_train_meta(model: Any) -> dict[str, Any]:
+    """What `FSDPCheckpointManager._get_lora_train_meta` of verl keeps of PEFT's config."""
+    config = getattr(model, "_fsdp_wrapped_module", model).peft_config["default"]
+    return {"r": int(config.r), "lora_alpha": int(config.lora_alpha), "task_type": "CAUSAL_LM"}
 
 
 def _dcp(job: dict[str, Any], rank: int, model: Any) -> None:

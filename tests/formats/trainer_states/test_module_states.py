@@ -204,7 +204,9 @@ def test_one_rank_with_plain_tensors(models: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.norm\.weight is stored twice \(once as _orig_mod\.model\.norm"):
         open_checkpoint(tmp_path / "actor", hf_reference=models("gqa"))
     torch.save({**state, "model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 96)}, file)
-    with pytest.raises(UnsupportedError, match=r"LoRA adapters beside the weights \(model\.layers\.0.*; merge them"):
+    with pytest.raises(
+        UnsupportedError, match=r"LoRA adapters beside the weights \(model\.layers\.0.*`ckptkit adapter merge`"
+    ):
         open_checkpoint(tmp_path / "actor", hf_reference=models("gqa"))
     torch.save({**state, "model.other": torch.ones(2)}, file)
     with pytest.raises(InputError, match=r"1 unknown to this family: model\.other"):
