@@ -1,7 +1,7 @@
 """Megatron-Bridge loads a checkpoint and computes: `python -m tests.te.bridge_model CHECKPOINT EXPECTED MODEL_TYPE`.
 
-Prints a JSON line: which tensors differ from the checkpoint's, and how far the logits are from the expected ones. Without
-a GPU the modules are built and loaded on the CPU, and compute nothing.
+Prints a JSON line: which tensors differ from the checkpoint's, and how far the logits are from the expected ones.
+Without a GPU the modules are built and loaded on the CPU, and compute nothing.
 """
 
 from __future__ import annotations
