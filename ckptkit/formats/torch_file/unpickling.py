@@ -114,10 +114,10 @@ class _Machine:
 
     def number(self, size: int) -> int:
         """A little-endian count of `size` bytes."""
-        start = self.at
-        self.at = stop = start + size
+        start, stop = self.at, self.at + size
         if stop > len(self.data):
             raise Damage("it is cut off")
+        self.at = stop
         return int.from_bytes(self.data[start:stop], "little")
 
     def line(self) -> str:
