@@ -20,6 +20,8 @@ from ckptkit.tensors import Tensor
 
 UNIFORM, EMA, LINEAR, SQRT = "uniform", "ema", "linear", "sqrt"
 DECAYS = (UNIFORM, EMA, LINEAR, SQRT)
+_LARGEST_WEIGHT = 1e6
+"""Far beyond what anybody weighs with, and far below what sums in float32 overflow at."""
 
 
 def decayed(decay: str, count: int) -> list[float]:
@@ -62,12 +64,13 @@ def check_weights(weights: Sequence[float], count: int) -> list[float]:
     """Weights as stated by the user.
 
     Raises:
-        UsageError: There is not one for each model, one is not finite, or their sum is 0.
+        UsageError: There is not one for each model, one is not finite or too large, or their sum is 0.
     """
     if len(weights) != count:
         raise UsageError(f"--weights has {len(weights)} numbers for {count} models")
-    if not all(map(math.isfinite, weights)) or abs(sum(weights)) < 1e-8:
-        raise UsageError("--weights must be finite, and their sum not 0: it is divided by")
+    if not all(abs(weight) <= _LARGEST_WEIGHT for weight in weights) or abs(sum(weights)) < 1e-8:
+        most = f"{_LARGEST_WEIGHT:g}"
+        raise UsageError(f"--weights must be numbers from -{most} to {most}, and their sum not 0: it is divided by")
     return [float(weight) for weight in weights]
 
 

@@ -380,6 +380,8 @@ def resize_vocabulary(
     """
     if tokenizer is None and size is None:
         raise UsageError("resize-vocab needs --tokenizer or --size", hint="as in --size 32064")
+    if size is not None and not 0 < size <= vocabulary.MOST_ROWS:
+        raise UsageError(f"--size {size}", hint=f"1 to {vocabulary.MOST_ROWS:,}")
     if new_rows not in vocabulary.KINDS:
         raise UsageError(f"--new-rows {new_rows}", hint=f"one of {', '.join(vocabulary.KINDS)}")
     with ExitStack() as stack:

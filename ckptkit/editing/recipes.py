@@ -117,11 +117,15 @@ def read_recipe(data: bytes, where: object) -> Recipe:
     """A recipe.
 
     Raises:
-        InputError: It is no YAML, or not a recipe.
+        InputError: It is no YAML in UTF-8, or not a recipe.
         UnsupportedError: A method or a key is not known, or not done here.
     """
     if len(data) > LARGEST:
         raise InputError(f"a recipe of {len(data):,} bytes", where=where, hint=f"at most {LARGEST:,} are read")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"byte {error.start:,} is not UTF-8", where=where) from None
     raw = parse_yaml(data, where)
     reader = _Reader(where)
     top = reader.mapping(raw, "the recipe")
@@ -153,7 +157,7 @@ def read_recipe(data: bytes, where: object) -> Recipe:
         reader.text(top, "dtype", ""),
         reader.text(top, "out_dtype", ""),
         reader.text(top, "tokenizer_source", ""),
-        data.decode(),
+        text,
     )
 
 

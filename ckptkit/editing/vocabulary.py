@@ -18,7 +18,6 @@ from ckptkit.formats.json_files import read_json
 from ckptkit.formats.tokenizer_json import FILES, TOKENIZER, tokens_in
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.computed import Once, as_matrix, blocks, computed, numbers, tiles
-from ckptkit.tables.bounds import MAX_SIZE
 from ckptkit.tables.dims import VP
 from ckptkit.tables.items import Item
 from ckptkit.tensors import Tensor, vstack
@@ -31,10 +30,17 @@ if TYPE_CHECKING:
 
 MEAN, PIECES, ZEROS, NORMAL = "mean", "pieces", "zeros", "normal"
 KINDS = (MEAN, PIECES, ZEROS, NORMAL)
+MOST_ROWS = 1 << 24
+"""Rows of a vocabulary, at most: each is looked at by itself."""
 
 GENERATION = "generation_config.json"
 _IDS = ("_token_id", "_token_index")
 """Endings of the keys of config.json that hold ids of tokens."""
+_LISTS = (
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids"),
+    "sequence_bias",
+)
+"""Keys of generation_config.json that hold ids of tokens inside of lists."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def rows_by_token(
     if not after:
         raise InputError("no tokens in it", where=new)
     needed = max(after.values()) + 1
-    if needed > MAX_SIZE:
+    if needed > MOST_ROWS:
         raise InputError(f"a token has the id {needed - 1:,}", where=new)
     if size is not None and size < needed:
         raise UsageError(f"--size {size}: the tokens need {needed} rows", hint="drop --size")
@@ -257,10 +263,16 @@ def with_tokens(
     """
     names = {number: token for token, number in tokens_in(old).items()}
     notes: list[str] = []
+    unmoved = all(moved.get(number) == number for number in names)
 
     def renumbered(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-        found = {key: renumbered(value, where) if key == "text_config" else value for key, value in raw.items()}
+        found = dict(raw)
+        if isinstance(inner := raw.get("text_config"), dict):
+            found["text_config"] = renumbered(inner, where)
         for key, value in raw.items():
+            if key in _LISTS and value and not unmoved:
+                notes.append(f"{where}: {key} names ids of the old tokenizer, and is left out")
+                del found[key]
             if not key.endswith(_IDS):
                 continue
             ids = value if isinstance(value, list) else [value]

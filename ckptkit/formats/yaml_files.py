@@ -40,7 +40,8 @@ def parse_yaml(data: bytes, where: object) -> Any:
 
     try:
         content = yaml.load(data, Loader=_loader())
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, LookupError, AttributeError) as error:
+        # The last two come from a tag whose text is no value of it, as in `!!bool maybe`.
         problem = " ".join(str(error).split())[:120]
         raise InputError(f"not valid YAML ({problem})", where=where) from None
     check_tree(content, len(data), "it", where)

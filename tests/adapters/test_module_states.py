@@ -13,11 +13,16 @@ import torch
 
 from ckptkit import convert, open_checkpoint
 from ckptkit.adapters.commands import export_adapter, merge_adapters
+from ckptkit.checkpoints.lora.megatron import MODEL
+from ckptkit.checkpoints.lora.module_state import choose_part_of_state
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.formats.trainer_states.module_state import ModuleState
 from ckptkit.inspection.differences import diff
 from ckptkit.inspection.summary import inspect
 from ckptkit.io.source import Sources
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.tensors import Tensor
 from tests.formats.rank_pool import RankProcesses
 from tests.formats.trainer_states.fsdp_ranks import MODULE
 from tests.lora import LINEARS, save_adapter, tensors_of
@@ -197,3 +202,9 @@ class TestFaults:
         with pytest.raises(InputError, match="no adapter in it"):
             export_adapter(actor, tmp_path / "out")
         assert LINEARS and not (tmp_path / "out").exists()
+
+
+def test_a_weight_under_two_names(tmp_path: Path) -> None:
+    tensors = {name: Tensor.full(DTYPES["F32"], (1,)) for name in ("q.weight", "q.base_layer.weight")}
+    with pytest.raises(InputError, match=r"q\.base_layer\.weight and q\.weight name one weight"):
+        choose_part_of_state(ModuleState(tmp_path, "fsdp", tensors), MODEL)

@@ -11,7 +11,7 @@ import torch
 from ckptkit import Parallelism, convert
 from ckptkit.conversion.options import Options
 from ckptkit.dtypes import DTYPES
-from ckptkit.editing.averaging import decayed
+from ckptkit.editing.averaging import check_weights, decayed
 from ckptkit.editing.commands import Output, average
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.inspection.differences import diff
@@ -89,6 +89,10 @@ def test_weights_by_age() -> None:
     for wrong in ("ema", "ema:1", "ema:x", "cosine", "linear:2"):
         with pytest.raises(UsageError, match=r"--decay"):
             decayed(wrong, 3)
+    assert check_weights([2, -1], 2) == [2, -1]
+    for weights in ([1, 2, 3], [1, -1], [1e308, 1e308], [1e39, 1], [float("nan"), 1]):
+        with pytest.raises(UsageError, match=r"--weights"):
+            check_weights(weights, 2)
 
 
 def test_towers_and_what_is_the_same(tmp_path: Path) -> None:

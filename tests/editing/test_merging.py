@@ -268,10 +268,12 @@ def test_what_is_refused(
         ("merge_method: linear\nmerge_method: ties", "twice"),
         ("a: &x [1]\nb: {<<: *x}", "not valid YAML"),
         ("x" * 600_000, "larger|bytes"),
+        *((f"merge_method: !!{kind}", "not valid YAML") for kind in ("int ''", "float ''", "bool x", "timestamp x")),
+        ("merge_method: linear\n".encode("utf-16"), "byte 0 is not UTF-8"),
     ],
 )
-def test_hostile_recipes(tmp_path: Path, text: str, match: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(text)
+def test_hostile_recipes(tmp_path: Path, text: str | bytes, match: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=match):
         merge(tmp_path / "recipe.yaml", Output(tmp_path / "out"))
 

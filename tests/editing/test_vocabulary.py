@@ -44,10 +44,13 @@ OLD = {"?": 0, "a": 1, "b": 2, "ab": 3, "c": 4}
 NEW = {"?": 0, "c": 1, "b": 2, "a": 3, "cab": 4, "ab": 5, "d": 6}
 
 
+GENERATION = {"eos_token_id": [4, 3], "pad_token_id": 9, "top_k": 5, "suppress_tokens": [2], "bad_words_ids": []}
+
+
 def model_with_tokenizer(folder: Path, kind: str = "gqa", **changes: Any) -> Path:
     base = save_llama(folder, kind, vocab_size=10, bos_token_id=1, eos_token_id=4, **changes)
     write_tokenizer(folder, OLD)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 3], "pad_token_id": 9, "top_k": 5}))
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     return base
 
 
@@ -73,7 +76,8 @@ def test_tokens_keep_their_logits(tmp_path: Path, kind: str) -> None:
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (7, 3, 1)
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
-    assert generation == {"eos_token_id": [1, 5], "top_k": 5}
+    assert generation == {"eos_token_id": [1, 5], "top_k": 5, "bad_words_ids": []}
+    assert any("suppress_tokens names ids of the old tokenizer" in note for note in result.notes)
     assert any("pad_token_id 9 (no token)" in note for note in result.notes)
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {"made": "new"}
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (new / "tokenizer.json").read_bytes()
@@ -146,6 +150,8 @@ def test_what_cannot_be_done(tmp_path: Path) -> None:
         (base, {}, UsageError, "--tokenizer or --size"),
         (base, {"size": 20, "new_rows": "pieces"}, UsageError, "add --tokenizer"),
         (base, {"size": 20, "new_rows": "ones"}, UsageError, "--new-rows ones"),
+        (base, {"size": 10**11}, UsageError, "1 to 16,777,216"),
+        (base, {"size": 0}, UsageError, "--size 0"),
         (base, {"tokenizer": new, "size": 3}, UsageError, "the tokens need 7 rows"),
         (bare, {"tokenizer": new}, UnsupportedError, r"no tokenizer.json"),
         (base, {"tokenizer": tmp_path / "nowhere"}, InputError, "nowhere"),

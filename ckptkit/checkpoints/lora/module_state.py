@@ -64,6 +64,9 @@ def choose_part_of_state(state: ModuleState, part: str | None) -> tuple[ModuleSt
         )
     if part == MODEL:
         tensors = {_INSIDE.sub("", key): tensor for key, tensor in state.tensors.items()}
+        if len(tensors) < len(state.tensors):
+            twice = next(key for key in state.tensors if _INSIDE.search(key) and _INSIDE.sub("", key) in state.tensors)
+            raise InputError(f"{twice} and {_INSIDE.sub('', twice)} name one weight", where=state.path)
         return replace(state, tensors=tensors), False
     return state, bool(factors)
 

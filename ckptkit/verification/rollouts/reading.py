@@ -71,9 +71,9 @@ def _turns(path: Path) -> Iterator[Turn]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and text of the lines that are not empty."""
-    if path.exists() and not path.is_file():
-        raise InputError("not a regular file", where=path)
     try:
+        if path.exists() and not path.is_file():
+            raise InputError("not a regular file", where=path)
         with path.open("rb") as file:
             number = 0
             while line := file.readline(LONGEST_LINE + 1):

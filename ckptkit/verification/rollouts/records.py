@@ -188,8 +188,8 @@ def _verl(record: Mapping[str, Any], line: _Line) -> Iterator[Turn]:
     """One row or a batch of verl: prompts padded on the left, responses on the right."""
     columns = ("prompts", "responses", "rollout_log_probs", "response_mask", "attention_mask", "routed_experts")
     given = {name: record[name] for name in columns if record.get(name) is not None}
-    if missing := {"prompts", "responses"} - given.keys():
-        raise line.error(f"no {', '.join(sorted(missing))}: there are no ids")
+    if missing := {"prompts", "responses", "rollout_log_probs"} - given.keys():
+        raise line.error(f"no {', '.join(sorted(missing))}")
     if not isinstance(given["responses"], list) or not given["responses"]:
         raise line.error("responses is no list")
     if not isinstance(given["responses"][0], list):
@@ -229,6 +229,8 @@ def _masked(values: Any, mask: Any, length: int, line: _Line) -> list[Any]:
     for name, found in (("rollout_log_probs", values), ("the mask of the response", mask)):
         if not isinstance(found, list) or len(found) != length:
             raise line.error(f"{name} has not one entry for each of the {length} tokens of the response")
+    if any(counts not in (0, 1) for counts in mask):
+        raise line.error("the mask of the response is no list of 0 and 1")
     return [value if counts else None for value, counts in zip(values, mask, strict=True)]
 
 

@@ -177,6 +177,7 @@ def _npy(data: bytes, where: str) -> np.ndarray[Any, Any]:
     except Exception as error:  # the header is Python text, and its reader raises what that makes it raise
         raise InputError(f"routed_experts is no .npy file ({' '.join(str(error).split())})", where=where) from None
     rest = data[stream.tell() :]
-    if dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize != len(rest):
+    sound = len(shape) in (1, 3) and all(type(size) is int and 0 <= size <= len(rest) for size in shape)
+    if dtype.kind not in "iu" or not sound or math.prod(shape) * dtype.itemsize != len(rest):
         raise InputError(f"routed_experts is an .npy file of {dtype} {shape} with {len(rest)} bytes", where=where)
     return np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, StorageError
 from ckptkit.verification.rollouts.reading import LONGEST_LINE, read_rollouts
 from ckptkit.verification.rollouts.records import Turn, turns_of
 
@@ -189,7 +189,9 @@ def changed(kind: str, path: str, value: Any) -> dict[str, Any]:
         ("sglang", "meta_info.output_token_logprobs", None, "no output_token_logprobs"),
         ("slime", "response_length", 5, "response_length is 5"),
         ("slime", "loss_mask", [1], "one entry for each of the 2 tokens"),
+        ("slime", "loss_mask", [1, "no"], "no list of 0 and 1"),
         ("verl", "prompts", None, "no prompts"),
+        ("verl", "rollout_log_probs", None, "no rollout_log_probs"),
         ("verl", "attention_mask", [1], "attention_mask"),
     ],
 )
@@ -219,6 +221,10 @@ def header(text: str, data: bytes = b"") -> str:
         (header("{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000, 1, 2)}"), "with 0 bytes"),
         (header("{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 1)}", b"\x80\x04."), "object"),
         (header("__import__('os').abort()"), "no .npy file"),
+        *(
+            (header(f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}}}", bytes(size)), "is an .npy file of")
+            for shape, size in (("(-1, -1, 4)", 16), ("(True, 1, 1)", 4), (f"(0, {2**62}, {2**62})", 0), ("(1, 4)", 16))
+        ),
         (base64.b64encode(b"abc").decode(), "not int32"),
         ([[[0, 1]], [[1]]], "no list of equal lists"),
         ([[[0.5, 1.0]]], "float64"),
@@ -301,6 +307,8 @@ def test_damaged_files(tmp_path: Path, text: str, what: str) -> None:
 def test_no_file_is_read_without_end(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_rollouts(tmp_path / "none")
+    with pytest.raises(StorageError, match="cannot be read"):
+        read_rollouts(tmp_path / ("n" * 300))
     with pytest.raises(InputError, match="not a regular file"):
         read_rollouts("/dev/zero")
     path = tmp_path / "long"
