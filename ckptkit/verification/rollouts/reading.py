@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptkit.errors import InputError, StorageError
+from ckptkit.errors import InputError
 from ckptkit.formats.json_files import parse_object
+from ckptkit.io.regular import open_regular
+from ckptkit.io.system import storage_error
 from ckptkit.verification.rollouts.conversations import Joined, join
 from ckptkit.verification.rollouts.records import Turn, turns_of
 
@@ -72,9 +74,7 @@ def _turns(path: Path) -> Iterator[Turn]:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and text of the lines that are not empty."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError("not a regular file", where=path)
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
             number = 0
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
@@ -85,4 +85,4 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         raise InputError("there is no such file", where=path) from None
     except OSError as error:
-        raise StorageError(f"cannot be read ({error.strerror})", where=path) from error
+        raise storage_error(error, path) from error
