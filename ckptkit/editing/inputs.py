@@ -18,6 +18,8 @@ from ckptkit.tables.model_config import ModelConfig
 
 _OF_TRAINING = ("dtype", "init_std")
 """Fields that say nothing about what a model computes."""
+_OF_TENSORS = ("vocab_size", "tied")
+"""Fields that say which tensors there are and how large, beside those of layouts: a tied model has no head to mix."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def check_alike(inputs: Sequence[Input], *, accept_differences: bool, layers: bo
             f" {in_words(item.left)} in {first.name}"
             for item in found
         ]
-        if any(item.is_layout or item.name == "vocab_size" for item in found):
+        if any(item.is_layout or item.name in _OF_TENSORS for item in found):
             hint = "resize-vocab makes vocabularies alike" if _of_vocabulary(one, two) else None
             raise UnsupportedError(f"a model of other sizes: {'; '.join(texts)}", where=other.name, hint=hint)
         if texts and not accept_differences:

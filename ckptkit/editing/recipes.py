@@ -17,6 +17,8 @@ from ckptkit.formats.yaml_files import parse_yaml
 
 LARGEST = 512 << 10
 """The most bytes of a recipe."""
+_LARGEST_NUMBER = 1e6
+"""Of a parameter. Far larger ones overflow, and leave nothing but infinities and what is no number."""
 
 PASSTHROUGH, LINEAR, SLERP, TASK_ARITHMETIC = "passthrough", "linear", "slerp", "task_arithmetic"
 TIES, DARE_TIES, DARE_LINEAR = "ties", "dare_ties", "dare_linear"
@@ -322,8 +324,10 @@ def _as_number(value: Scalar, name: str, where: object) -> float:
         found = float(value)
     except ValueError:
         found = math.nan
-    if not math.isfinite(found):
-        raise InputError(f"{name} must be a number, not {str(value)[:40]!r}", where=where)
+    if not abs(found) <= _LARGEST_NUMBER:
+        raise InputError(
+            f"{name} must be a number of at most {_LARGEST_NUMBER:g}, not {str(value)[:40]!r}", where=where
+        )
     return found
 
 

@@ -130,14 +130,16 @@ def test_what_is_not_alike(models: list[Path], tmp_path: Path) -> None:
     small = save_llama(tmp_path / "small", intermediate_size=96)
     roped = save_llama(tmp_path / "roped", "llama3", dtype="bfloat16")
     qwen, few = save_model(tmp_path / "qwen", "qwen2"), save_llama(tmp_path / "few", vocab_size=240)
+    tied = save_llama(tmp_path / "tied", "tied", dtype="bfloat16")
     for other, error, match in (
         (small, UnsupportedError, r"small.*ffn_hidden_size is 96, and 144 in"),
         (roped, UsageError, r"rope kind is 'llama3'.*--accept-differences"),
         (qwen, UnsupportedError, "two kinds of models"),
         (few, UnsupportedError, r"vocab_size is 240.*resize-vocab"),
+        (tied, UnsupportedError, r"tied is true, and false in"),
     ):
         with pytest.raises(error, match=match):
-            average([models[0], other], Output(tmp_path / "out"))
+            average([models[0], other], Output(tmp_path / "out"), accept_differences=error is UnsupportedError)
     result = average([models[0], roped], Output(tmp_path / "out"), accept_differences=True)
     assert any("rope kind" in note for note in result.notes)
     for arguments, match in (

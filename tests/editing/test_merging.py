@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ckptkit import Parallelism, convert
 from ckptkit.conversion.options import Options
 from ckptkit.editing.commands import Output, merge
-from ckptkit.editing.recipes import resolved
+from ckptkit.editing.recipes import read_recipe, resolved
 from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
 from ckptkit.io import computed
 from ckptkit.io.cache import Cache
@@ -291,6 +291,13 @@ def test_tokenizers(folders: Any, tmp_path: Path) -> None:
     (folder / "b" / "tokenizer.json").write_text(json.dumps(added))
     with pytest.raises(UnsupportedError, match=r"b: 1 tokens have other ids than in a: 't8' is 7, and 8 there"):
         merge(path, Output(tmp_path / "no"))
+
+
+def test_numbers_that_would_overflow(tmp_path: Path) -> None:
+    text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, 1e300]}}]"
+    recipe = read_recipe(text.encode(), "r")
+    with pytest.raises(InputError, match=r"weight must be a number of at most 1e\+06, not '1e300'"):
+        resolved([recipe.slices[0].sources[0].parameters], "weight", "x", 0.0, "r")
 
 
 def test_gradients_and_filters() -> None:
