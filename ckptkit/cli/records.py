@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
@@ -85,15 +85,16 @@ def _kind(hint: Any) -> tuple[Any, Prefix | None]:
 
 
 def _options(kind: Any, prefix: Prefix | None) -> list[tuple[inspect.Parameter, str]]:
-    """A parameter for each field of a class, and the name of the field."""
+    """A parameter for each field of a class, and the name of the field. A field without a default is required."""
     hints = get_type_hints(kind, include_extras=True)
     found = []
     for field in fields(kind):
         hint, name = hints[field.name], field.name
         if prefix is not None:
             hint, name = _renamed(hint, prefix), f"{prefix.name}_{name}"
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
         keyword = inspect.Parameter.KEYWORD_ONLY
-        found.append((inspect.Parameter(name, keyword, default=field.default, annotation=hint), field.name))
+        found.append((inspect.Parameter(name, keyword, default=default, annotation=hint), field.name))
     return found
 
 

@@ -185,7 +185,7 @@ class TestFaults:
         states = {path: torch.load(path, weights_only=False) for path in actor.glob("model_*.pt")}
         name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
         with pytest.raises(
-            UnsupportedError, match=r"LoRA adapters beside the weights .* `ckptkit adapter export` takes it out"
+            UnsupportedError, match=r"LoRA adapters beside the weights .* `ckptkit adapter export` takes them out"
         ):
             open_checkpoint(actor)
         for old, new, kind, text in (

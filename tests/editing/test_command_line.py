@@ -69,6 +69,14 @@ def test_options(callee: Callee, arguments: list[str], positional: object, optio
     assert callee.options["resume"]
 
 
+@pytest.mark.parametrize("command", ["average", "slice", "stack", "merge", "resize-vocab"])
+def test_a_destination_is_required(callee: Callee, command: str) -> None:
+    done = run(command, "a")
+    assert done.exit_code == 2 and "-o" in done.stderr
+    shown = run(command, "--help").stdout.split("--out")[1].split("--help")[0]
+    assert "[required]" in shown and "default" not in shown
+
+
 def test_a_dry_run_and_errors_in_one_line(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base")
     found = run("slice", str(base), "-o", str(tmp_path / "out"), "--layers", "0", "--dry-run", "--json")

@@ -54,7 +54,7 @@ _RANK_BY_RANK = (_MAGNITUDE, ".lora_B.default.weight")
 """Ends of names in distributed checkpoints, see `stored_form`; experts have another end."""
 
 HOW_TO_TAKE = (
-    "`ckptkit adapter merge` puts it into the weights, `ckptkit adapter export` takes it out, and `ckptkit convert"
+    "`ckptkit adapter merge` puts them into the weights, `ckptkit adapter export` takes them out, and `ckptkit convert"
     " --part model` takes the weights"
 )
 """What to do with an adapter beside the weights."""
