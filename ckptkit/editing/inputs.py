@@ -10,7 +10,6 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.config_fields import differing_fields, in_words
-from ckptkit.checkpoints.lora.megatron import MODEL
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.hub import is_reference
@@ -60,15 +59,16 @@ class Opening:
         Raises:
             UsageError: It is an adapter, or there is no such iteration.
             InputError: It is damaged or incomplete.
-            UnsupportedError: No family or format of ours.
+            UnsupportedError: No family or format of ours, or an adapter stands beside the weights.
         """
         described = is_reference(path) or (Path(path) / "config.json").is_file()
         options = {} if described else dict(self.options)
         reference = options.pop("hf_reference", None)
         if iteration is not None:
             options["iteration"] = iteration
-        options.setdefault("part", MODEL)
         model = open_source(self.stack, path, reference, headers_only=self.headers_only, **options)
+        if model.lora is not None:
+            raise UsageError("an adapter, and no model", where=path, hint="give the model that it is for")
         return Input(str(path) if name is None else name, model)
 
 

@@ -99,6 +99,8 @@ def rows_by_token(
     before, after = tokens_in(old), tokens_in(new)
     if not after:
         raise InputError("no tokens in it", where=new)
+    if len(set(after.values())) < len(after):
+        raise InputError("two tokens have one id", where=new)
     needed = max(after.values()) + 1
     if needed > MOST_ROWS:
         raise InputError(f"a token has the id {needed - 1:,}", where=new)

@@ -18,6 +18,8 @@ def mapped(fd: int, start: int, stop: int) -> memoryview | None:
     Returns:
         The bytes, or None where they cannot be mapped; reading them shows the reason.
     """
+    if start == stop:  # a mapping of no bytes would be one of the whole file
+        return memoryview(b"")
     first = start - start % mmap.ALLOCATIONGRANULARITY
     try:
         whole = np.frombuffer(mmap.mmap(fd, stop - first, mmap.MAP_SHARED, mmap.PROT_READ, offset=first), np.uint8)

@@ -15,6 +15,7 @@ from ckptkit.editing.commands import Output, slice_layers, stack_layers
 from ckptkit.editing.layers import layer_list
 from ckptkit.errors import UnsupportedError, UsageError
 from tests.editing.models import tensors_of, tuned
+from tests.lora import save_adapter
 from tests.models import save_llama, save_model
 from tests.surgery.pairs import build_split, save_pair
 
@@ -196,3 +197,16 @@ def test_lists_of_layers() -> None:
     assert layer_list("7", 8, "--layers") == [7]
     with pytest.raises(UsageError, match="more than"):
         layer_list(",".join(["0-5999"] * 2), 6000, "--layers")
+
+
+def test_adapters_are_not_left_out(tmp_path: Path) -> None:
+    """A model has none beside its weights, and an adapter alone is no model."""
+    model = save_llama(tmp_path / "hf", "gqa")
+    adapter = save_adapter(tmp_path / "adapter", model)
+    convert(model, tmp_path / "both", to="torch_dist", adapter=adapter)
+    with pytest.raises(UnsupportedError, match="beside the weights"):
+        slice_layers(tmp_path / "both", Output(tmp_path / "out"), layers="0")
+    convert(adapter, tmp_path / "alone", to="torch_dist", hf_reference=model)
+    with pytest.raises(UsageError, match="an adapter, and no model"):
+        slice_layers(tmp_path / "alone", Output(tmp_path / "out"), layers="0", source={"hf_reference": str(model)})
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
     os.close(fd)
 
 
-@pytest.mark.parametrize("start, stop", [(0, 9003), (4090, 9003), (4096, 8192), (8999, 9000)])
+@pytest.mark.parametrize("start, stop", [(0, 9003), (4090, 9003), (4096, 8192), (8999, 9000), (4096, 4096)])
 def test_any_range(fd: int, start: int, stop: int) -> None:
     view = mapped(fd, start, stop)
     assert view is not None and bytes(view) == CONTENT[start:stop]

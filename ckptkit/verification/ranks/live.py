@@ -264,7 +264,9 @@ def _groups_are_missing(grid: Parallelism) -> bool:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
     )
-    if sizes != (grid.tp, grid.pp, grid.ep):
-        raise UsageError("megatron-core's groups are there for TP{} x PP{} x EP{}".format(*sizes) + f", not for {grid}")
+    if sizes != (grid.tp, grid.pp, grid.ep, 1):
+        here = "megatron-core's groups are there for TP{} x PP{} x EP{} x CP{}".format(*sizes)
+        raise UsageError(f"{here}, not for {grid} without context parallelism")
     return False
