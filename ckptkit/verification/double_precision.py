@@ -14,11 +14,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_to_float = torch.Tensor.float
+_to_float, _to = torch.Tensor.float, torch.Tensor.to
 
 
 def _kept(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else _to_float(tensor, *args, **options)
+
+
+def _kept_by_to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    if tensor.dtype == torch.float64:
+        args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+        options = {name: torch.float64 if one is torch.float32 else one for name, one in options.items()}
+    return _to(tensor, *args, **options)
 
 
 def _wide(softmax: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
@@ -30,7 +37,7 @@ def _wide(softmax: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> tor
 
 @contextlib.contextmanager
 def double_precision(wanted: bool = True) -> Iterator[None]:
-    """Leaves float64 tensors in float64 where code asks for float32 (`Tensor.float`, `softmax` with a dtype).
+    """Leaves float64 tensors in float64 where code asks for float32: `float`, `to`, and `softmax` with a dtype.
 
     Args:
         wanted: Whether it does; a context that does nothing saves its caller a case.
@@ -38,7 +45,7 @@ def double_precision(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    replaced: list[tuple[Any, str, Any]] = [(torch.Tensor, "float", _kept)]
+    replaced: list[tuple[Any, str, Any]] = [(torch.Tensor, "float", _kept), (torch.Tensor, "to", _kept_by_to)]
     replaced += [(module, "softmax", functools.partial(_wide, module.softmax)) for module in (torch, F)]
     originals = [getattr(module, name) for module, name, _ in replaced]
     for module, name, stand_in in replaced:

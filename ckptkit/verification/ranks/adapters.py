@@ -100,6 +100,7 @@ def with_peft(model: Any, job: AdapterJob, dtype: torch.dtype) -> Any:
         raise UnsupportedError(
             "--adapter runs the reference in peft, which is not installed", hint="install peft"
         ) from None
+    of_model = {id(parameter) for parameter in model.parameters()}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -110,6 +111,8 @@ def with_peft(model: Any, job: AdapterJob, dtype: torch.dtype) -> Any:
     missing = [str(one.message) for one in told if "missing adapter keys" in str(one.message)]
     if missing:
         raise InputError(f"peft does not find all of it: {' '.join(missing[0].split())[:300]}", where=job.path)
-    found = found.to(dtype)
+    for parameter in found.parameters():
+        if id(parameter) not in of_model:  # a model's own types stay, those of its buffers too
+            parameter.data = parameter.data.to(dtype)
     plain: Any = found.merge_and_unload() if job.merged else found.base_model.model
     return plain.eval()

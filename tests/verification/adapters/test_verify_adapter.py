@@ -194,6 +194,20 @@ def test_what_peft_leaves_out_is_an_error(tmp_path: Path, saved: Saved) -> None:
         with_peft(load(base), AdapterJob(str(incomplete)), torch.float32)
 
 
+def test_types_of_the_model_are_left_alone(saved: Saved) -> None:
+    """Only the factors get the type of the run: frequencies of a rope in bfloat16 would be other frequencies."""
+    from ckptkit.verification.ranks.adapters import with_peft
+    from ckptkit.verification.ranks.jobs import AdapterJob
+
+    base, adapter = saved
+    model = load(base).to(torch.bfloat16)
+    rope = model.model.rotary_emb
+    rope.inv_freq = rope.inv_freq.float()
+    found = with_peft(model, AdapterJob(str(adapter)), torch.bfloat16)
+    assert found.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {value.dtype for name, value in found.named_parameters() if "lora_" in name} == {torch.bfloat16}
+
+
 def test_on_the_command_line(tmp_path: Path, saved: Saved) -> None:
     base, adapter = map(str, saved)
     words = ["verify", base, adapter, "--adapter", adapter, "--level", "weights", "--json", "-"]
