@@ -55,7 +55,9 @@ def open_checkpoint(
     place = find_place(Path(path), iteration, referenced=hf_reference is not None)
     reference = place.reference if hf_reference is None else Path(hf_reference)
     if part == ADAPTER and is_huggingface(place.folder):
-        raise UsageError("no adapter in it", where=path, hint="the model comes first, then its adapters")
+        raise UsageError(
+            "no adapter in it", where=path, hint="an adapter is a PEFT directory, or in a Megatron checkpoint"
+        )
     around = [place.root / "ckptkit", *([] if reference is None else [reference])]
     seen = Seen.of(place.folder, *(folder for folder in around if folder.is_dir()))
     files = None if reference is None else complete(open_reference(reference))[0]

@@ -28,6 +28,8 @@ EXPLAINED = 0.2
 ONE_SIDED, SEEN = 0.01, 0.05
 """Renormalised are log-probabilities of which at most the first share is below the model's, and at least the second one
 above, both by more than the noise."""
+LEAST_KEPT = 0.01
+"""A part of the vocabulary of less probability is what no filter keeps: the engine had another model."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,10 @@ def explain(engine: Array, model: Array, floor: Floor, fitted: float | None, at_
     )
     noise = P99_LIMIT * floor.p99
     above, below = engine - model > noise, engine - model < -noise
-    renormalised = bool(differs and not scaled and below.mean() <= ONE_SIDED and above.mean() >= SEEN)
-    kept = float(np.exp(-np.median((engine - model)[above]))) if renormalised else None
-    return Explanation(fitted, residual, bool(scaled), renormalised, kept)
+    one_sided = bool(differs and not scaled and below.mean() <= ONE_SIDED and above.mean() >= SEEN)
+    kept = float(np.exp(-np.median((engine - model)[above]))) if one_sided else 0.0
+    renormalised = kept >= LEAST_KEPT
+    return Explanation(fitted, residual, bool(scaled), renormalised, kept if renormalised else None)
 
 
 def judge(found: Column, floor: Floor, explanation: Explanation, max_kl: float | None) -> list[Check]:

@@ -493,7 +493,7 @@ class _Comparison:
             f" {joined.apart} continue a prompt but not its answer and stay apart",
             f"KL {judged.k1:.2e} (k1), {judged.k2:.2e} (k2), {judged.k3:.2e} (k3) nats a token; ratios"
             f" {judged.ratio_min:.3g} to {judged.ratio_max:.3g}; effective sample size {100 * judged.effective:.1f} %",
-            f"the floor is {floor.mean:.2e}, rounding in {' and '.join(floor.dtypes)} as measured in the"
+            f"the floor is {floor.mean:.2e}, rounding in {' and '.join(dict.fromkeys(floor.dtypes))} as measured in the"
             f" {floor.source}{'; less was measured than the least floor' if floor.least else ''}",
         ]
         if explanation.temperature is not None and not (explanation.scaled or explanation.renormalised):

@@ -54,7 +54,9 @@ def read_rollouts(path: str | Path) -> Rollouts:
     joined = join(counted())
     sampled = [value for row in joined.rows for value in row.logprobs]
     if all(value is None for value in sampled):
-        raise InputError("no log-probability of a sampled token", where=path, hint="one JSON object a line")
+        raise InputError(
+            "no log-probability of a sampled token", where=path, hint="record those of the tokens that were sampled"
+        )
     given = sum(value is not None for value in sampled)
     return Rollouts(str(path), joined, dict(shapes), sum(row.sampled for row in joined.rows) - given)
 

@@ -137,3 +137,10 @@ def test_options_out_of_range(wrong: dict, tmp_path: Path) -> None:
 
     with pytest.raises(UsageError):
         RolloutOptions(**wrong).check()
+
+
+def test_another_model_is_not_called_a_part_of_the_vocabulary() -> None:
+    model = np.linspace(-9.0, -1.0, 50)
+    assert explain(model + 2.0, model, FLOOR, None, None).renormalised
+    found = explain(model + 20.0, model, FLOOR, None, None)
+    assert not found.renormalised and found.kept is None
