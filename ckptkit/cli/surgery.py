@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -128,26 +129,23 @@ def average(
 
     The sums are made tile by tile, and rounded once. No model is loaded. Config and tokenizer are those of the first.
     """
-    from ckptkit.cli import rendering
     from ckptkit.editing import commands
 
-    output = Output("-" if json else None)
-    wanted = written.output(form, grid)
-    with output.progress("averaging") as progress:
-        result = commands.average(
-            models,
-            wanted,
-            weights=None if weights is None else _numbers(weights, float, "--weights"),
-            iterations=None if iterations is None else _numbers(iterations, int, "--iterations"),
-            last=last,
-            decay=decay,
-            precision=precision,
-            accept_differences=accept_differences,
-            source=_opening(source),
-            progress=progress,
-            **vars(execution),
-        )
-    output.result(result, rendering.conversion)
+    _carry_out(
+        "averaging",
+        commands.average,
+        models,
+        weights=None if weights is None else _numbers(weights, float, "--weights"),
+        iterations=None if iterations is None else _numbers(iterations, int, "--iterations"),
+        last=last,
+        decay=decay,
+        precision=precision,
+        accept_differences=accept_differences,
+        output=written.output(form, grid),
+        source=source,
+        execution=execution,
+        json=json,
+    )
 
 
 def slice_(
@@ -176,16 +174,19 @@ def slice_(
     Every tensor is a copy. config.json follows: windows, types of layers, experts, shared keys and values. Layers that
     it cannot describe are refused.
     """
-    from ckptkit.cli import rendering
     from ckptkit.editing import commands
 
-    output = Output("-" if json else None)
-    wanted = written.output(form, grid)
-    with output.progress("slicing") as progress:
-        result = commands.slice_layers(
-            model, wanted, layers=layers, drop=drop, source=_opening(source), progress=progress, **vars(execution)
-        )
-    output.result(result, rendering.conversion)
+    _carry_out(
+        "slicing",
+        commands.slice_layers,
+        model,
+        layers=layers,
+        drop=drop,
+        output=written.output(form, grid),
+        source=source,
+        execution=execution,
+        json=json,
+    )
 
 
 def stack(
@@ -206,21 +207,18 @@ def stack(
     Every tensor is a copy. Embedding, config and tokenizer are those of the first model, last norm and head those of
     the last.
     """
-    from ckptkit.cli import rendering
     from ckptkit.editing import commands
 
-    output = Output("-" if json else None)
-    wanted = written.output(form, grid)
-    with output.progress("stacking") as progress:
-        result = commands.stack_layers(
-            parts,
-            wanted,
-            accept_differences=accept_differences,
-            source=_opening(source),
-            progress=progress,
-            **vars(execution),
-        )
-    output.result(result, rendering.conversion)
+    _carry_out(
+        "stacking",
+        commands.stack_layers,
+        parts,
+        accept_differences=accept_differences,
+        output=written.output(form, grid),
+        source=source,
+        execution=execution,
+        json=json,
+    )
 
 
 def merge(
@@ -244,22 +242,19 @@ def merge(
     Methods: passthrough, linear, slerp, task_arithmetic, ties, dare_ties, dare_linear. Any other method or key is
     refused by name. Norms and k-th magnitudes take a pass of their own; no tensor is loaded as a whole.
     """
-    from ckptkit.cli import rendering
     from ckptkit.editing import commands
 
-    output = Output("-" if json else None)
-    wanted = written.output(form, grid)
-    with output.progress("merging") as progress:
-        result = commands.merge(
-            recipe,
-            wanted,
-            seed=seed,
-            accept_differences=accept_differences,
-            source=_opening(source),
-            progress=progress,
-            **vars(execution),
-        )
-    output.result(result, rendering.conversion)
+    _carry_out(
+        "merging",
+        commands.merge,
+        recipe,
+        seed=seed,
+        accept_differences=accept_differences,
+        output=written.output(form, grid),
+        source=source,
+        execution=execution,
+        json=json,
+    )
 
 
 def resize_vocab(
@@ -304,24 +299,21 @@ def resize_vocab(
 
     The rows of tokens that stay are copies. The ids of special tokens in config.json follow.
     """
-    from ckptkit.cli import rendering
     from ckptkit.editing import commands
 
-    output = Output("-" if json else None)
-    wanted = written.output(form, grid)
-    with output.progress("resizing") as progress:
-        result = commands.resize_vocabulary(
-            model,
-            wanted,
-            tokenizer=tokenizer,
-            size=size,
-            new_rows=new_rows,
-            seed=seed,
-            source=_opening(source),
-            progress=progress,
-            **vars(execution),
-        )
-    output.result(result, rendering.conversion)
+    _carry_out(
+        "resizing",
+        commands.resize_vocabulary,
+        model,
+        tokenizer=tokenizer,
+        size=size,
+        new_rows=new_rows,
+        seed=seed,
+        output=written.output(form, grid),
+        source=source,
+        execution=execution,
+        json=json,
+    )
 
 
 def _opening(source: Source) -> dict[str, Any]:
@@ -334,6 +326,25 @@ def _opening(source: Source) -> dict[str, Any]:
     if given.pop("lora_alpha") is not None:
         raise UsageError("--lora-alpha is about adapters, and the sources are models", hint="drop it")
     return given
+
+
+def _carry_out(
+    doing: str,
+    operation: Callable[..., Any],
+    *inputs: Any,
+    output: Any,
+    source: Source,
+    execution: Execution,
+    json: bool,
+    **how: Any,
+) -> None:
+    """Runs an operation of `ckptkit.editing.commands` with progress, and prints its result."""
+    from ckptkit.cli import rendering
+
+    console = Output("-" if json else None)
+    with console.progress(doing) as progress:
+        result = operation(*inputs, output, **how, source=_opening(source), progress=progress, **vars(execution))
+    console.result(result, rendering.conversion)
 
 
 def _numbers(text: str, kind: type[Any], option: str) -> list[Any]:

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from ckptkit.megatron.stand_ins import replaced
+
 
 def import_megatron(*, eager: bool = False) -> None:
     """Import megatron-core without its warnings about optional packages (Apex, Transformer Engine).
@@ -100,13 +102,13 @@ def runs_on(device: torch.device) -> Iterator[None]:
         return
     from megatron.core.tensor_parallel import random
 
-    replaced: list[tuple[Any, str, Any]] = [
+    stand_ins: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: device),
         (random, "_get_cuda_rng_state", lambda *args, **options: None),
         (random, "_set_cuda_rng_state", lambda *args, **options: None),
     ]
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with _replaced(replaced), eager:
+    with replaced(stand_ins), eager:
         yield
 
 
@@ -120,30 +122,17 @@ def trains_on(device: torch.device) -> Iterator[None]:
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import schedules
 
-    replaced: list[tuple[Any, str, Any]] = []
+    stand_ins: list[tuple[Any, str, Any]] = []
     if device.type == "cpu":
-        replaced += [
+        stand_ins += [
             (schedules, "torch", _TorchOnCpu()),
             (torch.cuda, "synchronize", lambda device=None: None),
             (torch.cuda, "current_stream", lambda device=None: None),
         ]
     elif torch.distributed.get_backend() == "gloo":
-        replaced += [(param_and_grad_buffer, "_coalescing_manager", lambda *args, **options: contextlib.nullcontext())]
-    with runs_on(device), _replaced(replaced):
+        stand_ins += [(param_and_grad_buffer, "_coalescing_manager", lambda *args, **options: contextlib.nullcontext())]
+    with runs_on(device), replaced(stand_ins):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(replaced: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Put stand-ins in the places of attributes: (object, name, stand-in)."""
-    originals = [getattr(thing, name) for thing, name, _ in replaced]
-    for thing, name, stand_in in replaced:
-        setattr(thing, name, stand_in)
-    try:
-        yield
-    finally:
-        for (thing, name, _), original in zip(replaced, originals, strict=True):
-            setattr(thing, name, original)
 
 
 class _TorchOnCpu:

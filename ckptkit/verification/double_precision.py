@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ckptkit.megatron.stand_ins import replaced
+
 _to_float, _to = torch.Tensor.float, torch.Tensor.to
 
 
@@ -45,13 +47,7 @@ def double_precision(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    replaced: list[tuple[Any, str, Any]] = [(torch.Tensor, "float", _kept), (torch.Tensor, "to", _kept_by_to)]
-    replaced += [(module, "softmax", functools.partial(_wide, module.softmax)) for module in (torch, F)]
-    originals = [getattr(module, name) for module, name, _ in replaced]
-    for module, name, stand_in in replaced:
-        setattr(module, name, stand_in)
-    try:
+    stand_ins: list[tuple[Any, str, Any]] = [(torch.Tensor, "float", _kept), (torch.Tensor, "to", _kept_by_to)]
+    stand_ins += [(module, "softmax", functools.partial(_wide, module.softmax)) for module in (torch, F)]
+    with replaced(stand_ins):
         yield
-    finally:
-        for (module, name, _), original in zip(replaced, originals, strict=True):
-            setattr(module, name, original)
