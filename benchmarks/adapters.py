@@ -103,7 +103,8 @@ def write_trained(path: Path, base: Path, adapter: Path) -> int:
 
     path.mkdir()
     state: dict[str, Any] = {}
-    for source, options in ((base, []), (adapter, ["--hf-reference", str(base)])):
+    described_by = ["--hf-reference", str(base), "--adapter-layout", "canonical"]
+    for source, options in ((base, []), (adapter, described_by)):
         run([*CKPTKIT, "convert", str(source), str(path / source.name), "--to", "torch_dist", *options])
         folder = path / source.name / "release"
         described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata

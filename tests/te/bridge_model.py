@@ -6,6 +6,7 @@ Without a GPU the modules are built and loaded on the CPU, and compute nothing.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -18,10 +19,14 @@ from tests.formats.megatron_ranks import cuda_is_cpu
 from tests.formats.test_run_config import FUSIONS
 from tests.te.ranks import let_modules_be_built
 
+LIMIT = 200
+"""Seconds, after which it says where it hangs."""
+
 
 def main(checkpoint: str, expected: str, model_type: str) -> None:
     """One rank, with the modules that Megatron-Bridge takes by itself."""
     warnings.simplefilter("ignore")
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     import torch
     from megatron.core import parallel_state, tensor_parallel
