@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def main(checkpoint: str, expected: str, model_type: str) -> None:
 def load(checkpoint: str, model_type: str, cuda: bool) -> Any:
     """The model that Megatron-Bridge makes of a checkpoint, less what needs APEX, and on the CPU a GPU."""
     from megatron.bridge.training import model_load_save
+    from megatron.core.transformer.enums import AttnBackend
 
     load_config = model_load_save.load_model_config
 
@@ -66,6 +68,8 @@ def load(checkpoint: str, model_type: str, cuda: bool) -> Any:
         config, args = load_config(path)
         for name in ("gradient_accumulation_fusion",) if cuda else FUSIONS:
             setattr(config, name, False)
+        if getattr(config, "attention_backend", None) is AttnBackend.flash:  # its kernels take no float32
+            config.attention_backend = AttnBackend.unfused
         return config, args
 
     model_load_save.load_model_config = without_fusions
@@ -106,4 +110,9 @@ def wrong(checkpoint: str, state: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    try:
+        main(*sys.argv[1:4])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # NCCL's threads would keep the process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,8 +225,9 @@ print(json.dumps({"error": float((found - expected).abs().max() / expected.abs()
 def test_fsdp2_on_two_ranks(tmp_path: Path, kind: str) -> None:
     """Each rank has tokens of its own; the checkpoint that both wrote becomes the files that it all came from."""
     (save_llama if kind in LLAMAS else save_model)(tmp_path / "hf", kind)
+    command, without_gpus = [sys.executable, "-c", SCRIPT], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=without_gpus)
         for rank in range(2)
     ]
     answers = [json.loads(rank.communicate(timeout=300)[0].splitlines()[-1]) for rank in ranks]
