@@ -159,7 +159,7 @@ def check_run(level: str, candidate: Side, grid: Parallelism, config: ModelConfi
     how = options.config(grid, widest_window(config))
     check_candidate(candidate, how)
     if level in BACKWARD:
-        check_backwards(candidate, how, experts=bool(config.num_experts), value=config.value_head)
+        check_backwards(candidate, how, experts=bool(config.num_experts))
     if candidate.grid is not None:
         check_grid(config, grid)
         split_layers(config.num_layers, grid)

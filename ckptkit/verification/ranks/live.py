@@ -65,7 +65,8 @@ class LiveModel:
     def training(self, train_only: str | None = None) -> Training:
         """The model forwards and backwards by megatron-core's schedule, ready for the caller's optimizer.
 
-        After `Training.run` each parameter of `Training.parameters()` has its reduced gradient in `main_grad`.
+        After `Training.run` each parameter of `Training.parameters()` has its reduced gradient in `main_grad`. The loss
+        is that of the next token, or of a value model the squared difference from the targets of `microbatches`.
 
         Args:
             train_only: Pattern (`fnmatch`) of the names of what is trained; the rest is frozen. Names are those of
@@ -79,13 +80,26 @@ class LiveModel:
 
         return Training(self.pipeline, self._trained(train_only))
 
-    def microbatches(self, rows: Sequence[Sequence[int]], *, packed_capacity: int | None = None) -> list[Microbatch]:
+    def microbatches(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        packed_capacity: int | None = None,
+        targets: Sequence[Sequence[float]] | None = None,
+    ) -> list[Microbatch]:
         """Rows of token ids as this rank's microbatches. The next tokens of the last three quarters of a row count.
 
         Args:
             rows: Token ids of all data parallel ranks' rows, the same on every rank.
             packed_capacity: Tokens of a packed row, unless one sequence is longer; None for plain rows.
+            targets: For a value model the value that each token should get, in rows as long as those of `rows`; the
+                same positions count.
+
+        Raises:
+            UsageError: `targets` are not as many as the tokens.
         """
+        if targets is not None and list(map(len, targets)) != list(map(len, rows)):
+            raise UsageError("the targets are not as many as the tokens", hint="give one for each token of each row")
         from megatron.core import parallel_state
 
         from ckptkit.verification.training.batches import Sharing
@@ -97,7 +111,7 @@ class LiveModel:
             split=self.grid.tp if self.run.sequence_parallel else 1,
             capacity=packed_capacity,
         )
-        return sharing.deal(rows, {})
+        return sharing.deal(rows, {}, targets)
 
     def save(self, folder: str | Path, iteration: int) -> Path:
         """Writes the weights as Megatron-LM's `--ckpt-format torch` does, without `args` and optimizer.
