@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoints.checkpoint import check_grid
 from ckptkit.checkpoints.source_options import SourceOptions
-from ckptkit.errors import StorageError, UsageError
-from ckptkit.formats.torch_legacy import TRACKER, rank_folder
+from ckptkit.errors import UsageError
+from ckptkit.formats.torch_legacy import rank_folder
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism, Rank, StatedGrid
 from ckptkit.verification.ranks.adapters import open_laid_out
@@ -119,6 +119,8 @@ class LiveModel:
         All ranks call this and share the directory. `ckptkit convert FOLDER OUT --to hf --hf-reference MODEL` takes it
         back, with `--src-tp` and so on for the sizes of the grid (see `source`).
 
+        The iteration appears as a whole, or not at all; one that is there already is refused.
+
         Args:
             folder: The checkpoint's root.
             iteration: Number of the iteration, 1 or more.
@@ -127,29 +129,27 @@ class LiveModel:
             The folder of the iteration.
 
         Raises:
-            StorageError: It cannot be written.
+            UsageError: The iteration is there already.
+            StorageError: A rank cannot write; the same error on every rank.
         """
-        import torch
         import torch.distributed as dist
 
+        from ckptkit.megatron import parallel
         from ckptkit.megatron.model import expected_tensors
+        from ckptkit.verification.ranks.saving import save_iteration
 
-        target = Path(folder) / f"iter_{iteration:07d}"
         key = "model" if len(self.chunks) == 1 else "model{}"
         state = {key.format(number): dict(expected_tensors(chunk)) for number, chunk in enumerate(self.chunks)}
         state = {name: {key: value.detach().cpu() for key, value in part.items()} for name, part in state.items()}
-        own = target / rank_folder((self.rank.pp, self.rank.tp, self.rank.ep), self.grid.pp, self.grid.ep)
-        try:
-            if not self.replica:
-                own.mkdir(parents=True, exist_ok=True)
-                torch.save({"iteration": iteration, "checkpoint_version": 3.0, **state}, own / "model_optim_rng.pt")
-            dist.barrier()
-            if dist.get_rank() == 0:  # only when all files are there
-                (Path(folder) / TRACKER).write_text(str(iteration), encoding="utf-8")
-            dist.barrier()
-        except OSError as error:
-            raise StorageError(f"the weights cannot be written ({error.strerror})", where=own) from error
-        return target
+        own = rank_folder((self.rank.pp, self.rank.tp, self.rank.ep), self.grid.pp, self.grid.ep)
+        return save_iteration(
+            Path(folder),
+            iteration,
+            None if self.replica else own,
+            {"iteration": iteration, "checkpoint_version": 3.0, **state},
+            first=dist.get_rank() == 0,
+            agree=parallel.agree,
+        )
 
     def source(self, reference: str | Path) -> dict[str, Any]:
         """Arguments with which `convert`, `export_adapter` and `open_checkpoint` read what `save` wrote.
