@@ -49,6 +49,7 @@ def way(case: Case) -> str:
     """How a case ran: its grid without sizes of 1, and its options."""
     sizes = [size for size in case["grid"].split(" x ") if not size.endswith(("P1", " 1"))] or ["one rank"]
     options = [SHORT[name] for name in SHORT if case["how"].get(name)]
+    options = [*["FSDP2"] * (case["how"].get("dp_kind") == "fsdp2"), *options]
     ranks = [f"{name.upper()}{case['how'][name]}" for name in ("cp", "dp") if case["how"].get(name, 1) > 1]
     if ranks and sizes == ["one rank"]:
         sizes = [ranks.pop(0)]

@@ -238,13 +238,21 @@ class Rollouts:
 
 
 def verify(
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Checkpoint to trust, of any format.")],
     run: Run,
     rollouts: Rollouts,
     reference_source: Annotated[Source, Prefix("ref", "Source of REFERENCE")],
     candidate_source: Annotated[Source, Prefix("cand", "Source of CANDIDATE")],
+    reference: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="REFERENCE",
+            help="Checkpoint to trust, of any format. With --rollouts it may be left out.",
+            show_default=False,
+        ),
+    ] = None,
     candidate: Annotated[
-        str | None, typer.Argument(metavar="CANDIDATE", help="Checkpoint to question, of any format.")
+        str | None,
+        typer.Argument(metavar="CANDIDATE", help="Checkpoint to question, of any format.", show_default=False),
     ] = None,
     level: Annotated[
         str,
@@ -335,8 +343,9 @@ def verify(
     from ckptkit.verification.reports.writing import Reports, check_places
     from ckptkit.verification.rollouts.verify import verify_engine
 
-    if candidate is None and rollouts.file is None:
-        raise UsageError("CANDIDATE is missing", hint="ckptkit verify REFERENCE CANDIDATE; --rollouts FILE needs one")
+    if reference is None or (candidate is None and rollouts.file is None):
+        missing = "CANDIDATE is missing" if reference is not None or rollouts.file else "two checkpoints are missing"
+        raise UsageError(missing, hint="ckptkit verify REFERENCE CANDIDATE; with --rollouts FILE the latter is enough")
     others = {"--prompt": prompt, "--tokens": tokens, "--adapter": adapter, "--hash": hash, "--keep-going": keep_going}
     _check_rollouts(rollouts, [*[name for name, given in others.items() if given], *["--level"] * (level != "logits")])
     if prompt and tokens:

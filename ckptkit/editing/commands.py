@@ -207,9 +207,11 @@ def slice_layers(
             kept = [layer for layer in range(count) if layer not in dropped]
         made = stacked(one, one, one, [Place(one, layer) for layer in kept])
         left = sorted(set(range(count)) - set(kept))
-        notes = [f"{len(kept)} layers, of {count} in the source"]
+        notes = [f"{len(kept)} layer{'s' * (len(kept) != 1)}, of {count} in the source"]
         if left:
-            notes.append(f"layers {_as_ranges(left)} are left out")
+            notes.append(
+                f"layer{'s' * (len(left) != 1)} {_as_ranges(left)} {'is' if len(left) == 1 else 'are'} left out"
+            )
         return work.write("slice", {"layers": _as_ranges(kept)}, made, [one], notes=notes)
 
 

@@ -4,8 +4,9 @@
     loss, tokens = training.run(microbatches)  # each data parallel rank's own
     training.gradients(0)["decoder.layers.0.mlp.linear_fc2.weight"]  # of this rank's first chunk, reduced
 
-The loss is the sum over the tokens that count, divided by their number over all microbatches and data parallel ranks;
-so are the gradients.
+The loss is that of the next token, or of a value model the squared difference of its values from given targets. It is
+summed over the tokens that count, and divided by their number over all microbatches and data parallel ranks; so are the
+gradients.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from megatron.core.distributed import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from ckptkit.errors import VerificationError
+from ckptkit.errors import UsageError, VerificationError
+from ckptkit.megatron import DDP, DP_KINDS, FSDP2
 from ckptkit.megatron.compat import trains_on
 from ckptkit.megatron.context_parallel.share import Share
+from ckptkit.megatron.fully_sharded import FullySharded, whole
 from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.packed_inputs.batch import PackedBatch
@@ -44,6 +47,7 @@ class Microbatch:
         labels: The token that follows each one, of the same shape; of no meaning where it does not count.
         counted: Whether a position counts in the loss, of the same shape.
         packed: The sequences of a packed row, or None.
+        targets: What a value model should give, floating point, of the same shape; None for a language model.
         experts: Global layer number -> experts that the tokens are routed to, int64 [batch, sequence, experts per
             token]; empty for the routers' own choice.
         params: What layers are told of the sequences, once it is known what this rank's share is.
@@ -53,6 +57,7 @@ class Microbatch:
     labels: torch.Tensor
     counted: torch.Tensor
     packed: PackedBatch | None = None
+    targets: torch.Tensor | None = None
     experts: dict[int, torch.Tensor] = field(default_factory=dict)
     params: PackedSeqParams | None = None
 
@@ -64,6 +69,7 @@ class Microbatch:
             tokens=share.part(self.tokens).to(device),
             labels=share.part(self.labels).to(device),
             counted=share.part(self.counted).to(device),
+            targets=None if self.targets is None else share.part(self.targets).to(device),
             experts=share.experts(self.experts, self.tokens.size(1)),
             params=share.params,
         )
@@ -75,13 +81,14 @@ class Training:
     Args:
         pipeline: The loaded model.
         trained: For each chunk the names of its parameters that have a gradient; None for all of them.
+        kind: Wrapper of the chunks: `ddp` (megatron-core's DistributedDataParallel) or `fsdp2`.
 
     Attributes:
         pipeline: As given.
         chunks: The chunks, wrapped for data parallelism.
     """
 
-    def __init__(self, pipeline: Pipeline, trained: Sequence[Collection[str]] | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, trained: Sequence[Collection[str]] | None = None, kind: str = DDP) -> None:
         self.pipeline = pipeline
         if trained is not None:
             for chunk, names in zip(pipeline.chunks, trained, strict=True):
@@ -92,12 +99,8 @@ class Training:
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
         config.variable_seq_lengths = True  # every microbatch is as long as its rows
-        half = config.params_dtype in (torch.bfloat16, torch.float16)
         with trains_on(pipeline.device):
-            self.chunks = [
-                DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=half), chunk.train())
-                for chunk in pipeline.chunks
-            ]
+            self.chunks = [_wrapped(kind, chunk.train(), pipeline.device) for chunk in pipeline.chunks]
 
     def run(self, batches: Sequence[Microbatch], *, backwards: bool = True) -> tuple[float, int]:
         """All microbatches forwards, and backwards; gradients of a run before are forgotten.
@@ -112,7 +115,11 @@ class Training:
 
         Returns:
             The loss per token that counts, over all data parallel ranks, and the number of those tokens.
+
+        Raises:
+            UsageError: A value model has no targets, or a language model has some.
         """
+        self._check_targets(batches)
         device = self.pipeline.device
         batches = [batch.shared_out(self.pipeline.chunks, device) for batch in batches]
         for chunk in self.chunks:
@@ -140,7 +147,8 @@ class Training:
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, tuple[float, int]]]]:
         batch = next(batches)
 
-        def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
+            losses = output if batch.targets is None else _squared_errors(output, batch.targets)
             # Where nothing counts the label may be one that has no loss at all.
             total = torch.where(batch.counted, losses, 0.0).sum()
             number = batch.counted.sum().to(torch.int)
@@ -148,7 +156,16 @@ class Training:
 
         tokens = batch.tokens
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        return chunk(tokens, positions, None, labels=batch.labels, packed_seq_params=batch.params), loss
+        labels = batch.labels if batch.targets is None else None  # without labels the output is that of the head
+        return chunk(tokens, positions, None, labels=labels, packed_seq_params=batch.params), loss
+
+    def _check_targets(self, batches: Sequence[Microbatch]) -> None:
+        value = self.pipeline.chunks[0].value_head
+        if all((batch.targets is not None) == value for batch in batches):
+            return
+        if value:
+            raise UsageError("a value model has no next-token loss", hint="give the values that it should have")
+        raise UsageError("a language model has no values that could have targets")
 
     def _loss(self, found: Sequence[tuple[float, int]]) -> tuple[float, int]:
         """Loss and tokens of all microbatches, data and context parallel ranks, on every rank."""
@@ -166,10 +183,18 @@ class Training:
     def gradients(self, number: int) -> dict[str, torch.Tensor]:
         """The reduced gradients of a chunk: name -> gradient, zeros for what has none; not copied.
 
+        What FSDP2 has sharded is gathered, so all ranks call this.
+
         Args:
             number: Virtual stage of the chunk.
         """
         return {name: _gradient(value) for name, value in expected_tensors(self.pipeline.chunks[number]).items()}
+
+
+def _squared_errors(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Squared differences [batch, sequence] of values [batch, sequence, 1] from their targets, in float32 or wider."""
+    values = values.float().squeeze(-1)
+    return (values - targets.to(values.dtype)).square()
 
 
 def _check_wire(pipeline: Pipeline) -> None:
@@ -187,9 +212,24 @@ def _check_wire(pipeline: Pipeline) -> None:
 
 def _gradient(value: torch.Tensor) -> torch.Tensor:
     if not value.requires_grad:
-        return torch.zeros_like(value)
-    found: torch.Tensor = value.main_grad  # type: ignore[attr-defined]
+        return torch.zeros_like(whole(value.detach()))
+    found = gradient_of(value)
+    return torch.zeros_like(whole(value.detach())) if found is None else whole(found)
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The reduced gradient of a parameter: where DDP keeps it, or where FSDP2 does; None if FSDP2 has none."""
+    found: torch.Tensor | None = getattr(parameter, "main_grad", parameter.grad)
     return found
+
+
+def _wrapped(kind: str, chunk: CausalModel, device: torch.device) -> Any:
+    if kind == FSDP2:
+        return FullySharded(chunk, device)
+    if kind != DDP:
+        raise UsageError(f"no data parallelism by {kind!r}", hint=f"choose {' or '.join(DP_KINDS)}")
+    half = chunk.config.params_dtype in (torch.bfloat16, torch.float16)
+    return DistributedDataParallel(chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=half), chunk)
 
 
 def _forget(chunk: CausalModel) -> None:
@@ -210,7 +250,7 @@ def _forget(chunk: CausalModel) -> None:
 @contextmanager
 def _only_vocabulary(chunk: CausalModel, vocab_size: int) -> Iterator[None]:
     """Takes the rows that pad the vocabulary out of the softmax: the model that is compared with has none."""
-    if not chunk.post_process:
+    if not chunk.post_process or chunk.value_head:
         yield
         return
     head: Any = chunk.output_layer

@@ -30,11 +30,15 @@ def _kept_by_to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tenso
     return _to(tensor, *args, **options)
 
 
-def _wide(softmax: Any, tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    if tensor.dtype == torch.float64:
-        options.pop("dtype", None)
-    found: torch.Tensor = softmax(tensor, *args, **options)
-    return found
+def _wide(softmax: Any) -> Any:
+    @functools.wraps(softmax)  # whoever watches torch's functions knows them by their names
+    def in_its_own_type(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if tensor.dtype == torch.float64:
+            options.pop("dtype", None)
+        found: torch.Tensor = softmax(tensor, *args, **options)
+        return found
+
+    return in_its_own_type
 
 
 @contextlib.contextmanager
@@ -48,6 +52,6 @@ def double_precision(wanted: bool = True) -> Iterator[None]:
         yield
         return
     stand_ins: list[tuple[Any, str, Any]] = [(torch.Tensor, "float", _kept), (torch.Tensor, "to", _kept_by_to)]
-    stand_ins += [(module, "softmax", functools.partial(_wide, module.softmax)) for module in (torch, F)]
+    stand_ins += [(module, "softmax", _wide(module.softmax)) for module in (torch, F)]
     with replaced(stand_ins):
         yield

@@ -21,15 +21,16 @@ from ckptkit.inspection.hashing import hash_checkpoint
 from ckptkit.io.threads import Progress
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
-from ckptkit.steps import Step, Tell, nobody
+from ckptkit.steps import Step
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.verification.logits import verify_logits
-from ckptkit.verification.ranks.pool import Ranks, TorchrunRanks, inside_torchrun
+from ckptkit.verification.question import Question, VerifyKeywords
+from ckptkit.verification.ranks.pool import TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.reports.results import Check
 from ckptkit.verification.rounding import rounding_of
-from ckptkit.verification.run_options import BACKWARD, LEVELS, STEPS, RunKeywords, RunOptions
+from ckptkit.verification.run_options import RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate, widest_window
 from ckptkit.verification.training.level import verify_gradients, verify_training
 from ckptkit.verification.weights import check_structure, check_weights
@@ -40,23 +41,7 @@ OWN_GRID = ("torch", "torch_dist")
 """Formats that say which grid they are for."""
 
 
-def verify(
-    reference: str | Path,
-    candidate: str | Path,
-    *,
-    level: str = "logits",
-    prompts: Sequence[str] | None = None,
-    tokens: Sequence[Sequence[int]] | None = None,
-    keep_going: bool = False,
-    reference_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    candidate_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    progress: Callable[[int, int], None] | None = None,
-    tell: Tell = nobody,
-    pool: Ranks | None = None,
-    command: str | None = None,
-    hash: bool = False,
-    **run: Unpack[RunKeywords],
-) -> VerificationReport:
+def verify(reference: str | Path, candidate: str | Path, **asked: Unpack[VerifyKeywords]) -> VerificationReport:
     """Verifies a checkpoint against another one; any formats, any grids.
 
     A Hugging Face side is run by transformers, a Megatron side by megatron-core on its own grid, built from what that
@@ -65,21 +50,9 @@ def verify(
     Args:
         reference: The checkpoint that is trusted.
         candidate: The checkpoint in question.
-        level: The last question to ask: `structure`, `weights`, `logits`, `gradients` or `training`; `train_steps` asks
-            for the last one, too.
-        prompts: Texts to compare on; a side must have a tokenizer.
-        tokens: Token ids to compare on; pseudo-random ones where neither is given.
-        keep_going: Run the remaining levels even after one has found a difference.
-        reference_source: Facts about the reference that it does not record itself.
-        candidate_source: Facts about the candidate that it does not record itself.
-        progress: Called with (bytes compared, bytes in all) at the weights level.
-        tell: Told what runs at the logits level, and how far it is.
-        pool: Ranks to use instead of starting some.
-        command: The command line, for the report.
-        hash: Also give the SHA-256 of both sides' tensors, for which both are read once more.
-        run: How the sides run at the level logits, the fields of `RunOptions`: device, dtype, tolerance, replay,
-            packed, sequence_parallel, cp, dp, dp_kind, save_logits, timeout; tp, pp and ep for a candidate that has no
-            grid of its own, which megatron-core then runs.
+        asked: The fields of `Question`: level, prompts, tokens, keep_going, reference_source, candidate_source,
+            progress, tell, pool, command and hash; and those of `RunOptions`, how the models run: device, dtype,
+            tolerance, replay, packed, sequence_parallel, cp, dp, dp_kind, ...
 
     Raises:
         UsageError: The request makes no sense.
@@ -87,79 +60,61 @@ def verify(
         UnsupportedError: No family converts a side.
         VerificationError: A run could not be made; this says nothing about the checkpoints.
     """
-    options, level, run = asked_for(level, run)
+    question = Question.of(**asked)
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    sources = (question.reference_source, question.candidate_source)
     with ExitStack() as stack:
-        opened = (
-            open_at(stack, reference, reference_source, "ref"),
-            open_at(stack, candidate, candidate_source, "cand"),
-        )
+        opened = (open_at(stack, reference, sources[0], "ref"), open_at(stack, candidate, sources[1], "cand"))
     checkpoints = opened[0][0], opened[1][0]
-    sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), options)
-    if level in LEVELS[2:]:  # what cannot run is said before every byte is compared
-        check_run(level, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config, options)
-    else:
-        refuse_unused(level, options, prompts, tokens)
-    asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
-    asked.ask("structure", lambda: check_structure(*checkpoints))
-    diff = _diff_command(reference, candidate, reference_source, candidate_source)
-    asked.ask("weights", lambda: in_one_process(lambda: check_weights(*checkpoints, progress, diff, sides[1].grid)))
-    hashes = _once(lambda: [_hash(*side, progress) for side in opened]) if hash else [None, None]
-    asked.ask("logits", lambda: logits_level(checkpoints, sides, prompts, tokens, pool, tell, run))
-    ask_backwards(asked, checkpoints, sides, prompts, tokens, pool, tell, run)
+    sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), question.options)
+    check_run(question, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config)
+    answers = Asked(question.levels, question.keep_going)
+    answers.ask("structure", lambda: check_structure(*checkpoints))
+    diff = _diff_command(reference, candidate, *sources)
+    weights = partial(check_weights, *checkpoints, question.progress, diff, sides[1].grid)
+    answers.ask("weights", lambda: in_one_process(weights))
+    hashes = _once(lambda: [_hash(*side, question.progress) for side in opened]) if question.hash else [None, None]
+    ask_runs(answers, checkpoints, sides, question)
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
-        levels=asked.answers,
-        messages=[*(_messages(sides) if level in LEVELS[2:] else []), *asked.messages],
+        levels=answers.answers,
+        messages=[*(_messages(sides) if question.runs else []), *answers.messages],
         sides={
             name: describe(checkpoint, side.grid, sha256)
             for name, checkpoint, side, sha256 in zip(
                 ("reference", "candidate"), checkpoints, sides, hashes, strict=True
             )
         },
-        not_run=asked.not_run,
-        command=command,
+        not_run=answers.not_run,
+        command=question.command,
         started=started,
         versions=installed_versions(),
     )
 
 
-def asked_for(level: str, run: RunKeywords) -> tuple[RunOptions, str, RunKeywords]:
-    """How the sides run, the last level, and the keywords of the former. Steps of training ask for the last level.
-
-    Raises:
-        UsageError: There is no such level.
-    """
-    if level not in LEVELS:
-        raise UsageError(f"no level {level!r}", hint=f"choose {', '.join(LEVELS)}")
-    options = RunOptions.of(**run)
-    if options.train_steps and level in ("logits", "gradients"):
-        level = "training"
-    if level == "training" and not options.train_steps:
-        run = {**run, "train_steps": STEPS}
-    return RunOptions.of(**run), level, run
-
-
-def check_run(level: str, candidate: Side, grid: Parallelism, config: ModelConfig, options: RunOptions) -> None:
-    """Whether a level can run.
+def check_run(question: Question, candidate: Side, grid: Parallelism, config: ModelConfig) -> None:
+    """Whether what is asked can run; it is said before every byte is compared.
 
     Args:
-        level: The last level.
+        question: What is asked.
         candidate: The candidate.
         grid: The grid that it runs on.
         config: Its model.
-        options: How it runs.
 
     Raises:
         CkptkitError: It cannot.
     """
-    options.check()
-    refuse_unused_backwards(level, options)
+    options = question.options
+    if question.runs:
+        options.check()
+    question.refuse_unused()
+    if not question.runs:
+        return
     how = options.config(grid, widest_window(config))
     check_candidate(candidate, how)
-    if level in BACKWARD:
-        check_backwards(candidate, how, experts=bool(config.num_experts), value=config.value_head)
+    if question.backwards:
+        check_backwards(candidate, how, experts=bool(config.num_experts))
     if candidate.grid is not None:
         check_grid(config, grid)
         split_layers(config.num_layers, grid)
@@ -264,82 +219,44 @@ def in_one_process(question: Callable[[], LevelResult]) -> LevelResult:
     return LevelResult(**{**answer, "checks": [Check(**check) for check in answer["checks"]]})
 
 
-def refuse_unused(level: str, options: RunOptions, prompts: object, tokens: object) -> None:
-    """Options of the logits level have no meaning below it."""
-    unused = options.for_logits_only()
-    unused += [name for name, given in (("--prompt", prompts), ("--tokens", tokens)) if given is not None]
-    if unused:
-        need = "needs" if len(unused) == 1 else "need"
-        raise UsageError(
-            f"{', '.join(unused)} {need} --level logits; this run stops at {level}", hint="drop one or the other"
-        )
+def ask_runs(
+    answers: Asked, checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side], question: Question
+) -> None:
+    """Asks the levels at which models run, if they are wanted."""
+    answers.ask("logits", lambda: _logits(checkpoints, sides, question))
+    for level, ask in (("gradients", verify_gradients), ("training", verify_training)):
+        answers.ask(level, partial(_backwards, level, ask, checkpoints, sides, question))
 
 
-def refuse_unused_backwards(level: str, options: RunOptions) -> None:
-    """Options that have a meaning only where the sides run backwards, or take steps."""
-    unused = [] if level in BACKWARD else options.for_backward_only()
-    if level == "gradients":
-        unused = [name for name in options.for_backward_only() if name not in ("--recompute", "--train-only")]
-    if unused:
-        need = "needs" if len(unused) == 1 else "need"
-        hint = "--train-steps N" if level == "gradients" else "--level gradients, or --train-steps N"
-        raise UsageError(f"{', '.join(unused)} {need} a later level; this run stops at {level}", hint=hint)
-
-
-def logits_level(
-    checkpoints: tuple[Checkpoint, Checkpoint],
-    sides: tuple[Side, Side],
-    prompts: Sequence[str] | None,
-    tokens: Sequence[Sequence[int]] | None,
-    pool: Ranks | None,
-    tell: Tell,
-    run: RunKeywords,
-) -> LevelResult:
+def _logits(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side], question: Question) -> LevelResult:
     """The level logits, on token ids or on prompts."""
+    prompts, tokens = question.prompts or (), question.tokens
     tokenizer = _tokenizer(checkpoints) if prompts else None
     if tokenizer is not None:
-        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts or ()]
-    report = verify_logits(*sides, tokens=tokens, pool=pool, tell=tell, **run)
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    report = verify_logits(*sides, tokens=tokens, pool=question.pool, tell=question.tell, **question.run)
     answer = report.level()
     if tokenizer is not None and report.greedy is not None:
         texts = [tokenizer.decode(ids) for ids in report.greedy.continuation]
         same = "both continue" if report.greedy.passed else "the reference continues"
-        lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts or (), texts, strict=True)]
+        lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts, texts, strict=True)]
         answer.details["messages"] = [*answer.details.get("messages", []), *lines]
     return answer
 
 
-def ask_backwards(
-    asked: Asked,
-    checkpoints: tuple[Checkpoint, Checkpoint],
-    sides: tuple[Side, Side],
-    prompts: Sequence[str] | None,
-    tokens: Sequence[Sequence[int]] | None,
-    pool: Ranks | None,
-    tell: Tell,
-    run: RunKeywords,
-) -> None:
-    """Asks the levels that run backwards, if they are wanted."""
-    for name, question in (("gradients", verify_gradients), ("training", verify_training)):
-        asked.ask(name, partial(_backwards, name, question, checkpoints, sides, prompts, tokens, pool, tell, run))
-
-
 def _backwards(
     level: str,
-    question: Callable[..., LevelResult],
+    ask: Callable[..., LevelResult],
     checkpoints: tuple[Checkpoint, Checkpoint],
     sides: tuple[Side, Side],
-    prompts: Sequence[str] | None,
-    tokens: Sequence[Sequence[int]] | None,
-    pool: Ranks | None,
-    tell: Tell,
-    run: RunKeywords,
+    question: Question,
 ) -> LevelResult:
-    if prompts:
+    tokens = question.tokens
+    if question.prompts:
         tokenizer = _tokenizer(checkpoints)
-        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    tell(Step(f"the level {level}"))
-    return question(*sides, tokens=tokens, pool=pool, **run)
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in question.prompts]
+    question.tell(Step(f"the level {level}"))
+    return ask(*sides, tokens=tokens, pool=question.pool, **question.run)
 
 
 def tokenizer_of(sides: Sequence[Checkpoint]) -> Any:

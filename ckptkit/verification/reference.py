@@ -261,7 +261,7 @@ class _ReferenceRun:
         for first in range(0, len(tokens), rows):
             batch = tokens[first : first + rows].to(self.model.device)
             with around(batch, first):
-                parts.append(self._kept(_outputs(self.model, batch).float(), batch))
+                parts.append(self._kept(outputs_of(self.model, batch).float(), batch))
             self.counted.add(batch.numel())
         return torch.cat(parts)
 
@@ -283,7 +283,7 @@ class _ReferenceRun:
         return tokens
 
 
-def _outputs(model: Any, batch: torch.Tensor) -> torch.Tensor:
+def outputs_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
     """The outputs of the head at every position, [batch, sequence, outputs].
 
     Classifiers of sequences themselves return one position only.

@@ -22,8 +22,8 @@ from ckptkit.verification.reports.results import RouterLayer, RoutingReport
 from ckptkit.verification.runs import Run
 
 LOGITS, EXPERTS, OWN = KINDS = ("logits", "experts", "own")
-SOFTMAX = (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax)
-TOPK = (torch.topk, torch.Tensor.topk)
+SOFTMAX, TOPK = "softmax", "topk"
+"""Names of functions and methods of torch; in float64 others of the same name stand in for them."""
 
 Experts = dict[int, torch.Tensor]
 """Layer number, from 0 -> numbers of the chosen experts, int64 [batch, sequence, experts per token]."""
@@ -167,9 +167,10 @@ class _RouterCall(TorchFunctionMode):
         self, function: Any, types: Any, arguments: Any = (), options: dict[str, Any] | None = None
     ) -> Any:
         result = function(*arguments, **(options or {}))
-        if function in SOFTMAX:
+        name = getattr(function, "__name__", None)
+        if name == SOFTMAX:
             self.logits = arguments[0]
-        elif function in TOPK:
+        elif name == TOPK:
             self.own = result.indices
             if self.prescribed is not None and self.prescribed.size(-1) == result.indices.size(-1):
                 scores = arguments[0]

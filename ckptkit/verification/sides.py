@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptkit.checkpoints.source_options import SourceOptions
-from ckptkit.errors import UnsupportedError, UsageError
+from ckptkit.errors import UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
-from ckptkit.megatron import DDP
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig
@@ -110,29 +109,18 @@ def check_candidate(candidate: Side, run: RunConfig) -> None:
         raise UsageError("--sequence-parallel needs a candidate at TP 2 or more", where=candidate.path)
 
 
-def check_backwards(candidate: Side, run: RunConfig, *, experts: bool, value: bool) -> None:
+def check_backwards(candidate: Side, run: RunConfig, *, experts: bool) -> None:
     """Whether the candidate can run backwards as asked.
 
     Args:
         candidate: The candidate.
         run: How it runs.
         experts: Whether it has experts.
-        value: Whether it has a value head.
 
     Raises:
         UsageError: It cannot, but in another way it could.
-        UnsupportedError: It has no next-token loss.
     """
     check_candidate(candidate, run)
-    if value:
-        raise UnsupportedError(
-            "a value model has no next-token loss", where=candidate.path, hint="verify it with --level logits"
-        )
-    if run.dp > 1 and run.dp_kind != DDP:
-        raise UsageError(
-            f"gradients of replicas are reduced by megatron-core's DistributedDataParallel, not by {run.dp_kind}",
-            hint=f"--dp-kind {DDP}",
-        )
     if candidate.kind == HF:
         if run.recompute:
             raise UsageError(

@@ -29,7 +29,7 @@ class Fault:
     """A fault and who must see it.
 
     Attributes:
-        kind: Key of `tests.models`.
+        kind: Key of `tests.models`, or one with `-value` behind it: the same with a value head.
         cheapest: The cheapest level that sees it.
         place: Where the logits level says that the models part; None where it cannot say, or sees nothing. Of a fault
             that only gradients show, the tensor that they name.
@@ -376,6 +376,42 @@ def replicas_not_summed() -> dict[tuple[Any, str], Any]:
     return {(DistributedDataParallel, "finish_grad_sync"): lambda *args, **options: None}
 
 
+def averaged_by_fsdp2() -> dict[tuple[Any, str], Any]:
+    """FSDP2's own division by the number of replicas, on top of that by the number of tokens."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return {(FSDPModule, "set_gradient_divide_factor"): lambda *args: None}
+
+
+def marks_lost_by_fsdp2() -> dict[tuple[Any, str], Any]:
+    """Parameters under FSDP2 that no longer say that each rank has a part of their gradient."""
+    from ckptkit.megatron import fully_sharded
+
+    return {(fully_sharded, "_mark"): lambda *args: None}
+
+
+def value_head_not_marked() -> dict[tuple[Any, str], Any]:
+    """A value head that does not say that each rank has a part of its gradient."""
+    from ckptkit.megatron.heads import ValueHead
+
+    original = ValueHead.__init__
+
+    def unmarked(self: Any, *args: Any) -> None:
+        original(self, *args)
+        for parameter in self.parameters():
+            del parameter.sequence_parallel
+
+    return {(ValueHead, "__init__"): unmarked}
+
+
+def targets_late() -> dict[tuple[Any, str], Any]:
+    """Values that should have been those of one token earlier."""
+    from ckptkit.verification.training import candidate
+
+    original = candidate.values_to_learn
+    return {(candidate, "values_to_learn"): lambda row: [0.0, *original(row)[:-1]]}
+
+
 def values_detached() -> dict[tuple[Any, str], Any]:
     """A branch that is cut off from its gradient: the values of all attention."""
     from ckptkit.megatron.attention import ExactAttention
@@ -649,6 +685,20 @@ FAULTS: dict[str, Fault] = {
     "gradients of keys and values not summed over the cut": backwards(
         "mistral", "model.layers.0.self_attn.k_proj.weight", keys_not_summed, run=CUT
     ),
+    "gradients of FSDP2 averaged": backwards(
+        "gqa", "lm_head.weight", averaged_by_fsdp2, run={"dp": 2, "dp_kind": "fsdp2"}
+    ),
+    "gradients of norms not summed under FSDP2": backwards(
+        "gqa",
+        "model.layers.0.input_layernorm.weight",
+        marks_lost_by_fsdp2,
+        grid=TWO,
+        run={"sequence_parallel": True, "dp_kind": "fsdp2"},
+    ),
+    "gradients of a value head not summed under sequence parallelism": backwards(
+        "gqa-value", "score.weight", value_head_not_marked, grid=TWO, run={"sequence_parallel": True}
+    ),
+    "values learn from the tokens before them": backwards("gqa-value", "score.weight", targets_late),
     "prompts in the loss": backwards("gqa", "lm_head.weight", prompts_learned),
 }
 

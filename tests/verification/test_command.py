@@ -44,6 +44,25 @@ def test_all_reports_at_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "Same model" in files["html"].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "two checkpoints are missing"),
+        (["a"], "CANDIDATE is missing"),
+        (["--rollouts", "file"], "CANDIDATE is missing"),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_are_missing(arguments: list[str], words: str) -> None:
+    found = CliRunner().invoke(app, ["verify", *arguments])
+    assert found.exit_code == 2 and words in found.output
+
+
+def test_the_help_says_which_checkpoints_may_be_left_out() -> None:
+    text = CliRunner().invoke(app, ["verify", "--help"]).output
+    assert "[REFERENCE] [CANDIDATE]" in text and "required" not in text
+
+
 FAMILIES = ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS if kind != "mixtral")]
 
 

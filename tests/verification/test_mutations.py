@@ -18,6 +18,7 @@ from tests.models import LLAMAS, save_llama, save_model
 from tests.precision import MANY_ROWS
 from tests.verification.conftest import DEVICE
 from tests.verification.mutants import FAULTS, OPENER, Fault, damage, sound
+from tests.verification.training.conftest import VALUE
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "verification.md"
 BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
@@ -31,6 +32,8 @@ SAMPLE = [
     "values of attention cut off",
     "window one narrower at the edge of a chunk",
     "gradients of keys and values not summed over the cut",
+    "gradients of FSDP2 averaged",
+    "values learn from the tokens before them",
 ]
 """What `make test` runs; the rest is slow."""
 
@@ -56,9 +59,13 @@ class Models(dict[str, Path]):
         self.folders = folders
 
     def __missing__(self, kind: str) -> Path:
-        save = save_llama if kind in LLAMAS else save_model
-        self[kind] = save(self.folders.mktemp("hf") / kind, kind)
-        return self[kind]
+        path = self.folders.mktemp("hf") / kind
+        if kind.endswith(VALUE):
+            convert(self[kind.removesuffix(VALUE)], path, to="hf", head="value", head_init="normal")
+        else:
+            (save_llama if kind in LLAMAS else save_model)(path, kind)
+        self[kind] = path
+        return path
 
 
 def logits_of(source: Path, candidate: Path, opener: str, fault: Fault, pool: RankPool, dtype: str) -> LogitsReport:

@@ -14,12 +14,13 @@ from ckptkit import convert
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.verification.double_precision import double_precision
 from ckptkit.verification.logits import Side, verify_logits
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reference import run_reference
 from ckptkit.verification.reports.report import LogitsReport
-from ckptkit.verification.routing import Record, hf_routers, judge_routing, read_experts
+from ckptkit.verification.routing import Record, hf_routers, hf_routing, judge_routing, read_experts
 from ckptkit.verification.runs import Run
 from ckptkit.verification.tokens import default_rows
 from tests.models import MODELS, save_model
@@ -149,6 +150,27 @@ def test_transformers_goes_where_it_is_sent(tmp_path: Path, kind: str) -> None:
     for length, group in read_experts(tmp_path / "there").items():
         for layer, experts in group.items():
             assert experts.equal((chosen[length][layer] + 1) % 4)
+
+
+@pytest.mark.parametrize("in_float64", [False, True])
+@pytest.mark.parametrize("call", [torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax])
+def test_routers_are_recorded_however_they_call_torch(call: Any, in_float64: bool) -> None:
+    """In float64 other functions stand in for torch's."""
+    name = call.__name__
+    places = {torch.softmax: torch, torch.nn.functional.softmax: torch.nn.functional, torch.Tensor.softmax: None}
+
+    class SomeRouter(torch.nn.Module):
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            place = places[call] or logits
+            given = () if place is logits else (logits,)
+            return getattr(place, name)(*given, -1, dtype=torch.float32).topk(2).indices
+
+    logits, record = torch.randn(3, 5, dtype=torch.float64 if in_float64 else torch.float32), Record()
+    router, chosen = SomeRouter(), torch.tensor([[[0, 1], [2, 3], [4, 0]]])
+    with double_precision(in_float64), hf_routing({0: router}, 1, 3, record, {0: chosen}):
+        assert torch.equal(router(logits), chosen[0])
+    assert torch.equal(record.tensors["logits.0.3"][0], logits)
+    assert torch.equal(record.tensors["own.0.3"][0], logits.topk(2).indices)
 
 
 def logits_of(run: Run) -> torch.Tensor:

@@ -13,8 +13,9 @@ from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism, StatedGrid
+from ckptkit.verification.question import Question, VerifyKeywords
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
-from ckptkit.verification.run_options import TIMEOUT, TOLERANCE, RunKeywords, RunOptions
+from ckptkit.verification.run_options import STEPS, TIMEOUT, TOLERANCE, RunKeywords, RunOptions
 
 OTHER: dict[str, Any] = {
     "device": "cuda",
@@ -50,6 +51,32 @@ def test_keywords_are_the_fields_and_accept_their_types() -> None:
     assert list(keywords) == [field.name for field in fields(RunOptions)]
     for name, hint in keywords.items():
         assert members(record[name]) <= members(hint) <= members(record[name]) | {None.__class__, Path}
+
+
+def test_what_is_asked_is_written_down_once() -> None:
+    keywords, record = get_type_hints(VerifyKeywords), get_type_hints(Question)
+    own = {name: hint for name, hint in keywords.items() if name not in get_type_hints(RunKeywords)}
+    assert own == {name: hint for name, hint in record.items() if name != "run"}
+    question = Question.of(tokens=[[1]], hash=True, cp=2, lr=0.5)
+    assert (question.tokens, question.hash, question.run) == ([[1]], True, {"cp": 2, "lr": 0.5})
+    assert question.options == RunOptions(cp=2, lr=0.5)
+    assert Question.of().levels == ("structure", "weights", "logits")
+
+
+@pytest.mark.parametrize(
+    ("asked", "level", "steps"),
+    [
+        ({}, "logits", 0),
+        ({"train_steps": 3}, "training", 3),
+        ({"level": "gradients", "train_steps": 2}, "training", 2),
+        ({"level": "training"}, "training", STEPS),
+        ({"level": "weights", "train_steps": 2}, "weights", 2),
+    ],
+    ids=str,
+)
+def test_steps_of_training_ask_for_the_last_level(asked: Any, level: str, steps: int) -> None:
+    question = Question.of(**asked)
+    assert (question.level, question.options.train_steps) == (level, steps)
 
 
 def test_every_option_reaches_the_rank() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,51 +10,25 @@ from pathlib import Path
 from typing import Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
-from ckptkit.steps import Tell, nobody
 from ckptkit.tables.lora import FUSED
 from ckptkit.verification.adapters.opening import PEFT_FORMAT, Candidate, Opened, open_all
 from ckptkit.verification.adapters.weights import check_adapters, check_deltas, check_merged
 from ckptkit.verification.judging import Pair
-from ckptkit.verification.levels import (
-    Asked,
-    ask_backwards,
-    asked_for,
-    check_run,
-    in_one_process,
-    logits_level,
-    refuse_unused,
-    sides_of,
-)
+from ckptkit.verification.levels import Asked, ask_runs, check_run, in_one_process, sides_of
+from ckptkit.verification.question import Question, VerifyKeywords
 from ckptkit.verification.ranks.jobs import OPENER, AdapterJob
-from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.rounding import rounding_to
-from ckptkit.verification.run_options import BACKWARD, LEVELS, RunKeywords, RunOptions
+from ckptkit.verification.run_options import RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, open_side
 from ckptkit.verification.training.level import check_trainable
 from ckptkit.verification.weights import check_structure, check_weights
 
 
 def verify_adapter(
-    reference: str | Path,
-    candidate: str | Path,
-    adapter: str | Path,
-    *,
-    level: str = "logits",
-    prompts: Sequence[str] | None = None,
-    tokens: Sequence[Sequence[int]] | None = None,
-    keep_going: bool = False,
-    reference_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    candidate_source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
-    progress: Callable[[int, int], None] | None = None,
-    tell: Tell = nobody,
-    pool: Ranks | None = None,
-    command: str | None = None,
-    hash: bool = False,
-    **run: Unpack[RunKeywords],
+    reference: str | Path, candidate: str | Path, adapter: str | Path, **asked: Unpack[VerifyKeywords]
 ) -> VerificationReport:
     """Verifies that a candidate is a model with an adapter. The reference is peft on transformers.
 
@@ -69,18 +43,7 @@ def verify_adapter(
         reference: The model, a Hugging Face directory.
         candidate: What should be the model with the adapter.
         adapter: The adapter, a PEFT directory.
-        level: As for `verify`.
-        prompts: As for `verify`.
-        tokens: As for `verify`.
-        keep_going: As for `verify`.
-        reference_source: As for `verify`.
-        candidate_source: As for `verify`.
-        progress: As for `verify`.
-        tell: As for `verify`.
-        pool: As for `verify`.
-        command: As for `verify`.
-        hash: Not with an adapter.
-        run: As for `verify`.
+        asked: As for `verify`, without `hash`.
 
     Raises:
         UsageError: The request makes no sense.
@@ -88,37 +51,33 @@ def verify_adapter(
         UnsupportedError: Megatron or the runtime cannot express the adapter.
         VerificationError: A run could not be made; this says nothing about the checkpoints.
     """
-    if hash:
+    question = Question.of(**asked)
+    if question.hash:
         raise UsageError("--hash and --adapter exclude each other", hint="`ckptkit hash` hashes each of the three")
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    options, level, run = asked_for(level, run)
+    sources = (question.reference_source, question.candidate_source)
     with ExitStack() as stack:
-        opened = open_all(stack, reference, adapter, candidate, reference_source, candidate_source)
+        opened = open_all(stack, reference, adapter, candidate, *sources)
+    options = question.options
     sides = _sides(opened, options)
-    if level in LEVELS[2:]:  # what cannot run is said before every byte is compared
-        grid = sides[1].grid or opened.candidate.checkpoint.grid
-        check_run(level, sides[1], grid, opened.base.config, options)
-        if level in BACKWARD:
-            check_trainable(Pair(*(open_side(side, OPENER) for side in sides)), OPENER, options)
-    else:
-        refuse_unused(level, options, prompts, tokens)
-    asked = Asked(LEVELS[: LEVELS.index(level) + 1], keep_going)
-    asked.ask("structure", lambda: _structure(opened))
-    asked.ask("weights", lambda: in_one_process(lambda: _weights(opened, progress)))
-    both = (opened.base, opened.candidate.model or opened.base)
-    asked.ask("logits", lambda: logits_level(both, sides, prompts, tokens, pool, tell, run))
-    ask_backwards(asked, both, sides, prompts, tokens, pool, tell, run)
+    check_run(question, sides[1], sides[1].grid or opened.candidate.checkpoint.grid, opened.base.config)
+    if question.backwards:
+        check_trainable(Pair(*(open_side(side, OPENER) for side in sides)), OPENER, options)
+    answers = Asked(question.levels, question.keep_going)
+    answers.ask("structure", lambda: _structure(opened))
+    answers.ask("weights", lambda: in_one_process(lambda: _weights(opened, question.progress)))
+    ask_runs(answers, (opened.base, opened.candidate.model or opened.base), sides, question)
     return VerificationReport(
         reference=str(reference),
         candidate=str(candidate),
-        levels=asked.answers,
-        messages=[*_messages(opened, sides), *asked.messages],
+        levels=answers.answers,
+        messages=[*_messages(opened, sides), *answers.messages],
         sides={
             "reference": describe(opened.base),
             "candidate": describe(opened.candidate.checkpoint, sides[1].grid),
         },
-        not_run=asked.not_run,
-        command=command,
+        not_run=answers.not_run,
+        command=question.command,
         started=started,
         versions=installed_versions(),
     )

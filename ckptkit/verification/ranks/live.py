@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoints.checkpoint import check_grid
 from ckptkit.checkpoints.source_options import SourceOptions
-from ckptkit.errors import StorageError, UsageError
-from ckptkit.formats.torch_legacy import TRACKER, rank_folder
+from ckptkit.errors import UsageError
+from ckptkit.formats.torch_legacy import rank_folder
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism, Rank, StatedGrid
 from ckptkit.verification.ranks.adapters import open_laid_out
@@ -65,7 +65,8 @@ class LiveModel:
     def training(self, train_only: str | None = None) -> Training:
         """The model forwards and backwards by megatron-core's schedule, ready for the caller's optimizer.
 
-        After `Training.run` each parameter of `Training.parameters()` has its reduced gradient in `main_grad`.
+        After `Training.run` each parameter of `Training.parameters()` has its reduced gradient in `main_grad`. The loss
+        is that of the next token, or of a value model the squared difference from the targets of `microbatches`.
 
         Args:
             train_only: Pattern (`fnmatch`) of the names of what is trained; the rest is frozen. Names are those of
@@ -79,13 +80,26 @@ class LiveModel:
 
         return Training(self.pipeline, self._trained(train_only))
 
-    def microbatches(self, rows: Sequence[Sequence[int]], *, packed_capacity: int | None = None) -> list[Microbatch]:
+    def microbatches(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        packed_capacity: int | None = None,
+        targets: Sequence[Sequence[float]] | None = None,
+    ) -> list[Microbatch]:
         """Rows of token ids as this rank's microbatches. The next tokens of the last three quarters of a row count.
 
         Args:
             rows: Token ids of all data parallel ranks' rows, the same on every rank.
             packed_capacity: Tokens of a packed row, unless one sequence is longer; None for plain rows.
+            targets: For a value model the value that each token should get, in rows as long as those of `rows`; the
+                same positions count.
+
+        Raises:
+            UsageError: `targets` are not as many as the tokens.
         """
+        if targets is not None and list(map(len, targets)) != list(map(len, rows)):
+            raise UsageError("the targets are not as many as the tokens", hint="give one for each token of each row")
         from megatron.core import parallel_state
 
         from ckptkit.verification.training.batches import Sharing
@@ -97,13 +111,15 @@ class LiveModel:
             split=self.grid.tp if self.run.sequence_parallel else 1,
             capacity=packed_capacity,
         )
-        return sharing.deal(rows, {})
+        return sharing.deal(rows, {}, targets)
 
     def save(self, folder: str | Path, iteration: int) -> Path:
         """Writes the weights as Megatron-LM's `--ckpt-format torch` does, without `args` and optimizer.
 
         All ranks call this and share the directory. `ckptkit convert FOLDER OUT --to hf --hf-reference MODEL` takes it
         back, with `--src-tp` and so on for the sizes of the grid (see `source`).
+
+        The iteration appears as a whole, or not at all; one that is there already is refused.
 
         Args:
             folder: The checkpoint's root.
@@ -113,29 +129,27 @@ class LiveModel:
             The folder of the iteration.
 
         Raises:
-            StorageError: It cannot be written.
+            UsageError: The iteration is there already.
+            StorageError: A rank cannot write; the same error on every rank.
         """
-        import torch
         import torch.distributed as dist
 
+        from ckptkit.megatron import parallel
         from ckptkit.megatron.model import expected_tensors
+        from ckptkit.verification.ranks.saving import save_iteration
 
-        target = Path(folder) / f"iter_{iteration:07d}"
         key = "model" if len(self.chunks) == 1 else "model{}"
         state = {key.format(number): dict(expected_tensors(chunk)) for number, chunk in enumerate(self.chunks)}
         state = {name: {key: value.detach().cpu() for key, value in part.items()} for name, part in state.items()}
-        own = target / rank_folder((self.rank.pp, self.rank.tp, self.rank.ep), self.grid.pp, self.grid.ep)
-        try:
-            if not self.replica:
-                own.mkdir(parents=True, exist_ok=True)
-                torch.save({"iteration": iteration, "checkpoint_version": 3.0, **state}, own / "model_optim_rng.pt")
-            dist.barrier()
-            if dist.get_rank() == 0:  # only when all files are there
-                (Path(folder) / TRACKER).write_text(str(iteration), encoding="utf-8")
-            dist.barrier()
-        except OSError as error:
-            raise StorageError(f"the weights cannot be written ({error.strerror})", where=own) from error
-        return target
+        own = rank_folder((self.rank.pp, self.rank.tp, self.rank.ep), self.grid.pp, self.grid.ep)
+        return save_iteration(
+            Path(folder),
+            iteration,
+            None if self.replica else own,
+            {"iteration": iteration, "checkpoint_version": 3.0, **state},
+            first=dist.get_rank() == 0,
+            agree=parallel.agree,
+        )
 
     def source(self, reference: str | Path) -> dict[str, Any]:
         """Arguments with which `convert`, `export_adapter` and `open_checkpoint` read what `save` wrote.

@@ -13,7 +13,8 @@ from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UsageError
 from ckptkit.sharding.stages import split_layers
 from ckptkit.steps import Tell, nobody
-from ckptkit.verification.levels import Asked, open_at, refuse_unused_backwards, sides_of, tokenizer_of
+from ckptkit.verification.levels import Asked, open_at, sides_of, tokenizer_of
+from ckptkit.verification.question import refuse_unused_backwards
 from ckptkit.verification.ranks.jobs import OPENER
 from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.reports.placement import describe

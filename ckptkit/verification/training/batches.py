@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,15 @@ def tokens_that_count(rows: Sequence[Row]) -> int:
     return sum(sum(counted(row)) for row in rows)
 
 
+def values_to_learn(row: Row) -> list[float]:
+    """What a value model should give at each position of a row, in [-1, 1].
+
+    It is the cosine of the id of the next token: a number that follows from the tokens alone, and another one at every
+    position. The last position, which never counts, has 0.
+    """
+    return [*(math.cos(token) for token in row[1:]), *[0.0] * bool(row)]
+
+
 @dataclass(frozen=True)
 class Sharing:
     """How rows are shared out over data parallel ranks and microbatches.
@@ -53,7 +63,9 @@ class Sharing:
     capacity: int | None = None
     cut: bool = False
 
-    def deal(self, rows: Sequence[Row], experts: Experts) -> list[Microbatch]:
+    def deal(
+        self, rows: Sequence[Row], experts: Experts, targets: Sequence[Sequence[float]] | None = None
+    ) -> list[Microbatch]:
         """The microbatches of this rank.
 
         Every rank has as many, and microbatches of one number are equally long on all ranks: expert parallel ranks
@@ -62,6 +74,7 @@ class Sharing:
         Args:
             rows: Token ids of all ranks' rows.
             experts: What the tokens are routed to; empty for the routers' own choice.
+            targets: For each token what a value model should give; None for a language model.
         """
         dealt = [self._groups(rows, range(rank, len(rows), self.ranks)) for rank in range(self.ranks)]
         number = -(-max(map(len, dealt)) // self.multiple) * self.multiple
@@ -78,6 +91,7 @@ class Sharing:
                 [rows[at] for at in group],
                 -(-length // self.split) * self.split,
                 [_of_row(experts, len(rows[at]), places[at]) for at in group if experts],
+                None if targets is None else [targets[at] for at in group],
             )
             for group, length in zip(dealt[self.rank], lengths, strict=True)
         ]
@@ -103,6 +117,7 @@ class Sharing:
         rows: Sequence[Row],
         length: int,
         experts: Sequence[Mapping[int, torch.Tensor]],
+        targets: Sequence[Sequence[float]] | None,
     ) -> Microbatch:
         from ckptkit.megatron.packed_inputs.batch import PackedBatch
         from ckptkit.megatron.training import Microbatch
@@ -119,9 +134,13 @@ class Sharing:
             )[None]
             for layer in (experts[0] if experts else ())
         }
-        parts = (torch.tensor([part]) for part in (tokens, labels, counts))
-        tokens_, labels_, counts_ = (F.pad(part.long(), (0, length - part.size(1))) for part in parts)
-        return Microbatch(tokens_, labels_, counts_.bool(), packed, chosen)
+        parts = (torch.tensor([part], dtype=torch.int64) for part in (tokens, labels, counts))
+        tokens_, labels_, counts_ = (F.pad(part, (0, length - part.size(1))) for part in parts)
+        wanted = None
+        if targets is not None:
+            values = [value for row, more in zip(targets, missing, strict=True) for value in [*row, *[0.0] * more]]
+            wanted = torch.tensor([[*values, *[0.0] * (length - len(values))]], dtype=torch.float64)
+        return Microbatch(tokens_, labels_, counts_.bool(), packed, wanted, chosen)
 
 
 def _of_row(experts: Experts, length: int, place: int) -> dict[int, torch.Tensor]:

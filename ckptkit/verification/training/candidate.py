@@ -12,11 +12,12 @@ from megatron.core import parallel_state
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.megatron.context_parallel.share import multiple_of
+from ckptkit.megatron.fully_sharded import whole
 from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.pipeline import Pipeline
 from ckptkit.megatron.replicas import seat
-from ckptkit.megatron.training import Microbatch, Training
+from ckptkit.megatron.training import Microbatch, Training, gradient_of
 from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.stages import split_layers
 from ckptkit.verification.ranks.adapters import open_laid_out
@@ -25,7 +26,7 @@ from ckptkit.verification.ranks.what_ran import Observer, count_modules
 from ckptkit.verification.reports.report import installed_versions
 from ckptkit.verification.routing import can_replay, read_experts
 from ckptkit.verification.training import files
-from ckptkit.verification.training.batches import Sharing
+from ckptkit.verification.training.batches import Sharing, values_to_learn
 from ckptkit.verification.training.optimizers import make_optimizer
 
 
@@ -53,7 +54,7 @@ class _RankTraining:
         self.job, self.part, self.pipeline = job, part, pipeline
         self.seat = seat(job.run.grid, job.run.copies, rank)
         self.trained = self._trained()
-        self.training = Training(pipeline, self.trained)
+        self.training = Training(pipeline, self.trained, job.run.dp_kind)
         self.moved: list[str] = []
         self.observer = Observer(replace(pipeline, replicated=self.training.chunks), passes=1)
 
@@ -86,7 +87,7 @@ class _RankTraining:
         losses = []
         for step in range(1, self.part.steps + 1):
             for parameter in parameters:
-                parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
+                parameter.grad = gradient_of(parameter)
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -119,7 +120,8 @@ class _RankTraining:
             cut=run.cp > 1,
             capacity=run.capacity if run.packed else None,
         )
-        return sharing.deal(self.job.rows, experts)
+        targets = [values_to_learn(row) for row in self.job.rows] if self.pipeline.chunks[0].value_head else None
+        return sharing.deal(self.job.rows, experts, targets)
 
     def _trained(self) -> list[set[str]] | None:
         """For each chunk the names of its parameters that are trained; None for all: those of an adapter, if any."""
@@ -150,10 +152,10 @@ class _RankTraining:
 
     def _write(self, kind: str, tensors: Callable[[int], dict[str, torch.Tensor]]) -> None:
         """Writes what every chunk has. Only the first of the replicas does: all of them are equal."""
-        if self.seat.replica:
-            return
         for number in range(len(self.pipeline.chunks)):
-            found = tensors(number)
+            found = tensors(number)  # of all replicas: FSDP2's gather what they share
+            if self.seat.replica:
+                continue
             if self.job.adapter is not None and self.trained is not None:
                 found = {name: found[name] for name in self.trained[number]}
             files.write(self.part.folder, kind, files.chunk_file(self.seat.place, number), found)
@@ -179,4 +181,4 @@ def trained_names(
 
 
 def _copies(chunk: CausalModel) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in expected_tensors(chunk).items()}
+    return {name: whole(value.detach()).clone() for name, value in expected_tensors(chunk).items()}

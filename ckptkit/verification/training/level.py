@@ -32,6 +32,13 @@ from ckptkit.verification.training.passes import Backwards, TrainingRun, open_si
 
 ROWS = 4
 """Rows of the default tokens: data parallel ranks share them out."""
+VALUE_LOSS = (
+    "a value model: the loss is the mean squared difference of its values from the cosine of the next token's id"
+)
+NOTHING_BELOW = (
+    "only the head has a gradient, as under a value head of zeros: the layers were not compared (--train-steps 2"
+    " compares what the second step does to them)"
+)
 KEPT = 20
 """Tensors that a report lists with their figures, worst first."""
 
@@ -47,10 +54,11 @@ def verify_gradients(
 ) -> LevelResult:
     """Runs two checkpoints backwards over the same tokens, and compares their gradients tensor by tensor.
 
-    The loss is that of the next token, over the tokens behind each row's prompt (its first quarter). The candidate's
-    gradients come from megatron-core's own schedule and reductions, and are taken to Hugging Face's names by the table
-    of the family. float32 and float64 pass if in every tensor the largest error is at most `tolerance` times the
-    largest |g|; narrower types are judged by the noise floor (see `judging`).
+    The loss is that of the next token, over the tokens behind each row's prompt (its first quarter); of a value model
+    the mean squared difference of its values there from `batches.values_to_learn`. The candidate's gradients come from
+    megatron-core's own schedule and reductions, and are taken to Hugging Face's names by the table of the family.
+    float32 and float64 pass if in every tensor the largest error is at most `tolerance` times the largest |g|; narrower
+    types are judged by the noise floor (see `judging`).
 
     Args:
         reference: The side that is trusted.
@@ -63,7 +71,7 @@ def verify_gradients(
     Raises:
         UsageError: The request makes no sense.
         InputError: A checkpoint or the tokens are damaged.
-        UnsupportedError: A library has no such model, or it has no next-token loss.
+        UnsupportedError: A library has no such model.
         VerificationError: A run could not be made; that says nothing about the checkpoints.
     """
     options = replace(RunOptions.of(**run), train_steps=0)
@@ -75,7 +83,7 @@ def verify_gradients(
         figures = sides.compare(files.GRADIENTS, exact, found, lows)
         low_loss = lows[0].losses[0] if lows else None
         checks = judge_gradients(figures, (exact.losses[0], found.losses[0]), options, low_loss)
-        details = {**sides.details(exact, found, figures), "messages": sides.messages(exact, found)}
+        details = {**sides.details(exact, found, figures), "messages": sides.messages(exact, found, figures)}
     return _answer("gradients", checks, details)
 
 
@@ -143,7 +151,7 @@ class _Sides:
         self.pair = Pair(*(open_side(Side(*side), opener) for side in (reference, candidate)))
         own = self.pair.candidate
         how = options.config(own.grid, own.window)
-        check_backwards(own.side, how, experts=own.experts, value=own.value_head)
+        check_backwards(own.side, how, experts=own.experts)
         rows = rows_of(tokens, self.pair.reference.vocab_size, how, ROWS)
         if not any(len(row) > 1 for row in rows):
             raise UsageError("no row has a next token", hint="give longer rows with --tokens")
@@ -235,10 +243,14 @@ class _Sides:
             },
         }
 
-    def messages(self, exact: TrainingRun, found: TrainingRun) -> list[str]:
+    def messages(self, exact: TrainingRun, found: TrainingRun, figures: Comparisons) -> list[str]:
         """What else to know."""
         ran = _ran(found)
         lines = [str(ran)] if ran is not None and found.config.changes_candidate else []
+        if self.pair.candidate.value_head:
+            lines.append(VALUE_LOSS)
+            if {place.place for place in by_place(figures.tensors)} == {"head"}:
+                lines.append(NOTHING_BELOW)
         if self.pair.candidate.side.adapter is not None:
             return [*lines, *described(self.backwards.named(found, files.GRADIENTS).further)]
         return [*lines, *self._padding(exact, found)]

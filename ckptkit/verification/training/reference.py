@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ckptkit.errors import UnsupportedError
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
-from ckptkit.verification.reference import use_attention, with_model
+from ckptkit.verification.reference import outputs_of, use_attention, with_model
 from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
-from ckptkit.verification.training.batches import counted, tokens_that_count
+from ckptkit.verification.training.batches import counted, tokens_that_count, values_to_learn
 from ckptkit.verification.training.factors import is_factor, stored_name
 from ckptkit.verification.training.names import trace
 from ckptkit.verification.training.optimizers import make_optimizer
@@ -32,7 +31,7 @@ def train_reference(job: LogitsJob, part: TrainingPart) -> dict[str, Any]:
         whether there is the attention that was asked for (`found`).
 
     Raises:
-        CkptkitError: As `reference.with_model`; or the model has no next-token loss.
+        CkptkitError: As `reference.with_model`.
     """
     return with_model(job, lambda model: _ReferenceTraining(model, job, part).run())
 
@@ -41,9 +40,8 @@ class _ReferenceTraining:
     """A loaded model, and what to do with it."""
 
     def __init__(self, model: Any, job: LogitsJob, part: TrainingPart) -> None:
-        if hasattr(model, "score"):
-            raise UnsupportedError("a value model has no next-token loss", where=job.checkpoint)
         self.model, self.job, self.part = model, job, part
+        self.value = hasattr(model, "score")
         self.routers = hf_routers(model) if job.routing or job.replay else {}
         self.total = tokens_that_count(job.rows)
         of_length = group_by_length(job.rows)
@@ -120,9 +118,13 @@ class _ReferenceTraining:
     def _loss(self, row: list[int]) -> torch.Tensor:
         """This row's part of the loss per token that counts."""
         tokens = torch.tensor([row], device=self.model.device)
-        logits = self.model(input_ids=tokens, use_cache=False).logits[0].float()
-        counts = torch.tensor(counted(row), device=logits.device)
-        losses = F.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+        outputs = outputs_of(self.model, tokens)[0].float()
+        counts = torch.tensor(counted(row), device=outputs.device)
+        if self.value:
+            wanted = torch.tensor(values_to_learn(row), dtype=outputs.dtype, device=outputs.device)
+            losses = F.mse_loss(outputs[:-1, 0], wanted[:-1], reduction="none")
+        else:
+            losses = F.cross_entropy(outputs[:-1], tokens[0, 1:], reduction="none")
         return (losses * counts[:-1]).sum() / max(1, self.total)
 
     def _write(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from ckptkit import convert
 from tests.models import MODELS, save_llama, save_model
 from tests.surgery.pairs import build_split, save_pair
 
+VALUE = "-value"
+"""What the kind of a value model ends in."""
 SPLIT_KINDS = ["split-linear", "split-mlp", "split-two-linear"]
 
 
@@ -21,7 +24,9 @@ class Sources(dict[str, Path]):
 
     def __missing__(self, kind: str) -> Path:
         path = self.folder / kind
-        if kind in MODELS:
+        if kind.endswith(VALUE):
+            convert(self[kind.removesuffix(VALUE)], path, to="hf", head="value", head_init="normal")
+        elif kind in MODELS:
             save_model(path, kind)
         elif kind in SPLIT_KINDS:
             pair = save_pair(self.folder / f"{kind}-pair", dtype="float32")

@@ -61,7 +61,12 @@ def slow() -> Iterator[Case]:
                 yield (kind, layout, *ways[(at + number + turn) % len(ways)])
 
 
-CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow() if case not in QUICK)]
+SHARDED: list[Case] = [
+    ("gqa", "fused", Parallelism(2), {"dp": 2, "dp_kind": "fsdp2", **SP}),
+    ("mixtral", "peft", Parallelism(ep=2), {"dp": 2, "dp_kind": "fsdp2", **PACKED}),
+]
+SLOW = [case for case in [*slow(), *SHARDED] if case not in QUICK]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 class Adapters(dict[str, Path]):
@@ -186,12 +191,12 @@ def unsummed(path: str, **options: Any) -> Any:
 
     def stand_in(original: Any) -> Any:
         class Unmarked(original):  # type: ignore[misc]
-            def __init__(self, pipeline: Any, trained: Any = None) -> None:
+            def __init__(self, pipeline: Any, *how: Any) -> None:
                 for chunk in pipeline.chunks:
                     for name, parameter in chunk.named_parameters():
                         if ".lora_" in name:
                             parameter.sequence_parallel = False
-                super().__init__(pipeline, trained)
+                super().__init__(pipeline, *how)
 
         return Unmarked
 
@@ -201,7 +206,7 @@ def unsummed(path: str, **options: Any) -> Any:
 
 def thawed(path: str, **options: Any) -> Any:
     """A model whose weights are trained, too."""
-    in_this_job("Training", lambda original: lambda pipeline, trained: original(pipeline))
+    in_this_job("Training", lambda original: lambda pipeline, trained, kind: original(pipeline, None, kind))
     return open_checkpoint(path, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.verification.tokens import group_by_length
-from ckptkit.verification.training.batches import Sharing, counted, tokens_that_count
+from ckptkit.verification.training.batches import Sharing, counted, tokens_that_count, values_to_learn
 
 ROWS = st.lists(st.lists(st.integers(1, 249), min_size=1, max_size=12), min_size=1, max_size=7)
 
@@ -55,6 +56,24 @@ def test_every_row_once(
     expected = [(row[at], row[at + 1]) for row in rows for at, counts in enumerate(counted(row)) if counts]
     assert sorted(pairs) == sorted(expected)
     assert len(pairs) == tokens_that_count(rows)
+
+
+@given(ROWS, st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([None, 9, 100]), st.booleans())
+def test_targets_stay_with_their_tokens(
+    rows: list[list[int]], ranks: int, split: int, capacity: int | None, cut: bool
+) -> None:
+    targets = [[token / 256 for token in row] for row in rows]
+    found = []
+    for rank in range(ranks):
+        for batch in Sharing(ranks, rank, 1, split, capacity, cut).deal(rows, {}, targets):
+            assert batch.targets is not None and torch.equal(batch.targets, batch.tokens / 256)
+            found += batch.tokens[batch.counted].tolist()
+    assert len(found) == tokens_that_count(rows)
+
+
+def test_values_to_learn_follow_from_the_next_token() -> None:
+    assert values_to_learn([5, 0, 7]) == [1.0, math.cos(7), 0.0]
+    assert [values_to_learn(row) for row in ([5], [])] == [[0.0], []]
 
 
 def test_the_prompt_and_the_last_token_do_not_count() -> None:

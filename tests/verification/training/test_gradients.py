@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from ckptkit import convert
+from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LevelResult
-from ckptkit.verification.training.level import verify_gradients
+from ckptkit.verification.training.batches import Sharing
+from ckptkit.verification.training.level import NOTHING_BELOW, VALUE_LOSS, verify_gradients, verify_training
 from tests.megatron.test_families_against_transformers import EXPERTS
 from tests.models import MODELS
 from tests.verification.conftest import DEVICE
@@ -140,7 +142,22 @@ GEMMA4 = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "way"), some_slow(GEMMA4), ids=named)
+OTHERS = [
+    ("gqa", (Parallelism(2, 2), {**SP, **PACKED})),
+    ("tied", (Parallelism(1, 2, 2), RECOMPUTE)),
+    ("qwen2", (Parallelism(2), {"dp": 2, **SP, **PACKED})),
+    ("qwen3", (Parallelism(4), {})),
+    ("qwen3_moe", (Parallelism(2, ep=2), {**SP, **RECOMPUTE})),
+    ("mistral", (Parallelism(1, 2), PACKED)),
+    ("ministral", (Parallelism(2), {**SP, **RECOMPUTE})),
+    ("mixtral", (Parallelism(ep=2), {"dp": 2, **PACKED})),
+    ("apertus", (Parallelism(2, 2), {})),
+    ("gemma3_text", (Parallelism(1, 2, 2), {**PACKED, **RECOMPUTE, "dp": 2})),
+    ("split-mlp", (Parallelism(2), {"dp": 2, **SP, **PACKED})),
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), [*some_slow(GEMMA4), *some_slow(OTHERS, 0)], ids=named)
 def test_float64(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way) -> None:
     """What is left is megatron-core's 1 / number of tokens, which is in float32 whatever the model is in."""
     answer = gradients_of(sources[kind], tmp_path, pool, way, dtype="float64", tolerance=1e-7)
@@ -148,11 +165,89 @@ def test_float64(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, wa
     assert answer.passed, answer.summary
 
 
+SHARDED = {"dp_kind": "fsdp2"}
+FSDP2: list[tuple[str, Way]] = [
+    ("mixtral", (Parallelism(ep=2), {"dp": 2, **SHARDED, **PACKED})),
+    ("tied", (Parallelism(1, 2), {"dp": 2, **SHARDED, **RECOMPUTE})),
+    ("gqa", (Parallelism(2), {"dp": 2, **SHARDED, **SP, **PACKED, **RECOMPUTE})),
+    ("tied", (Parallelism(1, 2, 2), {"dp": 2, **SHARDED})),
+    ("gqa", (Parallelism(), {"dp": 4, **SHARDED})),
+    ("qwen3_moe", (Parallelism(2, ep=2, etp=1), {**SHARDED, **SP, **PACKED})),
+    ("gemma3_text", (Parallelism(), {"dp": 2, "cp": 2, **SHARDED, **PACKED})),
+    ("gemma4_text-e2b", (Parallelism(1, 2), {"dp": 2, **SHARDED, **RECOMPUTE})),
+    ("gemma4_text-moe", (Parallelism(ep=2), {"dp": 2, **SHARDED, **RECOMPUTE})),
+    ("apertus", (Parallelism(2, 2), {**SHARDED, **SP})),
+    ("split-mlp", (Parallelism(2), {"dp": 2, **SHARDED})),
+    ("gqa-value", (Parallelism(2), {"dp": 2, **SHARDED, **SP})),
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), some_slow(FSDP2), ids=named)
+def test_fsdp2(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way) -> None:
+    answer = gradients_of(sources[kind], tmp_path, pool, way)
+    record(kind, way, answer)
+    assert answer.passed, answer.summary
+    assert answer.details["candidate_ran"]["replication"] == "fsdp2"
+
+
+VALUES: list[tuple[str, Way]] = [
+    ("gqa-value", (Parallelism(2), {**SP, **RECOMPUTE})),
+    ("gemma3_text-value", (Parallelism(1, 2), PACKED)),
+    ("tied-value", (Parallelism(1, 2, 2), {"dp": 2})),
+    ("qwen3-value", (Parallelism(2, 2), {})),
+    ("qwen3_moe-value", (Parallelism(2, ep=2), {**SP, **PACKED})),
+    ("mistral-value", (Parallelism(), {"cp": 4, **PACKED})),
+    ("gemma3-value", (Parallelism(2), {"cp": 2, **SP, **PACKED})),
+    ("gemma4_text-e2b-value", (Parallelism(1, 2), {"dp": 2, **PACKED})),
+    ("gemma4_text-moe-value", (Parallelism(ep=2), {"dp": 2})),
+    ("apertus-value", (Parallelism(4), {})),
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), some_slow(VALUES), ids=named)
+def test_value_models(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way) -> None:
+    """The loss is the squared difference from values that follow from the tokens, on both sides."""
+    answer = gradients_of(sources[kind], tmp_path, pool, way)
+    record(kind, way, answer)
+    assert answer.passed, answer.summary
+    assert VALUE_LOSS in answer.details["messages"] and NOTHING_BELOW not in answer.details["messages"]
+
+
+def test_a_value_head_of_zeros_keeps_gradients_from_the_layers(
+    sources: Sources, tmp_path: Path, pool: RankPool
+) -> None:
+    """The level says so, and steps of training, which move the head first, do compare the layers."""
+    convert(sources["gqa"], tmp_path / "hf", to="hf", head="value", head_init="zeros")
+    answer = gradients_of(tmp_path / "hf", tmp_path, pool, (Parallelism(2), SP))
+    assert answer.passed, answer.summary
+    assert answer.details["tensors"] == 2 and NOTHING_BELOW in answer.details["messages"]
+    sides = Side(tmp_path / "hf", "hf"), Side(tmp_path / "meg", "megatron")
+    steps = verify_training(*sides, tokens=rows(), pool=pool, device=DEVICE, train_steps=2, optimizer="sgd")
+    assert steps.passed, steps.summary
+    assert steps.details["tensors"] > 20
+
+
+@pytest.mark.parametrize(
+    ("value", "targets", "words"), [(True, None, "has no next-token loss"), (False, [[1.0]], "has no values")]
+)
+def test_a_loss_that_a_model_does_not_have(value: bool, targets: Any, words: str) -> None:
+    from types import SimpleNamespace
+
+    from ckptkit.megatron.training import Training
+
+    training: Any = SimpleNamespace(pipeline=SimpleNamespace(chunks=[SimpleNamespace(value_head=value)]))
+    with pytest.raises(UsageError, match=words):
+        Training._check_targets(training, Sharing(1, 0).deal([[5]], {}, targets))
+
+
 LOW = [
     ("gqa", (Parallelism(2), {**SP, **RECOMPUTE})),
     ("apertus", (Parallelism(2, 2), {})),
     ("mixtral", (Parallelism(2, ep=2), {**SP, **PACKED})),
     ("gemma4_text-e2b", (Parallelism(1, 2), PACKED)),
+    ("gqa", (Parallelism(2), {"dp": 2, **SHARDED, **SP, **PACKED})),
+    ("mixtral", (Parallelism(ep=2), {"dp": 2, **SHARDED})),
+    ("qwen3-value", (Parallelism(1, 2), {})),
 ]
 
 
