@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ckptkit.megatron.context_parallel.share import multiple_of
-from ckptkit.megatron.model import expected_tensors
+from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.pipeline import Pipeline
 from ckptkit.megatron.replicas import seat
 from ckptkit.megatron.training import Microbatch, Training
@@ -203,7 +203,8 @@ class _Learner:
 
     def _gradients(self) -> dict[str, list[str]]:
         """Canonical names of what had no gradient."""
-        silent, idle = set(), set()
+        silent: set[str] = set()
+        idle: set[str] = set()
         for names, largest in zip(self.names, self.largest, strict=True):
             loud = {_experts_of(name) for name, value in largest.items() if value}
             for name in (name for name, value in largest.items() if not value):
@@ -213,7 +214,8 @@ class _Learner:
 
     def _movements(self) -> dict[str, list[str]]:
         """Canonical names of what had a gradient and did not move, and of what is not trained and moved."""
-        still, moved = set(), set()
+        still: set[str] = set()
+        moved: set[str] = set()
         for number, chunk in enumerate(self.pipeline.chunks):
             for name, value in expected_tensors(chunk).items():
                 now = self.masters.of(value).detach().cpu()
@@ -249,6 +251,6 @@ def _experts_of(name: str) -> tuple[str, str] | None:
     return (before, after.partition(".")[2]) if found else None
 
 
-def _copies(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _copies(chunk: CausalModel) -> dict[str, torch.Tensor]:
     """The tensors of a chunk, in host memory."""
     return {name: value.detach().cpu().clone() for name, value in expected_tensors(chunk).items()}

@@ -263,7 +263,8 @@ def _remove(ranks: Ranks, folder: Path) -> None:
 def _report(
     answers: Sequence[dict[str, Any]], part: TrainabilityPart, how: RunConfig, options: RunOptions
 ) -> TrainabilityReport:
-    first, modules = answers[0], {}
+    first = answers[0]
+    modules: dict[str, int] = {}
     for answer in answers:
         for module, count in answer["modules"].items():
             modules[module] = modules.get(module, 0) + count
