@@ -104,6 +104,28 @@ def test_a_split_llama_shrunk(tmp_path: Path) -> None:
     assert "| split-llama build |" in table and "| split-llama fit, lstsq of 1024 tokens |" in table
 
 
+@pytest.mark.slow
+def test_training_a_split_llama() -> None:
+    wide = {**SMALL, "hidden_size": 128, "num_attention_heads": 8}
+    sizes = [*changed("--set", **SMALL), *changed("--set-last", **wide)]
+    how = ("--first-layers", "2", "--last-layers", "1", "--longest", "32", "--capacity", "64", "--repeat", "1")
+    table = run("benchmarks.split_training", *how, *sizes)
+    for case in ("2 layers of 8B, 1 of 70B | all", "2 layers of 8B, 1 of 70B | adapter", "2 layers of 8B | all"):
+        assert table.count(f"| {case} |") == 2
+    assert table.count("| packed |") == table.count("| padded |") == 3
+
+
+@pytest.mark.slow
+def test_the_table_of_trainability(tmp_path: Path) -> None:
+    from tests.verification.trainability.test_trainability import fresh
+
+    path, figures = fresh(tmp_path, "llama"), tmp_path / "figures.json"
+    table = run("benchmarks.trainability", str(path), "--seeds", "2", "--packed", "--json", str(figures))
+    answers = json.loads(figures.read_text())
+    assert [answer["seed"] for answer in answers] == [0, 1] and all(answer["passed"] for answer in answers)
+    assert table.count("| learns |") == 2 and all(f"| {answer['final_error']:.2f} |" in table for answer in answers)
+
+
 def test_plans_are_measured_on_sparse_files(tmp_path: Path) -> None:
     model = planning.Experts("small", layers=2, experts=4, hidden=64, ffn=32, heads=16, head_dim=8, vocab=256)
     assert planning.write_sparse(tmp_path / "hf", model) == 3 + 2 * (9 + 3 * 4)

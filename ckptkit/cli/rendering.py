@@ -283,15 +283,18 @@ def architectures(supported: Iterable[Architecture], console: Console) -> None:
 
 def verification(report: VerificationReport, console: Console) -> None:
     """The answer of every level, and the reason."""
+    from ckptkit.verification.reports.report import verdict_of
+
     console.print(line((f"{report.candidate} against {report.reference}", "bold")), soft_wrap=True)
     rows = [
-        (level.name, "same" if level.passed else "DIFFERS", "\n".join([level.summary, *level.messages]))
+        (level.name, word if level.passed else word.upper(), "\n".join([level.summary, *level.messages]))
         for level in report.levels
+        for word in [verdict_of([level.name], level.passed)]
     ]
     rows += [(name, "not asked", "") for name in report.not_run]
     console.print(table(("Level", "Answer", "Because"), rows, numbers=False))
     sentences(console, report.messages, "note", "cyan")
-    console.print(line(_answer(report.passed)))
+    console.print(line((report.verdict, GOOD if report.passed else BAD)))
 
 
 def _answer(same: bool) -> tuple[str, str]:

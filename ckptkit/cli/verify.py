@@ -27,6 +27,7 @@ from ckptkit.verification.run_options import (
     TIMEOUT,
     TOLERANCE,
 )
+from ckptkit.verification.trainability.goal import KINDS, STEPS, TARGET
 
 EXAMPLES = """\b
 Examples:
@@ -42,9 +43,11 @@ Examples:
   ckptkit verify split-llama split-tp2 --train-steps 8 --train-only "*adapter*"
   ckptkit verify Llama-3.1-8B adapter-tp4 --adapter adapter
   ckptkit verify Llama-3.1-8B llama-tp4pp2 --tokens tokens.json --save-logits logits.safetensors
-  ckptkit verify Llama-3.1-8B llama-tp4pp2 --rollouts rollouts.jsonl --engine-dtype bfloat16"""
+  ckptkit verify Llama-3.1-8B llama-tp4pp2 --rollouts rollouts.jsonl --engine-dtype bfloat16
+  ckptkit verify llama-tp4pp2 --trainability length --packed --sequence-parallel"""
 
 QUESTION, RUN, TRAIN, ENGINE = "Question", "How the models run", "How they are trained", "What an engine recorded"
+LEARN = "Whether it learns"
 
 
 def _grid_size(option: str, what: str) -> Any:
@@ -237,16 +240,42 @@ class Rollouts:
         return {name: value for name, value in vars(self).items() if name != "file"}
 
 
+@dataclass(frozen=True)
+class Trainability:
+    """What is to be learnt."""
+
+    trainability: Annotated[
+        str | None,
+        choice(
+            "--trainability",
+            KINDS,
+            "Instead of comparing: let the one checkpoint that is given learn on its grid, by a short run of policy"
+            f" gradient. length: completions of {TARGET} tokens. --train-steps N limits the steps (default {STEPS}).",
+            panel=LEARN,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Seed of the prompts and draws of --trainability. Default: 0.",
+            rich_help_panel=LEARN,
+        ),
+    ] = None
+
+
 def verify(
     run: Run,
     rollouts: Rollouts,
+    learning: Trainability,
     reference_source: Annotated[Source, Prefix("ref", "Source of REFERENCE")],
     candidate_source: Annotated[Source, Prefix("cand", "Source of CANDIDATE")],
     reference: Annotated[
         str | None,
         typer.Argument(
             metavar="REFERENCE",
-            help="Checkpoint to trust, of any format. With --rollouts it may be left out.",
+            help="Checkpoint to trust, of any format. With --rollouts or --trainability it may be left out.",
             show_default=False,
         ),
     ] = None,
@@ -330,7 +359,8 @@ def verify(
 ) -> None:
     """Prove that two checkpoints are the same model, or with --rollouts that an inference engine ran this model.
 
-    The exit code is 0 if they are the same, and 1 if they differ.
+    The exit code is 0 if they are the same, and 1 if they differ. With --trainability it is 0 if the checkpoint learns
+    on its grid, and 1 if it does not.
 
     The candidate's shards are loaded strictly into megatron-core's own modules, with one process for each rank of its
     grid (or in the ranks of the torchrun that started this command). The logits are compared with those of transformers
@@ -342,12 +372,17 @@ def verify(
     from ckptkit.verification.adapters.verify import verify_adapter
     from ckptkit.verification.reports.writing import Reports, check_places
     from ckptkit.verification.rollouts.verify import verify_engine
+    from ckptkit.verification.trainability.level import verify_trainability
 
-    if reference is None or (candidate is None and rollouts.file is None):
-        missing = "CANDIDATE is missing" if reference is not None or rollouts.file else "two checkpoints are missing"
-        raise UsageError(missing, hint="ckptkit verify REFERENCE CANDIDATE; with --rollouts FILE the latter is enough")
     others = {"--prompt": prompt, "--tokens": tokens, "--adapter": adapter, "--hash": hash, "--keep-going": keep_going}
-    _check_rollouts(rollouts, [*[name for name, given in others.items() if given], *["--level"] * (level != "logits")])
+    unused = [*[name for name, given in others.items() if given], *["--level"] * (level != "logits")]
+    _check_learning(learning, [*unused, *["--rollouts"] * (rollouts.file is not None)], candidate)
+    one_is_enough = rollouts.file is not None or learning.trainability is not None
+    if reference is None or (candidate is None and not one_is_enough):
+        missing = "CANDIDATE is missing" if reference is not None or one_is_enough else "two checkpoints are missing"
+        hint = "ckptkit verify REFERENCE CANDIDATE; with --rollouts FILE or --trainability KIND the latter is enough"
+        raise UsageError(missing, hint=hint)
+    _check_rollouts(rollouts, unused)
     if prompt and tokens:
         raise UsageError("--prompt and --tokens exclude each other", hint="pass one of them")
     if json == markdown == "-":
@@ -356,7 +391,7 @@ def verify(
     check_places(json, junit, html, markdown, run.save_logits)
     first_rank = os.environ.get("RANK", "0") == "0"
     reports = Reports(junit, html, markdown) if first_rank else Reports()
-    trusted = reference if candidate is not None else str(rollouts.file)
+    trusted = reference if candidate is not None else str(rollouts.file or f"--trainability {learning.trainability}")
     questioned = reference if candidate is None else candidate
     with reports.errors(trusted, questioned, output.document), output.steps(shown=first_rank) as tell:
         common: dict[str, Any] = {
@@ -366,7 +401,10 @@ def verify(
             "command": command_line(),
             **vars(run),
         }
-        if rollouts.file is not None:
+        if learning.trainability is not None:
+            del common["reference_source"]
+            report = verify_trainability(questioned, learning.trainability, seed=learning.seed or 0, **common)
+        elif rollouts.file is not None:
             known = None if candidate is None else reference
             report = verify_engine(known, questioned, rollouts.file, **rollouts.facts, **common)
         else:
@@ -390,6 +428,22 @@ def verify(
             annotate(["\n".join([summary, *answer.messages]) for summary in failed], f"ckptkit verify: {answer.name}")
     if not report.passed:
         raise typer.Exit(EXIT_DIFFERS)
+
+
+def _check_learning(learning: Trainability, others: list[str], second: str | None) -> None:
+    """What has a meaning together with learning."""
+    if learning.trainability is None:
+        if learning.seed is not None:
+            raise UsageError("--seed without --trainability", hint="give --trainability length")
+        return
+    if others:
+        raise UsageError(f"{', '.join(others)} and --trainability exclude each other", hint="drop one or the other")
+    if second is not None:
+        raise UsageError(
+            "--trainability is about one checkpoint",
+            where=second,
+            hint="ckptkit verify CHECKPOINT --trainability length",
+        )
 
 
 def _check_rollouts(rollouts: Rollouts, others: list[str]) -> None:

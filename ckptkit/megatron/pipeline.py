@@ -61,15 +61,30 @@ class Pipeline:
         Returns:
             fp32 [batch, sequence, vocab_size] in host memory on the ranks of the last pipeline stage; None elsewhere.
         """
+        return self._plain(tokens, replay, slice(tokens.size(1)))
+
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Logits of the token after each row. As `forward`, but fp32 [batch, vocab_size]: no others leave the device.
+
+        Args:
+            tokens: Token ids, int64 [batch, sequence], at least one a row.
+        """
+        logits = self._plain(tokens, None, slice(tokens.size(1) - 1, tokens.size(1)))
+        return None if logits is None else logits[:, 0]
+
+    def _plain(
+        self, tokens: torch.Tensor, replay: Mapping[int, torch.Tensor] | None, kept: slice
+    ) -> torch.Tensor | None:
+        """`forward`, for the positions that are kept."""
         length = tokens.size(1)
         multiple = multiple_of(self._sequence_split)
         tokens = F.pad(tokens, (0, -length % multiple))  # causal: what is added at the end is not seen
         rows = max(1, self.tokens_per_pass // max(1, length))
         parts = []
         for at in range(0, max(1, tokens.size(0)), rows):
-            parts.append(self._pass(tokens[at : at + rows], _rows(replay, at, at + rows)))
+            parts.append(self._pass(tokens[at : at + rows], _rows(replay, at, at + rows), kept=kept))
             self.passed(len(tokens[at : at + rows]) * length)
-        logits = [part[:, :length] for part in parts if part is not None]
+        logits = [part for part in parts if part is not None]
         return torch.cat(logits) if logits else None
 
     def forward_packed(
@@ -134,13 +149,18 @@ class Pipeline:
         tokens: torch.Tensor,
         replay: dict[int, torch.Tensor] | None,
         packed: PackedBatch | None = None,
+        kept: slice = slice(None),
     ) -> torch.Tensor | None:
-        """One batch [batch, sequence] through every chunk of this rank, virtual stage after virtual stage."""
+        """One batch [batch, sequence] through every chunk of this rank, virtual stage after virtual stage.
+
+        Returns:
+            Logits of the positions that are kept, in host memory, on the ranks of the last stage.
+        """
         with torch.no_grad(), runs_on(self.device):
-            return self._through(tokens, replay, Share.of(self.chunks, tokens.size(1), packed, self.device))
+            return self._through(tokens, replay, Share.of(self.chunks, tokens.size(1), packed, self.device), kept)
 
     def _through(
-        self, tokens: torch.Tensor, replay: dict[int, torch.Tensor] | None, share: Share
+        self, tokens: torch.Tensor, replay: dict[int, torch.Tensor] | None, share: Share, kept: slice
     ) -> torch.Tensor | None:
         logits, own = None, share.part(tokens).to(self.device)
         chosen = None if replay is None else share.experts(replay, tokens.size(1))
@@ -153,7 +173,7 @@ class Pipeline:
                     logits = parallel.gather_over_tensor_ranks(logits, dim=-1)
             else:
                 parallel.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
-        return None if logits is None else share.whole(logits[..., : self.vocab_size]).cpu()
+        return None if logits is None else share.whole(logits[..., : self.vocab_size])[:, kept].cpu()
 
     def _run(self, number: int, tokens: torch.Tensor, share: Share) -> torch.Tensor:
         """One batch through one chunk: [sequence / split, batch, hidden], or logits [batch, sequence, entries / tp].

@@ -51,6 +51,8 @@ class Microbatch:
         experts: Global layer number -> experts that the tokens are routed to, int64 [batch, sequence, experts per
             token]; empty for the routers' own choice.
         params: What layers are told of the sequences, once it is known what this rank's share is.
+        weights: Factors of the losses of the positions, float32 of the shape of `tokens`; None for ones. The loss is
+            still divided by the number of positions that count.
     """
 
     tokens: torch.Tensor
@@ -60,6 +62,7 @@ class Microbatch:
     targets: torch.Tensor | None = None
     experts: dict[int, torch.Tensor] = field(default_factory=dict)
     params: PackedSeqParams | None = None
+    weights: torch.Tensor | None = None
 
     def shared_out(self, chunks: Sequence[CausalModel], device: torch.device) -> Microbatch:
         """This context parallel rank's share, on its device."""
@@ -72,6 +75,7 @@ class Microbatch:
             targets=None if self.targets is None else share.part(self.targets).to(device),
             experts=share.experts(self.experts, self.tokens.size(1)),
             params=share.params,
+            weights=None if self.weights is None else share.part(self.weights).to(device),
         )
 
 
@@ -150,7 +154,8 @@ class Training:
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
             losses = output if batch.targets is None else _squared_errors(output, batch.targets)
             # Where nothing counts the label may be one that has no loss at all.
-            total = torch.where(batch.counted, losses, 0.0).sum()
+            weighed = losses if batch.weights is None else losses * batch.weights
+            total = torch.where(batch.counted, weighed, 0.0).sum()
             number = batch.counted.sum().to(torch.int)
             return total, number, (float(total.detach()), int(number))
 

@@ -135,5 +135,6 @@ def check_how_it_ran(job: LogitsJob, seen: Sequence[Seen]) -> None:
         "sequence_parallel": run.sequence_parallel,
         "context_parallel": run.cp,
     }
-    replication = run.dp_kind if run.dp > 1 or job.training is not None else None
+    backwards = job.training is not None or job.trainability is not None
+    replication = run.dp_kind if run.dp > 1 or backwards else None
     check_ran({**asked, "replication": replication}, seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -14,7 +14,7 @@ from ckptkit.errors import UsageError
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.verification.question import Question, VerifyKeywords
-from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
+from ckptkit.verification.ranks.jobs import LogitsJob, TrainabilityPart, TrainingPart
 from ckptkit.verification.run_options import STEPS, TIMEOUT, TOLERANCE, RunKeywords, RunOptions
 
 OTHER: dict[str, Any] = {
@@ -88,6 +88,8 @@ def test_every_option_reaches_the_rank() -> None:
     run = options.config(Parallelism(2, first_stage_layers=1), 16)
     job = LogitsJob("a", run, [[1]], "out", options, opening=opening, rounded={"*": "bfloat16"}, training=part)
     assert LogitsJob.from_json(job.to_json()) == job
+    learning = replace(job, training=None, trainability=TrainabilityPart(3, 0.1, 1, 2, ["output_layer.weight"]))
+    assert LogitsJob.from_json(learning.to_json()) == learning
     assert all(getattr(options, name) != getattr(RunOptions(), name) for name in OTHER)
 
 

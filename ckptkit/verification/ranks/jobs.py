@@ -39,6 +39,25 @@ class TrainingPart:
 
 
 @dataclass(frozen=True)
+class TrainabilityPart:
+    """What a job does that learns.
+
+    Attributes:
+        steps: Steps at most.
+        rate: Learning rate.
+        seed: Of prompts and draws.
+        prompts: Prompts of a step.
+        trained: Canonical names of the tensors that are trained, or None for all.
+    """
+
+    steps: int
+    rate: float
+    seed: int
+    prompts: int
+    trained: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class AdapterJob:
     """An adapter that a job's model runs with.
 
@@ -80,6 +99,7 @@ class LogitsJob:
         opening: Options that open it.
         rounded: Name of a weight -> the type that it is rounded to before it is loaded (see `rounding.Rounding`).
         training: What to do instead, if the sides run backwards, or None.
+        trainability: What to do instead, if it is to learn, or None.
         adapter: The adapter that the model runs with, or None.
         scored: Inverse temperatures, if not logits are kept but what `rollouts.scores` makes of them; or empty.
     """
@@ -99,6 +119,7 @@ class LogitsJob:
     opening: SourceOptions = SourceOptions()  # noqa: RUF009  frozen
     rounded: dict[str, str] = field(default_factory=dict)
     training: TrainingPart | None = None
+    trainability: TrainabilityPart | None = None
     adapter: AdapterJob | None = None
     scored: list[float] = field(default_factory=list)
 
@@ -121,6 +142,7 @@ class LogitsJob:
             "options": RunOptions(**raw["options"]),
             "opening": SourceOptions.from_json(raw["opening"]),
             "training": None if raw["training"] is None else TrainingPart(**raw["training"]),
+            "trainability": None if raw["trainability"] is None else TrainabilityPart(**raw["trainability"]),
             "adapter": AdapterJob.from_json(raw["adapter"]),
         }
         return LogitsJob(**{**raw, **records})

@@ -102,13 +102,15 @@ class LiveModel:
             raise UsageError("the targets are not as many as the tokens", hint="give one for each token of each row")
         from megatron.core import parallel_state
 
+        from ckptkit.megatron.context_parallel.share import multiple_of
         from ckptkit.verification.training.batches import Sharing
 
         sharing = Sharing(
             ranks=parallel_state.get_data_parallel_world_size(),
             rank=parallel_state.get_data_parallel_rank(),
             multiple=self.grid.pp if self.grid.vpp > 1 else 1,
-            split=self.grid.tp if self.run.sequence_parallel else 1,
+            split=multiple_of(self.grid.tp if self.run.sequence_parallel else 1),
+            cut=self.run.cp > 1,
             capacity=packed_capacity,
         )
         return sharing.deal(rows, {}, targets)
@@ -186,6 +188,7 @@ def load_megatron(
     dtype: str = "bfloat16",
     recompute: bool = False,
     sequence_parallel: bool = False,
+    cp: int = 1,
     device: str | None = None,
     adapter: str | Path | None = None,
     source: SourceOptions = SourceOptions(),  # noqa: B008  frozen
@@ -201,6 +204,8 @@ def load_megatron(
         dtype: torch's name of the dtype of parameters and activations.
         recompute: Keep only the inputs of layers, and compute their activations again backwards.
         sequence_parallel: Split the sequence over tensor parallel ranks outside of the linears.
+        cp: Ranks that share out every sequence (context parallelism), by attention of ckptkit's own. They come between
+            the tensor parallel ranks and the replicas, and hold the same part of the model.
         device: `cpu` or `cuda`; None takes CUDA where there is a device.
         adapter: A LoRA adapter of any format that is put beside the model's linears, or None.
         source: Facts about the checkpoint that it does not record itself.
@@ -218,6 +223,8 @@ def load_megatron(
 
     if not inside_torchrun():
         raise UsageError("load_megatron runs on the ranks of torchrun", hint="torchrun --nproc-per-node N program.py")
+    if cp < 1:
+        raise UsageError(f"cp must be at least 1, got {cp}")
     if dtype not in DTYPES:
         raise UsageError(f"no dtype {dtype!r}", hint=f"choose {', '.join(DTYPES)}")
     from ckptkit.megatron.compat import import_megatron
@@ -234,8 +241,10 @@ def load_megatron(
     checkpoint = open_model(find(OPENER), str(path), source, part)
     grid = grid or checkpoint.grid
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world % grid.world_size:
-        raise UsageError(f"{world} ranks do not divide over {grid}, which has {grid.world_size}")
+    needed = RunConfig(grid=grid, cp=cp).world_size
+    if world % needed:
+        with_cp = f" with CP{cp}" if cp > 1 else ""
+        raise UsageError(f"{world} ranks do not divide over {grid}{with_cp}, which has {needed}")
     check_grid(checkpoint.config, grid)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = parallel.device_of(kind, int(os.environ.get("LOCAL_RANK", rank)))
@@ -244,11 +253,12 @@ def load_megatron(
     if not dist.is_initialized():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         dist.init_process_group(parallel.backend(where, local))
-    if _groups_are_missing(grid):
-        parallel.create_groups(grid, device=where)
+    if _groups_are_missing(grid, cp):
+        parallel.create_groups(grid, device=where, cp=cp)
     run = RunConfig(
         grid=grid,
-        dp=world // grid.world_size,
+        cp=cp,
+        dp=world // needed,
         sequence_parallel=sequence_parallel,
         device=kind,
         dtype=dtype,
@@ -256,7 +266,7 @@ def load_megatron(
     )
     job = LogitsJob(str(path), run, rows=[], output="", opening=source, adapter=part)
     pipeline = load_together(job, rank, where)
-    here = seat(grid, run.dp, rank)
+    here = seat(grid, run.copies, rank)
     alpha = None
     if part is not None:
         laid_out = open_laid_out(part, checkpoint, grid, find(OPENER))
@@ -264,7 +274,7 @@ def load_megatron(
     return LiveModel(pipeline.chunks, grid, here.place, here.replica, where, pipeline, checkpoint, run, alpha)
 
 
-def _groups_are_missing(grid: Parallelism) -> bool:
+def _groups_are_missing(grid: Parallelism, cp: int) -> bool:
     """Whether megatron-core has no groups yet.
 
     Raises:
@@ -280,7 +290,7 @@ def _groups_are_missing(grid: Parallelism) -> bool:
         parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
     )
-    if sizes != (grid.tp, grid.pp, grid.ep, 1):
+    if sizes != (grid.tp, grid.pp, grid.ep, cp):
         here = "megatron-core's groups are there for TP{} x PP{} x EP{} x CP{}".format(*sizes)
-        raise UsageError(f"{here}, not for {grid} without context parallelism")
+        raise UsageError(f"{here}, not for {grid} with CP{cp}")
     return False

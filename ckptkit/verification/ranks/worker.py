@@ -110,6 +110,10 @@ def _run(job: LogitsJob, rank: int, device: torch.device, tell: Tell) -> dict[st
         from ckptkit.verification.training.candidate import train
 
         return train(job, job.training, pipeline, rank)
+    if job.trainability is not None:
+        from ckptkit.verification.trainability.candidate import learn
+
+        return learn(job, job.trainability, pipeline, rank, tell)
     if group is not None and job.run.dp > 1:
         pipeline = replace(pipeline, replicated=replicate(job.run.dp_kind, pipeline.chunks, group, device))
     loaded = time.monotonic()

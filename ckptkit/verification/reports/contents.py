@@ -6,10 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.verification.reports.placement import place_of
+from ckptkit.verification.reports.report import TRAINABILITY
 from ckptkit.verification.run_options import BACKWARD
 
 Facts = list[tuple[str, str]]
 """Names and texts. The texts may come out of files, so whoever writes them escapes them."""
+TITLES = {
+    "same": "Same model",
+    "differs": "The models differ",
+    "learns": "The model learns",
+    "does not learn": "The model does not learn",
+}
+"""Verdict -> the same for a heading."""
 DIFFERENCES = ("tensor", "layer", "largest difference", "elements", "ranks")
 """Headings of `difference_rows`."""
 SOME_RANKS = 16
@@ -22,19 +30,25 @@ def details_of(data: Mapping[str, Any], level: str) -> dict[str, Any]:
 
 def title_of(data: Mapping[str, Any]) -> str:
     """The verdict in words."""
-    return "Same model" if data["verdict"] == "same" else "The models differ"
+    return TITLES[data["verdict"]]
+
+
+def passed(data: Mapping[str, Any]) -> bool:
+    """Whether the verdict is the good one."""
+    return data["verdict"] in ("same", "learns")
 
 
 def run_facts(data: Mapping[str, Any]) -> Facts:
     """How the verification was made."""
-    logits, rollouts = details_of(data, "logits"), details_of(data, "rollouts")
+    logits, rollouts, learnt = (details_of(data, level) for level in ("logits", "rollouts", TRAINABILITY))
     given = [
         ("command", data["command"] or ""),
         ("date", data["started"]),
-        ("device", _device(logits) or rollouts.get("device", "")),
-        ("dtype", _dtype(logits) or rollouts.get("dtype", "")),
+        ("device", _device(logits or learnt) or rollouts.get("device", "")),
+        ("dtype", _dtype(logits) or rollouts.get("dtype", "") or learnt.get("dtype", "")),
         ("tokens", _tokens(logits)),
         ("rollouts", _rollouts(rollouts)),
+        ("run", _learnt(learnt)),
         ("versions", ", ".join(f"{name} {version}" for name, version in data["versions"].items())),
     ]
     return [(name, text) for name, text in given if text]
@@ -86,6 +100,29 @@ def _rollouts(details: Mapping[str, Any]) -> str:
         f"{details['file']}: {details['sampled']:,} sampled tokens in {details['rows']:,} rows; engine in"
         f" {details['engine_dtype']}, temperature {details['temperature']:g}"
     )
+
+
+def _learnt(details: Mapping[str, Any]) -> str:
+    if not details:
+        return ""
+    return (
+        f"{len(details['errors'])} of at most {details['steps_limit']:,} steps, {details['prompts']} prompts of"
+        f" {details['prompt_tokens']} tokens, {details['group']} completions of each, seed {details['seed']}, AdamW at"
+        f" {details['rate']:.1e}; {details['sampled']:,} tokens sampled"
+    )
+
+
+STEPS = ("step", "error, tokens", "length, tokens", "prompts with a signal")
+"""Headings of `step_rows`."""
+
+
+def step_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What the steps of the level trainability sampled."""
+    columns = zip(details["errors"], details["lengths"], details["varied"], strict=True)
+    return [
+        (str(step), f"{error:.2f}", f"{length:.2f}", f"{100 * varied:.0f} %")
+        for step, (error, length, varied) in enumerate(columns)
+    ]
 
 
 COLUMNS = {"reference": "reference", "candidate": "candidate", "replayed": "candidate with the engine's routing"}

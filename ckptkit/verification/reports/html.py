@@ -9,6 +9,7 @@ from typing import Any
 from ckptkit.verification.reports.charts import Series, log_chart, name_shown, rank_map, shown
 from ckptkit.verification.reports.contents import (
     DIFFERENCES,
+    STEPS,
     WORST,
     Facts,
     details_of,
@@ -19,11 +20,12 @@ from ckptkit.verification.reports.contents import (
     rollout_table,
     run_facts,
     side_facts,
+    step_rows,
     title_of,
     worst_place,
     worst_rows,
 )
-from ckptkit.verification.reports.report import VerificationReport
+from ckptkit.verification.reports.report import TRAINABILITY, VerificationReport
 from ckptkit.verification.run_options import BACKWARD, EXACT
 
 SOME = 5
@@ -39,12 +41,13 @@ def html_page(report: VerificationReport) -> str:
         _levels(data),
         _run(data),
         *_rollouts(details_of(data, "rollouts")),
+        *_learning(details_of(data, TRAINABILITY)),
         *_error_growth(details),
         *_backwards(data),
         *([] if report.passed else _routers(details)),
         *_maps(data),
         *([_details("Routers", text) for text in _routers(details)] if report.passed else []),
-        *_folded(details),
+        *_folded(details or details_of(data, TRAINABILITY)),
     ]
     verdict = f'<span class="verdict {"good" if report.passed else "bad"}">{title_of(data)}</span>'
     return (
@@ -162,6 +165,26 @@ def _rollouts(details: Mapping[str, Any]) -> Iterator[str]:
         f" median.{edge}</p>{_scrolled(chart)}"
     )
     yield _details("The worst tokens", _wide_table(WORST, worst_rows(details)))
+
+
+def _learning(details: Mapping[str, Any]) -> Iterator[str]:
+    """The error of what each step sampled."""
+    if not details or not details["errors"]:
+        return
+    errors = details["errors"]
+    chart = log_chart(
+        [Series("error", "a", errors)],
+        [f"step {step}" for step in range(len(errors))],
+        limit=(details["target_error"], "wanted"),
+        title="Error of what each step sampled, in tokens",
+    )
+    final = "not reached" if details["final_error"] is None else f"{details['final_error']:.2f}"
+    yield (
+        f'<h2>Error by step</h2><p class="soft">Mean distance of the completions from {details["target"]} tokens. Over'
+        f" the same prompts and draws it is {details['initial_error']:.2f} before the first step and {final} after the"
+        f" last one.</p>{_scrolled(chart)}"
+    )
+    yield _details("The steps", _wide_table(STEPS, step_rows(details)))
 
 
 def _edge(details: Mapping[str, Any], bins: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:

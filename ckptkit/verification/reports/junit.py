@@ -48,7 +48,7 @@ def _suite(level: LevelResult, report: VerificationReport) -> ElementTree.Elemen
         if check.passed:
             ElementTree.SubElement(case, "system-out").text = _clean(check.summary)
         else:
-            failure = ElementTree.SubElement(case, "failure", type="differs", message=_clean(check.summary))
+            failure = ElementTree.SubElement(case, "failure", type=report.verdict, message=_clean(check.summary))
             failure.text = _clean("\n".join(lines))
     if level.messages:
         ElementTree.SubElement(suite, "system-out").text = _clean("\n".join(level.messages))

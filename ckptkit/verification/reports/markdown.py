@@ -9,18 +9,21 @@ from ckptkit.errors import CkptkitError
 from ckptkit.printable import printable
 from ckptkit.verification.reports.contents import (
     DIFFERENCES,
+    STEPS,
     WORST,
     details_of,
     difference_rows,
     fed_by,
     guilty_ranks,
+    passed,
     rollout_table,
     run_facts,
     side_facts,
+    step_rows,
     title_of,
     worst_rows,
 )
-from ckptkit.verification.reports.report import VerificationReport
+from ckptkit.verification.reports.report import TRAINABILITY, VerificationReport, verdict_of
 
 LIMIT = 2**20
 """Bytes that GitHub takes for the summary of a step; of a longer one it shows nothing."""
@@ -57,17 +60,17 @@ def plain(text: str) -> str:
 
 
 def _lines(data: Mapping[str, Any], rows: int) -> Iterator[str]:
-    mark = "\u2705" if data["verdict"] == "same" else "\u274c"
+    mark = "\u2705" if passed(data) else "\u274c"
     yield f"## {mark} {title_of(data)}"
     yield from ("", f"{_name(data['candidate'])} against {_name(data['reference'])}", "")
     answers = [
-        (level["name"], "same" if level["passed"] else "**differs**", level["summary"], f"{level['seconds']:.1f} s")
-        for level in data["levels"]
+        (level["name"], _answer(level), level["summary"], f"{level['seconds']:.1f} s") for level in data["levels"]
     ]
     answers += [(name, "not asked", "", "") for name in data["not_run"]]
     yield from _table(("level", "answer", "because", "time"), [(plain(a), b, plain(c), d) for a, b, c, d in answers])
     yield from _differences(data, rows)
     yield from _rollouts(details_of(data, "rollouts"), rows)
+    yield from _steps(details_of(data, TRAINABILITY), rows)
     messages = [message for level in data["levels"] for message in level["details"].get("messages", [])]
     for message in [*messages, *data["messages"]][:rows]:
         yield f"- {plain(message)}"
@@ -83,6 +86,18 @@ def _rollouts(details: Mapping[str, Any], rows: int) -> Iterator[str]:
     yield from _table(head, [tuple(map(plain, row)) for row in figures])
     if worst := worst_rows(details)[:rows]:
         yield from _folded("The worst tokens", _table(WORST, [tuple(map(plain, row)) for row in worst]))
+
+
+def _answer(level: Mapping[str, Any]) -> str:
+    word = verdict_of([level["name"]], level["passed"])
+    return word if level["passed"] else f"**{word}**"
+
+
+def _steps(details: Mapping[str, Any], rows: int) -> Iterator[str]:
+    """The first steps of a run that learns, and the last one."""
+    if details and (found := step_rows(details)):
+        some = found if len(found) <= rows else [*found[: max(0, rows - 1)], found[-1]]
+        yield from _folded("The steps", _table(STEPS, [tuple(map(plain, row)) for row in some]))
 
 
 def _differences(data: Mapping[str, Any], rows: int) -> Iterator[str]:

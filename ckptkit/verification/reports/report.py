@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -23,6 +24,8 @@ from ckptkit.version import __version__
 
 DISTRIBUTION = "ckptkit-megatron"
 PACKAGES = ("torch", "transformers", "megatron-core")
+TRAINABILITY = "trainability"
+"""The level that has one side only: its verdict is other words."""
 SCHEMA = 1
 """Version of the JSON report; docs/report-schema.md describes its fields. Only a field that goes away, or changes its
 meaning, raises it."""
@@ -151,13 +154,25 @@ class VerificationReport:
 
     @property
     def verdict(self) -> str:
-        """`same` or `differs`."""
-        return "same" if self.passed else "differs"
+        """`same` or `differs`; of the level trainability `learns` or `does not learn`."""
+        return verdict_of([level.name for level in self.levels], self.passed)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite becomes null."""
         result: dict[str, Any] = jsonable({**asdict(self), "verdict": self.verdict})
         return result
+
+
+def verdict_of(levels: Sequence[str], passed: bool) -> str:
+    """An answer in words: `same` or `differs`, `learns` or `does not learn`.
+
+    Args:
+        levels: Names of the levels that it is about.
+        passed: Whether they passed.
+    """
+    if TRAINABILITY in levels:
+        return "learns" if passed else "does not learn"
+    return "same" if passed else "differs"
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """What inference engines and trainers record of a generation, as turns. Every shape is recognised by its keys.
 
 Sources of the shapes: `ChatCompletionResponse`, `CompletionResponse` and `RequestOutput` of vLLM; the answer of
-`/generate` of SGLang; `DataProto` of verl; `Sample.to_dict` of slime.
+`/generate` of SGLang; `DataProto` of verl; `Sample.to_dict` of slime. `fixtures/rollouts/shapes.json` names files and
+commits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ UNLIKELY = -9999.0
 """What servers write for a log-probability that JSON cannot hold: minus infinity."""
 ROUNDED_UP = 1e-3
 """A log-probability that is above zero by so much is one that was rounded."""
+TEXT_OF_VERL = frozenset({"input", "output", "gts", "score", "step"})
+"""Keys of a line that verl dumps, which are text."""
 STARTS = ("routed_experts_prompt_start", "routed_experts_start_len")
 """Where requests name the first token whose routing is recorded."""
 
@@ -84,6 +87,9 @@ def turns_of(record: Mapping[str, Any], where: object, number: int) -> tuple[str
         if keys <= answer.keys():
             found = list(read({**request, **answer}, line))
             return name, [Turn(**{**vars(turn), "shape": name}) for turn in found]
+    if answer.keys() >= TEXT_OF_VERL:
+        what = "this is what verl writes to rollout_data_dir: text without ids"
+        raise line.error(what, hint="text is not tokenised again: write the rows of the batch, whose keys are ids")
     known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys, _ in SHAPES)
     raise line.error(f"no known shape of a rollout (keys: {', '.join(sorted(answer)[:8])})", hint=f"known are {known}")
 
@@ -162,6 +168,7 @@ def _sglang(record: Mapping[str, Any], line: _Line) -> Iterator[Turn]:
     else:
         prompt = _ids(given, "input_ids", line)
     whole = {**record, "routed_experts": meta.get("routed_experts"), "prompt_logprobs": before or None}
+    whole |= {name: meta[name] for name in STARTS if meta.get(name) is not None}
     yield _turn(whole, prompt, tokens, values, line)
 
 
@@ -180,8 +187,17 @@ def _slime(record: Mapping[str, Any], line: _Line) -> Iterator[Turn]:
     mask = record.get("loss_mask")
     logprobs = _masked(record["rollout_log_probs"], [1] * length if mask is None else mask, length, line)
     at = len(tokens) - length
-    whole = {**record, "routed_experts": record.get("rollout_routed_experts")}
+    experts = record.get("rollout_routed_experts")
+    if isinstance(experts, list):  # from the first token on, as far as the engine got
+        spare = min(max(0, len(tokens) - 1 - len(experts)), _unsampled_at_the_end(logprobs))
+        tokens, logprobs = tokens[: len(tokens) - spare], logprobs[: len(logprobs) - spare]
+    whole = {**record, "routed_experts": experts, STARTS[0]: None if experts is None else 0}
     yield _turn(whole, tokens[:at], tokens[at:], logprobs, line)
+
+
+def _unsampled_at_the_end(logprobs: Sequence[Any]) -> int:
+    """Tokens at the end of a response that no engine sampled, as what a tool answered: none has seen them."""
+    return next((count for count, value in enumerate(reversed(logprobs)) if value is not None), len(logprobs))
 
 
 def _verl(record: Mapping[str, Any], line: _Line) -> Iterator[Turn]:
@@ -211,16 +227,23 @@ def _verl_row(row: Mapping[str, Any], line: _Line) -> Turn:
     if not isinstance(seen, list) or len(seen) != total or any(value not in (0, 1) for value in seen):
         raise line.error(f"attention_mask is no list of 0 and 1 for {total} tokens")
     before, after = seen[: len(prompt)], seen[len(prompt) :]
+    tokens = [token for token, counts in zip(response, after, strict=True) if counts]
+    values = [value for value, counts in zip(logprobs, after, strict=True) if counts]
     whole: dict[str, Any] = dict(row)
     if isinstance(experts := row.get("routed_experts"), list):  # of the padding, too, and of the last token
-        kept = [entry for entry, counts in zip(experts, seen, strict=False) if counts]
-        whole["routed_experts"] = kept[: sum(seen) - 1]
-    return _turn(
-        whole,
-        [token for token, counts in zip(prompt, before, strict=True) if counts],
-        [token for token, counts in zip(response, after, strict=True) if counts],
-        [value for value, counts in zip(logprobs, after, strict=True) if counts],
-        line,
+        kept = [entry for entry, counts in zip(experts, seen, strict=False) if counts][: sum(seen) - 1]
+        spare = 0
+        while spare < min(len(kept), _unsampled_at_the_end(values)) and _is_zero(kept[-1 - spare]):
+            spare += 1  # zeros: the engine did not get there
+        tokens, values = tokens[: len(tokens) - spare], values[: len(values) - spare]
+        whole["routed_experts"] = kept[: len(kept) - spare]
+    return _turn(whole, [t for t, counts in zip(prompt, before, strict=True) if counts], tokens, values, line)
+
+
+def _is_zero(experts: Any) -> bool:
+    """Whether a token was sent to expert 0 only, in every layer: nothing was recorded for it."""
+    return isinstance(experts, list) and all(
+        isinstance(layer, list) and all(expert == 0 for expert in layer) for layer in experts
     )
 
 

@@ -19,6 +19,7 @@ from ckptkit.verification.reports.report import SCHEMA, LogitsReport, Verificati
 from ckptkit.verification.reports.results import TensorDifference
 from ckptkit.verification.rollouts import level as rollouts
 from ckptkit.verification.rollouts.replay import FreeRouting
+from ckptkit.verification.trainability import level as trainability
 from tests.verification.reports.samples import report
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "report-schema.md"
@@ -85,6 +86,10 @@ def test_the_details_are_documented() -> None:
 def test_the_details_of_rollouts_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts, "FreeRouting", FreeRouting, raising=False)  # imported for its name alone
     assert documented("`details` of `rollouts`") == set(fields_of(rollouts.RolloutsReport))
+
+
+def test_the_details_of_trainability_are_documented() -> None:
+    assert documented("`details` of `trainability`") == set(fields_of(trainability.TrainabilityReport))
 
 
 def test_a_field_that_is_not_documented_is_noticed() -> None:

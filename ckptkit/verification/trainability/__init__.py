@@ -1,0 +1,1 @@
+"""The level trainability: does a checkpoint learn on its grid?"""
