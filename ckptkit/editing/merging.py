@@ -16,9 +16,11 @@ from ckptkit.conversion.options import dtype_called
 from ckptkit.dtypes import DType
 from ckptkit.editing import methods, recipes
 from ckptkit.editing.inputs import Input
-from ckptkit.editing.layers import Place, extras_of, restack, tensor_of
+from ckptkit.editing.layers import Place, Restacked, extras_of, restack, tensor_of
 from ckptkit.editing.methods import Task, TaskOptions, Types, promoted
 from ckptkit.editing.recipes import Recipe, Settings, Slice, resolved
+from ckptkit.editing.token_rows import TokenRows
+from ckptkit.editing.vocabulary import config_of_size, has_vocabulary
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.computed import recast
@@ -67,26 +69,42 @@ class Merged:
     notes: tuple[str, ...]
 
 
-def merged(recipe: Recipe, inputs: Mapping[str, Input], *, out: DType | None, seed: int, where: object) -> Merged:
+def merged(
+    recipe: Recipe,
+    inputs: Mapping[str, Input],
+    *,
+    out: DType | None,
+    seed: int,
+    where: object,
+    tokens: TokenRows | None = None,
+) -> Merged:
     """The model that a recipe makes.
 
     Args:
         recipe: The recipe.
-        inputs: Name in the recipe -> the opened model. They are alike but for their layers.
+        inputs: Name in the recipe -> the opened model. They are alike but for their layers, and with `tokens` for their
+            vocabularies.
         out: Type to write, which outranks that of the recipe.
         seed: Seed of random numbers.
         where: The recipe's file, for messages.
+        tokens: The rows of another tokenizer.
 
     Raises:
         InputError: The recipe contradicts itself or the models.
         UnsupportedError: The models cannot be merged so.
     """
-    return _Merger(recipe, inputs, out, seed, where).result()
+    return _Merger(recipe, inputs, out, seed, where, tokens).result()
 
 
 class _Merger:
     def __init__(
-        self, recipe: Recipe, inputs: Mapping[str, Input], out: DType | None, seed: int, where: object
+        self,
+        recipe: Recipe,
+        inputs: Mapping[str, Input],
+        out: DType | None,
+        seed: int,
+        where: object,
+        tokens: TokenRows | None,
     ) -> None:
         self.recipe, self.inputs, self.seed, self.where = recipe, inputs, seed, where
         self.dtype = dtype_called(recipe.dtype)
@@ -100,7 +118,16 @@ class _Merger:
         for number, one in enumerate(recipe.slices):
             self._check(one, number)
         self.layers = list(self._layers())
-        self.form = restack(self.base, [places[0] for _, _, places in self.layers])
+        self.tokens = tokens
+        self.form = self._form()
+
+    def _form(self) -> Restacked:
+        """The form of the result."""
+        form = restack(self.base, [places[0] for _, _, places in self.layers])
+        if self.tokens is None:
+            return form
+        config, raw = config_of_size(form.family, form.config, form.raw, self.tokens.size, self.base.name)
+        return replace(form, config=config, raw=raw, items={item.key: item for item in form.family.items(config)})
 
     def _check(self, one: Slice, number: int) -> None:
         """Whether the method takes the inputs of a slice."""
@@ -193,6 +220,8 @@ class _Merger:
 
     def _tensor(self, item: Item) -> Tensor:
         """A Megatron tensor, made part by part: recipes are about Hugging Face tensors."""
+        if self.tokens is not None and has_vocabulary(item):
+            return self._of_tokens(item, self.tokens)
         if item.layer is not None:
             one, t, places = self.layers[item.layer]
             sources = [place.source for place in places]
@@ -224,6 +253,27 @@ class _Merger:
             ]
             made[name] = self._part(self._called(item, name, stack), parts, one, t)
         return self._packed(item, wholes[0], unpacked[0], made)
+
+    def _of_tokens(self, item: Item, tokens: TokenRows) -> Tensor:
+        """An embedding or a head: its rows are put in the order of the new tokens before they are merged.
+
+        Raises:
+            UnsupportedError: It has a part for each layer, and the layers are others.
+        """
+        one = self.recipe.slices[0 if item.row.first else -1]
+        sources = [self.inputs[source.model] for source in one.sources]
+        if self.recipe.sliced and any(dim.by_layer for shape in item.row.hf.values() for dim in shape):
+            raise UnsupportedError("slices with another tokenizer, of a model with per-layer embeddings")
+        (name,) = item.hf
+        own = [source.model.items[item.key] for source in sources]
+        tables = [one.unpack(source.model.tensors[item.key])[name] for one, source in zip(own, sources, strict=True)]
+        compute = self.dtype or promoted([table.out_dtype for table in tables])
+        tables = tokens.tables([source.name for source in sources], one.base or self.recipe.base, tables, compute)
+        parts = [
+            _Part(source, self.spelling.written(name), table, given.parameters)
+            for source, table, given in zip(sources, tables, one.sources, strict=True)
+        ]
+        return item.pack([self._part(self.spelling.written(name), parts, one, 0.0)])
 
     def _called(self, item: Item, name: str, stack: Stack | None) -> str:
         return self.spelling.written(name) if stack is None else stack.fused.format(i=item.layer)

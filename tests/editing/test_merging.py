@@ -272,13 +272,13 @@ def layers_of_a(*span: int) -> list[dict[str, Any]]:
     [
         ({**TIES, "merge_method": "della"}, UnsupportedError, r"merge_method 'della'.*done are passthrough"),
         ({**TIES, "modules": {}}, UnsupportedError, "modules of a recipe is not done"),
-        ({**TIES, "tokenizer": {"source": "union"}}, UnsupportedError, "tokenizer of a recipe"),
-        ({**TIES, "chat_template": "auto"}, UnsupportedError, "chat_template of a recipe"),
+        ({**TIES, "tokenizer": {"source": "union"}}, UnsupportedError, r"no tokenizer.json to know the tokens by"),
+        ({**TIES, "chat_template": "auto"}, InputError, "no tokenizer that it could belong to"),
+        ({**TIES, "x" * 5000: 1}, UnsupportedError, r"^.*xxx[.][.][.] of a recipe is not done"),
         ({**TIES, "base_mdoel": "base"}, UnsupportedError, r"base_mdoel.*did you mean base_model"),
         ({**TIES, "parameters": {"gamma": 0.1}}, UnsupportedError, r"parameters.gamma of a recipe"),
         ({**LINEAR, "models": [{"model": "a", "weight": 1}]}, UnsupportedError, r"models\[0\].weight"),
         ({**PASSED, "slices": [{**PASSED["slices"][0], "residual_weight": 0.5}]}, UnsupportedError, "residual_weight"),
-        ({**TIES, "tokenizer_source": "union"}, UnsupportedError, "union is not done"),
         ({**TIES, "tokenizer_source": "elsewhere"}, InputError, "none of the models"),
         ({**TIES, "tokenizer_source": "base"}, UnsupportedError, r"no tokenizer.json"),
         ({**TIES, "base_model": None}, InputError, "needs a base_model"),
@@ -337,21 +337,6 @@ def test_hostile_recipes(tmp_path: Path, text: str | bytes, match: str) -> None:
     (tmp_path / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=match):
         merge(tmp_path / "recipe.yaml", Output(tmp_path / "out"))
-
-
-def test_tokenizers(folders: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(folders("llama", "bfloat16"), tmp_path / "models")
-    tokens = {f"t{number}": number for number in range(40)}
-    for name in ("base", "a", "b"):
-        (folder / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "name": name}))
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**TIES, "tokenizer_source": "a"}))
-    merge(path, Output(tmp_path / "out"))
-    assert json.loads((tmp_path / "out/tokenizer.json").read_text())["name"] == "a"
-    added = {"model": {"vocab": tokens}, "added_tokens": [{"id": 7, "content": "t8"}]}
-    (folder / "b" / "tokenizer.json").write_text(json.dumps(added))
-    with pytest.raises(UnsupportedError, match=r"b: 1 tokens have other ids than in a: 't8' is 7, and 8 there"):
-        merge(path, Output(tmp_path / "no"))
 
 
 def test_numbers_that_would_overflow(tmp_path: Path) -> None:
