@@ -30,7 +30,9 @@ from ckptkit.editing.tokenizers import (
     with_tokenizer,
 )
 from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.hub import is_reference
 from ckptkit.formats.tokenizer_json import TOKENIZER
+from ckptkit.formats.torch_legacy import has_iterations
 from ckptkit.formats.torch_legacy import iterations as iterations_in
 from ckptkit.io.regular import read_bounded
 
@@ -161,10 +163,18 @@ def _averaged_inputs(
     if len(models) != 1:
         raise UsageError("--iterations and --last are about one run", hint="name its root alone")
     root = Path(models[0])
+    given = f"--last {last}" if iterations is None else "--iterations"
+    if opening.options.get("iteration") is not None:
+        raise UsageError(f"--iteration and {given} exclude each other", hint="pass one of them")
+    if root.is_dir() and not has_iterations(root):
+        hint = "name the folder that has the folders iter_... in it; models of other formats are named one by one"
+        raise UsageError(f"{given} is about the root of a Megatron run", where=root, hint=hint)
     if last is not None:
-        there = iterations_in(root) if root.is_dir() else []
+        if not root.is_dir():
+            raise InputError("no such directory", where=root)
+        there = iterations_in(root)
         if len(there) < last:
-            raise UsageError(f"--last {last}: {len(there)} iterations are there", where=root)
+            raise UsageError(f"{given}: {len(there)} iterations are there", where=root)
         iterations = [int(folder.name.rpartition("_")[2]) for folder in there[-last:]]
     assert iterations is not None
     if len(iterations) < 2 or len(set(iterations)) < len(iterations):
@@ -217,7 +227,7 @@ def slice_layers(
         left = sorted(set(range(count)) - set(kept))
         notes = [f"{len(kept)} layers, of {count} in the source"]
         if left:
-            notes.append(f"layers {_as_ranges(left)} are left out")
+            notes.append(f"left out: {'layer' if len(left) == 1 else 'layers'} {_as_ranges(left)}")
         return work.write("slice", {"layers": _as_ranges(kept)}, made, [one], notes=notes)
 
 
@@ -270,11 +280,19 @@ def stack_layers(
 
 
 def _named(text: str) -> tuple[str, str | None]:
-    """The path and the layers in `MODEL:LAYERS`."""
+    """The path and the layers in `MODEL:LAYERS`.
+
+    Raises:
+        UsageError: A model is named, and what follows the colon are no layers.
+    """
     path, colon, layers = text.rpartition(":")
-    if not colon or Path(text).exists() or not is_layer_list(layers):
+    if not colon or Path(text).exists():
         return text, None
-    return path, layers
+    if is_layer_list(layers):
+        return path, layers
+    if Path(path).exists() or is_reference(path):
+        layer_list(layers, 1, f"{path}:")
+    return text, None
 
 
 def _check_types(inputs: Sequence[Input], options: Options) -> None:

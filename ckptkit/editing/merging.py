@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.conversion.options import dtype_called
 from ckptkit.dtypes import DType
 from ckptkit.editing import methods, recipes
 from ckptkit.editing.inputs import Input
@@ -107,8 +106,8 @@ class _Merger:
         tokens: TokenRows | None,
     ) -> None:
         self.recipe, self.inputs, self.seed, self.where = recipe, inputs, seed, where
-        self.dtype = dtype_called(recipe.dtype)
-        self.out = out or dtype_called(recipe.out_dtype)
+        self.dtype = recipe.dtype
+        self.out = out or recipe.out_dtype
         self.base = inputs[recipe.base or recipe.models[0]]
         self.merged = self.copied = 0
         self.comparisons: list[Comparison] = []

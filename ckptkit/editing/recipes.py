@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.conversion.options import dtype_called
+from ckptkit.dtypes import DType
+from ckptkit.errors import CkptkitError, InputError, UnsupportedError
 from ckptkit.formats.yaml_files import parse_yaml
+from ckptkit.printable import printable
 
 LARGEST = 512 << 10
 """The most bytes of a recipe."""
@@ -130,8 +133,8 @@ class Recipe:
         sliced: Whether the recipe has slices; else the one slice is all layers of all models.
         base: The base model, or None.
         parameters: Parameters of the whole recipe.
-        dtype: Name of the type that is computed in, or None.
-        out_dtype: Name of the type that is written, or None for that one.
+        dtype: The type that is computed in, or None.
+        out_dtype: The type that is written, or None for that one.
         tokenizer: The tokenizer that the result has, or None for that of the base model, with no row moved.
         chat_template: `auto`, a template of Jinja, or None for that of the tokenizer.
         text: The recipe as it was written.
@@ -142,8 +145,8 @@ class Recipe:
     sliced: bool
     base: str | None
     parameters: Settings
-    dtype: str | None
-    out_dtype: str | None
+    dtype: DType | None
+    out_dtype: DType | None
     tokenizer: Tokenizer | None
     chat_template: str | None
     text: str
@@ -178,7 +181,11 @@ def read_recipe(data: bytes, where: object) -> Recipe:
     reader.check(top, _TOP, "")
     method = top.get("merge_method")
     if method not in METHODS:
-        raise UnsupportedError(f"merge_method {method!r}"[:80], where=where, hint=f"done are {', '.join(METHODS)}")
+        raise UnsupportedError(
+            f"merge_method {printable(repr(method), _SHOWN, _SHOWN)}",
+            where=where,
+            hint=f"done are {', '.join(METHODS)}",
+        )
     known = (*SHARED[method], *OWN[method])
     if (top.get("models") is None) == (top.get("slices") is None):
         raise InputError("a recipe has either models or slices", where=where)
@@ -197,8 +204,8 @@ def read_recipe(data: bytes, where: object) -> Recipe:
         sliced,
         base,
         reader.parameters(top, "", known),
-        reader.text(top, "dtype", ""),
-        reader.text(top, "out_dtype", ""),
+        reader.dtype(top, "dtype"),
+        reader.dtype(top, "out_dtype"),
         reader.tokenizer(top),
         reader.text(top, "chat_template", ""),
         text,
@@ -238,6 +245,14 @@ class _Reader:
             what = "a path or a name" if not isinstance(value, dict) else "a path or a name, not a mapping"
             raise InputError(f"{_inside(place, key)} must be {what}", where=self.where)
         return value
+
+    def dtype(self, top: Mapping[str, Any], key: str) -> DType | None:
+        name = self.text(top, key, "")
+        try:
+            return dtype_called(name)
+        except CkptkitError as error:
+            what = f"{key} {printable(str(name), _SHOWN, _SHOWN)} of a recipe"
+            raise UnsupportedError(what, where=self.where, hint=error.hint) from None
 
     def required(self, raw: Mapping[str, Any], place: str) -> str:
         found = self.text(raw, "model", place)
@@ -347,12 +362,13 @@ class _Reader:
                 raise InputError(f"{inside}.value must be a value or a list of values", where=self.where)
 
 
-_LONGEST_KEY = 60
+_SHOWN = 60
+"""Characters of a key or a name that messages show."""
 
 
 def _inside(place: str, key: str) -> str:
-    """The place of a key, for messages; a long one is cut."""
-    shown = key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
+    """The place of a key, for messages."""
+    shown = printable(key, _SHOWN, _SHOWN)
     return f"{place}.{shown}" if place else shown
 
 

@@ -20,7 +20,7 @@ from ckptkit import Parallelism, convert
 from ckptkit.conversion.options import Options
 from ckptkit.editing.commands import Output, merge
 from ckptkit.editing.recipes import read_recipe, resolved
-from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
+from ckptkit.errors import CkptkitError, InputError, UnsupportedError
 from ckptkit.io import computed
 from ckptkit.io.cache import Cache
 from fixtures.make_merges import CASES, FOLDER, RECIPES, RECORD, name_of, out_of, write_models, write_recipe
@@ -282,7 +282,8 @@ def layers_of_a(*span: int) -> list[dict[str, Any]]:
         ({**TIES, "tokenizer_source": "elsewhere"}, InputError, "none of the models"),
         ({**TIES, "tokenizer_source": "base"}, UnsupportedError, r"no tokenizer.json"),
         ({**TIES, "base_model": None}, InputError, "needs a base_model"),
-        ({**TIES, "dtype": "int8"}, UsageError, "--dtype int8"),
+        ({**TIES, "dtype": "int8"}, UnsupportedError, "dtype int8 of a recipe; one of bfloat16"),
+        ({**TIES, "out_dtype": "x" * 5000}, UnsupportedError, r"out_dtype xxx.*[.][.][.].*of a recipe"),
         ({**LINEAR, "models": LINEAR["models"] * 2}, InputError, "names a model twice"),
         ({**LINEAR, "models": [{"model": "a"}]}, InputError, r"parameter weight is missing for a \(model"),
         ({**LINEAR, "models": [{"model": "a", "parameters": {"weight": "x"}}]}, InputError, "weight must be a number"),
