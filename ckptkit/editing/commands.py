@@ -20,9 +20,19 @@ from ckptkit.editing.inputs import Input, Opening, check_alike
 from ckptkit.editing.layers import Place, is_layer_list, layer_list, stacked
 from ckptkit.editing.merging import merged
 from ckptkit.editing.record import recorded
-from ckptkit.editing.tokenizers import with_tokenizer
-from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.editing.token_rows import TokenRows
+from ckptkit.editing.tokenizers import (
+    CONFIG,
+    MergedTokenizer,
+    chat_template,
+    merged_tokenizer,
+    template_files,
+    with_tokenizer,
+)
+from ckptkit.errors import InputError, UsageError
+from ckptkit.formats.hub import is_reference
 from ckptkit.formats.tokenizer_json import TOKENIZER
+from ckptkit.formats.torch_legacy import has_iterations
 from ckptkit.formats.torch_legacy import iterations as iterations_in
 from ckptkit.io.regular import read_bounded
 
@@ -153,10 +163,18 @@ def _averaged_inputs(
     if len(models) != 1:
         raise UsageError("--iterations and --last are about one run", hint="name its root alone")
     root = Path(models[0])
+    given = f"--last {last}" if iterations is None else "--iterations"
+    if opening.options.get("iteration") is not None:
+        raise UsageError(f"--iteration and {given} exclude each other", hint="pass one of them")
+    if root.is_dir() and not has_iterations(root):
+        hint = "name the folder that has the folders iter_... in it; models of other formats are named one by one"
+        raise UsageError(f"{given} is about the root of a Megatron run", where=root, hint=hint)
     if last is not None:
-        there = iterations_in(root) if root.is_dir() else []
+        if not root.is_dir():
+            raise InputError("no such directory", where=root)
+        there = iterations_in(root)
         if len(there) < last:
-            raise UsageError(f"--last {last}: {len(there)} iterations are there", where=root)
+            raise UsageError(f"{given}: {len(there)} iterations are there", where=root)
         iterations = [int(folder.name.rpartition("_")[2]) for folder in there[-last:]]
     assert iterations is not None
     if len(iterations) < 2 or len(set(iterations)) < len(iterations):
@@ -209,9 +227,7 @@ def slice_layers(
         left = sorted(set(range(count)) - set(kept))
         notes = [f"{len(kept)} layer{'s' * (len(kept) != 1)}, of {count} in the source"]
         if left:
-            notes.append(
-                f"layer{'s' * (len(left) != 1)} {_as_ranges(left)} {'is' if len(left) == 1 else 'are'} left out"
-            )
+            notes.append(f"left out: {'layer' if len(left) == 1 else 'layers'} {_as_ranges(left)}")
         return work.write("slice", {"layers": _as_ranges(kept)}, made, [one], notes=notes)
 
 
@@ -264,11 +280,19 @@ def stack_layers(
 
 
 def _named(text: str) -> tuple[str, str | None]:
-    """The path and the layers in `MODEL:LAYERS`."""
+    """The path and the layers in `MODEL:LAYERS`.
+
+    Raises:
+        UsageError: A model is named, and what follows the colon are no layers.
+    """
     path, colon, layers = text.rpartition(":")
-    if not colon or Path(text).exists() or not is_layer_list(layers):
+    if not colon or Path(text).exists():
         return text, None
-    return path, layers
+    if is_layer_list(layers):
+        return path, layers
+    if Path(path).exists() or is_reference(path):
+        layer_list(layers, 1, f"{path}:")
+    return text, None
 
 
 def _check_types(inputs: Sequence[Input], options: Options) -> None:
@@ -329,25 +353,50 @@ def merge(
         work = _Work(stack, output, source, how)
         opened = {name: work.opening.open(recipes.model_path(name, file), name) for name in wanted.models}
         inputs = list(opened.values())
-        notes = check_alike(inputs, accept_differences=accept_differences, layers=not wanted.sliced)
-        found = merged(wanted, opened, out=output.options.dtype, seed=seed, where=file)
-        model = found.model
+        notes = check_alike(
+            inputs,
+            accept_differences=accept_differences,
+            layers=not wanted.sliced,
+            vocabulary=wanted.tokenizer is None,
+        )
+        further: dict[str, bytes] = {}
+        tokenizer, rows = None, None
         if wanted.tokenizer is not None:
-            model = with_tokenizer(model, _donor(wanted, opened, file), inputs)
+            base = opened[wanted.base or wanted.models[0]]
+            tokenizer = merged_tokenizer(wanted.tokenizer, base, opened, file)
+            given = wanted.tokenizer
+            rows = TokenRows(tokenizer.tokens, tokenizer.owned, given.tokens, given.multiple, file)
+        found = merged(wanted, opened, out=output.options.dtype, seed=seed, where=file, tokens=rows)
+        model = found.model
+        if tokenizer is not None:
+            model, further, told = _with_tokenizer(model, tokenizer, base)
+            notes += told
+        if wanted.chat_template is not None:
+            further |= _with_template(wanted.chat_template, model, inputs, further, file)
         what = {"recipe": wanted.text, "method": wanted.method, "seed": seed}
-        further = {RECIPE: text}
+        further[RECIPE] = text
         return work.write("merge", what, model, inputs, notes=[*notes, *found.notes], further=further)
 
 
-def _donor(recipe: recipes.Recipe, opened: Mapping[str, Input], where: Path) -> Input:
-    """The model whose tokenizer a recipe asks for."""
-    name = recipe.base if recipe.tokenizer == "base" else recipe.tokenizer
-    if name == "union":
-        hint = "resize-vocab gives models one tokenizer; then name a model"
-        raise UnsupportedError("tokenizer_source: union is not done here", where=where, hint=hint)
-    if name is None or name not in opened:
-        raise InputError(f"tokenizer_source: {recipe.tokenizer} is none of the models", where=where)
-    return opened[name]
+def _with_tokenizer(
+    model: Checkpoint, tokenizer: MergedTokenizer, base: Input
+) -> tuple[Checkpoint, dict[str, bytes], list[str]]:
+    """A merged model with its tokenizer, the files that are made for it, and notes."""
+    own = tokenizer.owned[base.name]
+    moved = {number: tokenizer.tokens[token] for token, number in own.items() if token in tokenizer.tokens}
+    model, made, notes = vocabulary.with_ids(model, own, moved)
+    notes.append(f"{len(tokenizer.tokens):,} tokens, of {len(own):,} in {base.name}")
+    return with_tokenizer(model, tokenizer), {**made, **tokenizer.made}, notes
+
+
+def _with_template(
+    wanted: str, model: Checkpoint, inputs: Sequence[Input], made: Mapping[str, bytes], where: Path
+) -> dict[str, bytes]:
+    """The files of the chat template that a recipe asks for."""
+    if not (model.sidecar.small.keys() | made.keys()) & {TOKENIZER, CONFIG}:
+        raise InputError("chat_template: the model has no tokenizer that it could belong to", where=where)
+    text = chat_template(wanted, inputs, where)
+    return {} if text is None else template_files(text, model, made)
 
 
 def resize_vocabulary(

@@ -72,13 +72,16 @@ class Opening:
         return Input(str(path) if name is None else name, model)
 
 
-def check_alike(inputs: Sequence[Input], *, accept_differences: bool, layers: bool = True) -> list[str]:
+def check_alike(
+    inputs: Sequence[Input], *, accept_differences: bool, layers: bool = True, vocabulary: bool = True
+) -> list[str]:
     """Whether the models describe the same model. Notes about what differs all the same.
 
     Args:
         inputs: The models.
         accept_differences: Continue if settings differ that stored bytes do not depend on.
         layers: Whether the layers are compared, too.
+        vocabulary: Whether the sizes of the vocabularies are compared, too.
 
     Raises:
         UnsupportedError: Their tensors are not the same.
@@ -91,7 +94,10 @@ def check_alike(inputs: Sequence[Input], *, accept_differences: bool, layers: bo
             pair = f"{first.model.config.architecture} and {other.model.config.architecture}"
             raise UnsupportedError(f"two kinds of models: {pair}", where=other.name)
         one, two = first.model.config, other.model.config
-        found = differing_fields(one, two if layers else _with_layers_of(two, one), ignored=_OF_TRAINING)
+        like = two if layers else replace(two, layers=one.layers)
+        if not vocabulary:
+            like = replace(like, vocab_size=one.vocab_size, per_layer_vocab_size=one.per_layer_vocab_size)
+        found = differing_fields(one, like, ignored=_OF_TRAINING)
         texts = [
             f"{'' if item.layer is None else f'layer {item.layer}: '}{item.name} is {in_words(item.right)}, and"
             f" {in_words(item.left)} in {first.name}"
@@ -105,10 +111,6 @@ def check_alike(inputs: Sequence[Input], *, accept_differences: bool, layers: bo
             raise UsageError(f"a model with other settings: {'; '.join(texts)}", where=other.name, hint=hint)
         notes += [f"{other.name}: {text}, which counts" for text in texts]
     return notes
-
-
-def _with_layers_of(config: ModelConfig, other: ModelConfig) -> ModelConfig:
-    return replace(config, layers=other.layers)
 
 
 def _of_vocabulary(one: ModelConfig, two: ModelConfig) -> bool:

@@ -18,6 +18,7 @@ from ckptkit.checkpoints.config_fields import differing_fields, in_words
 from ckptkit.editing.inputs import Input
 from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
 from ckptkit.formats.hf import BIN_INDEX, INDEX
+from ckptkit.printable import printable
 from ckptkit.tables.bounds import MAX_LAYERS
 from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
@@ -25,7 +26,11 @@ from ckptkit.tables.model_config import LayerConfig, ModelConfig
 from ckptkit.tensors import Tensor, hstack, vstack
 
 _NUMBER = re.compile(r"(layers\w*\.)[0-9]+\.")
-_LIST = re.compile(r"[0-9]{1,6}(?:-[0-9]{1,6})?(?:,[0-9]{1,6}(?:-[0-9]{1,6})?)*")
+_LIST = re.compile(r"[0-9]{1,18}(?:-[0-9]{1,18})?(?:,[0-9]{1,18}(?:-[0-9]{1,18})?)*")
+_LONGEST = 1 << 16
+"""Characters of a list of layers."""
+_SHOWN = 60
+"""Characters of a list that messages show."""
 _BY_LAYER = ("layer_types", "mlp_layer_types")
 """Lists of config.json with an entry for each layer that families need not know to read a model."""
 
@@ -57,7 +62,8 @@ def layer_list(text: str, count: int, option: str) -> list[int]:
         UsageError: It is no such list, or names a layer that the model does not have.
     """
     if not is_layer_list(text):
-        raise UsageError(f"{option} {text}", hint="numbers and ranges of layers, as in 0-15,24-31")
+        shown = printable(text, _SHOWN, _SHOWN)
+        raise UsageError(f"{option} {shown!r} is no list of layers", hint="numbers and ranges, as in 0-15,24-31")
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -74,7 +80,7 @@ def layer_list(text: str, count: int, option: str) -> list[int]:
 
 def is_layer_list(text: str) -> bool:
     """Whether a text looks like a list of layers."""
-    return _LIST.fullmatch(text) is not None
+    return len(text) <= _LONGEST and _LIST.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

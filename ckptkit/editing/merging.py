@@ -1,25 +1,33 @@
-"""Merging by recipe: which tensors of which models become one tensor, and with which parameters."""
+"""Merging by recipe: which tensors of which models become one tensor, and with which parameters.
+
+The tensors are those of the modules of transformers, as mergekit has them: all experts of a layer are one tensor, which
+has one norm and one k-th magnitude, whether or not its files store each expert by itself.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.conversion.options import dtype_called
 from ckptkit.dtypes import DType
 from ckptkit.editing import methods, recipes
 from ckptkit.editing.inputs import Input
-from ckptkit.editing.layers import Place, extras_of, restack, tensor_of
+from ckptkit.editing.layers import Place, Restacked, extras_of, restack, tensor_of
 from ckptkit.editing.methods import Task, TaskOptions, Types, promoted
 from ckptkit.editing.recipes import Recipe, Settings, Slice, resolved
+from ckptkit.editing.token_rows import TokenRows
+from ckptkit.editing.vocabulary import config_of_size, has_vocabulary
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.computed import recast
 from ckptkit.io.plan import Comparison
 from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tables.items import Item
-from ckptkit.tensors import Tensor
+from ckptkit.tables.spelling import HUB, Stack
+from ckptkit.tensors import Tensor, vstack
 
 _SPARSE = {recipes.TIES: "magnitude", recipes.DARE_TIES: "random", recipes.DARE_LINEAR: "random"}
 _CONSENSUS = (recipes.TIES, recipes.DARE_TIES)
@@ -27,13 +35,16 @@ _RESCALED = (recipes.DARE_TIES, recipes.DARE_LINEAR)
 _WITH_BASE = (recipes.SLERP, recipes.TASK_ARITHMETIC, recipes.TIES, recipes.DARE_TIES, recipes.DARE_LINEAR)
 
 
+_IN_TOWER = re.compile(r"[.]layers[.]([0-9]{1,6})[.]")
+
+
 @dataclass(frozen=True)
 class _Part:
-    """A Hugging Face tensor of one model, as an input of a merge.
+    """A tensor of one model, as an input of a merge.
 
     Attributes:
         source: The model.
-        name: Its name there.
+        name: Its name in the modules of transformers.
         tensor: It.
         parameters: What the recipe says of this model in this slice.
     """
@@ -57,37 +68,65 @@ class Merged:
     notes: tuple[str, ...]
 
 
-def merged(recipe: Recipe, inputs: Mapping[str, Input], *, out: DType | None, seed: int, where: object) -> Merged:
+def merged(
+    recipe: Recipe,
+    inputs: Mapping[str, Input],
+    *,
+    out: DType | None,
+    seed: int,
+    where: object,
+    tokens: TokenRows | None = None,
+) -> Merged:
     """The model that a recipe makes.
 
     Args:
         recipe: The recipe.
-        inputs: Name in the recipe -> the opened model. They are alike but for their layers.
+        inputs: Name in the recipe -> the opened model. They are alike but for their layers, and with `tokens` for their
+            vocabularies.
         out: Type to write, which outranks that of the recipe.
         seed: Seed of random numbers.
         where: The recipe's file, for messages.
+        tokens: The rows of another tokenizer.
 
     Raises:
         InputError: The recipe contradicts itself or the models.
         UnsupportedError: The models cannot be merged so.
     """
-    return _Merger(recipe, inputs, out, seed, where).result()
+    return _Merger(recipe, inputs, out, seed, where, tokens).result()
 
 
 class _Merger:
     def __init__(
-        self, recipe: Recipe, inputs: Mapping[str, Input], out: DType | None, seed: int, where: object
+        self,
+        recipe: Recipe,
+        inputs: Mapping[str, Input],
+        out: DType | None,
+        seed: int,
+        where: object,
+        tokens: TokenRows | None,
     ) -> None:
         self.recipe, self.inputs, self.seed, self.where = recipe, inputs, seed, where
-        self.dtype = dtype_called(recipe.dtype)
-        self.out = out or dtype_called(recipe.out_dtype)
+        self.dtype = recipe.dtype
+        self.out = out or recipe.out_dtype
         self.base = inputs[recipe.base or recipe.models[0]]
         self.merged = self.copied = 0
         self.comparisons: list[Comparison] = []
+        self.spelling = next((one for one in self.base.model.family.hf_spellings if one.stacks), HUB)
+        self.stacks = {part: stack for stack in self.spelling.stacks for part in stack.parts}
+        self.experts = cache(self._experts)
         for number, one in enumerate(recipe.slices):
             self._check(one, number)
         self.layers = list(self._layers())
-        self.form = restack(self.base, [places[0] for _, _, places in self.layers])
+        self.tokens = tokens
+        self.form = self._form()
+
+    def _form(self) -> Restacked:
+        """The form of the result."""
+        form = restack(self.base, [places[0] for _, _, places in self.layers])
+        if self.tokens is None:
+            return form
+        config, raw = config_of_size(form.family, form.config, form.raw, self.tokens.size, self.base.name)
+        return replace(form, config=config, raw=raw, items={item.key: item for item in form.family.items(config)})
 
     def _check(self, one: Slice, number: int) -> None:
         """Whether the method takes the inputs of a slice."""
@@ -125,7 +164,7 @@ class _Merger:
         """The merged model."""
         tensors = {key: self._tensor(item) for key, item in self.form.items.items()}
         places = [places[0] for _, _, places in self.layers]
-        model = self.form.checkpoint(self.base, tensors, extras_of(self.base, places))
+        model = self.form.checkpoint(self.base, tensors, self._extras(places))
         used = [check for one in self.inputs.values() for check in one.model.comparisons]
         model = replace(
             model,
@@ -140,15 +179,48 @@ class _Merger:
 
     def _notes(self) -> Iterator[str]:
         yield f"{self.merged:,} tensors are merged ({self.recipe.method}), {self.copied:,} are copied"
-        config = self.base.model.config
-        own = [
-            name for name in self.base.model.sidecar.extras if not self.form.family.follows_from_config(name, config)
-        ]
-        if own and len(self.inputs) > 1:
+        own = [name for name in self.base.model.sidecar.extras if not self._follows(name)]
+        if own and self.recipe.sliced:
             yield f"{len(own):,} tensors outside of the text model are those of {self.base.name}"
+
+    def _follows(self, extra: str) -> bool:
+        return self.form.family.follows_from_config(extra, self.base.model.config)
+
+    def _extras(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """The tensors without a place in Megatron. Towers are merged, too; slices are about the text model alone."""
+        found = extras_of(self.base, places)
+        if self.recipe.sliced:
+            return found
+        (one,) = self.recipe.slices
+        sources = [self.inputs[source.model] for source in one.sources]
+        layers: dict[str, int] = {}
+        for name in found:
+            before, _, number = _tower_layer(name)
+            layers[before] = max(layers.get(before, 0), number + 1)
+        for name in dict.fromkeys(name for source in sources for name in source.model.sidecar.extras):
+            if self._follows(name):
+                continue
+            parts = [
+                self._extra(name, source, given.parameters) for source, given in zip(sources, one.sources, strict=True)
+            ]
+            if any(part.tensor.shape != parts[0].tensor.shape for part in parts):
+                raise InputError(f"{name} differs in shape between the models", where=self.base.name)
+            before, inside, number = _tower_layer(name)
+            t = (number / (layers[before] - 1) if layers[before] > 1 else 1.0) if inside else 0.0
+            bound = parts[0].tensor.shape == ()  # of a range of values, which may be infinite: no weight
+            found[name] = self._alike(name, parts) if bound else self._part(name, parts, one, t)
+        return found
+
+    def _extra(self, name: str, source: Input, parameters: Settings) -> _Part:
+        tensor = source.model.sidecar.extras.get(name)
+        if tensor is None:
+            raise InputError(f"there is no {name}, which others have", where=source.name)
+        return _Part(source, name, tensor, parameters)
 
     def _tensor(self, item: Item) -> Tensor:
         """A Megatron tensor, made part by part: recipes are about Hugging Face tensors."""
+        if self.tokens is not None and has_vocabulary(item):
+            return self._of_tokens(item, self.tokens)
         if item.layer is not None:
             one, t, places = self.layers[item.layer]
             sources = [place.source for place in places]
@@ -163,13 +235,79 @@ class _Merger:
             return wholes[0]
         unpacked = [item.unpack(whole) for whole in wholes]
         made = {}
-        for number, name in enumerate(item.hf):
+        for number, (name, template) in enumerate(zip(item.hf, item.row.hf, strict=True)):
+            stack = self.stacks.get(template)
+            if stack is not None and self.recipe.method != recipes.PASSTHROUGH:
+                assert item.layer is not None
+                made[name] = self.experts(stack, item.layer)[name]
+                continue
+            names = [source.model.items[key].hf[number] for source, key in zip(sources, keys, strict=True)]
+            if stack is None:
+                names = [self.spelling.written(one) for one in names]
+            else:
+                names = [stack.fused.format(i=place.layer) for place in places]
             parts = [
-                _Part(source, source.model.items[key].hf[number], pieces[name], given.parameters)
-                for source, key, pieces, given in zip(sources, keys, unpacked, one.sources, strict=True)
+                _Part(source, called, pieces[name], given.parameters)
+                for source, called, pieces, given in zip(sources, names, unpacked, one.sources, strict=True)
             ]
-            made[name] = self._part(name, parts, one, t)
+            made[name] = self._part(self._called(item, name, stack), parts, one, t)
         return self._packed(item, wholes[0], unpacked[0], made)
+
+    def _of_tokens(self, item: Item, tokens: TokenRows) -> Tensor:
+        """An embedding or a head: its rows are put in the order of the new tokens before they are merged.
+
+        Raises:
+            UnsupportedError: It has a part for each layer, and the layers are others.
+        """
+        one = self.recipe.slices[0 if item.row.first else -1]
+        sources = [self.inputs[source.model] for source in one.sources]
+        if self.recipe.sliced and any(dim.by_layer for shape in item.row.hf.values() for dim in shape):
+            raise UnsupportedError("slices with another tokenizer, of a model with per-layer embeddings")
+        (name,) = item.hf
+        own = [source.model.items[item.key] for source in sources]
+        tables = [one.unpack(source.model.tensors[item.key])[name] for one, source in zip(own, sources, strict=True)]
+        compute = self.dtype or promoted([table.out_dtype for table in tables])
+        tables = tokens.tables([source.name for source in sources], one.base or self.recipe.base, tables, compute)
+        parts = [
+            _Part(source, self.spelling.written(name), table, given.parameters)
+            for source, table, given in zip(sources, tables, one.sources, strict=True)
+        ]
+        return item.pack([self._part(self.spelling.written(name), parts, one, 0.0)])
+
+    def _called(self, item: Item, name: str, stack: Stack | None) -> str:
+        return self.spelling.written(name) if stack is None else stack.fused.format(i=item.layer)
+
+    def _experts(self, stack: Stack, layer: int) -> dict[str, Tensor]:
+        """Hugging Face name -> tensor of one expert, cut out of what all experts of a layer are merged to."""
+        one, t, places = self.layers[layer]
+        rows = {template: row for row in self.form.family.rows for template in row.hf}
+        items = [
+            self.form.items[rows[template].megatron.format(i=layer, e=expert)]
+            for expert in range(self.form.config.num_experts)
+            for template in stack.parts
+        ]
+        names = [
+            template.format(i=layer, e=expert)
+            for expert in range(self.form.config.num_experts)
+            for template in stack.parts
+        ]
+        parts = []
+        for place, given in zip(places, one.sources, strict=True):
+            pieces = [
+                item.unpack(tensor_of(item, place.source, [place]))[name]
+                for item, name in zip(items, names, strict=True)
+            ]
+            if len({piece.out_dtype for piece in pieces}) > 1:
+                what = f"the experts of layer {place.layer} have several types"
+                raise UnsupportedError(what, where=place.source.name, hint="convert --dtype makes them one")
+            parts.append(_Part(place.source, stack.fused.format(i=place.layer), vstack(pieces), given.parameters))
+        whole = self._part(stack.fused.format(i=layer), parts, one, t)
+        found, top = {}, 0
+        for item, name in zip(items, names, strict=True):
+            height = item.parts[name][0]
+            found[name] = whole.rows(top, top + height)
+            top += height
+        return found
 
     def _places_of(self, number: int, item: Item) -> list[Place]:
         """The layers of one input, for a tensor that holds a block for each layer."""
@@ -273,3 +411,9 @@ class _Merger:
             for part in parts[1:]
         ]
         return first.tensor
+
+
+def _tower_layer(name: str) -> tuple[str, bool, int]:
+    """What comes before the number of a layer in a name, whether there is one, and it."""
+    found = _IN_TOWER.search(name)
+    return ("", False, 0) if found is None else (name[: found.start()], True, int(found[1]))

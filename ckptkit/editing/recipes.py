@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptkit.errors import InputError, UnsupportedError
+from ckptkit.conversion.options import dtype_called
+from ckptkit.dtypes import DType
+from ckptkit.errors import CkptkitError, InputError, UnsupportedError
 from ckptkit.formats.yaml_files import parse_yaml
+from ckptkit.printable import printable
 
 LARGEST = 512 << 10
 """The most bytes of a recipe."""
@@ -42,9 +45,14 @@ OWN: dict[str, tuple[str, ...]] = {
 
 METHODS = tuple(SHARED)
 
-_TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
-_TOP_REFUSED = ("modules", "chat_template", "tokenizer")
+_TOP = (
+    *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "chat_template"),
+)
+_TOP_REFUSED = ("modules",)
 _SLICE = ("sources", "base_model", "parameters")
+_MOST_MULTIPLE = 1 << 16
+"""Of `pad_to_multiple_of`."""
 _BOOLEANS = ("normalize", "rescale", "int8_mask")
 
 Settings = Mapping[str, Any]
@@ -81,6 +89,40 @@ class Slice:
     parameters: Settings = field(default_factory=dict)
 
 
+UNION, BASE = "union", "base"
+"""Sources of a tokenizer that are no model: all tokens of all models, and the tokenizer of the base model."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Where a model without a token takes its row from.
+
+    Attributes:
+        model: The model that gives it; None for zeros.
+        token: Text or id of the token whose row it is; None for the token itself.
+        force: Whether the models that have the token take this row, too.
+    """
+
+    model: str | None
+    token: str | int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer that a result has.
+
+    Attributes:
+        source: `union`, `base` or a model.
+        tokens: Token -> where its row comes from; those that the source lacks are added.
+        multiple: Number of rows that the vocabulary is padded to a multiple of, or None.
+    """
+
+    source: str
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    multiple: int | None = None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe.
@@ -91,9 +133,10 @@ class Recipe:
         sliced: Whether the recipe has slices; else the one slice is all layers of all models.
         base: The base model, or None.
         parameters: Parameters of the whole recipe.
-        dtype: Name of the type that is computed in, or None.
-        out_dtype: Name of the type that is written, or None for that one.
-        tokenizer: The model whose tokenizer the result has, or None.
+        dtype: The type that is computed in, or None.
+        out_dtype: The type that is written, or None for that one.
+        tokenizer: The tokenizer that the result has, or None for that of the base model, with no row moved.
+        chat_template: `auto`, a template of Jinja, or None for that of the tokenizer.
         text: The recipe as it was written.
     """
 
@@ -102,9 +145,10 @@ class Recipe:
     sliced: bool
     base: str | None
     parameters: Settings
-    dtype: str | None
-    out_dtype: str | None
-    tokenizer: str | None
+    dtype: DType | None
+    out_dtype: DType | None
+    tokenizer: Tokenizer | None
+    chat_template: str | None
     text: str
 
     @property
@@ -137,7 +181,11 @@ def read_recipe(data: bytes, where: object) -> Recipe:
     reader.check(top, _TOP, "")
     method = top.get("merge_method")
     if method not in METHODS:
-        raise UnsupportedError(f"merge_method {method!r}"[:80], where=where, hint=f"done are {', '.join(METHODS)}")
+        raise UnsupportedError(
+            f"merge_method {printable(repr(method), _SHOWN, _SHOWN)}",
+            where=where,
+            hint=f"done are {', '.join(METHODS)}",
+        )
     known = (*SHARED[method], *OWN[method])
     if (top.get("models") is None) == (top.get("slices") is None):
         raise InputError("a recipe has either models or slices", where=where)
@@ -156,9 +204,10 @@ def read_recipe(data: bytes, where: object) -> Recipe:
         sliced,
         base,
         reader.parameters(top, "", known),
-        reader.text(top, "dtype", ""),
-        reader.text(top, "out_dtype", ""),
-        reader.text(top, "tokenizer_source", ""),
+        reader.dtype(top, "dtype"),
+        reader.dtype(top, "out_dtype"),
+        reader.tokenizer(top),
+        reader.text(top, "chat_template", ""),
         text,
     )
 
@@ -169,8 +218,8 @@ class _Reader:
     def __init__(self, where: object) -> None:
         self.where = where
 
-    def refuse(self, place: str) -> None:
-        raise UnsupportedError(f"{place} of a recipe is not done here", where=self.where)
+    def refuse(self, place: str, hint: str | None = None) -> None:
+        raise UnsupportedError(f"{place} of a recipe is not done here", where=self.where, hint=hint)
 
     def mapping(self, value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -188,9 +237,7 @@ class _Reader:
             if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-                raise UnsupportedError(
-                    f"{_inside(place, key)} of a recipe is not done here", where=self.where, hint=hint
-                )
+                self.refuse(_inside(place, key), hint)
 
     def text(self, raw: Mapping[str, Any], key: str, place: str) -> str | None:
         value = raw.get(key)
@@ -198,6 +245,14 @@ class _Reader:
             what = "a path or a name" if not isinstance(value, dict) else "a path or a name, not a mapping"
             raise InputError(f"{_inside(place, key)} must be {what}", where=self.where)
         return value
+
+    def dtype(self, top: Mapping[str, Any], key: str) -> DType | None:
+        name = self.text(top, key, "")
+        try:
+            return dtype_called(name)
+        except CkptkitError as error:
+            what = f"{key} {printable(str(name), _SHOWN, _SHOWN)} of a recipe"
+            raise UnsupportedError(what, where=self.where, hint=error.hint) from None
 
     def required(self, raw: Mapping[str, Any], place: str) -> str:
         found = self.text(raw, "model", place)
@@ -236,6 +291,50 @@ class _Reader:
             raise InputError(what, where=self.where, hint="as in [0, 16]")
         return Source(self.required(raw, place), (layers[0], layers[1]), self.parameters(raw, place, known))
 
+    def tokenizer(self, top: Mapping[str, Any]) -> Tokenizer | None:
+        source = self.text(top, "tokenizer_source", "")
+        if top.get("tokenizer") is None:
+            return None if source is None else Tokenizer(source)
+        if source is not None:
+            raise InputError("a recipe has either tokenizer_source or tokenizer", where=self.where)
+        raw = self.mapping(top["tokenizer"], "tokenizer")
+        self.check(raw, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
+        tokens = {} if raw.get("tokens") is None else self.mapping(raw["tokens"], "tokenizer.tokens")
+        multiple = raw.get("pad_to_multiple_of")
+        if multiple is not None and (type(multiple) is not int or not 0 < multiple <= _MOST_MULTIPLE):
+            raise InputError(
+                "tokenizer.pad_to_multiple_of must be a number of rows",
+                where=self.where,
+                hint=f"1 to {_MOST_MULTIPLE:,}",
+            )
+        rows = {token: self.token_row(one, _inside("tokenizer.tokens", token)) for token, one in tokens.items()}
+        return Tokenizer(self.text(raw, "source", "tokenizer") or UNION, rows, multiple)
+
+    def token_row(self, value: Any, place: str) -> TokenRow:
+        raw = self.mapping(value, place)
+        self.check(raw, ("source", "force"), place)
+        force = raw.get("force", False)
+        if not isinstance(force, bool):
+            raise InputError(f"{place}.force must be true or false", where=self.where)
+        source, inside = raw.get("source"), f"{place}.source"
+        if isinstance(source, str):
+            return TokenRow(source, None, force)
+        given = self.mapping(source, inside)
+        if given.get("kind") == "zero":
+            self.check(given, ("kind",), inside)
+            return TokenRow(None, None, force)
+        self.check(given, ("kind", "model", "token", "token_id"), inside)
+        number, text = given.get("token_id"), self.text(given, "token", inside)
+        if given.get("kind") != "model_token" or (number is None) == (text is None):
+            raise InputError(
+                f"{inside} must be a model, a token of a model, or zeros",
+                where=self.where,
+                hint="as in {kind: model_token, model: A, token: B}, with token_id instead of token, or {kind: zero}",
+            )
+        if number is not None and (type(number) is not int or number < 0):
+            raise InputError(f"{inside}.token_id must be the number of a row", where=self.where)
+        return TokenRow(self.required(given, inside), number if text is None else text, force)
+
     def parameters(self, raw: Mapping[str, Any], place: str, known: Collection[str]) -> Settings:
         if raw.get("parameters") is None:
             return {}
@@ -263,8 +362,14 @@ class _Reader:
                 raise InputError(f"{inside}.value must be a value or a list of values", where=self.where)
 
 
+_SHOWN = 60
+"""Characters of a key or a name that messages show."""
+
+
 def _inside(place: str, key: str) -> str:
-    return f"{place}.{key}" if place else key
+    """The place of a key, for messages."""
+    shown = printable(key, _SHOWN, _SHOWN)
+    return f"{place}.{shown}" if place else shown
 
 
 def _is_scalar(value: Any) -> bool:

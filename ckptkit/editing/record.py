@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.editing.inputs import Input
 from ckptkit.formats.hub import is_reference
 from ckptkit.io.plan import source_files
+from ckptkit.printable import printable
 from ckptkit.version import __version__
 
 RECORD, CARD = "ckptkit_surgery.json", "README.md"
@@ -86,16 +88,27 @@ def _card(operation: str, what: Mapping[str, Any], inputs: Sequence[Input], reco
     lines += ["Made of:", ""]
     for one, entry in zip(inputs, record["inputs"], strict=True):
         size = sum(file["bytes"] for file in entry["files"])
-        lines.append(f"- `{one.name}` ({entry['architecture']}, {entry['layers']} layers, {size:,} bytes of weights)")
+        lines.append(
+            f"- {_quoted(one.name)} ({entry['architecture']}, {entry['layers']} layers, {size:,} bytes of weights)"
+        )
     recipe = what.get("recipe")
-    lines += ["", "Recipe:", ""]
-    if isinstance(recipe, str):
-        lines += ["```yaml", recipe.rstrip("\n"), "```"]
-    else:
-        lines += ["```json", json.dumps(dict(what), indent=2), "```"]
+    kind, text = ("yaml", recipe) if isinstance(recipe, str) else ("json", json.dumps(dict(what), indent=2))
+    fence = _fence(text, 3)
+    lines += ["", "Recipe:", "", f"{fence}{kind}", *text.rstrip("\n").splitlines(), fence]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += ["", f"Versions: {versions}. `{RECORD}` has the whole record.", ""]
     return "\n".join(lines)
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks, more than there are side by side in a text: what is inside of them ends where they end."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def _quoted(name: str) -> str:
+    """A name as code in one line of Markdown."""
+    name, mark = printable(name), _fence(name, 1)
+    return f"{mark}{name}{mark}" if mark == "`" else f"{mark} {name} {mark}"
 
 
 def _front_matter(head: Mapping[str, Any]) -> list[str]:

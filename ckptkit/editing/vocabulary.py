@@ -19,7 +19,9 @@ from ckptkit.formats.tokenizer_json import FILES, TOKENIZER, tokens_in
 from ckptkit.io.castable import CASTABLE
 from ckptkit.io.computed import Once, as_matrix, blocks, computed, numbers, tiles
 from ckptkit.tables.dims import VP
+from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor, vstack
 
 if TYPE_CHECKING:
@@ -144,22 +146,16 @@ def with_rows(one: Input, rows: Rows) -> Checkpoint:
     Raises:
         UnsupportedError: Its config.json cannot describe the vocabulary, or rows cannot be made in its type.
     """
-    model, size = one.model, len(rows.old)
-    changes: dict[str, Any] = {"vocab_size": size}
-    if model.config.per_layer_vocab_size:
-        changes["per_layer_vocab_size"] = size
-    config = replace(model.config, **changes)
-    raw = model.family.unparse(config, model.sidecar.config)
-    if found := differing_fields(config, model.family.parse(raw), ignored=("dtype", "init_std")):
-        raise UnsupportedError(f"config.json cannot describe it: {found[0].name}", where=one.name)
+    model = one.model
+    config, raw = config_of_size(model.family, model.config, model.sidecar.config, len(rows.old), one.name)
     items = {item.key: item for item in model.family.items(config)}
     tensors = {
-        key: _resized(model.tensors[key], rows, f"{key} of {one.name}") if _has_vocabulary(item) else model.tensors[key]
+        key: _resized(model.tensors[key], rows, f"{key} of {one.name}") if has_vocabulary(item) else model.tensors[key]
         for key, item in items.items()
     }
     small = {name: file for name, file in model.sidecar.small.items() if name not in (INDEX, BIN_INDEX)}
     sidecar = replace(model.sidecar, config=raw, headers={}, small=small)
-    copied = sum(not _has_vocabulary(item) for item in items.values())
+    copied = sum(not has_vocabulary(item) for item in items.values())
     return replace(
         model,
         config=config,
@@ -171,7 +167,33 @@ def with_rows(one: Input, rows: Rows) -> Checkpoint:
     )
 
 
-def _has_vocabulary(item: Item) -> bool:
+def config_of_size(
+    family: Family, config: ModelConfig, raw: Mapping[str, Any], size: int, where: object
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """A model and its config.json with another number of rows.
+
+    Args:
+        family: Its family.
+        config: The model.
+        raw: Its config.json.
+        size: The number of rows.
+        where: Its name, for messages.
+
+    Raises:
+        UnsupportedError: Its config.json cannot describe the vocabulary.
+    """
+    changes: dict[str, Any] = {"vocab_size": size}
+    if config.per_layer_vocab_size:
+        changes["per_layer_vocab_size"] = size
+    config = replace(config, **changes)
+    raw = family.unparse(config, raw)
+    if found := differing_fields(config, family.parse(raw), ignored=("dtype", "init_std")):
+        raise UnsupportedError(f"config.json cannot describe it: {found[0].name}", where=where)
+    return config, raw
+
+
+def has_vocabulary(item: Item) -> bool:
+    """Whether a tensor has a row for each token."""
     return item.row.split.padded or any(shape[:1] == (VP,) for shape in item.row.hf.values())
 
 
@@ -262,44 +284,99 @@ def with_tokens(
 
     Returns:
         The model, changed small files, and notes about tokens that are gone.
+
+    Raises:
+        UnsupportedError: An id whose token moves is part of a tower's config.
     """
-    names = {number: token for token, number in tokens_in(old).items()}
-    notes: list[str] = []
-    unmoved = all(moved.get(number) == number for number in names)
-
-    def renumbered(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-        found = dict(raw)
-        if isinstance(inner := raw.get("text_config"), dict):
-            found["text_config"] = renumbered(inner, where)
-        for key, value in raw.items():
-            if key in _LISTS and value and not unmoved:
-                notes.append(f"{where}: {key} names ids of the old tokenizer, and is left out")
-                del found[key]
-            if not key.endswith(_IDS):
-                continue
-            ids = value if isinstance(value, list) else [value]
-            if not all(type(number) is int for number in ids):
-                continue
-            kept = [moved[number] for number in ids if number in moved]
-            for number in ids:
-                if number not in moved:
-                    token = names.get(number, "no token")
-                    notes.append(f"{where}: {key} {number} ({token}) is not in the new tokenizer, and is left out")
-            if kept:
-                found[key] = kept if isinstance(value, list) else kept[0]
-            else:
-                del found[key]
-        return found
-
-    sidecar = model.sidecar
-    small = {name: path for name, path in sidecar.small.items() if name not in FILES}
+    model, made, notes = with_ids(model, tokens_in(old), moved)
+    small = {name: path for name, path in model.sidecar.small.items() if name not in FILES}
     small |= {name: folder / name for name in FILES if (folder / name).is_file()}
+    return replace(model, sidecar=replace(model.sidecar, small=small)), made, notes
+
+
+def with_ids(
+    model: Checkpoint, tokens: Mapping[str, int], moved: Mapping[int, int]
+) -> tuple[Checkpoint, dict[str, bytes], list[str]]:
+    """A model whose config.json and generation_config.json name the ids of another tokenizer.
+
+    Args:
+        model: The model.
+        tokens: Token -> id of its own tokenizer.
+        moved: Old id -> new id of the tokens that both tokenizers have.
+
+    Returns:
+        The model, generation_config.json if there is one, and notes about tokens that are gone.
+
+    Raises:
+        UnsupportedError: An id whose token moves is part of a tower's config.
+    """
+    sidecar = model.sidecar
+    ids = _Ids({number: token for token, number in tokens.items()}, moved, model.family.sizes_in)
     made = {}
     if GENERATION in sidecar.small:
-        content = renumbered(read_json(sidecar.small[GENERATION]), GENERATION)
-        made[GENERATION] = json.dumps(content, indent=2).encode() + b"\n"
-    config = renumbered(sidecar.config, "config.json")
-    return replace(model, sidecar=replace(sidecar, config=config, small=small)), made, notes
+        before = read_json(sidecar.small[GENERATION])
+        content = ids.renumbered(before, GENERATION)
+        if content != before:
+            made[GENERATION] = json.dumps(content, indent=2).encode() + b"\n"
+    config = ids.renumbered(sidecar.config, "config.json")
+    return replace(model, sidecar=replace(sidecar, config=config)), made, ids.notes
+
+
+class _Ids:
+    """Ids of tokens in JSON, which follow their tokens.
+
+    Attributes:
+        notes: What is left out.
+    """
+
+    def __init__(self, names: Mapping[int, str], moved: Mapping[int, int], text: str | None) -> None:
+        self.names, self.moved, self.text = names, moved, text
+        self.unmoved = all(moved.get(number) == number for number in names)
+        self.notes: list[str] = []
+
+    def renumbered(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """An object of JSON with the new ids. Those in towers may be of other vocabularies: they must stay."""
+        found = dict(raw)
+        for key, value in raw.items():
+            if isinstance(value, dict):
+                inside = f"{where}: {key}"
+                if key in ("text_config", self.text):
+                    found[key] = self.renumbered(value, inside)
+                else:
+                    self._check(value, inside)
+            elif key in _LISTS and value and not self.unmoved:
+                self.notes.append(f"{where}: {key} names ids of the old tokenizer, and is left out")
+                del found[key]
+            elif (ids := _ids_in(key, value)) is not None:
+                kept = [self.moved[number] for number in ids if number in self.moved]
+                self._tell(key, ids, where)
+                if kept:
+                    found[key] = kept if isinstance(value, list) else kept[0]
+                else:
+                    del found[key]
+        return found
+
+    def _tell(self, key: str, ids: Sequence[int], where: str) -> None:
+        for number in ids:
+            if number not in self.moved:
+                token = self.names.get(number, "no token")
+                self.notes.append(f"{where}: {key} {number} ({token}) is not in the new tokenizer, and is left out")
+
+    def _check(self, raw: Mapping[str, Any], where: str) -> None:
+        for key, value in raw.items():
+            if isinstance(value, dict):
+                self._check(value, f"{where}: {key}")
+            for number in _ids_in(key, value) or ():
+                if number in self.names and self.moved.get(number) != number:
+                    what = f"{key} {number} ({self.names[number]}) moves, if it is an id of the tokenizer"
+                    hint = "keep the ids of such tokens, or take the key out of config.json and put it back by hand"
+                    raise UnsupportedError(f"{where}: {what}", hint=hint)
+
+
+def _ids_in(key: str, value: Any) -> list[int] | None:
+    """The ids of tokens that a key of config.json holds, or None if it holds none."""
+    ids = value if isinstance(value, list) else [value]
+    return ids if key.endswith(_IDS) and all(type(number) is int for number in ids) else None
 
 
 def tokenizer_of(one: Input) -> Path:

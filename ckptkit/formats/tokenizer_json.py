@@ -32,7 +32,19 @@ def tokens_in(path: Path) -> dict[str, int]:
     Raises:
         InputError: It is not the file of a tokenizer.
     """
-    content = read_json(path)
+    return tokens_of(read_json(path), path)
+
+
+def tokens_of(content: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Every token of a tokenizer -> its id; those that were added included.
+
+    Args:
+        content: Its tokenizer.json.
+        path: Where that was, for messages.
+
+    Raises:
+        InputError: It is no tokenizer.
+    """
     found = {**part_of(vocabulary, content, path), **part_of(_added, content, path)}
     if any(type(number) is not int or number < 0 for number in found.values()):
         raise InputError("a token whose id is no number", where=path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptkit import Parallelism, convert
+from ckptkit.families import family_of
 
 
 def tuned(base: Path, path: Path, seed: int, *, size: float = 0.3) -> Path:
@@ -33,6 +35,24 @@ def tuned(base: Path, path: Path, seed: int, *, size: float = 0.3) -> Path:
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a Hugging Face directory."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def in_modules(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a Hugging Face directory as the modules of transformers have them: all experts in one tensor."""
+    config, found = json.loads((folder / "config.json").read_text()), tensors_of(folder)
+    family = family_of(config, folder)
+    for spelling in family.hf_spellings:
+        if spelling.stacks and not any(".experts.gate_up_proj" in name for name in found):
+            model, stacked = family.parse(config), {}
+            for layer in (layer for layer, one in enumerate(model.layers) if one.moe):
+                for stack in spelling.stacks:
+                    experts = [
+                        torch.cat([found.pop(part.format(i=layer, e=expert)) for part in stack.parts])
+                        for expert in range(model.num_experts)
+                    ]
+                    stacked[stack.fused.format(i=layer)] = torch.stack(experts)
+            return {spelling.written(name): tensor for name, tensor in found.items()} | stacked
+    return found
 
 
 def run_of(models: list[Path], root: Path, to: str, grid: Parallelism, first: int = 1000) -> Path:

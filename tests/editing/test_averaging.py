@@ -148,9 +148,14 @@ def test_what_is_not_alike(models: list[Path], tmp_path: Path) -> None:
         ({"models": models[:2], "weights": [1.0, -1.0]}, "sum not 0"),
         ({"models": models, "weights": [1, 1, 1], "decay": "sqrt"}, "exclude each other"),
         ({"models": models, "precision": "float16"}, "--precision float16"),
+        ({"models": models[:1], "iterations": [1, 2]}, r"^[^;]*--iterations is about the root of a Megatron run"),
+        ({"models": models[:1], "last": 2}, "--last 2 is about the root of a Megatron run"),
+        ({"models": models[:1], "last": 2, "source": {"iteration": 3}}, "--iteration and --last 2 exclude"),
     ):
         with pytest.raises(UsageError, match=match):
             average(output=Output(tmp_path / "no"), **arguments)
+    with pytest.raises(InputError, match="nowhere: no such directory"):
+        average([tmp_path / "nowhere"], Output(tmp_path / "no"), last=2)
     gemma, broken = save_model(tmp_path / "gemma", "gemma3"), save_model(tmp_path / "broken", "gemma3")
     from safetensors.torch import save_file
 

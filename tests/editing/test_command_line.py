@@ -89,3 +89,15 @@ def test_a_dry_run_and_errors_in_one_line(tmp_path: Path) -> None:
     once = files_of(tmp_path / "out")
     assert run("slice", str(base), "-o", str(tmp_path / "out"), "--layers", "0", "--overwrite").exit_code == 0
     assert files_of(tmp_path / "out") == once
+
+
+def test_a_card_is_one_document(tmp_path: Path) -> None:
+    """Backticks in recipes and names end nothing."""
+    base = save_llama(tmp_path / "a`b``")
+    text = "# ```\nmerge_method: passthrough\nmodels: [{model: 'a`b``'}]\n# ````\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    commands.merge(tmp_path / "recipe.yaml", commands.Output(tmp_path / "out"))
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"`````yaml\n{text}`````\n" in card
+    assert "- ``` a`b`` ``` (LlamaForCausalLM" in card
+    assert base.is_dir()

@@ -162,3 +162,18 @@ def test_what_cannot_be_done(tmp_path: Path) -> None:
             resize_vocabulary(model, Output(tmp_path / "out"), **options)
         assert not (tmp_path / "out").exists()
     assert files_of(base) == before
+
+
+def test_ids_inside_of_towers(tmp_path: Path) -> None:
+    """A tower may have ids of its own: where they could be ids of tokens that move, nothing is guessed."""
+    base, new = model_with_tokenizer(tmp_path / "base"), write_tokenizer(tmp_path / "new", NEW)
+    raw = json.loads((base / "config.json").read_text())
+    raw |= {"text_config": {"pad_token_id": 4}, "vision_config": {"deep": {"image_token_id": 2}, "start_token_id": 77}}
+    (base / "config.json").write_text(json.dumps(raw))
+    resize_vocabulary(base, Output(tmp_path / "out"), tokenizer=new)
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert (found["text_config"], found["vision_config"]) == ({"pad_token_id": 1}, raw["vision_config"])
+    raw["vision_config"]["deep"]["image_token_id"] = 4
+    (base / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedError, match=r"vision_config: deep: image_token_id 4 \(c\) moves"):
+        resize_vocabulary(base, Output(tmp_path / "no"), tokenizer=new)
