@@ -15,13 +15,16 @@ from ckptkit.tables.model_config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """Rotation per token of each pair of channels, fp32 [head_dim / 2], in radians.
+    """Rotation per token of each pair of channels that rotates, fp32, in radians.
 
+    Of a head of which a part rotates these are the pairs of that part: megatron-core lets the other channels pass.
     Source: `ROPE_INIT_FUNCTIONS` of transformers (default, linear, llama3 and proportional).
 
     Raises:
         UnsupportedError: The runtime does not know this kind of scaling.
     """
+    if rope.kind != "proportional":
+        head_dim = int(head_dim * rope.partial)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "default":
@@ -69,10 +72,10 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(rope, head_dim), persistent=False)
 
     def forward(self, length: int) -> torch.Tensor:
-        """Angles of positions 0 to `length` - 1, fp32 [length, 1, 1, head_dim], both halves alike."""
+        """Angles of positions 0 to `length` - 1, fp32 [length, 1, 1, channels that rotate], both halves alike."""
         return self.at(torch.arange(length, device=self.inv_freq.device))
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Angles of positions, int64 (tokens,), in the shape [tokens, 1, 1, head_dim]."""
+        """Angles of positions, int64 (tokens,), in the shape [tokens, 1, 1, channels that rotate]."""
         angles = torch.outer(positions.float(), self.inv_freq)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

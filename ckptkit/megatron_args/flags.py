@@ -99,6 +99,12 @@ FLAGS = (
     Flag("--moe-router-topk", "moe_router_topk", default=2, restored=True),
     Flag("--moe-router-score-function", "moe_router_score_function", default="softmax", restored=True),
     _switch("--moe-router-pre-softmax", "moe_router_pre_softmax", restored=True),
+    _switch("--moe-router-enable-expert-bias", "moe_router_enable_expert_bias", restored=True),
+    Flag("--moe-router-dtype", "moe_router_dtype"),
+    Flag("--moe-router-topk-scaling-factor", "moe_router_topk_scaling_factor", restored=True),
+    Flag("--moe-router-num-groups", "moe_router_num_groups"),
+    Flag("--moe-router-group-topk", "moe_router_group_topk"),
+    Flag("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", restored=True),
     _switch("--moe-grouped-gemm", "moe_grouped_gemm", restored=True),
     Flag("--transformer-impl", "transformer_impl", default="transformer_engine"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptkit.tables.model_config import ModelConfig, Rope
+from ckptkit.tables.model_config import SIGMOID, ModelConfig, Rope
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
@@ -13,8 +13,16 @@ def inexpressible(config: ModelConfig) -> list[str]:
     if config.activation != "silu" or not config.gated:
         kind = "a gated MLP" if config.gated else "an MLP"
         notes.append(f"{kind} with {config.activation} has no single argument in Megatron-LM")
+    if config.router_groups > 1 and config.experts_per_token // config.router_groups_chosen != BEST_OF_GROUP:
+        best = config.experts_per_token // config.router_groups_chosen
+        notes.append(f"groups of experts chosen by the two best scores of each: Megatron-Core takes the best {best}")
     return [*notes, *(f"{feature}: {reason}" for feature, reason in beyond_gpt(config).items())]
 
+
+BEST_OF_GROUP = 2
+"""Scores of a group whose sum decides whether it is chosen; Megatron-Core takes as many as a token has experts there.
+
+Source: `Glm4MoeTopkRouter` and `DeepseekV3TopkRouter` of transformers, `group_limited_topk` of Megatron-Core."""
 
 EXPRESSIBLE_BIASES = ((False, False, False), (True, False, False), (True, True, True))
 """Which of q, k and v, the attention output, and the MLP may have biases: none, the first, or all of them."""
@@ -37,6 +45,9 @@ def beyond_gpt(config: ModelConfig) -> dict[str, str]:
         f"attention scores capped at {config.attention_softcap}": config.attention_softcap is not None,
         f"logits capped at {config.logit_softcap}": config.logit_softcap is not None,
         **_features_of_layers(config),
+        "weights of chosen experts that are not scaled to a sum of 1, from a router with sigmoids": (
+            config.router_score == SIGMOID and not config.norm_topk_prob
+        ),
         "one value per token in place of logits": config.value_head,
     }
     return {**found, **{text: "no argument in Megatron-LM" for text, present in features.items() if present}}

@@ -40,6 +40,7 @@ KV = Dim("num_key_value_heads*head_dim", lambda config, layer: layer.num_kv_head
 F = Dim("intermediate_size", lambda config, layer: layer.ffn_hidden_size)
 E = Dim("num_experts", lambda config, layer: config.num_experts)
 I = Dim("moe_intermediate_size", lambda config, layer: config.moe_ffn_hidden_size)  # noqa: E741  the field's letter
+S = Dim("n_shared_experts*moe_intermediate_size", lambda config, layer: config.shared_expert_size)
 ONE = Dim("1", lambda config, layer: 1)
 P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
 LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size, True)

@@ -19,6 +19,10 @@ def is_layout(of: type[Any], name: str) -> bool:
     return any(one.name == name and one.metadata.get("layout", False) for one in fields(of))
 
 
+SOFTMAX, SIGMOID = "softmax", "sigmoid"
+"""Functions that make scores of a router's logits."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of a layer, rotated in halves (`rotate_half`).
@@ -36,8 +40,9 @@ class Rope:
         mscale: yarn: weight of the logarithm of `factor` in `attention_factor`, or None.
         mscale_all_dim: yarn: the same in its denominator, or None.
         truncate: yarn: whether the bounds of the blend are rounded to whole pairs.
-        partial: proportional: share of the pairs that rotate, the first ones; the others have frequency 0. The
-            exponents of the frequencies count over the whole head.
+        partial: Share of the head that rotates, its first channels; the exponents of the frequencies count over these.
+            proportional: share of the pairs that rotate, the first ones; the others have frequency 0, and the exponents
+            count over the whole head.
     """
 
     theta: float
@@ -133,6 +138,14 @@ class ModelConfig:
         moe_ffn_hidden_size: Width of one expert.
         norm_topk_prob: Whether the weights of the chosen experts are scaled to a sum of 1. The result equals a softmax
             over the chosen experts alone, which is Megatron-Core's order unless `moe_router_pre_softmax` is set.
+        router_score: Function that makes scores of the router's logits: `softmax`, or `sigmoid` of each logit. Weights
+            of a sigmoid are scaled to a sum of 1 by dividing them.
+        router_in_fp32: Whether the router's logits are computed in fp32, whatever the dtype of the model is.
+        expert_bias: Whether a bias of each expert is added to its score for the choice of experts, and for that alone.
+        routed_scaling: Factor on the weights of the chosen experts.
+        router_groups: Groups of experts, of which the router chooses some first; 1: it chooses among all experts.
+        router_groups_chosen: Groups that it chooses, by the sum of the two best scores in each.
+        shared_expert_size: Width of the expert that every token goes through beside the chosen ones; 0 without it.
         zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
@@ -171,6 +184,13 @@ class ModelConfig:
     experts_per_token: int = 0
     moe_ffn_hidden_size: int = field(default=0, metadata=_LAYOUT)
     norm_topk_prob: bool = True
+    router_score: str = SOFTMAX
+    router_in_fp32: bool = False
+    expert_bias: bool = False
+    routed_scaling: float = 1.0
+    router_groups: int = 1
+    router_groups_chosen: int = 1
+    shared_expert_size: int = field(default=0, metadata=_LAYOUT)
     zero_centered_norms: bool = field(default=False, metadata=_LAYOUT)
     post_norms: bool = False
     scaled_embedding: bool = False
