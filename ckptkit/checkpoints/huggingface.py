@@ -71,7 +71,12 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         padded_vocab_size=config.vocab_size,
         comparisons=tuple(comparisons),
         coverage={"used": used, "replicas": len(comparisons), "in the sidecar": len(extras)},
-        notes=(*wrapping, *notes, *_of_prediction(extras, family, config), *(f"{name} is not part of the model and stays behind" for name in files.ignored)),
+        notes=(
+            *wrapping,
+            *notes,
+            *_of_prediction(extras, family, config),
+            *(f"{name} is not part of the model and stays behind" for name in files.ignored),
+        ),
     )
 
 
@@ -82,8 +87,8 @@ def _of_prediction(extras: Iterable[str], family: Family, config: ModelConfig) -
         return []
     layers = sorted({name.split(".")[2] for name in found}, key=int)
     return [
-        f"{len(found)} tensors of multi-token prediction (layer {', '.join(layers)}) are no part of a Megatron model here:"
-        " they are carried beside it, and come back as they are"
+        f"{len(found)} tensors of multi-token prediction (layer {', '.join(layers)}) are no part of a Megatron model"
+        " here: they are carried beside it, and come back as they are"
     ]
 
 

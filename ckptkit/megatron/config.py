@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.activations import activation
@@ -23,10 +23,17 @@ class RuntimeConfig(TransformerConfig):
     Attributes:
         norms_scale_in_fp32: Whether an RMSNorm multiplies by its weight before it rounds to the model's dtype.
         dense_beside_experts: Whether the shared expert is the dense MLP of a layer, whose width layers differ in.
+        latent_norm_eps: Epsilon of the norms of latent vectors.
     """
 
     norms_scale_in_fp32: bool = False
     dense_beside_experts: bool = False
+    latent_norm_eps: float = 1e-6
+
+
+@dataclass
+class LatentRuntimeConfig(RuntimeConfig, MLATransformerConfig):
+    """The same for a model with latent attention."""
 
 
 def transformer_config(
@@ -58,7 +65,8 @@ def transformer_config(
     """
     if config.num_experts == 0:
         grid = replace(grid, ep=1, etp=None)  # megatron-core refuses expert ranks without experts
-    base = RuntimeConfig(
+    kind = RuntimeConfig if config.latent is None else LatentRuntimeConfig
+    base = kind(
         **written(fields_of(config), "core", config, config.layers[0]),
         **core_grid(grid),
         context_parallel_size=cp,
@@ -83,6 +91,7 @@ def transformer_config(
         norms_scale_in_fp32=config.value_norm,
         dense_beside_experts=config.parallel_dense,
         **_recompute_fields(recompute),
+        **({} if config.latent is None else {"latent_norm_eps": config.latent.norm_eps}),
         **_expert_fields(config),
     )
     if config.out_bias and not config.qkv_bias:

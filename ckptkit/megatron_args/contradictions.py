@@ -52,11 +52,11 @@ WRITTEN = (
     "normalization",
     "swiglu",
     "squared_relu",
+    "multi_latent_attention",
 )
 """Arguments that change the mathematics, and that are written for every model although a `ModelConfig` lacks them."""
 
 NEUTRAL: dict[str, Neutral] = {
-    "multi_latent_attention": _layout(False),
     "experimental_attention_variant": _layout(None),
     "attention_output_gate": _layout(False),
     "softmax_type": _plain("vanilla"),
@@ -99,6 +99,11 @@ def contradictions(args: Mapping[str, Any], config: ModelConfig) -> list[Mismatc
     allowed = {name: neutral for name, neutral in allowed.items() if name not in expected}
     layout = {field.args for field in fields_of(config) if field.layout}
     allowed.update((name, Neutral((expected[name],), name in layout)) for name in WRITTEN if name in expected)
+    if config.latent is None:
+        allowed["multi_latent_attention"] = _layout(False)
+    elif args.get("rope_type") not in (None, "yarn"):  # with it these have no effect
+        for name in ("rotary_scaling_factor", "mscale"):
+            allowed.pop(name, None)
     if rope.kind == "yarn" and args.get("position_embedding_type") == "yarn":  # as Megatron-LM records it since 0.19
         allowed.update((name, Neutral(values)) for name, values in _yarn_args(rope).items())
     return _mismatches(args, allowed)

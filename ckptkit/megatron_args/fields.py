@@ -272,6 +272,49 @@ DENSE_BESIDE_EXPERTS = (
 )
 """Further fields of a model with a dense MLP beside its experts."""
 
+
+def _of_latent(name: str) -> Value:
+    return lambda config, layer: getattr(config.latent, name)
+
+
+def _yarn(config: ModelConfig, plain: float, value: Callable[[Rope], float | None]) -> float | None:
+    """A value of a yarn rope, or one that leaves others as they are."""
+    rope = main_rope(config)
+    return value(rope) if rope.kind == "yarn" else plain
+
+
+def mscales(rope: Rope) -> tuple[float, float]:
+    """`mscale` and `mscale_all_dim` of Megatron-Core with the effect of a yarn rope of transformers.
+
+    Source: `_compute_yarn_parameters` and `yarn_apply_mscale` of transformers, `_yarn_get_concentration_factor` of
+    Megatron-Core.
+    """
+    return (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1.0, 0.0)
+
+
+LATENT_FIELDS = (
+    constant(True, "multi_latent_attention", layout=True),
+    derived(COUNT, "q_lora_rank", _of_latent("query_rank"), layout=True),
+    derived(COUNT, "kv_lora_rank", _of_latent("key_value_rank"), layout=True),
+    derived(COUNT, "qk_head_dim", _of_latent("plain_dim"), layout=True),
+    derived(COUNT, "qk_pos_emb_head_dim", _of_latent("rotary_dim"), layout=True),
+    derived(COUNT, "v_head_dim", _of_latent("value_dim"), layout=True),
+    derived(NAME, "rope_type", lambda config, layer: "yarn" if main_rope(config).kind == "yarn" else "rope"),
+    derived(POSITIVE, "rotary_scaling_factor", lambda config, layer: _yarn(config, 1.0, lambda rope: rope.factor)),
+    derived(NUMBER, "mscale", lambda config, layer: _yarn(config, 1.0, lambda rope: mscales(rope)[0])),
+    derived(NUMBER, "mscale_all_dim", lambda config, layer: _yarn(config, 0.0, lambda rope: mscales(rope)[1])),
+)
+"""Further fields of a model with latent attention. Megatron-LM has no argument for the other numbers of its yarn."""
+
+LATENT_ARGS = {
+    "query_rank": "q_lora_rank",
+    "key_value_rank": "kv_lora_rank",
+    "plain_dim": "qk_head_dim",
+    "rotary_dim": "qk_pos_emb_head_dim",
+    "value_dim": "v_head_dim",
+}
+"""Field of `LatentAttention` -> argument."""
+
 PRECISION_FIELDS = (
     derived(FLAG, "bf16", lambda config, layer: config.dtype == "bfloat16", core=None, provider="bf16"),
     derived(FLAG, "fp16", lambda config, layer: config.dtype == "float16", core=None, provider="fp16"),
@@ -284,6 +327,7 @@ FIELDS = (
     *SCORE_FIELDS,
     *ROUTER_DTYPE,
     *SHARED_EXPERT_FIELDS,
+    *LATENT_FIELDS,
     *PRECISION_FIELDS,
 )
 """All rows, but for those that give a name another meaning."""
@@ -301,6 +345,7 @@ def _scores_otherwise(config: ModelConfig) -> bool:
 def fields_of(config: ModelConfig) -> Iterator[Field]:
     """The rows of a model, in the order in which they are written; those of its element type come last."""
     yield from CORE_FIELDS
+    yield from LATENT_FIELDS if config.latent is not None else ()
     if config.num_experts:
         scores = _scores_otherwise(config)
         yield from (field for field in EXPERT_FIELDS if not scores or field.args != _SCORE)

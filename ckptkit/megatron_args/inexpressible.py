@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from ckptkit.megatron_args.fields import mscales
 from ckptkit.tables.model_config import SIGMOID, ModelConfig, Rope
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
     """Sentences about features of a model that Megatron-LM's arguments cannot express."""
-    notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := _rope_note(rope))]
+    note_of = _rope_note if config.latent is None else _latent_rope_note
+    notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := note_of(rope))]
+    if config.latent is not None and config.latent.norm_eps != config.norm_eps:
+        notes.append(
+            f"norms of latent vectors with an epsilon of {config.latent.norm_eps:g}: Megatron-LM has one for all norms,"
+            f" {config.norm_eps:g}"
+        )
     if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         notes.append("biases on some linear layers only: Megatron-LM has --add-qkv-bias or all of them")
     if config.activation != "silu" or not config.gated:
@@ -72,6 +79,23 @@ def _features_of_layers(config: ModelConfig) -> dict[str, bool]:
         "layers multiplied by a learned number": config.layer_scalars,
         "embeddings for each layer": config.per_layer_input_size > 0,
     }
+
+
+def _latent_rope_note(rope: Rope) -> str | None:
+    """Of the numbers of a yarn rope, Megatron-LM's arguments for latent attention have three."""
+    if rope.kind == "default":
+        return None
+    if rope.kind != "yarn":
+        return f"{rope.kind} rope with latent attention: Megatron-Core has yarn alone"
+    mscale, of_all = mscales(rope)
+    told = Rope(rope.theta, "yarn", rope.factor, original_max_position=4096, mscale=mscale, mscale_all_dim=of_all)
+    if rope == told:
+        return None
+    return (
+        "yarn rope with original/fast/slow/mscale/mscale_all_dim"
+        f" {rope.original_max_position}/{rope.beta_fast:g}/{rope.beta_slow:g}/{rope.mscale}/{rope.mscale_all_dim}:"
+        " Megatron-LM's arguments for latent attention have its factor and both mscales, and 4096/32/1"
+    )
 
 
 def _rope_note(rope: Rope) -> str | None:

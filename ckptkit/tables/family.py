@@ -42,6 +42,8 @@ class MegatronQuirks:
         local_only: Whether Megatron builds a model from the local layer spec even if the norms have the names of `te`.
         plain: Endings of modules that no layer spec builds from Transformer Engine.
         parallel: Endings of parallel linear layers that only this family has.
+        local_keys: Whether a distributed checkpoint of the local spec has that spec's names. Elsewhere Megatron maps
+            them to those of `te`.
         foreign: Piece of a Megatron name -> the layout it gives away. Such a layout is refused by this name: no table
             reads it.
     """
@@ -52,6 +54,7 @@ class MegatronQuirks:
     local_only: Callable[[ModelConfig], bool] = lambda config: False
     plain: tuple[str, ...] = ()
     parallel: tuple[str, ...] = ()
+    local_keys: bool = False
     foreign: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -61,6 +61,28 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: queries, and keys with values, are made of a narrow latent vector each.
+
+    Attributes:
+        query_rank: Width of the queries' latent vector, or None where they are projected from the residual stream.
+        key_value_rank: Width of the latent vector of keys and values.
+        plain_dim: Channels of a head's query and key that do not rotate.
+        rotary_dim: Channels that do, after the plain ones; neighbours on disk form a pair. Those of the keys are
+            shared by all heads.
+        value_dim: Width of a head's value.
+        norm_eps: Epsilon of the norms of latent vectors.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer. Sizes are global (before tensor parallelism), in elements.
 
@@ -69,7 +91,7 @@ class LayerConfig:
     Attributes:
         num_heads: Query heads.
         num_kv_heads: Key/value heads (query groups in Megatron's words).
-        head_dim: Width of a head (`kv_channels`).
+        head_dim: Width of a head (`kv_channels`); with latent attention, of its value.
         ffn_hidden_size: Width of the dense MLP.
         rope: Rotary embedding.
         window: Visible tokens including the current one, or None for all of them.
@@ -128,7 +150,8 @@ class ModelConfig:
         qkv_bias: Whether q, k and v have biases.
         out_bias: Whether the attention output projection has one.
         mlp_bias: Whether the MLP linears have them.
-        qk_norm: Whether q and k are normalised per head.
+        qk_norm: Whether q and k are normalised per head; with latent attention, the latent vectors.
+        latent: The sizes of latent attention, or None for plain attention.
         activation: Hugging Face's name of the MLP's activation (`silu`, `gelu_pytorch_tanh`, `xielu`, ...).
         gated: Whether the MLP is gated (`act(gate) * up`).
         init_std: Standard deviation of the initialisation, for training.
@@ -176,6 +199,7 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    latent: LatentAttention | None = field(default=None, metadata=_LAYOUT)
     activation: str = "silu"
     gated: bool = field(default=True, metadata=_LAYOUT)
     init_std: float = 0.02

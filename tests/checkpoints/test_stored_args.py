@@ -110,6 +110,12 @@ MEGATRON_0_19: dict[str, Any] = {
     "yarn_beta_fast": None,
     "yarn_beta_slow": None,
     "yarn_original_max_position_embeddings": None,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": None,
 }
 """What the parser of Megatron-LM (core 0.19.2) gives for a tiny Llama, as far as it is about the model and its grid."""
 
@@ -195,7 +201,8 @@ class TestMathematics:
     def test_of_experts(self, stored: Any, tmp_path: Path, name: str) -> None:
         value = OTHER_OF_EXPERTS[name]
         path = stored("packed", "qwen3_moe", **{name: value})
-        assert f"args say {OURS.get(name, name)} {in_words(value)}" in "; ".join(open_checkpoint(path).disagreements)
+        told = f"{OURS[name]} {in_words(value)}" if name in OURS else f"{name} {value!r}"
+        assert f"args say {told}" in "; ".join(open_checkpoint(path).disagreements)
         shutil.rmtree(path / "ckptkit")
         with pytest.raises(UnsupportedError) as raised:
             open_checkpoint(path)

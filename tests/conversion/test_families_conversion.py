@@ -37,7 +37,7 @@ def is_moe(kind: str) -> bool:
 
 
 MOE = ["qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped", "mixtral", "mixtral-windowed"]
-SCORED = ["glm4_moe", "glm4_moe-air", "glm4_moe-sparse"]
+SCORED = ["glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight", "glm4_moe_lite"]
 GEMMA4_MOE = ["gemma4_text-moe", "gemma4-moe"]
 
 
@@ -78,7 +78,19 @@ def test_round_trip_in_the_names_of_other_writers(tmp_path: Path, kind: str, spe
 
 
 @pytest.mark.parametrize(
-    "kind", ["qwen3", "qwen3_moe", "qwen3_moe-mixed", "gemma3", "apertus", "glm4_moe", "gemma4_text-e4b", "gemma4", "gemma4-moe"]
+    "kind",
+    [
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_moe-mixed",
+        "gemma3",
+        "apertus",
+        "glm4_moe",
+        "deepseek_v3",
+        "gemma4_text-e4b",
+        "gemma4",
+        "gemma4-moe",
+    ],
 )
 def test_distributed_checkpoints_in_any_order(tmp_path: Path, kind: str) -> None:
     source = save_model(tmp_path / "hf", kind, dtype="bfloat16")

@@ -24,12 +24,14 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import (
     apertus,
+    deepseek,
     families,
     family_called,
     family_of,
     gemma3,
     gemma4_config,
     glm,
+    glm_lite,
     mistral,
     qwen,
     value_family_of,
@@ -115,6 +117,8 @@ def test_against_transformers_class_defaults(kind: str) -> None:
         "Ministral": (mistral.MINISTRAL_DEFAULTS, mistral.MINISTRAL_CONFIG.rope),
         "Mixtral": (mistral.MIXTRAL_DEFAULTS, mistral.MIXTRAL_CONFIG.rope),
         "Apertus": (apertus.DEFAULTS, apertus.ROPE),
+        "DeepseekV3": (deepseek.DEFAULTS, deepseek.CONFIG.rope),
+        "Glm4MoeLite": (glm_lite.DEFAULTS, glm_lite.CONFIG.rope),
         "Glm4Moe": (glm.DEFAULTS, glm.CONFIG.rope),
         "Gemma3Text": (gemma3.DEFAULTS, gemma3.CONFIG.rope),
         "Gemma3": (WRAPPER_DEFAULTS, None),

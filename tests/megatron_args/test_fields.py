@@ -39,9 +39,9 @@ SCORED = {"router_score": "sigmoid", "router_groups": 4, "router_groups_chosen":
 
 
 def core_names() -> set[str]:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    return {field.name for field in dataclasses.fields(TransformerConfig)}
+    return {field.name for field in dataclasses.fields(MLATransformerConfig)}
 
 
 def strangers(fields: tuple[Field, ...], names: set[str]) -> set[str]:

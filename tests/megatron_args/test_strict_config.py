@@ -12,7 +12,7 @@ from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.megatron_args.reading import from_args
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig, Rope
+from ckptkit.tables.model_config import Adapter, LatentAttention, LayerConfig, ModelConfig, Rope
 from tests.models import MODELS, raw_config
 
 BASE = LLAMA.parse(
@@ -42,6 +42,7 @@ MODEL: dict[str, Any] = {
     "out_bias": True,
     "mlp_bias": True,
     "qk_norm": True,
+    "latent": LatentAttention(None, 16, 8, 8, 8),
     "activation": "gelu",
     "gated": False,
     "init_std": 0.5,
@@ -122,6 +123,8 @@ def test_every_field_has_a_case() -> None:
 @pytest.mark.parametrize("name", MODEL)
 def test_field_of_the_model(name: str) -> None:
     config = replace(BASE, **({} if name not in MOE and name not in OF_EXPERTS else MOE))
+    if name == "latent":  # which has a key of its own for each head
+        config = layers(config, {"num_kv_heads": 4}, some=False)
     if name == "router_groups_chosen":
         config = replace(config, router_groups=4)
     if config.num_experts:
@@ -156,5 +159,5 @@ def test_families(kind: str) -> None:
     found = inexpressible(family_of(raw, kind).parse(raw))
     plain = ("qwen2", "qwen2-tied", "qwen2-windowed", "qwen3", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped")
     others = ("mistral", "mistral-nemo", "ministral", "mixtral", "mixtral-windowed")
-    others += ("glm4_moe", "glm4_moe-air", "glm4_moe-sparse")
+    others += ("glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight")
     assert (found == []) == (kind in (*plain, *others)), found
