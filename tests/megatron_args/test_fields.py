@@ -38,10 +38,10 @@ SCORED = {"router_score": "sigmoid", "router_groups": 4, "router_groups_chosen":
 """A model whose arguments have every row."""
 
 
-def core_names() -> set[str]:
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
+def core_names(*, latent: bool = False) -> set[str]:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    return {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    return {field.name for field in dataclasses.fields(MLATransformerConfig if latent else TransformerConfig)}
 
 
 def strangers(fields: tuple[Field, ...], names: set[str]) -> set[str]:
@@ -52,7 +52,9 @@ def strangers(fields: tuple[Field, ...], names: set[str]) -> set[str]:
 
 def test_names_are_those_of_the_installed_megatron_core() -> None:
     names = core_names()
-    assert strangers(FIELDS, names) == set()
+    of_latent = set(table.LATENT_FIELDS)
+    assert strangers(tuple(field for field in FIELDS if field not in of_latent), names) == set()
+    assert strangers(table.LATENT_FIELDS, core_names(latent=True)) == set()
     assert {field.core for field in GRID_FIELDS} <= names
     assert not OF_PROVIDERS_ALONE & names
     assert strangers((of_model(COUNT, "hidden_size", core="hidden_sizes"),), names) == {"hidden_sizes"}

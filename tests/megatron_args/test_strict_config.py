@@ -12,7 +12,7 @@ from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.megatron_args.reading import from_args
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import Adapter, LatentAttention, LayerConfig, ModelConfig, Rope
+from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig, Rope
 from tests.models import MODELS, raw_config
 
 BASE = LLAMA.parse(
@@ -27,9 +27,18 @@ BASE = LLAMA.parse(
     }
 )
 MOE = {"num_experts": 4, "experts_per_token": 2, "moe_ffn_hidden_size": 16}
-OWN = {"family", "architecture", "vocab_size", "layers", "per_layer_vocab_size", "value_bias", "router_in_fp32"}
-"""What names the model, is not of the arguments that describe it, is the precision of a step, or says nothing without
-another field."""
+OWN = {
+    "family",
+    "architecture",
+    "vocab_size",
+    "layers",
+    "per_layer_vocab_size",
+    "value_bias",
+    "router_in_fp32",
+    "latent",
+}
+"""What names the model, is not of the arguments that describe it, is the precision of a step, says nothing without
+another field, or is a contradiction to a model that lacks it (latent attention)."""
 OF_EXPERTS = ("norm_topk_prob", "parallel_dense", "router_score", "expert_bias", "routed_scaling", "router_groups")
 OF_EXPERTS += ("router_groups_chosen", "shared_expert_size")
 
@@ -42,7 +51,6 @@ MODEL: dict[str, Any] = {
     "out_bias": True,
     "mlp_bias": True,
     "qk_norm": True,
-    "latent": LatentAttention(None, 16, 8, 8, 8),
     "activation": "gelu",
     "gated": False,
     "init_std": 0.5,
@@ -123,8 +131,6 @@ def test_every_field_has_a_case() -> None:
 @pytest.mark.parametrize("name", MODEL)
 def test_field_of_the_model(name: str) -> None:
     config = replace(BASE, **({} if name not in MOE and name not in OF_EXPERTS else MOE))
-    if name == "latent":  # which has a key of its own for each head
-        config = layers(config, {"num_kv_heads": 4}, some=False)
     if name == "router_groups_chosen":
         config = replace(config, router_groups=4)
     if config.num_experts:
