@@ -68,6 +68,32 @@ _TINY: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 _EXPERTS = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+_SCORED = {
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+_LATENT = {
+    "num_key_value_heads": 12,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
+}
 _MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA3: dict[str, Any] = {
     "head_dim": 16,
@@ -144,6 +170,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "intermediate_size": 48}),
     "mixtral-windowed": ("Mixtral", {"num_local_experts": 4, "intermediate_size": 48, "sliding_window": 16}),
     "apertus": ("Apertus", {"head_dim": 8}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {**_SCORED, "head_dim": 16, "attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 2},
+    ),
+    "glm4_moe-air": ("Glm4Moe", {**_SCORED, "n_group": 1, "topk_group": 1, "attention_bias": True}),
+    "glm4_moe-sparse": ("Glm4Moe", {**_SCORED, "head_dim": 16, "first_k_dense_replace": 0, "n_shared_experts": 2}),
+    "deepseek_v3": ("DeepseekV3", {**_SCORED, **_LATENT, "first_k_dense_replace": 1}),
+    "deepseek_v3-moonlight": (
+        "DeepseekV3",
+        {**_SCORED, **_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": None},
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {**_SCORED, **_LATENT, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "rope_parameters": None},
+    ),
     "gemma3_text": ("Gemma3Text", _GEMMA3),
     "gemma3_text-capped": ("Gemma3Text", {**_GEMMA3, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3", {}),

@@ -19,6 +19,7 @@ from ckptkit.formats.wrapper_names import find_wrapping
 from ckptkit.io.plan import Comparison
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.family import Family
+from ckptkit.tables.model_config import ModelConfig
 
 
 def open_hf_files(files: HfFiles) -> Checkpoint:
@@ -70,8 +71,25 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         padded_vocab_size=config.vocab_size,
         comparisons=tuple(comparisons),
         coverage={"used": used, "replicas": len(comparisons), "in the sidecar": len(extras)},
-        notes=(*wrapping, *notes, *(f"{name} is not part of the model and stays behind" for name in files.ignored)),
+        notes=(
+            *wrapping,
+            *notes,
+            *_of_prediction(extras, family, config),
+            *(f"{name} is not part of the model and stays behind" for name in files.ignored),
+        ),
     )
+
+
+def _of_prediction(extras: Iterable[str], family: Family, config: ModelConfig) -> list[str]:
+    """A note that names the layers of multi-token prediction, which no Megatron tensor holds."""
+    found = [name for name in extras if family.of_prediction(name, config)]
+    if not found:
+        return []
+    layers = sorted({name.split(".")[2] for name in found}, key=int)
+    return [
+        f"{len(found)} tensors of multi-token prediction (layer {', '.join(layers)}) are no part of a Megatron model"
+        " here: they are carried beside it, and come back as they are"
+    ]
 
 
 def _unwrapped(files: HfFiles, family: Family) -> tuple[HfFiles, list[str]]:

@@ -136,7 +136,7 @@ class _Joiner:
     def _shards(self, item: Item) -> list[Tensor] | None:
         """The distinct shards of an item in order, or None if one is missing; further copies must be equal."""
         stage, number = self._stage(item)
-        split = item.row.split
+        split = item.split(self.given.spelling)
         ep, expert = None, None
         if item.expert is not None:
             ep, expert = expert_home(item.expert, self.given.config.num_experts, self.given.grid.ep)

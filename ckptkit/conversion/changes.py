@@ -97,7 +97,9 @@ def cast_floats(source: Checkpoint, dtype: DType) -> tuple[Checkpoint, list[str]
             lost[f"{tensor.dtype} -> {dtype}"] += 1
         return tensor.astype(dtype)
 
-    tensors = {key: cast(tensor) for key, tensor in source.tensors.items()}
+    # Both libraries keep buffers in fp32, so that they stay what they are.
+    buffers = {key for key, item in source.items.items() if item.row.buffer}
+    tensors = {key: tensor if key in buffers else cast(tensor) for key, tensor in source.tensors.items()}
     extras = {name: cast(tensor) for name, tensor in source.sidecar.extras.items()}
     name = TORCH_DTYPE_NAMES[dtype]
     config = deepcopy(source.sidecar.config)

@@ -133,6 +133,8 @@ class Target:
         options = self.options
         if options.megatron_model == HYBRID and self.source.config.adapter is not None:
             raise UsageError("--megatron-model hybrid has layers of one width", hint="use --megatron-model gpt")
+        if options.megatron_model == HYBRID and self.source.config.latent is not None:
+            raise UsageError("--megatron-model hybrid: latent attention is not in it here", hint="use gpt")
         spelling = self.source.family.spelling(options.spec, options.experts, text=options.layout == TEXT)
         if not self.format.fits(spelling):
             raise UsageError(f"--spec {options.spec} exists only as per-rank files", hint="use --to torch")

@@ -12,6 +12,10 @@ from ckptkit.families.heads import name_of_value_family, value_families
 from ckptkit.tables.family import Family
 from ckptkit.tables.rows import Raw
 
+REFUSED = {
+    "DeepseekV2ForCausalLM": "it chooses groups of experts by the best of each, which Megatron-Core has no router for"
+}
+"""Architecture -> the reason why it is none of a family's, where one could expect it to be."""
 ENTRY_POINTS = "ckptkit.families"
 """Group of the entry points by which other packages add families: each names a `Family`."""
 
@@ -24,14 +28,17 @@ def families() -> tuple[Family, ...]:
         UnsupportedError: An entry point does not lead to a `Family`, or to one that is there already.
     """
     from ckptkit.families.apertus import APERTUS
+    from ckptkit.families.deepseek import DEEPSEEK_V3
     from ckptkit.families.gemma3 import GEMMA3, GEMMA3_TEXT
     from ckptkit.families.gemma4 import GEMMA4, GEMMA4_TEXT
+    from ckptkit.families.glm import GLM4_MOE
+    from ckptkit.families.glm_lite import GLM4_MOE_LITE
     from ckptkit.families.llama import LLAMA
     from ckptkit.families.mistral import MINISTRAL, MISTRAL, MIXTRAL
     from ckptkit.families.qwen import QWEN2, QWEN3, QWEN3_MOE
     from ckptkit.families.split_llama import SPLIT_LLAMA
 
-    found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS]
+    found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE]
     found += [GEMMA3_TEXT, GEMMA3, GEMMA4_TEXT, GEMMA4]
     found.append(SPLIT_LLAMA)
     for point in sorted(entry_points(group=ENTRY_POINTS)):
@@ -83,8 +90,9 @@ def family_of(raw: Raw, where: object) -> Family:
     for family in families():
         if architectures[0] in family.architectures:
             return family
+    why = f": {REFUSED[architectures[0]]}" if architectures[0] in REFUSED else ""
     raise UnsupportedError(
-        f"no family converts {architectures[0]}", where=where, hint="`ckptkit families` lists what is supported"
+        f"no family converts {architectures[0]}{why}", where=where, hint="`ckptkit families` lists what is supported"
     )
 
 

@@ -1,9 +1,9 @@
-"""Blocks of a layer that several families have beyond Llama's: norms of queries and keys, and experts."""
+"""Blocks of a layer that several families have beyond Llama's: norms of queries and keys, experts, shared experts."""
 
 from __future__ import annotations
 
-from ckptkit.sharding.rules import EXPERT_GATED_COLUMN, EXPERT_ROW, REPLICATED
-from ckptkit.tables.dims import HD, D, E, I
+from ckptkit.sharding.rules import EXPERT_GATED_COLUMN, EXPERT_ROW, REPLICATED, ROW
+from ckptkit.tables.dims import HD, D, E, I, S
 from ckptkit.tables.layouts import gate_up
 from ckptkit.tables.rows import HF_LAYER, Row, layer, sparse
 from ckptkit.tables.spelling import HfSpelling, Stack
@@ -39,6 +39,17 @@ def experts(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str 
         layer("mlp.experts.linear_fc1.weight{e}", fc1, split=EXPERT_GATED_COLUMN, when=sparse),
         layer("mlp.experts.linear_fc2.weight{e}", f"{expert}{down}.weight", (D, I), EXPERT_ROW, when=sparse),
     )
+
+
+EXPERT_BIAS = layer("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", (E,), when=sparse, buffer=True)
+"""The bias on the scores by which experts are chosen, which no gradient trains."""
+
+_SHARED = "mlp.shared_experts."
+SHARED_EXPERTS = (
+    layer(f"{_SHARED}linear_fc1.weight", gate_up(f"{_SHARED}*_proj.weight", gate=(S, D), up=(S, D)), when=sparse),
+    layer(f"{_SHARED}linear_fc2.weight", f"{_SHARED}down_proj.weight", (D, S), ROW, when=sparse),
+)
+"""The experts that every token goes through, which both libraries run as one MLP."""
 
 
 def stacked(

@@ -140,7 +140,7 @@ class ExactAttention(torch.nn.Module):
         Args:
             query: [sequence, batch, heads, head_dim]; packed: [tokens, heads, head_dim].
             key: [sequence, batch, query groups, head_dim]; packed: [tokens, query groups, head_dim].
-            value: As `key`.
+            value: As `key`, of any width of a head.
             attention_mask: None; the mask is causal.
             attn_mask_type: Unused, fixed at construction.
             attention_bias: None.
@@ -170,13 +170,13 @@ class ExactAttention(torch.nn.Module):
         """Attend, once it is known to what: see `forward`."""
         if packed_seq_params is None:
             return self._attend(query, key, value, self._causal(len(query), query.device))
-        if flash_serves(query, self.softcap):
+        if flash_serves(query, self.softcap) and value.size(-1) == query.size(-1):
             return flash_attention(query, key, value, packed_seq_params, scale=self.scale, window=self.window)
         parts = []
         for start, end in segments(packed_seq_params):
             q, k, v = (part[start:end].unsqueeze(1) for part in (query, key, value))
             parts.append(self._attend(q, k, v, self._causal(end - start, query.device)).squeeze(1))
-        return torch.cat(parts) if parts else query.new_empty(0, query.size(1) * query.size(2))
+        return torch.cat(parts) if parts else query.new_empty(0, query.size(1) * value.size(2))
 
     def _causal(self, length: int, device: torch.device) -> Iterator[Block]:
         """The blocks of one sequence; there is one mask at a time."""
@@ -208,6 +208,7 @@ class ExactAttention(torch.nn.Module):
             for queries, keys, hidden in blocks
         ]
         joined = torch.cat(parts, dim=-2) if parts else query
+        width = value.size(-1)
         return joined.reshape(batch, heads, length, width).permute(2, 0, 1, 3).reshape(length, batch, heads * width)
 
     def _block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -57,20 +57,38 @@ def _nothing_compiled() -> Iterator[None]:
         torch.compile = original
 
 
-def local_layer_spec(qk_norm: bool, num_experts: int | None = None) -> Any:
+def local_layer_spec(qk_norm: bool, num_experts: int | None = None, *, latent: bool = False) -> Any:
     """The `ModuleSpec` of a decoder layer made of megatron-core's own modules, a fresh one per call.
 
     Args:
         qk_norm: Whether q and k are normalised.
         num_experts: Experts in place of the dense MLP, or None.
+        latent: Whether attention is latent attention.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_gpt_layer_local_spec(
-            num_experts=num_experts, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=qk_norm
+            num_experts=num_experts,
+            moe_grouped_gemm=False,
+            normalization="RMSNorm",
+            qk_layernorm=qk_norm,
+            multi_latent_attention=latent,
         )
+
+
+@contextlib.contextmanager
+def latent_attention_built() -> Iterator[None]:
+    """Let megatron-core build its latent attention where there is no Transformer Engine.
+
+    0.16.1 then takes stand-ins of its own for the modules of Transformer Engine, and asks whether a linear is one.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    there = isinstance(getattr(multi_latent_attention, "TELinear", None), type)
+    with contextlib.nullcontext() if there else replaced([(multi_latent_attention, "HAVE_TE", False)]):
+        yield
 
 
 def submodules_of(spec: Any) -> Any:

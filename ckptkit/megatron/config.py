@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.activations import activation
 from ckptkit.megatron_args.fields import core_grid, core_sizes, fields_of, written
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.model_config import SIGMOID, LayerConfig, ModelConfig
 
 
 @dataclass
@@ -22,9 +22,18 @@ class RuntimeConfig(TransformerConfig):
 
     Attributes:
         norms_scale_in_fp32: Whether an RMSNorm multiplies by its weight before it rounds to the model's dtype.
+        dense_beside_experts: Whether the shared expert is the dense MLP of a layer, whose width layers differ in.
+        latent_norm_eps: Epsilon of the norms of latent vectors.
     """
 
     norms_scale_in_fp32: bool = False
+    dense_beside_experts: bool = False
+    latent_norm_eps: float = 1e-6
+
+
+@dataclass
+class LatentRuntimeConfig(RuntimeConfig, MLATransformerConfig):
+    """The same for a model with latent attention."""
 
 
 def transformer_config(
@@ -56,7 +65,8 @@ def transformer_config(
     """
     if config.num_experts == 0:
         grid = replace(grid, ep=1, etp=None)  # megatron-core refuses expert ranks without experts
-    base = RuntimeConfig(
+    kind = RuntimeConfig if config.latent is None else LatentRuntimeConfig
+    base = kind(
         **written(fields_of(config), "core", config, config.layers[0]),
         **core_grid(grid),
         context_parallel_size=cp,
@@ -79,7 +89,9 @@ def transformer_config(
         apply_rope_fusion=False,
         # Of the families, only Gemma 4 normalises values; its norms round last.
         norms_scale_in_fp32=config.value_norm,
+        dense_beside_experts=config.parallel_dense,
         **_recompute_fields(recompute),
+        **({} if config.latent is None else {"latent_norm_eps": config.latent.norm_eps}),
         **_expert_fields(config),
     )
     if config.out_bias and not config.qkv_bias:
@@ -112,10 +124,13 @@ def _expert_fields(config: ModelConfig) -> dict[str, Any]:
         return {}
     if config.experts_per_token == 1 and config.norm_topk_prob:
         raise UnsupportedError("megatron-core does not run a single expert per token whose weight is renormalised to 1")
+    if config.router_score == SIGMOID and not config.norm_topk_prob:
+        raise UnsupportedError("megatron-core does not run a router with sigmoids whose weights are not renormalised")
     return {
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": False,
+        **({"moe_router_bias_update_rate": 0.0} if config.expert_bias else {}),  # no gradient moves it
     }
 
 
@@ -136,7 +151,7 @@ def layer_config(base: TransformerConfig, layer: LayerConfig, activation_name: s
     sized.layernorm_epsilon = base.layernorm_epsilon if layer.norm_eps is None else layer.norm_eps
     for name, size in core_sizes(layer).items():
         setattr(sized, name, size)
-    if base.moe_shared_expert_intermediate_size is not None:
+    if getattr(base, "dense_beside_experts", False):
         sized.moe_shared_expert_intermediate_size = layer.ffn_hidden_size
     # Megatron counts the tokens to the left of the current one, ckptkit and Hugging Face count that one too.
     sized.window_size = None if layer.window is None else (layer.window - 1, 0)

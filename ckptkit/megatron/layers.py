@@ -15,6 +15,7 @@ from ckptkit.megatron.decoder import DecoderLayer, NormedRowParallelLinear
 from ckptkit.megatron.gemma4.attention import ValueNormAttention
 from ckptkit.megatron.gemma4.layer import Gemma4Layer
 from ckptkit.megatron.gemma4.moe import ParallelMoELayer, ScaledRouter
+from ckptkit.megatron.latent_attention import LatentAttention, LatentNorm
 from ckptkit.megatron.moe import Router
 from ckptkit.megatron.norms import DeferredRMSNorm, RMSNorm
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
@@ -41,7 +42,9 @@ def layer_spec(config: ModelConfig, number: int, stage: range, cp: int = 1) -> M
     layer = config.layers[number]
     if layer.moe and config.post_norms != config.parallel_dense:
         raise UnsupportedError("experts with a norm after them are not in the runtime, but beside a dense MLP")
-    submodules = local_layer_spec(config.qk_norm, config.num_experts if layer.moe else None).submodules
+    submodules = local_layer_spec(
+        config.qk_norm, config.num_experts if layer.moe else None, latent=config.latent is not None
+    ).submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     submodules.self_attention = _attention_spec(submodules.self_attention, config, layer, cp)
     mlp = submodules_of(submodules.mlp)
@@ -64,6 +67,11 @@ def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int
     parts = stock.submodules
     core = ContextParallelAttention if cp > 1 else ExactAttention
     parts.core_attention = ModuleSpec(module=core, params={"softcap": config.attention_softcap})
+    if config.latent is not None:
+        if cp > 1:
+            raise UnsupportedError("latent attention is not in the runtime with context parallelism")
+        parts.q_layernorm = parts.kv_layernorm = LatentNorm
+        return ModuleSpec(module=LatentAttention, params={**stock.params, "layer": layer}, submodules=parts)
     if config.qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm
     # Gemma 4's dense layers have this norm beside the linear, those with experts in it.

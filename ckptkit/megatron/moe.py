@@ -97,7 +97,8 @@ class Router(TopKRouter):
     """megatron-core's `TopKRouter` with logits from a plain linear layer, on any device.
 
     megatron-core's own needs a GPU. The logits are rounded to the model's dtype, then chosen and weighed in fp32, as in
-    transformers (source: `Qwen3MoeTopKRouter`, `MixtralTopKRouter`).
+    transformers (source: `Qwen3MoeTopKRouter`, `MixtralTopKRouter`); with `moe_router_dtype` fp32 they are not rounded
+    (source: `Glm4MoeTopkRouter`).
 
     Attributes:
         replay: Experts that the tokens of every forward pass are routed to, int64 [batch, sequence, experts per token],
@@ -120,7 +121,8 @@ class Router(TopKRouter):
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, fp32 [..., experts], of hidden states [..., hidden]."""
-        logits = F.linear(input, self.weight)
+        in_fp32 = self.config.moe_router_dtype == "fp32"
+        logits = F.linear(input.float(), self.weight.float()) if in_fp32 else F.linear(input, self.weight)
         return (logits if self.adapted is None else self.adapted(logits, input)).float()
 
     def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,12 +52,11 @@ WRITTEN = (
     "normalization",
     "swiglu",
     "squared_relu",
-    "moe_router_score_function",
+    "multi_latent_attention",
 )
 """Arguments that change the mathematics, and that are written for every model although a `ModelConfig` lacks them."""
 
 NEUTRAL: dict[str, Neutral] = {
-    "multi_latent_attention": _layout(False),
     "experimental_attention_variant": _layout(None),
     "attention_output_gate": _layout(False),
     "softmax_type": _plain("vanilla"),
@@ -78,9 +77,6 @@ table has.
 """
 
 NEUTRAL_OF_EXPERTS: dict[str, Neutral] = {
-    "moe_router_topk_scaling_factor": _plain(None, 1.0),
-    "moe_router_enable_expert_bias": _plain(False),
-    "moe_router_group_topk": _plain(None, 0),
     "moe_router_topk_limited_devices": _plain(None, 0),
     "moe_router_load_balancing_type": _plain("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     "moe_router_force_load_balancing": _plain(False),
@@ -100,8 +96,14 @@ def contradictions(args: Mapping[str, Any], config: ModelConfig) -> list[Mismatc
     """
     expected, rope = written(fields_of(config), "args", config, config.layers[0]), main_rope(config)
     allowed = {**NEUTRAL, **(NEUTRAL_OF_EXPERTS if config.num_experts else {})}
+    allowed = {name: neutral for name, neutral in allowed.items() if name not in expected}
     layout = {field.args for field in fields_of(config) if field.layout}
     allowed.update((name, Neutral((expected[name],), name in layout)) for name in WRITTEN if name in expected)
+    if config.latent is None:
+        allowed["multi_latent_attention"] = _layout(False)
+    elif args.get("rope_type") not in (None, "yarn"):  # with it these have no effect
+        for name in ("rotary_scaling_factor", "mscale"):
+            allowed.pop(name, None)
     if rope.kind == "yarn" and args.get("position_embedding_type") == "yarn":  # as Megatron-LM records it since 0.19
         allowed.update((name, Neutral(values)) for name, values in _yarn_args(rope).items())
     return _mismatches(args, allowed)

@@ -12,23 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 from ckptkit.megatron_args.kinds import (
     COUNT,
     COUNT_OR_ZERO,
     EXPERTS,
+    FACTOR,
     FLAG,
     FREQUENCY,
+    GROUPS,
     LAYERS,
     LAYOUT,
+    NAME,
     NUMBER,
     POSITIVE,
+    SCORE,
     WINDOW,
     Kind,
 )
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import LayerConfig, ModelConfig, Rope, is_layout
+from ckptkit.tables.model_config import SOFTMAX, LayerConfig, ModelConfig, Rope, is_layout
 
 Place = Literal["args", "core", "provider"]
 Value = Callable[[ModelConfig, LayerConfig], Any]
@@ -105,6 +110,16 @@ def derived(
     return Field(*_names(args, args, core, provider), kind, value, layout=layout)
 
 
+def of_groups(ours: str, args: str) -> Field:
+    """A number of groups of experts; without groups it has no value."""
+    names = _names(ours, args, _SAME, _SAME)
+
+    def value(config: ModelConfig, layer: LayerConfig) -> Any:
+        return getattr(config, ours) if max(config.router_groups, config.router_groups_chosen) > 1 else None
+
+    return Field(*names, GROUPS, value, ours, ModelConfig)
+
+
 def constant(value: Any, args: str, core: Name = _SAME, provider: Name = _SAME, *, layout: bool = False) -> Field:
     """A field with the same value for every model that is converted. Names as in `of_model`."""
     return Field(*_names(args, args, core, provider), None, lambda config, layer: value, layout=layout)
@@ -125,6 +140,12 @@ def _rotary_base(config: ModelConfig, layer: LayerConfig) -> float | int:
     """Whole numbers are integers, as Megatron-LM's parser stores them."""
     theta = main_rope(config).theta
     return int(theta) if float(theta).is_integer() else theta
+
+
+def _rotary_percent(config: ModelConfig, layer: LayerConfig) -> float:
+    """Share of a head that rotates; Megatron-LM has no argument for a rope that only slows the rest down to nothing."""
+    rope = main_rope(config)
+    return 1.0 if rope.kind == "proportional" else rope.partial
 
 
 def _interpolation(config: ModelConfig, layer: LayerConfig) -> float | None:
@@ -185,7 +206,7 @@ CORE_FIELDS = (
     constant(True, "add_position_embedding", core=None),
     constant(True, "use_rotary_position_embeddings", core=None),
     derived(POSITIVE, "rotary_base", _rotary_base, core=None),
-    constant(1.0, "rotary_percent", core=None, provider="rotary_percent"),
+    derived(POSITIVE, "rotary_percent", _rotary_percent, core=None, provider="rotary_percent"),
     constant(False, "rotary_interleaved", core=None, layout=True),
     derived(NUMBER, "rotary_seq_len_interpolation_factor", _interpolation, core=None),
     derived(FLAG, "use_rope_scaling", _llama3_scaling, core=None),
@@ -216,7 +237,7 @@ EXPERT_FIELDS = (
     derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None, layout=True),
     of_model(COUNT_OR_ZERO, "moe_ffn_hidden_size"),
     of_model(COUNT, "experts_per_token", "moe_router_topk"),
-    constant("softmax", "moe_router_score_function", provider=None),
+    constant(SOFTMAX, "moe_router_score_function", provider=None),
     opposite("norm_topk_prob", "moe_router_pre_softmax"),
 )
 """Further fields of a model with experts.
@@ -224,6 +245,21 @@ EXPERT_FIELDS = (
 A softmax over the chosen experts equals a softmax over all experts that is renormalised over the chosen ones. So
 `norm_topk_prob` is Megatron's order unless `moe_router_pre_softmax` is set.
 """
+
+SCORE_FIELDS = (
+    of_model(SCORE, "router_score", "moe_router_score_function"),
+    of_model(FLAG, "expert_bias", "moe_router_enable_expert_bias"),
+    of_model(FACTOR, "routed_scaling", "moe_router_topk_scaling_factor"),
+    of_groups("router_groups", "moe_router_num_groups"),
+    of_groups("router_groups_chosen", "moe_router_group_topk"),
+)
+"""Further fields of a model whose router is none of a plain softmax."""
+
+ROUTER_DTYPE = (derived(NAME, "moe_router_dtype", lambda config, layer: "fp32"),)
+"""Of a model whose router computes in fp32. Elsewhere a trainer may choose so: it is the precision of a step."""
+
+SHARED_EXPERT_FIELDS = (of_model(COUNT_OR_ZERO, "shared_expert_size", "moe_shared_expert_intermediate_size"),)
+"""Further fields of a model with shared experts."""
 
 DENSE_BESIDE_EXPERTS = (
     derived(
@@ -236,21 +272,87 @@ DENSE_BESIDE_EXPERTS = (
 )
 """Further fields of a model with a dense MLP beside its experts."""
 
+
+def _of_latent(name: str) -> Value:
+    return lambda config, layer: getattr(config.latent, name)
+
+
+def _yarn(config: ModelConfig, plain: float, value: Callable[[Rope], float | None]) -> float | None:
+    """A value of a yarn rope, or one that leaves others as they are."""
+    rope = main_rope(config)
+    return value(rope) if rope.kind == "yarn" else plain
+
+
+def mscales(rope: Rope) -> tuple[float, float]:
+    """`mscale` and `mscale_all_dim` of Megatron-Core with the effect of a yarn rope of transformers.
+
+    Source: `_compute_yarn_parameters` and `yarn_apply_mscale` of transformers, `_yarn_get_concentration_factor` of
+    Megatron-Core.
+    """
+    return (rope.mscale, rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else (1.0, 0.0)
+
+
+LATENT_FIELDS = (
+    constant(True, "multi_latent_attention", layout=True),
+    derived(COUNT, "q_lora_rank", _of_latent("query_rank"), layout=True),
+    derived(COUNT, "kv_lora_rank", _of_latent("key_value_rank"), layout=True),
+    derived(COUNT, "qk_head_dim", _of_latent("plain_dim"), layout=True),
+    derived(COUNT, "qk_pos_emb_head_dim", _of_latent("rotary_dim"), layout=True),
+    derived(COUNT, "v_head_dim", _of_latent("value_dim"), layout=True),
+    derived(NAME, "rope_type", lambda config, layer: "yarn" if main_rope(config).kind == "yarn" else "rope"),
+    derived(POSITIVE, "rotary_scaling_factor", lambda config, layer: _yarn(config, 1.0, lambda rope: rope.factor)),
+    derived(NUMBER, "mscale", lambda config, layer: _yarn(config, 1.0, lambda rope: mscales(rope)[0])),
+    derived(NUMBER, "mscale_all_dim", lambda config, layer: _yarn(config, 0.0, lambda rope: mscales(rope)[1])),
+)
+"""Further fields of a model with latent attention. Megatron-LM has no argument for the other numbers of its yarn."""
+
+LATENT_ARGS = {
+    "query_rank": "q_lora_rank",
+    "key_value_rank": "kv_lora_rank",
+    "plain_dim": "qk_head_dim",
+    "rotary_dim": "qk_pos_emb_head_dim",
+    "value_dim": "v_head_dim",
+}
+"""Field of `LatentAttention` -> argument."""
+
 PRECISION_FIELDS = (
     derived(FLAG, "bf16", lambda config, layer: config.dtype == "bfloat16", core=None, provider="bf16"),
     derived(FLAG, "fp16", lambda config, layer: config.dtype == "float16", core=None, provider="fp16"),
 )
 """The element type that config.json states; a `TransformerConfig` takes that of the run."""
 
-FIELDS = (*CORE_FIELDS, *EXPERT_FIELDS, *DENSE_BESIDE_EXPERTS, *PRECISION_FIELDS)
-"""All rows."""
+FIELDS = (
+    *CORE_FIELDS,
+    *(field for field in EXPERT_FIELDS if field.ours or field.kind),
+    *SCORE_FIELDS,
+    *ROUTER_DTYPE,
+    *SHARED_EXPERT_FIELDS,
+    *LATENT_FIELDS,
+    *PRECISION_FIELDS,
+)
+"""All rows, but for those that give a name another meaning."""
+
+
+_SCORE = "moe_router_score_function"
+
+
+def _scores_otherwise(config: ModelConfig) -> bool:
+    """Whether a router is another than most models have: a softmax, and nothing beside it."""
+    plain = {field.name: field.default for field in dataclass_fields(ModelConfig)}
+    return any(getattr(config, row.ours) != plain[row.ours] for row in SCORE_FIELDS if row.ours is not None)
 
 
 def fields_of(config: ModelConfig) -> Iterator[Field]:
     """The rows of a model, in the order in which they are written; those of its element type come last."""
     yield from CORE_FIELDS
+    yield from LATENT_FIELDS if config.latent is not None else ()
     if config.num_experts:
-        yield from EXPERT_FIELDS
+        scores = _scores_otherwise(config)
+        yield from (field for field in EXPERT_FIELDS if not scores or field.args != _SCORE)
+        yield from SCORE_FIELDS if scores else ()
+        yield from ROUTER_DTYPE if config.router_in_fp32 else ()
+        if config.shared_expert_size:
+            yield from SHARED_EXPERT_FIELDS
         if config.parallel_dense:
             yield from DENSE_BESIDE_EXPERTS
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from ckptkit.tables.model_config import ModelConfig, Rope
+from ckptkit.megatron_args.fields import mscales
+from ckptkit.tables.model_config import SIGMOID, ModelConfig, Rope
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
     """Sentences about features of a model that Megatron-LM's arguments cannot express."""
-    notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := _rope_note(rope))]
+    note_of = _rope_note if config.latent is None else _latent_rope_note
+    notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := note_of(rope))]
+    if config.latent is not None and config.latent.norm_eps != config.norm_eps:
+        notes.append(
+            f"norms of latent vectors with an epsilon of {config.latent.norm_eps:g}: Megatron-LM has one for all norms,"
+            f" {config.norm_eps:g}"
+        )
     if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         notes.append("biases on some linear layers only: Megatron-LM has --add-qkv-bias or all of them")
     if config.activation != "silu" or not config.gated:
         kind = "a gated MLP" if config.gated else "an MLP"
         notes.append(f"{kind} with {config.activation} has no single argument in Megatron-LM")
+    if config.router_groups > 1 and config.experts_per_token // config.router_groups_chosen != BEST_OF_GROUP:
+        best = config.experts_per_token // config.router_groups_chosen
+        notes.append(f"groups of experts chosen by the two best scores of each: Megatron-Core takes the best {best}")
     return [*notes, *(f"{feature}: {reason}" for feature, reason in beyond_gpt(config).items())]
 
+
+BEST_OF_GROUP = 2
+"""Scores of a group whose sum decides whether it is chosen; Megatron-Core takes as many as a token has experts there.
+
+Source: `Glm4MoeTopkRouter` and `DeepseekV3TopkRouter` of transformers, `group_limited_topk` of Megatron-Core."""
 
 EXPRESSIBLE_BIASES = ((False, False, False), (True, False, False), (True, True, True))
 """Which of q, k and v, the attention output, and the MLP may have biases: none, the first, or all of them."""
@@ -37,6 +52,9 @@ def beyond_gpt(config: ModelConfig) -> dict[str, str]:
         f"attention scores capped at {config.attention_softcap}": config.attention_softcap is not None,
         f"logits capped at {config.logit_softcap}": config.logit_softcap is not None,
         **_features_of_layers(config),
+        "weights of chosen experts that are not scaled to a sum of 1, from a router with sigmoids": (
+            config.router_score == SIGMOID and not config.norm_topk_prob
+        ),
         "one value per token in place of logits": config.value_head,
     }
     return {**found, **{text: "no argument in Megatron-LM" for text, present in features.items() if present}}
@@ -61,6 +79,23 @@ def _features_of_layers(config: ModelConfig) -> dict[str, bool]:
         "layers multiplied by a learned number": config.layer_scalars,
         "embeddings for each layer": config.per_layer_input_size > 0,
     }
+
+
+def _latent_rope_note(rope: Rope) -> str | None:
+    """Of the numbers of a yarn rope, Megatron-LM's arguments for latent attention have three."""
+    if rope.kind == "default":
+        return None
+    if rope.kind != "yarn":
+        return f"{rope.kind} rope with latent attention: Megatron-Core has yarn alone"
+    mscale, of_all = mscales(rope)
+    told = Rope(rope.theta, "yarn", rope.factor, original_max_position=4096, mscale=mscale, mscale_all_dim=of_all)
+    if rope == told:
+        return None
+    return (
+        "yarn rope with original/fast/slow/mscale/mscale_all_dim"
+        f" {rope.original_max_position}/{rope.beta_fast:g}/{rope.beta_slow:g}/{rope.mscale}/{rope.mscale_all_dim}:"
+        " Megatron-LM's arguments for latent attention have its factor and both mscales, and 4096/32/1"
+    )
 
 
 def _rope_note(rope: Rope) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptkit.sharding.pipeline_layout import in_letters
 from ckptkit.tables.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
+from ckptkit.tables.model_config import SIGMOID, SOFTMAX
 
 
 def _as_it_is(value: Any) -> Any:
@@ -61,7 +62,11 @@ EXPERTS = Kind(
 NUMBER = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0, float)
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0, float)
 FLAG = Kind("true or false", lambda value: value in (0, 1), bool)
+FACTOR = Kind(POSITIVE.text, POSITIVE.holds, lambda value: 1.0 if value is None else float(value))
+GROUPS = Kind(COUNT_OR_ZERO.text, COUNT_OR_ZERO.holds, lambda value: value or 1)
+"""As Megatron-LM has a factor of 1 and a single group: None."""
 NAME = Kind("a name", lambda value: isinstance(value, str))
+SCORE = Kind(f"{SOFTMAX} or {SIGMOID}", lambda value: value in (SOFTMAX, SIGMOID))
 WINDOW = Kind("two integers", lambda value: _is_list(value) and len(value) == 2)
 FREQUENCY = Kind("a positive integer or a list of integers", lambda value: COUNT.holds(value) or _is_list(value))
 LAYOUT = Kind("a pipeline layout such as Et|tL, or a list of lists", _is_layout, _layout)

@@ -14,13 +14,23 @@ from typing import Any, TypeVar
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.megatron_args.contradictions import Mismatch, contradictions
-from ckptkit.megatron_args.fields import CORE_FIELDS, EXPERT_FIELDS, GRID_ARGS, GRID_FIELDS, main_rope, read
+from ckptkit.megatron_args.fields import (
+    CORE_FIELDS,
+    EXPERT_FIELDS,
+    GRID_ARGS,
+    GRID_FIELDS,
+    LATENT_ARGS,
+    SCORE_FIELDS,
+    SHARED_EXPERT_FIELDS,
+    main_rope,
+    read,
+)
 from ckptkit.megatron_args.kinds import FLAG
 from ckptkit.megatron_args.known import GRID_FLAGS, NEEDED, check_types
 from ckptkit.megatron_args.writing import family_args, model_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.family import Family
-from ckptkit.tables.model_config import Adapter, LayerConfig, ModelConfig, Rope
+from ckptkit.tables.model_config import SOFTMAX, Adapter, LatentAttention, LayerConfig, ModelConfig, Rope
 
 _GATED = "gated_linear_unit"
 _Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
@@ -62,7 +72,8 @@ def from_args(family: Family, args: Mapping[str, Any], base: ModelConfig) -> Mod
         InputError: Megatron-LM would not accept the value of an argument.
     """
     expected = model_args(family, base)
-    of_experts = (field.args for field in EXPERT_FIELDS if field.args is not None)
+    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *SHARED_EXPERT_FIELDS)
+    of_experts = (field.args for field in known if field.args is not None)
     stored = {**expected, **{name: args[name] for name in (*expected, *of_experts) if name in args}}
     if _GATED in args:
         stored[_GATED] = args[_GATED]
@@ -132,16 +143,21 @@ def model_from_args(family: Family, args: Mapping[str, Any], vocab_size: int) ->
 def _raw_config(family: Family, args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """A config.json with the sizes in `args`, which `from_args` then corrects."""
     hidden, heads = args["hidden_size"], args["num_attention_heads"]
+    latent = args.get("multi_latent_attention")
     sizes = {
         "num_hidden_layers": args["num_layers"],
         "hidden_size": hidden,
         "vocab_size": vocab_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": args.get("num_query_groups") if args.get("group_query_attention", True) else heads,
+        "num_key_value_heads": (
+            args.get("num_query_groups") if args.get("group_query_attention", True) and not latent else heads
+        ),
         "head_dim": args.get("kv_channels") or hidden // heads,
         "intermediate_size": _ffn_hidden_size({"ffn_hidden_size": None, "swiglu": False, **args}),
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
     }
+    if args.get("rotary_percent") is not None:
+        sizes["partial_rotary_factor"] = args["rotary_percent"]  # of the families that know such a key
     if family.quirks.from_args is not None:
         without = {"window_size": None, "window_attn_skip_freq": None}
         with _sense():
@@ -178,7 +194,8 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
     biased = bool(args["add_bias_linear"])
     changes = {
         **read(CORE_FIELDS, args, ModelConfig),
-        **_experts(args),
+        **_experts(args, base),
+        "latent": _latent(args, base.latent),
         "layers": tuple(_layer(args, base, number) for number in range(args["num_layers"])),
         "max_position_embeddings": args["max_position_embeddings"] or base.max_position_embeddings,
         "qkv_bias": biased or bool(args["add_qkv_bias"]),
@@ -194,15 +211,28 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
     return replace(base, **changes)
 
 
-def _experts(args: Mapping[str, Any]) -> dict[str, Any]:
+def _experts(args: Mapping[str, Any], base: ModelConfig) -> dict[str, Any]:
     """The fields of experts; those of a model without experts, where there are none."""
-    rows = [field for field in EXPERT_FIELDS if field.ours is not None]
+    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *(() if base.parallel_dense else SHARED_EXPERT_FIELDS))
+    rows = [field for field in known if field.ours is not None]
     if not args["num_experts"]:
         defaults = {field.name: field.default for field in fields(ModelConfig)}
         return {"num_experts": 0, **{row.ours: defaults[row.ours] for row in rows if row.ours is not None}}
     stated = {name: value for name, value in read(rows, args, ModelConfig).items() if value is not None}
+    if stated.get("router_score", SOFTMAX) != SOFTMAX:
+        stated.pop("norm_topk_prob", None)  # it scales the weights of a sigmoid whatever the order is
+    if not args.get("moe_router_group_topk"):
+        stated.update(router_groups=1, router_groups_chosen=1)
     found = {"experts_per_token": 2, "norm_topk_prob": True, **stated, "num_experts": args["num_experts"]}
     return {**found, "moe_ffn_hidden_size": found.get("moe_ffn_hidden_size") or _ffn_hidden_size(args)}
+
+
+def _latent(args: Mapping[str, Any], base: LatentAttention | None) -> LatentAttention | None:
+    if not args.get("multi_latent_attention"):
+        return None
+    sizes = {ours: args[name] for ours, name in LATENT_ARGS.items()}
+    epsilon = {} if base is None else {"norm_eps": base.norm_eps}
+    return LatentAttention(**sizes, **epsilon)
 
 
 def _adapter(args: Mapping[str, Any]) -> Adapter | None:
@@ -215,7 +245,8 @@ def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConf
     """One layer; more layers than `base` has are like its last one."""
     known = base.layers[min(number, base.num_layers - 1)]
     heads = args["num_attention_heads"]
-    kv_heads = args["num_query_groups"] if args["group_query_attention"] else heads
+    grouped = args["group_query_attention"] and not args.get("multi_latent_attention")
+    kv_heads = args["num_query_groups"] if grouped else heads
     changes = {
         **read(CORE_FIELDS, args, LayerConfig),
         "num_kv_heads": kv_heads or heads,
@@ -235,6 +266,8 @@ def _softmax_scale(args: Mapping[str, Any]) -> float | None:
 
 
 def _head_dim(args: Mapping[str, Any]) -> int:
+    if args.get("multi_latent_attention"):
+        return int(args["v_head_dim"])
     return int(args["kv_channels"] or args["hidden_size"] // args["num_attention_heads"])
 
 
@@ -262,6 +295,9 @@ def _has_experts(frequency: Any, number: int) -> bool:
 
 def _rope(args: Mapping[str, Any]) -> Rope:
     theta = float(args["rotary_base"])
+    if args.get("multi_latent_attention") and args.get("rope_type") == "yarn":
+        factor, mscale, of_all = (float(args[name]) for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"))
+        return Rope(theta, "yarn", factor, original_max_position=4096, mscale=mscale, mscale_all_dim=of_all)
     if args["use_rope_scaling"]:
         return Rope(theta, "llama3", float(args["rope_scaling_factor"]))
     if args["rotary_seq_len_interpolation_factor"]:

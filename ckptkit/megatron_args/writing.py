@@ -59,9 +59,10 @@ def to_args(
         experts: How expert tensors are named, `grouped` or `sequential`.
         local: Whether layers are those of the local spec, without Transformer Engine.
     """
+    of_model = model_args(family, config)
     return {
-        **model_args(family, config),
-        **RUN_ARGS,
+        **of_model,
+        **{name: value for name, value in RUN_ARGS.items() if name not in of_model},
         "transformer_impl": "local" if local else "transformer_engine",
         **_grid_args(grid),
         **({"moe_grouped_gemm": experts == GROUPED} if config.num_experts else {}),

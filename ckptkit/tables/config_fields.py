@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +16,10 @@ from ckptkit.tables.rows import Raw
 FULL, SLIDING = "full_attention", "sliding_attention"
 _MOST = {
     "num_hidden_layers": MAX_LAYERS,
-    **dict.fromkeys(("num_experts", "num_local_experts"), MAX_EXPERTS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), MAX_EXPERTS),
 }
+PARTIAL = "partial_rotary_factor"
+"""The key of the share of a head that rotates; the classes of some families do not know it."""
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -124,7 +127,10 @@ class Fields:
         scaling = object_in(self.raw, "rope_scaling") or _without_types(object_in(self.raw, "rope_parameters"))
         if not scaling and default.kind != "default":
             return default  # a class with a scaled default keeps it whole and does not look at rope_theta
-        return parse_rope(scaling, self.raw.get("rope_theta", default.theta), self.context())
+        rope = parse_rope(scaling, self.raw.get("rope_theta", default.theta), self.context())
+        if PARTIAL not in self.defaults:
+            return rope
+        return replace(rope, partial=_share(scaling.get(PARTIAL, self.get(PARTIAL))))
 
     def context(self) -> int:
         """Context length in tokens, which scaled ropes fall back to; 0 where neither file nor class states it."""
@@ -241,9 +247,13 @@ def set_rope(raw: dict[str, Any], rope: Rope, default: Rope, defaults: Mapping[s
     if raw and Fields(raw, defaults).rope(default) == rope:
         return
     fields = rope_fields(rope)
+    if PARTIAL in defaults:
+        raw.pop(PARTIAL, None)
+        fields[PARTIAL] = rope.partial
     old = "rope_theta" in raw or "rope_scaling" in raw
     if old and "rope_parameters" not in raw and default.kind == "default":
         raw["rope_theta"] = fields.pop("rope_theta")
+        raw.update({PARTIAL: fields.pop(PARTIAL)} if PARTIAL in defaults else {})
         raw["rope_scaling"] = None if rope.kind == "default" else fields
         return
     for key in ("rope_theta", "rope_scaling"):
@@ -260,6 +270,13 @@ def set_dtype(raw: dict[str, Any], dtype: str | None) -> None:
             inner["torch_dtype" if "torch_dtype" in inner else "dtype"] = dtype
     if Fields(raw, {}).dtype() != dtype:
         raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
+
+
+def _share(value: Any) -> float:
+    share = _number(value, PARTIAL)
+    if not 0 < share <= 1:
+        raise InputError(f"config.json: {PARTIAL} must be above 0 and at most 1, not {value!r}")
+    return share
 
 
 def _number(value: Any, key: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.model_config import LatentAttention, LayerConfig, ModelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,12 @@ class Dim:
 
 Shape = tuple[Dim, ...]
 
+
+def _latent(config: ModelConfig) -> LatentAttention:
+    assert config.latent is not None
+    return config.latent
+
+
 V = Dim("vocab_size", lambda config, layer: config.vocab_size)
 D = Dim("hidden_size", lambda config, layer: layer.hidden_size or config.hidden_size)
 HEADS = Dim("attention heads", lambda config, layer: layer.num_heads)
@@ -40,7 +46,19 @@ KV = Dim("num_key_value_heads*head_dim", lambda config, layer: layer.num_kv_head
 F = Dim("intermediate_size", lambda config, layer: layer.ffn_hidden_size)
 E = Dim("num_experts", lambda config, layer: config.num_experts)
 I = Dim("moe_intermediate_size", lambda config, layer: config.moe_ffn_hidden_size)  # noqa: E741  the field's letter
+S = Dim("n_shared_experts*moe_intermediate_size", lambda config, layer: config.shared_expert_size)
 ONE = Dim("1", lambda config, layer: 1)
+QR = Dim("q_lora_rank", lambda config, layer: _latent(config).query_rank or 0)
+KVR = Dim("kv_lora_rank", lambda config, layer: _latent(config).key_value_rank)
+KVA = Dim("kv_lora_rank+qk_rope_head_dim", lambda config, layer: KVR.of(config, layer) + _latent(config).rotary_dim)
+QB = Dim(
+    "num_attention_heads*(qk_nope_head_dim+qk_rope_head_dim)",
+    lambda config, layer: layer.num_heads * (_latent(config).plain_dim + _latent(config).rotary_dim),
+)
+KVB = Dim(
+    "num_attention_heads*(qk_nope_head_dim+v_head_dim)",
+    lambda config, layer: layer.num_heads * (_latent(config).plain_dim + _latent(config).value_dim),
+)
 P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
 LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size, True)
 VP = Dim("vocab_size_per_layer_input", lambda config, layer: config.per_layer_vocab_size)

@@ -22,6 +22,10 @@ _ROTARY = re.compile(
     r"(?:language_model\.|model\.)*(?:layers\w*\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\w*\.(?:\w+_)?inv_freq"
 )
 
+MAX_PREDICTIONS = 16
+"""Layers of multi-token prediction that are looked for; released models have one to three."""
+_PREDICTION = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.")
+
 Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
 """See `HfDirectory.complete`."""
 
@@ -38,6 +42,8 @@ class MegatronQuirks:
         local_only: Whether Megatron builds a model from the local layer spec even if the norms have the names of `te`.
         plain: Endings of modules that no layer spec builds from Transformer Engine.
         parallel: Endings of parallel linear layers that only this family has.
+        local_keys: Whether a distributed checkpoint of the local spec has that spec's names. Elsewhere Megatron maps
+            them to those of `te`.
         foreign: Piece of a Megatron name -> the layout it gives away. Such a layout is refused by this name: no table
             reads it.
     """
@@ -48,6 +54,7 @@ class MegatronQuirks:
     local_only: Callable[[ModelConfig], bool] = lambda config: False
     plain: tuple[str, ...] = ()
     parallel: tuple[str, ...] = ()
+    local_keys: bool = False
     foreign: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,6 +90,7 @@ class Family:
         replicas: Redundant copies that some Hugging Face files hold.
         extras: Hugging Face tensors without a place in Megatron; they go into the sidecar. `{i}` in a name stands for
             every layer, a `*` at its end for any ending.
+        predicts: Whether files may hold layers of multi-token prediction, numbered as if they followed the model's own.
         buffers: Extras that can be made again where the source lacks them.
         marks: Canonical Megatron names (without numbers) by which a checkpoint of this family is recognised.
         spellings: Megatron names of different writers; the first is canonical.
@@ -108,6 +116,7 @@ class Family:
     unparse: Callable[[ModelConfig, Raw], dict[str, Any]]
     replicas: tuple[Replica, ...] = ()
     extras: tuple[str, ...] = ()
+    predicts: bool = False
     buffers: tuple[Buffer, ...] = ()
     marks: tuple[str, ...] = ()
     spellings: tuple[Spelling, ...] = (TE, LOCAL)
@@ -151,7 +160,7 @@ class Family:
         Frequencies of rotary embeddings do so in every family: old releases of transformers kept them, though they
         follow from config.json.
         """
-        if self.follows_from_config(name, config):
+        if self.follows_from_config(name, config) or self.of_prediction(name, config):
             return True
         return any(_matches(pattern, name, config.num_layers) for pattern in self.extras)
 
@@ -160,6 +169,11 @@ class Family:
         if rotary := _ROTARY.fullmatch(name):
             return int(rotary[1] or 0) < config.num_layers
         return any(_matches(buffer.hf, name, config.num_layers) for buffer in self.buffers if buffer.when(config))
+
+    def of_prediction(self, name: str, config: ModelConfig) -> bool:
+        """Whether a Hugging Face tensor belongs to a layer of multi-token prediction."""
+        match = _PREDICTION.match(name)
+        return self.predicts and match is not None and 0 <= int(match[1]) - config.num_layers < MAX_PREDICTIONS
 
     def extra_of_layer(self, name: str, config: ModelConfig) -> int | None:
         """The number of the layer that an extra belongs to, or None: towers have layers of their own."""

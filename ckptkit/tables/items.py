@@ -203,7 +203,7 @@ class Item(NamedTuple):
 
     def split(self, spelling: Spelling) -> Split:
         """The rule that splits it over tensor parallel ranks in a spelling."""
-        split = self.row.split
+        split = spelling.split_of(self.row.megatron) or self.row.split
         if split.by_part or (spelling.blocks and self.row.layout.heads):
             return replace(self.kind.layout.by_part(shared=spelling.blocks), expert=split.expert)
         return split

@@ -23,9 +23,10 @@ WRAPPED = "base_layer"
 """Where the modules of PEFT keep the layer that they adapt. Source: `LoraLayer` of peft, `LoraParallelLinear` of
 mcore-bridge."""
 _WEIGHT = re.compile(r"(.+)\.weight(\d*)")
-_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2")
+_LATENT = (".linear_q_proj", *(f".linear_{part}_{way}_proj" for part in ("q", "kv") for way in ("down", "up")))
+_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", *_LATENT)
 _LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm")
-_QKV, _CORE = "linear_qkv", "core_attention"
+_QKV, _KV, _CORE = "linear_qkv", "linear_kv_up_proj", "core_attention"
 _LAST_NORM, _HYBRID_NORM, _HEAD = "decoder.final_layernorm", "decoder.final_norm", "output_layer"
 _NORM_BEFORE_EXPERTS, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 _EXPERTS = re.compile(r"(.+\.mlp)\.experts\..+")
@@ -41,8 +42,9 @@ def rank_states(name: str, quirks: MegatronQuirks) -> list[str]:
     module = name.rpartition(".")[0]
     bare = module.removesuffix(f".{WRAPPED}")
     modules = [module] if bare.endswith((*_TE_LINEAR, *_NORMS)) and not bare.endswith(quirks.plain) else []
-    if bare.endswith(f".self_attention.{_QKV}"):
-        modules.append(bare.removesuffix(_QKV) + _CORE)
+    for linear in (_QKV, _KV):
+        if bare.endswith(f".self_attention.{linear}"):
+            modules.append(bare.removesuffix(linear) + _CORE)
     return [f"{module}.{_STATE}" for module in modules]
 
 

@@ -19,6 +19,10 @@ def is_layout(of: type[Any], name: str) -> bool:
     return any(one.name == name and one.metadata.get("layout", False) for one in fields(of))
 
 
+SOFTMAX, SIGMOID = "softmax", "sigmoid"
+"""Functions that make scores of a router's logits."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of a layer, rotated in halves (`rotate_half`).
@@ -36,8 +40,9 @@ class Rope:
         mscale: yarn: weight of the logarithm of `factor` in `attention_factor`, or None.
         mscale_all_dim: yarn: the same in its denominator, or None.
         truncate: yarn: whether the bounds of the blend are rounded to whole pairs.
-        partial: proportional: share of the pairs that rotate, the first ones; the others have frequency 0. The
-            exponents of the frequencies count over the whole head.
+        partial: Share of the head that rotates, its first channels; the exponents of the frequencies count over these.
+            proportional: share of the pairs that rotate, the first ones; the others have frequency 0, and the exponents
+            count over the whole head.
     """
 
     theta: float
@@ -56,6 +61,28 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: queries, and keys with values, are made of a narrow latent vector each.
+
+    Attributes:
+        query_rank: Width of the queries' latent vector, or None where they are projected from the residual stream.
+        key_value_rank: Width of the latent vector of keys and values.
+        plain_dim: Channels of a head's query and key that do not rotate.
+        rotary_dim: Channels that do, after the plain ones; neighbours on disk form a pair. Those of the keys are
+            shared by all heads.
+        value_dim: Width of a head's value.
+        norm_eps: Epsilon of the norms of latent vectors.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer. Sizes are global (before tensor parallelism), in elements.
 
@@ -64,7 +91,7 @@ class LayerConfig:
     Attributes:
         num_heads: Query heads.
         num_kv_heads: Key/value heads (query groups in Megatron's words).
-        head_dim: Width of a head (`kv_channels`).
+        head_dim: Width of a head (`kv_channels`); with latent attention, of its value.
         ffn_hidden_size: Width of the dense MLP.
         rope: Rotary embedding.
         window: Visible tokens including the current one, or None for all of them.
@@ -123,7 +150,8 @@ class ModelConfig:
         qkv_bias: Whether q, k and v have biases.
         out_bias: Whether the attention output projection has one.
         mlp_bias: Whether the MLP linears have them.
-        qk_norm: Whether q and k are normalised per head.
+        qk_norm: Whether q and k are normalised per head; with latent attention, the latent vectors.
+        latent: The sizes of latent attention, or None for plain attention.
         activation: Hugging Face's name of the MLP's activation (`silu`, `gelu_pytorch_tanh`, `xielu`, ...).
         gated: Whether the MLP is gated (`act(gate) * up`).
         init_std: Standard deviation of the initialisation, for training.
@@ -133,6 +161,14 @@ class ModelConfig:
         moe_ffn_hidden_size: Width of one expert.
         norm_topk_prob: Whether the weights of the chosen experts are scaled to a sum of 1. The result equals a softmax
             over the chosen experts alone, which is Megatron-Core's order unless `moe_router_pre_softmax` is set.
+        router_score: Function that makes scores of the router's logits: `softmax`, or `sigmoid` of each logit. Weights
+            of a sigmoid are scaled to a sum of 1 by dividing them.
+        router_in_fp32: Whether the router's logits are computed in fp32, whatever the dtype of the model is.
+        expert_bias: Whether a bias of each expert is added to its score for the choice of experts, and for that alone.
+        routed_scaling: Factor on the weights of the chosen experts.
+        router_groups: Groups of experts, of which the router chooses some first; 1: it chooses among all experts.
+        router_groups_chosen: Groups that it chooses, by the sum of the two best scores in each.
+        shared_expert_size: Width of the expert that every token goes through beside the chosen ones; 0 without it.
         zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
@@ -163,6 +199,7 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    latent: LatentAttention | None = field(default=None, metadata=_LAYOUT)
     activation: str = "silu"
     gated: bool = field(default=True, metadata=_LAYOUT)
     init_std: float = 0.02
@@ -171,6 +208,13 @@ class ModelConfig:
     experts_per_token: int = 0
     moe_ffn_hidden_size: int = field(default=0, metadata=_LAYOUT)
     norm_topk_prob: bool = True
+    router_score: str = SOFTMAX
+    router_in_fp32: bool = False
+    expert_bias: bool = False
+    routed_scaling: float = 1.0
+    router_groups: int = 1
+    router_groups_chosen: int = 1
+    shared_expert_size: int = field(default=0, metadata=_LAYOUT)
     zero_centered_norms: bool = field(default=False, metadata=_LAYOUT)
     post_norms: bool = False
     scaled_embedding: bool = False

@@ -50,6 +50,11 @@ def mlp_bias(config: ModelConfig, layer: LayerConfig) -> bool:
     return config.mlp_bias
 
 
+def qk_norm(config: ModelConfig, layer: LayerConfig) -> bool:
+    """Whether queries and keys are normalised head by head."""
+    return config.qk_norm
+
+
 def dense(config: ModelConfig, layer: LayerConfig) -> bool:
     """Whether a layer has a dense MLP and no experts."""
     return not layer.moe
@@ -96,6 +101,7 @@ class Row:
         slots: Parts without a Hugging Face tensor. The layout puts them after the Hugging Face tensors.
         first: Whether the first pipeline stage holds it. Any other tensor outside of layers, except the adapter, is on
             the last stage.
+        buffer: Whether both libraries keep it in fp32 whatever the dtype of the model is, and no gradient trains it.
     """
 
     megatron: str
@@ -106,6 +112,7 @@ class Row:
     at_cut: bool = False
     slots: tuple[Slot, ...] = ()
     first: bool = False
+    buffer: bool = False
 
 
 MEGATRON_LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
@@ -121,6 +128,7 @@ def once(
     slots: tuple[Slot, ...] = (),
     first: bool = False,
     at_cut: bool = False,
+    buffer: bool = False,
 ) -> Row:
     """A row for a tensor that a model has once, outside of its layers.
 
@@ -135,6 +143,7 @@ def once(
         slots: Parts without a Hugging Face tensor.
         first: Whether the first pipeline stage holds it.
         at_cut: Whether it is part of a split Llama's adapter.
+        buffer: Whether both libraries keep it in fp32 and no gradient trains it.
 
     Raises:
         ValueError: The single tensor has no shape, or is a matrix without a rule to split it.
@@ -145,7 +154,7 @@ def once(
         if any(len(shape) > 1 for shape in parts.shapes.values()):
             raise ValueError(f"{megatron}: say how it splits over ranks")
         split = REPLICATED
-    return Row(megatron, parts.shapes, parts.layout, split, when, at_cut, slots, first)
+    return Row(megatron, parts.shapes, parts.layout, split, when, at_cut, slots, first, buffer)
 
 
 def layer(
@@ -156,6 +165,7 @@ def layer(
     *,
     when: When = always,
     slots: tuple[Slot, ...] = (),
+    buffer: bool = False,
 ) -> Row:
     """A row for a tensor in every layer. `{e}` in its names stands for the number of an expert.
 
@@ -166,6 +176,7 @@ def layer(
         split: As for `once`.
         when: Whether a layer has it.
         slots: Parts without a Hugging Face tensor, with names inside a layer.
+        buffer: As for `once`.
 
     Raises:
         ValueError: As for `once`.
@@ -173,7 +184,7 @@ def layer(
     parts = _parts(hf, shape)
     inside = Parts(parts.layout, {HF_LAYER + name: shape for name, shape in parts.shapes.items()})
     slots = tuple(replace(slot, hf=slot.hf and HF_LAYER + slot.hf) for slot in slots)
-    return once(MEGATRON_LAYER + megatron, inside, None, split, when=when, slots=slots)
+    return once(MEGATRON_LAYER + megatron, inside, None, split, when=when, slots=slots, buffer=buffer)
 
 
 def _parts(hf: str | Parts | None, shape: Shape | None) -> Parts:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.errors import InputError
+from ckptkit.sharding.rules import Split
 from ckptkit.tables.hybrid_names import hybrid_name
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor, vstack
@@ -46,6 +47,7 @@ class Spelling:
             group.
         padded: Whether the vocabulary is padded before it is split.
         extra_states: Whether the modules of Transformer Engine have an `_extra_state` in its files.
+        splits: (canonical ending, rule) pairs for tensors that this writer's ranks divide by another rule.
     """
 
     name: str
@@ -58,6 +60,11 @@ class Spelling:
     blocks: bool = False
     padded: bool = True
     extra_states: bool = True
+    splits: tuple[tuple[str, Split], ...] = ()
+
+    def split_of(self, name: str) -> Split | None:
+        """The rule for a tensor of this canonical name, where it is another than that of the tables."""
+        return next((split for ending, split in self.splits if name.endswith(ending)), None)
 
     def written(self, name: str) -> str:
         """The canonical name -> the name in this spelling."""

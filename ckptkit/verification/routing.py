@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from ckptkit.verification.comparison import MEDIAN_LIMIT, P99_LIMIT
 from ckptkit.verification.reports.results import RouterLayer, RoutingReport
 from ckptkit.verification.runs import Run
 
-LOGITS, EXPERTS, OWN = KINDS = ("logits", "experts", "own")
-SOFTMAX, TOPK = "softmax", "topk"
+LOGITS, EXPERTS, OWN, SCORES = KINDS = ("logits", "experts", "own", "scores")
+SOFTMAX, SIGMOID, TOPK = "softmax", "sigmoid", "topk"
 """Names of functions and methods of torch; in float64 others of the same name stand in for them."""
 
 Experts = dict[int, torch.Tensor]
@@ -35,14 +36,17 @@ class Record:
     Attributes:
         tensors: `logits.<layer>.<length>`, fp32 [rows, length, experts], `experts.<layer>.<length>`, int64 [rows,
             length, experts per token], and like that `own`: what would have been chosen had nothing been prescribed.
+            `scores`, fp32 [rows, length, experts], are what experts are chosen by where that is not the order of
+            the logits: with a bias, or with -inf for experts of groups that were not chosen. Only the reference has
+            them.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, *parts: Mapping[int, torch.Tensor]) -> None:
-        """Append rows of one length: logits, experts and own choice, each as layer -> [rows, length, ...]."""
-        for kind, found in zip(KINDS, parts, strict=True):
+        """Append rows of one length: logits, experts, own choice and scores, each as layer -> [rows, length, ...]."""
+        for kind, found in zip(KINDS, parts, strict=False):
             for layer, tensor in found.items():
                 key = f"{kind}.{layer}.{tensor.size(1)}"
                 known = self.tensors.get(key)
@@ -146,14 +150,17 @@ class _RouterCall(TorchFunctionMode):
 
     A token with a negative number is left to the router, as in megatron-core (`moe.Router.replay`).
 
-    Every router of transformers takes a softmax of its logits and calls topk, but they return different things; what
-    follows (renormalising, scales of experts) stays the router's own.
+    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, but they return different
+    things; what follows (renormalising, scales of experts) stays the router's own. A router that chooses groups first
+    calls topk for these, too, on tensors of another shape.
     """
 
     def __init__(self, prescribed: torch.Tensor | None) -> None:
         super().__init__()
         self.prescribed = prescribed
         self.logits = self.experts = self.own = torch.empty(0)
+        self.scores: torch.Tensor | None = None
+        self._by_score = False
 
     def start(self, *_: Any) -> None:
         """Forward pre-hook of the router."""
@@ -168,10 +175,11 @@ class _RouterCall(TorchFunctionMode):
     ) -> Any:
         result = function(*arguments, **(options or {}))
         name = getattr(function, "__name__", None)
-        if name == SOFTMAX:
-            self.logits = arguments[0]
-        elif name == TOPK:
+        if name in (SOFTMAX, SIGMOID):
+            self.logits, self._by_score = arguments[0], name == SIGMOID
+        elif name == TOPK and arguments[0].shape == self.logits.shape:
             self.own = result.indices
+            self.scores = arguments[0] if self._by_score else None
             if self.prescribed is not None and self.prescribed.size(-1) == result.indices.size(-1):
                 scores = arguments[0]
                 experts = self.prescribed.to(scores.device).view(len(scores), -1)
@@ -201,13 +209,15 @@ def hf_routing(
             stack.callback(router.register_forward_hook(calls[layer].stop, always_call=True).remove)
         yield
     if record is not None:
-        shaped = {
-            layer: [
-                part.detach().cpu().view(batch, length, -1) for part in (call.logits.float(), call.experts, call.own)
-            ]
-            for layer, call in calls.items()
-        }
-        record.add(*({layer: parts[which] for layer, parts in shaped.items()} for which in range(len(KINDS))))
+        kinds = (
+            {layer: call.logits.float() for layer, call in calls.items()},
+            {layer: call.experts for layer, call in calls.items()},
+            {layer: call.own for layer, call in calls.items()},
+            {layer: call.scores.float() for layer, call in calls.items() if call.scores is not None},
+        )
+        record.add(
+            *({layer: part.detach().cpu().view(batch, length, -1) for layer, part in kind.items()} for kind in kinds)
+        )
 
 
 # Judging --------------------------------------------------------------------------------------------------------------
@@ -219,7 +229,9 @@ def judge_routing(exact: Run, low: Run | None, found: Run, tolerance: float) -> 
     In fp32 router logits pass as the model's logits do, within a tolerance. Below, the candidate's error in a layer is
     measured in units of the reference's own. A token for which the candidate would have chosen other experts is let
     pass only if the reference itself holds them equal within the noise: in fp32 twice the tolerance, below twice the
-    reference's own largest error in that layer (two logits may be off in opposite directions).
+    reference's own largest error in that layer (two logits may be off in opposite directions). It holds them equal by
+    what it chose them by, its scores where it has a bias or groups. An expert of a group that it did not choose is
+    never equal to one that it chose.
 
     Args:
         exact: The reference in fp32.
@@ -236,12 +248,19 @@ def judge_routing(exact: Run, low: Run | None, found: Run, tolerance: float) -> 
     if not layers:
         return None
     noise = read_router_logits(low.routing) if low is not None else {}
+    scores = _by_layer(exact.routing, SCORES)
+    rough_scores = _by_layer(low.routing, SCORES) if low is not None else {}
     judged = []
     for layer in layers:
         if layer in expected and layer in candidate and expected[layer][0].shape == candidate[layer][0].shape:
             rough = noise[layer][0] if low is not None else None
+            order = Order(
+                scores.get(layer, expected[layer])[0],
+                None if low is None else rough_scores.get(layer, noise[layer])[0],
+                chosen[layer][0],
+            )
             copies = [
-                _judge_layer(layer, expected[layer][0], rough, copy, chosen[layer][0], choice, tolerance)
+                _judge_layer(layer, expected[layer][0], rough, copy, order, choice, tolerance)
                 for copy, choice in zip(candidate[layer], own[layer], strict=True)
             ]
             judged.append(max(copies, key=lambda copy: (copy.disagreements, copy.relative_error)))
@@ -255,24 +274,50 @@ def judge_routing(exact: Run, low: Run | None, found: Run, tolerance: float) -> 
     return RoutingReport(tokens, counts, tolerance, MEDIAN_LIMIT, P99_LIMIT, judged)
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a reference's router chose.
+
+    Attributes:
+        exact: Fp32 [tokens, experts], by which it chose: logits or scores; -inf for an expert that it could not choose.
+        low: The same in the candidate's dtype, or None in fp32.
+        chosen: Its choice, [tokens, experts per token].
+    """
+
+    exact: torch.Tensor
+    low: torch.Tensor | None
+    chosen: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        """The largest of these numbers."""
+        return float(self.exact[self.exact.isfinite()].abs().max()) or 1.0
+
+    def limit(self, tolerance: float) -> float:
+        """The largest margin between experts that it holds equal, over the largest number."""
+        if self.low is None:
+            return 2 * tolerance
+        rounding = (self.low - self.exact).double()
+        return 2 * float(rounding[rounding.isfinite()].abs().max()) / self.scale
+
+
 def _judge_layer(
     layer: int,
     exact: torch.Tensor,
     low: torch.Tensor | None,
     found: torch.Tensor,
-    chosen: torch.Tensor,
+    order: Order,
     own: torch.Tensor,
     tolerance: float,
 ) -> RouterLayer:
     """One router: logits [tokens, experts] of the three runs, and the choices of reference and candidate."""
     scale = float(exact.abs().max()) or 1.0
     error = (found - exact).double().nan_to_num(nan=math.inf)
-    ratio, limit = None, 2 * tolerance
+    ratio, limit = None, order.limit(tolerance)
     if low is not None:
         rounding = (low - exact).double()
         ratio = _ratio(float(error.square().mean().sqrt()), float(rounding.square().mean().sqrt()))
-        limit = 2 * float(rounding.abs().max()) / scale
-    margins = _margins(exact, chosen, own) / scale
+    margins = _margins(order.exact, order.chosen, own) / order.scale
     differ = margins[margins >= 0]
     beyond = int((~(differ <= limit)).sum())
     return RouterLayer(
@@ -296,7 +341,7 @@ def _margins(logits: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) ->
     """The margin by which a router prefers its choice to another one; -1 where both are the same.
 
     Args:
-        logits: [tokens, experts].
+        logits: What it chose by, [tokens, experts].
         chosen: Its choice, [tokens, experts per token].
         other: Another choice, of any width.
 

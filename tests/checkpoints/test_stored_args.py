@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from ckptkit import Parallelism, convert, open_checkpoint
+from ckptkit.checkpoints.config_fields import in_words
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families.llama import LLAMA
 from ckptkit.inspection.differences import diff
 from ckptkit.megatron_args.contradictions import NEUTRAL, NEUTRAL_OF_EXPERTS, WRITTEN, contradictions
-from ckptkit.megatron_args.fields import GRID_ARGS
+from ckptkit.megatron_args.fields import GRID_ARGS, SCORE_FIELDS
 from ckptkit.megatron_args.known import read_args
 from ckptkit.megatron_args.reading import grid_of
 from ckptkit.megatron_args.writing import to_args
@@ -60,6 +61,7 @@ MEGATRON_0_19: dict[str, Any] = {
     "moe_latent_size": None,
     "moe_layer_freq": 1,
     "moe_mlp_glu_interleave_size": None,
+    "moe_router_dtype": None,
     "moe_router_enable_expert_bias": False,
     "moe_router_force_load_balancing": False,
     "moe_router_group_topk": None,
@@ -108,6 +110,12 @@ MEGATRON_0_19: dict[str, Any] = {
     "yarn_beta_fast": None,
     "yarn_beta_slow": None,
     "yarn_original_max_position_embeddings": None,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": None,
 }
 """What the parser of Megatron-LM (core 0.19.2) gives for a tiny Llama, as far as it is about the model and its grid."""
 
@@ -146,6 +154,8 @@ OTHER_OF_EXPERTS: dict[str, Any] = {
 }
 
 
+OURS = {field.args: field.ours for field in SCORE_FIELDS}
+"""Those that a `ModelConfig` has, under its names."""
 LAYOUT: dict[str, str] = {
     **{
         name: f"args say {name} "
@@ -163,7 +173,8 @@ LAYOUT: dict[str, str] = {
 
 class TestMathematics:
     def test_every_argument_has_a_case(self) -> None:
-        assert OTHER.keys() | OTHER_OF_EXPERTS.keys() == {*WRITTEN, *NEUTRAL, *NEUTRAL_OF_EXPERTS}
+        known = {*WRITTEN, *NEUTRAL, *NEUTRAL_OF_EXPERTS, *OURS} - {"moe_router_num_groups"}  # alone it does nothing
+        assert OTHER.keys() | OTHER_OF_EXPERTS.keys() == known
         assert not OTHER.keys() & OTHER_OF_EXPERTS.keys()
 
     @pytest.mark.parametrize(
@@ -190,7 +201,8 @@ class TestMathematics:
     def test_of_experts(self, stored: Any, tmp_path: Path, name: str) -> None:
         value = OTHER_OF_EXPERTS[name]
         path = stored("packed", "qwen3_moe", **{name: value})
-        assert f"args say {name} {value!r}" in "; ".join(open_checkpoint(path).disagreements)
+        told = f"{OURS[name]} {in_words(value)}" if name in OURS else f"{name} {value!r}"
+        assert f"args say {told}" in "; ".join(open_checkpoint(path).disagreements)
         shutil.rmtree(path / "ckptkit")
         with pytest.raises(UnsupportedError) as raised:
             open_checkpoint(path)

@@ -33,15 +33,16 @@ EXPERT_GRIDS = [
 def is_moe(kind: str) -> bool:
     raw: dict[str, Any] = raw_config(kind)
     raw = raw.get("text_config") or raw
-    return bool(raw.get("num_experts") or raw.get("num_local_experts"))
+    return any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 MOE = ["qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped", "mixtral", "mixtral-windowed"]
+SCORED = ["glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight", "glm4_moe_lite"]
 GEMMA4_MOE = ["gemma4_text-moe", "gemma4-moe"]
 
 
 def test_the_list_of_expert_models_is_complete() -> None:
-    assert [kind for kind in MODELS if is_moe(kind)] == [*MOE, *GEMMA4_MOE]
+    assert [kind for kind in MODELS if is_moe(kind)] == [*MOE, *SCORED, *GEMMA4_MOE]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -77,7 +78,19 @@ def test_round_trip_in_the_names_of_other_writers(tmp_path: Path, kind: str, spe
 
 
 @pytest.mark.parametrize(
-    "kind", ["qwen3", "qwen3_moe", "qwen3_moe-mixed", "gemma3", "apertus", "gemma4_text-e4b", "gemma4", "gemma4-moe"]
+    "kind",
+    [
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_moe-mixed",
+        "gemma3",
+        "apertus",
+        "glm4_moe",
+        "deepseek_v3",
+        "gemma4_text-e4b",
+        "gemma4",
+        "gemma4-moe",
+    ],
 )
 def test_distributed_checkpoints_in_any_order(tmp_path: Path, kind: str) -> None:
     source = save_model(tmp_path / "hf", kind, dtype="bfloat16")
@@ -110,6 +123,7 @@ def test_round_trip_over_all_grids(tmp_path: Path, kind: str, grid: Parallelism)
         ("qwen3_moe-mixed", "grouped"),
         ("qwen3_moe-stepped", "sequential"),
         ("mixtral", "sequential"),
+        ("glm4_moe", "grouped"),
         ("gemma4_text-moe", "grouped"),
     ],
 )

@@ -24,11 +24,14 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import (
     apertus,
+    deepseek,
     families,
     family_called,
     family_of,
     gemma3,
     gemma4_config,
+    glm,
+    glm_lite,
     mistral,
     qwen,
     value_family_of,
@@ -114,6 +117,9 @@ def test_against_transformers_class_defaults(kind: str) -> None:
         "Ministral": (mistral.MINISTRAL_DEFAULTS, mistral.MINISTRAL_CONFIG.rope),
         "Mixtral": (mistral.MIXTRAL_DEFAULTS, mistral.MIXTRAL_CONFIG.rope),
         "Apertus": (apertus.DEFAULTS, apertus.ROPE),
+        "DeepseekV3": (deepseek.DEFAULTS, deepseek.CONFIG.rope),
+        "Glm4MoeLite": (glm_lite.DEFAULTS, glm_lite.CONFIG.rope),
+        "Glm4Moe": (glm.DEFAULTS, glm.CONFIG.rope),
         "Gemma3Text": (gemma3.DEFAULTS, gemma3.CONFIG.rope),
         "Gemma3": (WRAPPER_DEFAULTS, None),
         "Gemma4Text": (gemma4_config.DEFAULTS, gemma4_config.CONFIG.rope),
@@ -121,8 +127,11 @@ def test_against_transformers_class_defaults(kind: str) -> None:
     }[MODELS[kind][0]]
     config_class = model_classes(kind)[0]
     fields = config_class.__dataclass_fields__
-    missing = [key for key in defaults if key not in fields]
-    assert missing in ([], ["head_dim"])  # a class without head_dim takes hidden_size / heads
+    missing = {key for key in defaults if key not in fields}
+    # A class without head_dim takes hidden_size / heads; the share that rotates is in the default rope, compared below.
+    assert missing <= {"head_dim", "partial_rotary_factor", "num_nextn_predict_layers"}
+    for key in missing & {"num_nextn_predict_layers"}:  # the class calls it otherwise, and writes it so
+        assert config_class().to_dict()[key] == defaults[key]
     assert {key: fields[key].default for key in defaults if key in fields} == {
         key: value for key, value in defaults.items() if key in fields
     }
@@ -158,6 +167,10 @@ def test_fields_agree_with_transformers(kind: str) -> None:
     elif config.num_experts:
         assert (config.num_experts, config.experts_per_token) == (theirs.num_local_experts, theirs.num_experts_per_tok)
         assert config.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
+    if config.expert_bias:
+        assert (config.router_groups, config.router_groups_chosen) == (theirs.n_group, theirs.topk_group)
+        assert config.routed_scaling == theirs.routed_scaling_factor
+        assert config.shared_expert_size == theirs.moe_intermediate_size * theirs.n_shared_experts
     if hasattr(theirs, "query_pre_attn_scalar"):
         scale = config.softmax_scale or config.layers[0].head_dim ** -0.5
         assert scale == theirs.query_pre_attn_scalar**-0.5
@@ -183,7 +196,7 @@ def test_config_survives_args_and_back(kind: str) -> None:
 
 def changed_layers(config: ModelConfig) -> tuple[LayerConfig, ...]:
     """The layers the other way round; where their order is not free, with other rotary embeddings."""
-    if config.layer_scalars:
+    if config.layer_scalars or config.expert_bias:
         return tuple(replace(layer, rope=replace(layer.rope, theta=layer.rope.theta / 2)) for layer in config.layers)
     return config.layers[::-1]
 

@@ -13,7 +13,7 @@ from ckptkit.families import family_of
 from ckptkit.families.llama import LLAMA
 from ckptkit.megatron_args import fields as table
 from ckptkit.megatron_args.fields import FIELDS, GRID_FIELDS, Field, fields_of, of_model, written
-from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_ZERO, FLAG, NUMBER
+from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_ZERO, FACTOR, FLAG, GROUPS, NUMBER, SCORE
 from ckptkit.megatron_args.reading import from_args
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
@@ -33,13 +33,15 @@ OF_PROVIDERS_ALONE = {
 }
 """What the constructor of GPTModel is given beside a `TransformerConfig`."""
 ROWS = [field for field in FIELDS if field.ours is not None and field.args is not None]
-OTHER: dict[Any, Any] = {COUNT: 1, COUNT_OR_ZERO: 24, NUMBER: 0.25}
+OTHER: dict[Any, Any] = {COUNT: 1, COUNT_OR_ZERO: 24, NUMBER: 0.25, FACTOR: 2.0, GROUPS: 2, SCORE: "softmax"}
+SCORED = {"router_score": "sigmoid", "router_groups": 4, "router_groups_chosen": 4, "shared_expert_size": 16}
+"""A model whose arguments have every row."""
 
 
-def core_names() -> set[str]:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+def core_names(*, latent: bool = False) -> set[str]:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    return {field.name for field in dataclasses.fields(TransformerConfig)}
+    return {field.name for field in dataclasses.fields(MLATransformerConfig if latent else TransformerConfig)}
 
 
 def strangers(fields: tuple[Field, ...], names: set[str]) -> set[str]:
@@ -50,7 +52,9 @@ def strangers(fields: tuple[Field, ...], names: set[str]) -> set[str]:
 
 def test_names_are_those_of_the_installed_megatron_core() -> None:
     names = core_names()
-    assert strangers(FIELDS, names) == set()
+    of_latent = set(table.LATENT_FIELDS)
+    assert strangers(tuple(field for field in FIELDS if field not in of_latent), names) == set()
+    assert strangers(table.LATENT_FIELDS, core_names(latent=True)) == set()
     assert {field.core for field in GRID_FIELDS} <= names
     assert not OF_PROVIDERS_ALONE & names
     assert strangers((of_model(COUNT, "hidden_size", core="hidden_sizes"),), names) == {"hidden_sizes"}
@@ -88,7 +92,8 @@ def changed(config: ModelConfig, row: Field) -> ModelConfig:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.args)
 def test_a_row_is_written_and_read(row: Field) -> None:
-    base = replace(BASE, **MOE, layers=tuple(replace(layer, moe=True) for layer in BASE.layers))
+    scored = SCORED if row in (*table.SCORE_FIELDS, *table.SHARED_EXPERT_FIELDS) else {}
+    base = replace(BASE, **MOE, **scored, layers=tuple(replace(layer, moe=True) for layer in BASE.layers))
     other = changed(base, row)
     before, after = (to_args(LLAMA, config, Parallelism(), 128, 128) for config in (base, other))
     assert before[row.args] != after[row.args]

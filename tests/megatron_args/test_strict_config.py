@@ -27,8 +27,20 @@ BASE = LLAMA.parse(
     }
 )
 MOE = {"num_experts": 4, "experts_per_token": 2, "moe_ffn_hidden_size": 16}
-OWN = {"family", "architecture", "vocab_size", "layers", "per_layer_vocab_size", "value_bias"}
-"""What names the model, is not of the arguments that describe it, or says nothing without another field."""
+OWN = {
+    "family",
+    "architecture",
+    "vocab_size",
+    "layers",
+    "per_layer_vocab_size",
+    "value_bias",
+    "router_in_fp32",
+    "latent",
+}
+"""What names the model, is not of the arguments that describe it, is the precision of a step, says nothing without
+another field, or is a contradiction to a model that lacks it (latent attention)."""
+OF_EXPERTS = ("norm_topk_prob", "parallel_dense", "router_score", "expert_bias", "routed_scaling", "router_groups")
+OF_EXPERTS += ("router_groups_chosen", "shared_expert_size")
 
 MODEL: dict[str, Any] = {
     "hidden_size": 64,
@@ -47,6 +59,12 @@ MODEL: dict[str, Any] = {
     "experts_per_token": 3,
     "moe_ffn_hidden_size": 24,
     "norm_topk_prob": False,
+    "router_score": "sigmoid",
+    "expert_bias": True,
+    "routed_scaling": 2.5,
+    "router_groups": 2,
+    "router_groups_chosen": 2,
+    "shared_expert_size": 32,
     "zero_centered_norms": True,
     "post_norms": True,
     "scaled_embedding": True,
@@ -112,7 +130,9 @@ def test_every_field_has_a_case() -> None:
 
 @pytest.mark.parametrize("name", MODEL)
 def test_field_of_the_model(name: str) -> None:
-    config = replace(BASE, **({} if name not in MOE and name not in ("norm_topk_prob", "parallel_dense") else MOE))
+    config = replace(BASE, **({} if name not in MOE and name not in OF_EXPERTS else MOE))
+    if name == "router_groups_chosen":
+        config = replace(config, router_groups=4)
     if config.num_experts:
         config = layers(config, {"moe": True}, some=False)
     assert told_or_listed(replace(config, **{name: MODEL[name]}))
@@ -145,4 +165,5 @@ def test_families(kind: str) -> None:
     found = inexpressible(family_of(raw, kind).parse(raw))
     plain = ("qwen2", "qwen2-tied", "qwen2-windowed", "qwen3", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped")
     others = ("mistral", "mistral-nemo", "ministral", "mixtral", "mixtral-windowed")
+    others += ("glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight")
     assert (found == []) == (kind in (*plain, *others)), found

@@ -11,6 +11,7 @@ from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
 from ckptkit.sharding.stages import stage_of_layer
 from ckptkit.tables.megatron_names import distributed_states, norms_of_local_spec
+from ckptkit.tables.spelling import GROUPED
 
 _SPECS = ("te", "local")
 """Specs that this format can be written for. Its keys differ in extra states and in the norm before experts only."""
@@ -40,10 +41,12 @@ def _tensors(target: Target) -> list[GlobalTensor]:
     """The whole model under the names that all specs share, each tensor on the stage that holds it."""
     source, grid, stages, quirks = target.source, target.grid, target.stages, target.source.family.quirks
     spec = "local" if quirks.local_only(source.config) else target.spelling.name
-    canonical, written = source.family.spellings[0], target.spelling
-    spelling = replace(canonical, prefix=written.prefix, hybrid=written.hybrid)
+    written = target.spelling
+    local = spec == "local" and quirks.local_keys
+    base = written if local else source.family.spellings[0]
+    spelling = replace(base, prefix=written.prefix, hybrid=written.hybrid, experts=GROUPED)
     names = {key: spelling.written(key) for key in source.items}
-    norms = norms_of_local_spec(names.values()) if spec == "local" else {}
+    norms = norms_of_local_spec(names.values()) if spec == "local" and not local else {}
     homes = stage_of_layer(stages)
     tensors = []
     for key, item in source.items.items():

@@ -190,7 +190,8 @@ class RouterLayer:
         noise_ratio: Below fp32: RMS of the difference over that of the reference's own error in that dtype; else null.
         near_ties: Tokens for which the candidate would choose other experts, which the reference holds all but equal.
         disagreements: Tokens for which it would choose other experts although the reference is sure.
-        largest_margin: Largest margin of the reference over all those tokens, over its largest |logit|; 0 without any.
+        largest_margin: Largest margin of the reference over all those tokens, over its largest |logit|, or |score| if
+            it chooses by scores; 0 without any.
         margin_limit: Largest margin that is within the noise, over the same.
     """
 
