@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,15 @@ Case = tuple[str, Parallelism]
 
 
 def cases() -> list[Any]:
-    """Each family on each grid, its kinds taking turns; each kind on each grid is slow."""
+    """Each family on two of the grids, its kinds and the grids taking turns; each kind on each grid is slow."""
     kinds: dict[str, list[str]] = {}
     for kind in MODELS:
         kinds.setdefault(kind.split("-")[0], []).append(kind)
-    quick = [(turns[at % len(turns)], grid) for turns in kinds.values() for at, grid in enumerate(GRIDS)]
+    quick = [
+        (turns[turn % len(turns)], GRIDS[(2 * at + turn) % len(GRIDS)])
+        for at, turns in enumerate(kinds.values())
+        for turn in range(2)
+    ]
     quick += [(kind, EXPERT_GRIDS[at % len(EXPERT_GRIDS)]) for at, kind in enumerate([*EXPERTS, EXPERTS[0]])]
     quick += [("mixtral", EXPERT_GRIDS[0]), ("gemma3_text", MORE_GRIDS[1])]
     every = [*itertools.product(MODELS, GRIDS + MORE_GRIDS), *itertools.product(EXPERTS, EXPERT_GRIDS)]
@@ -164,7 +168,15 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", LIES)
+def some(faults: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """The others are slow: `test_mutations` has faults like them."""
+    return [pytest.param(fault, marks=() if fault in quick else pytest.mark.slow) for fault in faults]
+
+
+QUICK_LIES = ("window on another layer", "thetas of local and global layers swapped", "no cap on the logits")
+
+
+@pytest.mark.parametrize("fault", some(LIES, QUICK_LIES))
 def test_lies_about_the_model_are_seen(model: Saved, tmp_path: Path, pool: RankPool, fault: str) -> None:
     kind, args, config, place = LIES[fault]
     source, candidate = model(kind), tmp_path / "meg"
@@ -242,7 +254,10 @@ DAMAGE: dict[str, tuple[str, Parallelism, Callable[[dict[str, Any]], None], str,
 }
 
 
-@pytest.mark.parametrize("fault", DAMAGE)
+QUICK_DAMAGE = ("norm after the MLP without effect", "the two steepnesses swapped", "experts of one rank swapped")
+
+
+@pytest.mark.parametrize("fault", some(DAMAGE, QUICK_DAMAGE))
 def test_damage_is_seen_and_located(model: Saved, tmp_path: Path, pool: RankPool, fault: str) -> None:
     kind, grid, change, place, tensor = DAMAGE[fault]
     source, candidate = model(kind), tmp_path / "meg"

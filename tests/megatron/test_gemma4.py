@@ -779,6 +779,7 @@ def wide_pool() -> Iterator[RankPool]:
         yield ranks
 
 
+@pytest.mark.slow  # ranks of their own; `verify --dtype float64` has fast tests
 @pytest.mark.parametrize(("kind", "grid"), cases(), ids=str)
 def test_logits_in_double_precision_on_ranks(
     saved: Saved, tmp_path: Path, wide_pool: RankPool, kind: str, grid: Parallelism

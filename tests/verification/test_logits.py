@@ -47,8 +47,17 @@ def verify(source: Path, candidate: Path, pool: RankPool, **options: Any) -> Log
     return verify_logits(Side(source, "hf"), Side(candidate, "megatron"), **values)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+def pairs() -> list[Any]:
+    """Every kind on two grids, which take turns; on the others it is slow."""
+    quick = {(at, (2 * at + turn) % len(GRIDS)) for at in range(len(KINDS)) for turn in (0, 1)}
+    return [
+        pytest.param(kind, grid, marks=() if (at, number) in quick else pytest.mark.slow)
+        for at, kind in enumerate(KINDS)
+        for number, grid in enumerate(GRIDS)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "grid"), pairs(), ids=str)
 def test_every_kind_on_every_grid(pool: RankPool, llama: Saved, tmp_path: Path, kind: str, grid: Parallelism) -> None:
     name, changes = KINDS[kind]
     source = llama(name, **changes)
@@ -100,8 +109,14 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("case", UNEVEN)
-@pytest.mark.parametrize("kind", ["gqa", "tied"])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        pytest.param(kind, case, marks=() if (at + number) % 2 == 0 else pytest.mark.slow)
+        for at, case in enumerate(UNEVEN)
+        for number, kind in enumerate(["gqa", "tied"])
+    ],
+)
 def test_uneven_pipelines(pool: RankPool, llama: Saved, tmp_path: Path, case: str, kind: str) -> None:
     layers, grid = UNEVEN[case]
     source = llama(kind, num_hidden_layers=layers)
@@ -225,7 +240,13 @@ SHARD_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], int, str, str]] 
 }
 
 
-@pytest.mark.parametrize("fault", SHARD_FAULTS)
+QUICK_FAULTS = ("layers swapped", "projection of one rank lost", "embedding shifted", "not a number")
+"""The others are slow: `test_mutations` has faults like them."""
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=() if name in QUICK_FAULTS else pytest.mark.slow) for name in SHARD_FAULTS]
+)
 def test_faults_in_a_shard_are_found_and_located(pool: RankPool, llama: Saved, tmp_path: Path, fault: str) -> None:
     change, pp_rank, place, tensor = SHARD_FAULTS[fault]
     source = llama("gqa")

@@ -29,7 +29,6 @@ SAMPLE = [
     "rotary base 20000 for 10000",
     "keys and values exchanged",
     "tied gradients of first and last stage not summed",
-    "values of attention cut off",
     "window one narrower at the edge of a chunk",
     "gradients of keys and values not summed over the cut",
     "gradients of FSDP2 averaged",

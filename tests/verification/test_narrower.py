@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,18 @@ TO: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("candidate", TO)
-@pytest.mark.parametrize("reference", ["hf", "torch"])
+def triples() -> list[Any]:
+    """Every pair of reference, candidate and type; the other half of the triples is slow."""
+    every = itertools.product(enumerate(["hf", "torch"]), enumerate(TO), enumerate(["bfloat16", "float16"]))
+    return [
+        pytest.param(
+            *(name for _, name in triple), marks=() if sum(at for at, _ in triple) % 2 == 0 else pytest.mark.slow
+        )
+        for triple in every
+    ]
+
+
+@pytest.mark.parametrize(("reference", "candidate", "dtype"), triples())
 def test_a_rounded_conversion_is_the_same_model(
     llama: Saved, tmp_path: Path, pool: RankPool, reference: str, candidate: str, dtype: str
 ) -> None:
