@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.source_options import SourceOptions
-from ckptkit.errors import UsageError
+from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
@@ -169,7 +169,11 @@ def verify_trainability(
     side = Side(checkpoint.path, MEGATRON, opening, _grid(checkpoint, options))
     grid, config = side.grid or checkpoint.grid, checkpoint.config
     how = options.config(grid, widest_window(config))
-    check_backwards(side, how, experts=bool(config.num_experts), value=config.value_head)
+    if config.value_head:
+        raise UnsupportedError(
+            "a value model has no tokens to sample", where=side.path, hint="--level gradients looks at its training"
+        )
+    check_backwards(side, how, experts=bool(config.num_experts))
     check_grid(config, grid)
     split_layers(config.num_layers, grid)
     part = TrainabilityPart(
