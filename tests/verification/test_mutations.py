@@ -25,7 +25,6 @@ BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
 UPDATE = "CKPTKIT_UPDATE_DOCS"
 EXACT, EXACT_GRADIENT = 1e-5, 1e-4
 SAMPLE = [
-    "gate and up exchanged in one layer",
     "rotary base 20000 for 10000",
     "keys and values exchanged",
     "tied gradients of first and last stage not summed",

@@ -29,9 +29,7 @@ Case = tuple[str, str, Parallelism, dict[str, Any]]
 """Kind of model, layout of the adapter, and how it runs."""
 QUICK: list[Case] = [
     ("gqa", "fused", Parallelism(2), SP),
-    ("gqa", "peft", Parallelism(2), {**SP, **PACKED}),
     ("tied", "canonical", Parallelism(1, 2), {**PACKED, **RECOMPUTE}),
-    ("qwen3_moe", "fused", Parallelism(2, ep=2, etp=2), SP),
     ("mixtral", "peft", Parallelism(2, ep=2, etp=2), {**SP, **RECOMPUTE}),
     ("gemma4_text-moe", "fused", Parallelism(ep=2), {"dp": 2}),
 ]
@@ -61,11 +59,13 @@ def slow() -> Iterator[Case]:
                 yield (kind, layout, *ways[(at + number + turn) % len(ways)])
 
 
-SHARDED: list[Case] = [
+MORE: list[Case] = [
+    ("gqa", "peft", Parallelism(2), {**SP, **PACKED}),
+    ("qwen3_moe", "fused", Parallelism(2, ep=2, etp=2), SP),
     ("gqa", "fused", Parallelism(2), {"dp": 2, "dp_kind": "fsdp2", **SP}),
     ("mixtral", "peft", Parallelism(ep=2), {"dp": 2, "dp_kind": "fsdp2", **PACKED}),
 ]
-SLOW = [case for case in [*slow(), *SHARDED] if case not in QUICK]
+SLOW = [case for case in [*slow(), *MORE] if case not in QUICK]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 

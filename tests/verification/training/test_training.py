@@ -43,7 +43,7 @@ def found(answer: LevelResult) -> dict[str, bool]:
     return {check.name: check.passed for check in answer.checks}
 
 
-@pytest.mark.parametrize(("kind", "grid", "how"), some_slow(STEPS, 4), ids=str)
+@pytest.mark.parametrize(("kind", "grid", "how"), some_slow(STEPS, 3), ids=str)
 def test_steps(
     sources: Sources, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism, how: dict[str, Any]
 ) -> None:
