@@ -233,8 +233,8 @@ class _Learner:
         for names, chunk in zip(self.names, self.pipeline.chunks, strict=True):
             for name, value in chunk.named_parameters():
                 if (key := names.get(name)) is not None:
-                    values = value.detach().double()
-                    found.append([key, self._shard(key), float(values.sum()), float(values.norm())])
+                    sums = value.detach().sum(dtype=torch.float64), value.detach().float().norm()
+                    found.append([key, self._shard(key), *map(float, sums)])
         return found
 
     def _shard(self, key: str) -> int:
