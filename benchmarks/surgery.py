@@ -1,11 +1,12 @@
 """Averages, ties and passthrough of three models: `ckptkit surgery` beside `cp` of what it reads, and beside mergekit.
 
-    python -m benchmarks.surgery Llama-3.2-1B --set num_hidden_layers=20 --workdir /dev/shm/surgery
-    python -m benchmarks.surgery Llama-3.2-1B --workdir /dev/shm/surgery --mergekit ~/mergekit/bin/mergekit-yaml
+    python -m benchmarks.surgery --dir /tmp/surgery --mergekit-python ~/mergekit/bin/python
+    python -m benchmarks.surgery Llama-3.2-1B --set num_hidden_layers=4 --dir /tmp/surgery --only ties
 
-The models have the dimensions of a released one and random weights in bf16. Every tool writes safetensors files, each
-in a process of its own. mergekit may be in an environment of its own; without --mergekit it is looked for on PATH. It
-prints a Markdown table; --json FILE has all figures.
+The models have the dimensions of a released one and random weights in bf16; without a name, three of 3 GB. Every tool
+writes safetensors files, each in a process of its own. mergekit may be in an environment of its own, whose Python
+--mergekit-python names; without it, mergekit-yaml is looked for on PATH. `cp` does not wait for the disk, ckptkit does.
+It prints a Markdown table; --json FILE has all figures.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from benchmarks.measure import Summary, cp_command, remove, run, settle
 CKPTKIT = [sys.executable, "-m", "ckptkit", "surgery"]
 NAMES = ("base", "a", "b")
 OPERATIONS = ("average", "ties", "passthrough")
+DEFAULT = ("Llama-3.2-1B", {"num_hidden_layers": 20})
+"""A model of 3 GB."""
 
 
 def recipes(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
@@ -47,7 +50,7 @@ def recipes(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
 
 
 def commands(
-    operation: str, folder: Path, out: Path, threads: int, mergekit: str | None
+    operation: str, folder: Path, out: Path, threads: int, mergekit: list[str] | None
 ) -> Iterator[tuple[str, list[str]]]:
     """Name of a tool -> its command."""
     recipe, models = folder / f"{operation}.yaml", [str(folder / name) for name in NAMES]
@@ -57,18 +60,20 @@ def commands(
     yield "ckptkit merge", [*CKPTKIT, "merge", str(recipe), *how]
     if mergekit is not None:
         without = ["--no-copy-tokenizer", "--no-write-model-card", "--lazy-unpickle", "--quiet"]
-        yield "mergekit", [mergekit, str(recipe), str(out), *without]
+        yield "mergekit", [*mergekit, str(recipe), str(out), *without]
 
 
 def main() -> None:
     """Writes the models, runs every tool, and prints the table."""
     options = _options()
     released = json.loads(CONFIGS.read_text(encoding="utf-8"))
-    config = {**released[options.name]["config"], **options.set}
-    folder, out = options.workdir / "models", options.workdir / "out"
-    for seed, name in enumerate(NAMES):
-        if not (folder / name).exists():
-            write_checkpoint(folder / name, config, "cpu", seed)
+    name, sizes = DEFAULT if options.name is None else (options.name, {})
+    config = {**released[name]["config"], **sizes, **options.set}
+    folder, out = options.dir / "models", options.dir / "out"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, model in enumerate(NAMES):
+        if not (folder / model).exists():
+            write_checkpoint(folder / model, config, "cpu", seed)
     nbytes = 3 * nbytes_of(config)
     for operation, recipe in recipes(folder, config["num_hidden_layers"]).items():
         (folder / f"{operation}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -79,7 +84,7 @@ def main() -> None:
             found[operation, tool] = _measured(command, folder, out, options)
     if not options.keep:
         remove(folder)
-    print(f"3 x {options.name}, {config['num_hidden_layers']} layers, {nbytes / 3e9:.2f} GB each\n")
+    print(f"3 x {name}, {config['num_hidden_layers']} layers, {nbytes / 3e9:.2f} GB each\n")
     print("| operation | tool | seconds | x cp of three | x cp of one | CPU seconds | peak memory, MB |")
     print("|---|---|---|---|---|---|---|")
     three, one_alone = found["cp of three", "cp"].median, found["cp of one", "cp"].median
@@ -89,7 +94,7 @@ def main() -> None:
         print(f"| {operation} | {tool} | {summary.median:.2f} | {times} | {summary.cores:.2f} | {memory:.0f} |")
     if options.json is not None:
         figures = {
-            "name": options.name,
+            "name": name,
             "bytes": nbytes,
             "python": platform.python_version(),
             "runs": {
@@ -114,18 +119,24 @@ def _measured(command: list[str], folder: Path, out: Path, options: argparse.Nam
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a key of fixtures/released_configs.json")
-    parser.add_argument("--workdir", type=Path, required=True, help="for the models and the output")
-    parser.add_argument("--set", type=change, action="append", default=[], metavar="KEY=JSON", help="another size")
+    parser.add_argument("name", nargs="?", help="a key of fixtures/released_configs.json")
+    parser.add_argument("--dir", type=Path, required=True, help="for the models and the output")
+    parser.add_argument(
+        "--set", type=change, action="append", default=[], metavar="KEY=JSON", help="another size of it"
+    )
     parser.add_argument("--only", action="append", choices=OPERATIONS, help="this operation alone")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
     parser.add_argument("--keep", action="store_true", help="keep the models, and take those that are there")
     parser.add_argument("--cold", action="store_true", help="drop the models from the page cache before each run")
-    parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), metavar="FILE", help="its command")
+    parser.add_argument("--mergekit-python", metavar="PYTHON", help="the Python of mergekit's environment")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args()
     options.set = dict(options.set)
+    script = shutil.which("mergekit-yaml")
+    options.mergekit = None if script is None else [script]
+    if options.mergekit_python is not None:
+        options.mergekit = [options.mergekit_python, "-m", "mergekit.scripts.run_yaml"]
     return options
 
 

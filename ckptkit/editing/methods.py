@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptkit.dtypes import DTYPES, DType
+from ckptkit.io.cache import Cache
 from ckptkit.io.computed import Once, as_matrix, blocks, elementwise, tiles
 from ckptkit.io.cores import usable_cores
 from ckptkit.tensors import Tensor
@@ -348,14 +349,14 @@ def _largest(pair: _Pair, density: float) -> Mask:
     """A mask that keeps the largest elements of a difference: of those alike at the limit, the first ones."""
     import numpy as np
 
-    limit = Once(lambda: _select(pair, max(1, int(density * pair.base.numel))))
+    key = object()
 
     def mask(at: int, delta: Values) -> NDArray[np.bool_]:
-        found = limit()
+        found = _limits.get(key, lambda: _select(pair, max(1, int(density * pair.base.numel))))
         size = _magnitudes(delta)
         keep = size > found.magnitude
         equal = np.flatnonzero(size == found.magnitude)
-        before = found.equal_before.get(at, 0)
+        before = found.equal_before(at)
         keep[equal[: max(found.of_equal - before, 0)]] = True
         return np.asarray(keep)
 
@@ -376,12 +377,22 @@ class _Limit:
     Attributes:
         magnitude: It. All larger ones are kept.
         of_equal: How many of those that equal it are kept.
-        equal_before: Index of the first element of a block -> how many equal ones are before it.
+        blocks: Indices of the first elements of blocks, ascending; empty if all equal ones are kept.
+        equal: How many equal ones are before each of them.
     """
 
     magnitude: float
     of_equal: int
-    equal_before: dict[int, int]
+    blocks: NDArray[np.int64]
+    equal: NDArray[np.int64]
+
+    def equal_before(self, at: int) -> int:
+        """How many equal ones are before the block whose first element this is."""
+        return int(self.equal[self.blocks.searchsorted(at)]) if len(self.blocks) else 0
+
+
+_limits: Cache[_Limit] = Cache(16 << 20, lambda limit: 64 + limit.blocks.nbytes + limit.equal.nbytes)
+"""Limits of the latest tensors: those of a whole model would take more memory the larger it is."""
 
 
 def _select(pair: _Pair, count: int) -> _Limit:
@@ -404,18 +415,15 @@ def _select(pair: _Pair, count: int) -> _Limit:
         lower, beyond = _bin_of(histogram, count - larger)
         bits, larger, alike = bits | lower, larger + beyond, int(histogram[lower])
     magnitude = float(np.array([bits], np.uint32).view(np.float32)[0])
+    none = np.empty(0, np.int64)
     if count - larger == alike:
-        return _Limit(magnitude, alike, {})
+        return _Limit(magnitude, alike, none, none)
 
     def equal(at: int, delta: Values) -> tuple[int, int]:
         return at, int(np.count_nonzero(_magnitudes(delta) == np.float32(magnitude)))
 
-    before: dict[int, int] = {}
-    total = 0
-    for at, number in pair.measured(equal, None):
-        before[at] = total
-        total += number
-    return _Limit(magnitude, count - larger, before)
+    blocks, counts = np.array(list(pair.measured(equal, None)), np.int64).T
+    return _Limit(magnitude, count - larger, blocks, np.cumsum(counts) - counts)
 
 
 def _summed(histograms: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.dtypes import DType
@@ -34,12 +35,17 @@ class Picks:
     """The rows of the table of one model.
 
     Attributes:
-        rows: For each new row where it comes from.
+        rows: int32 `[new rows, 2]`: a `Pick` for each.
         means: Rows whose means are rows.
     """
 
-    rows: tuple[Pick, ...]
+    rows: NDArray[np.int32]
     means: tuple[tuple[Pick, ...], ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A digest of both."""
+        return hashlib.sha256(self.rows.tobytes() + repr(self.means).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class TokenRows:
         Raises:
             InputError: The recipe takes a row from a model that does not have it.
         """
-        rows: list[list[Pick]] = [[(PADDING, 0)] * self.size for _ in models]
+        import numpy as np
+
+        rows = np.full((len(models), self.size, 2), (PADDING, 0), np.int32)
         means: list[tuple[Pick, ...]] = []
         for token, number in self.tokens.items():
             own = [self.owned[model].get(token) for model in models]
@@ -95,8 +103,8 @@ class TokenRows:
             for at, row in enumerate(own):
                 pick = default if row is None or force else (at, row)
                 assert pick is not None
-                rows[at][number] = pick
-        return [Picks(tuple(some), tuple(means)) for some in rows]
+                rows[at, number] = pick
+        return [Picks(some, tuple(means)) for some in rows]
 
     def _default(
         self,
@@ -139,17 +147,18 @@ class TokenRows:
 
 def _permuted(tables: Sequence[Tensor], picks: Picks, dtype: DType) -> Tensor:
     """A table of the picked rows. One whose rows all stay where they are is that table."""
+    import numpy as np
+
     count, width = len(picks.rows), tables[0].shape[1]
-    first = picks.rows[0][0]
-    if first >= 0 and picks.rows == tuple((first, row) for row in range(count)):
+    first = int(picks.rows[0, 0])
+    if first >= 0 and (picks.rows[:, 0] == first).all() and (picks.rows[:, 1] == np.arange(count)).all():
         return tables[first].rows(0, count)
     padding = Once(lambda: _mean_above(tables, picks, dtype))
 
     def values(start: int, stop: int) -> Values:
         return _picked(tables, picks, start, stop, dtype, padding)
 
-    what = ("token rows", hashlib.sha256(repr(picks).encode()).hexdigest())
-    return computed(dtype, (count, width), tables, what, values)
+    return computed(dtype, (count, width), tables, ("token rows", picks.digest), values)
 
 
 def _picked(
@@ -161,7 +170,7 @@ def _picked(
     double = dtype.name == "F64"
     found = np.zeros((stop - start, tables[0].shape[1]), np.float64 if double else np.float32)
     for top, bottom in _runs(picks.rows, start, stop):
-        source, row = picks.rows[top]
+        source, row = map(int, picks.rows[top])
         into = found[top - start : bottom - start]
         if source >= 0:
             into[:] = numbers(tables[source].rows(row, row + bottom - top), double=double)
@@ -172,15 +181,15 @@ def _picked(
     return found
 
 
-def _runs(rows: Sequence[Pick], start: int, stop: int) -> Iterator[tuple[int, int]]:
+def _runs(rows: NDArray[np.int32], start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Runs of new rows that are successive rows of one table, or alike: (first, the one after the last)."""
-    top = start
-    for at in range(start + 1, stop + 1):
-        source, row = rows[at - 1]
-        step = 1 if source >= 0 else 0
-        if at == stop or rows[at] != (source, row + step):
-            yield top, at
-            top = at
+    import numpy as np
+
+    some = rows[start:stop]
+    step = np.where(some[:-1, 0] >= 0, 1, 0)
+    ends = (np.diff(some[:, 0]) != 0) | (np.diff(some[:, 1]) != step)
+    edges = [start, *(start + 1 + np.flatnonzero(ends)).tolist(), stop]
+    yield from pairwise(edges)
 
 
 def _mean(tables: Sequence[Tensor], rows: Sequence[Pick], dtype: DType) -> Values:
@@ -201,7 +210,7 @@ def _mean_above(tables: Sequence[Tensor], picks: Picks, dtype: DType) -> NDArray
     import numpy as np
 
     width = tables[0].shape[1]
-    count = sum(source != PADDING for source, _ in picks.rows)
+    count = int(np.count_nonzero(picks.rows[:, 0] != PADDING))
     total = np.zeros(width)
     for start, stop in tiles((count, width)):
         total += _picked(tables, picks, start, stop, dtype, None).sum(axis=0, dtype=np.float64)

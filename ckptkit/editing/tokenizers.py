@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,31 +62,33 @@ def merged_tokenizer(
     of_base = wanted.source in (recipes.UNION, recipes.BASE)
     if not of_base and wanted.source not in inputs:
         raise InputError(f"the source of the tokenizer, {wanted.source[:80]}, is none of the models", where=where)
-    contents = {one.name: _content(one) for one in inputs.values()}
-    owned = {one.name: _own_tokens(contents[one.name], one) for one in inputs.values()}
+    owned, settings = {}, {}
+    for one in inputs.values():  # one after the other: read, a tokenizer.json takes a hundred MB
+        own = read_json(_path(one))
+        owned[one.name], settings[one.name] = _own_tokens(own, one), own.get("added_tokens") or []
+        del own
     donor = base if of_base else inputs[wanted.source]
     path = _path(donor)
-    content = contents[donor.name]
-    if of_base:
-        content = _without_unused(content, owned[donor.name], path)
+    whole = read_json(path)
+    content = _without_unused(whole, owned[donor.name], path) if of_base else whole
     tokens = tokens_of(content, path)
-    added = dict(_further(donor, inputs.values(), contents, owned)) if wanted.source == recipes.UNION else {}
+    added = dict(_further(donor.name, settings, owned)) if wanted.source == recipes.UNION else {}
     added |= {token: _PLAIN for token in wanted.tokens if token not in added}
     number = max(tokens.values(), default=-1) + 1
     entries = list(content.get("added_tokens") or [])
     listed = {entry["content"] for entry in entries}
-    for token, settings in added.items():
+    for token, given in added.items():
         if token not in tokens and token:
             tokens[token] = number
             number += 1
-        elif token in listed or settings is _PLAIN:
+        elif token in listed or given is _PLAIN:
             continue
-        entries.append({"id": tokens[token], "content": token, **settings})
+        entries.append({"id": tokens[token], "content": token, **given})
     if set(tokens.values()) != set(range(len(tokens))):
         what = f"its {len(tokens):,} tokens are not numbered from 0 to {len(tokens) - 1:,}"
         raise UnsupportedError(f"{what}: no rows are left for tokens to come", where=path)
     made = {}
-    if len(entries) > len(content.get("added_tokens") or []) or content is not contents[donor.name]:
+    if len(entries) > len(content.get("added_tokens") or []) or content is not whole:
         made[TOKENIZER] = _as_json({**content, "added_tokens": entries})
         made |= _config(donor, entries)
     return MergedTokenizer(donor, tokens, owned, made)
@@ -98,10 +100,6 @@ def _path(one: Input) -> Path:
         hint = "put the tokenizer's files beside its weights"
         raise UnsupportedError(f"no {TOKENIZER} to know the tokens by", where=one.name, hint=hint)
     return found
-
-
-def _content(one: Input) -> dict[str, Any]:
-    return read_json(_path(one))
 
 
 def _own_tokens(content: Mapping[str, Any], one: Input) -> dict[str, int]:
@@ -139,22 +137,25 @@ def _without_unused(content: dict[str, Any], owned: Mapping[str, int], path: Pat
 
 
 def _further(
-    base: Input,
-    inputs: Any,
-    contents: Mapping[str, Mapping[str, Any]],
-    owned: Mapping[str, Mapping[str, int]],
-) -> Any:
-    """The tokens of all models with their settings: plain ones first, then those that were added anywhere."""
-    ordered = [base, *(one for one in inputs if one is not base)]
+    base: str, listed: Mapping[str, Sequence[Mapping[str, Any]]], owned: Mapping[str, Mapping[str, int]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tokens of all models with their settings: plain ones first, then those that were added anywhere.
+
+    Args:
+        base: The model whose tokens come first.
+        listed: Model -> `added_tokens` of its tokenizer.json.
+        owned: Model -> its tokens.
+    """
+    ordered = [base, *(name for name in owned if name != base)]
     settings: dict[str, dict[str, Any]] = {}
-    for one in ordered:
-        for entry in contents[one.name].get("added_tokens") or []:
-            if entry["content"] in owned[one.name] and entry["content"] not in settings:
+    for name in ordered:
+        for entry in listed[name]:
+            if entry["content"] in owned[name] and entry["content"] not in settings:
                 settings[entry["content"]] = {
                     key: value for key, value in entry.items() if key not in ("id", "content")
                 }
-    for one in ordered:
-        for token, _ in sorted(owned[one.name].items(), key=lambda item: item[1]):
+    for name in ordered:
+        for token, _ in sorted(owned[name].items(), key=lambda item: item[1]):
             if token not in settings:
                 yield token, _PLAIN
     yield from settings.items()
