@@ -150,7 +150,7 @@ def with_rows(one: Input, rows: Rows) -> Checkpoint:
         changes["per_layer_vocab_size"] = size
     config = replace(model.config, **changes)
     raw = model.family.unparse(config, model.sidecar.config)
-    if found := differing_fields(config, model.family.parse(raw), ignored=("dtype", "init_std")):
+    if found := differing_fields(config, model.family.parse(raw), ignored=("dtype", "init_std", "mtp_layers")):
         raise UnsupportedError(f"config.json cannot describe it: {found[0].name}", where=one.name)
     items = {item.key: item for item in model.family.items(config)}
     tensors = {
