@@ -145,3 +145,18 @@ def test_it_is_said_that_no_level_runs_them(tmp_path: Path) -> None:
     convert(source, tmp_path / "meg", to="packed")
     report = verify(source, tmp_path / "meg", level="weights")
     assert report.passed and "by its weights alone" in said(report.messages)
+
+
+def test_exchanged_halves_are_named(tmp_path: Path) -> None:
+    """The projection takes the embedding first and the hidden state behind it, in both libraries."""
+    import torch
+
+    source = add_prediction(save_model(tmp_path / "hf", "glm4_moe"))
+    convert(source, tmp_path / "meg", to="torch")
+    path = tmp_path / "meg" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    weight = content["model"]["mtp.layers.0.eh_proj.weight"]
+    content["model"]["mtp.layers.0.eh_proj.weight"] = torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
+    torch.save(content, path)
+    report = verify(source, tmp_path / "meg", level="weights")
+    assert not report.passed and "eh_proj" in json.dumps(report.levels[-1].details)
