@@ -260,6 +260,41 @@ def save_model(
     return path
 
 
+def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
+    """Gives a saved model layers of multi-token prediction, which transformers never saves: like its last layer.
+
+    Args:
+        path: Its directory.
+        count: Number of layers.
+        copies: Whether each repeats the embedding and the head, as released files do.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    tensors, config = load_file(file), json.loads((path / "config.json").read_text())
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(like: Any, *shape: int) -> Any:
+        return torch.rand(shape or like.shape, generator=generator).add(0.5).to(like.dtype)
+
+    norm = tensors["model.norm.weight"]
+    for number in range(layers, layers + count):
+        block, last = f"model.layers.{number}.", f"model.layers.{layers - 1}."
+        own = {block + name.removeprefix(last): drawn(t) for name, t in tensors.items() if name.startswith(last)}
+        norms = {f"{block}{name}.weight": drawn(norm, width) for name in ("enorm", "hnorm", "shared_head.norm")}
+        own |= norms | {f"{block}eh_proj.weight": drawn(norm, width, 2 * width)}
+        if copies:
+            own[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+            own[f"{block}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+        tensors |= own
+    save_file(tensors, file, metadata={"format": "pt"})
+    return path
+
+
 def randomise(model: Any) -> None:
     """Fills every parameter, norms and biases included: ones and zeros hide mistakes."""
     import torch

@@ -28,6 +28,7 @@ from ckptkit.tables.divisibility import check_divides
 from ckptkit.tables.family import Family
 from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import is_prediction
 from ckptkit.tables.spelling import HfSpelling, Spelling
 from ckptkit.tensors import Tensor, vstack
 
@@ -95,6 +96,16 @@ class Checkpoint:
         """Number of parameters, each counted once; tensors in the sidecar do not count."""
         return sum(item.parameters for item in self.items.values())
 
+    def without_prediction(self) -> Checkpoint:
+        """The same model without its layers of multi-token prediction, which no logits depend on."""
+        items = {key: item for key, item in self.items.items() if not is_prediction(key)}
+        return replace(
+            self,
+            config=replace(self.config, mtp_layers=0),
+            items=items,
+            tensors={key: tensor for key, tensor in self.tensors.items() if key in items},
+        )
+
     @property
     def main_dtype(self) -> str:
         """The element type that most bytes have, as torch names it."""
@@ -133,8 +144,8 @@ class Checkpoint:
         if self.lora is not None:
             return tensors
         tensors.update(family.missing_buffers(tensors, config, DTYPES_BY_TORCH_NAME[self.main_dtype]))
-        for replica in family.replicas:
-            if spelling.written(replica.hf) in names and replica.when(config):
+        for replica in family.copies(config):
+            if spelling.written(replica.hf) in names and replica.of in tensors:
                 tensors[replica.hf] = tensors[replica.of]
         return family.fuse(tensors, config, spelling.name)
 
@@ -242,6 +253,9 @@ class Checkpoint:
             if self.config.tied and self.lora is None and stage.last and (spelling.tied_head or not stage.first):
                 for ep in range(grid.ep):
                     held[stage, ep][spelling.written(HEAD)] = EMBEDDING
+            if self.config.mtp_layers and self.lora is None and stage.last and not stage.first:
+                for ep in range(grid.ep):  # multi-token prediction embeds tokens, too
+                    held[stage, ep][spelling.written(EMBEDDING)] = EMBEDDING
         return held
 
     def padded(self, key: str, tp: int, divisible_by: int) -> Tensor:

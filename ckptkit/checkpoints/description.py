@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields, in_words
+from ckptkit.checkpoints.prediction import in_megatron, notes_of_prediction, with_prediction
 from ckptkit.checkpoints.recognition import recognise
 from ckptkit.checkpoints.sidecar_contents import check_extras, check_sidecar
 from ckptkit.checkpoints.vocabulary import Vocabulary
@@ -82,7 +83,7 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
     sidecar = read_sidecar(root) if reference is None else Sidecar.of_hf(reference, read_extras(root))
     if sidecar is not None:
         family = family_of(sidecar.config, root)
-        base = family.parse(sidecar.config)
+        base = with_prediction(family, family.parse(sidecar.config), in_megatron, names)
         check_extras(sidecar.extras, family, base, root)
         tokens = check_sidecar(sidecar, family, base, root) if reference is None else None
         with located(root):
@@ -91,6 +92,7 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         if reference is not None:
             _check_layout(differences if "num_attention_heads" in args else _differences_of_sidecar(base, root), root)
         cut, notes = _compare_vocabulary(base.vocab_size, given.vocab_size, vocabulary)
+        notes += notes_of_prediction(family, base, sidecar.config)
         if not cut and tokens not in (None, base.vocab_size) and given.vocab_size != base.vocab_size:
             cut = [f"{FOLDER}/{HEADERS} has {tokens} tokens, config.json says {base.vocab_size}"]
         if reference is None:
@@ -129,7 +131,7 @@ def _describe_by_args(
     if given.vocab_size is not None and not 0 < given.vocab_size <= rows:
         raise UsageError(f"--vocab-size {given.vocab_size}, but {rows} rows are stored", where=root)
     vocab_size = vocabulary.size(given.vocab_size, root)
-    config = model_from_args(family, args, vocab_size)
+    config = with_prediction(family, model_from_args(family, args, vocab_size), in_megatron, names)
     notes = [
         "config.json is built from the checkpoint's args; tokenizer, generation config and special token ids are"
         " unknown (--hf-reference supplies them)"
@@ -144,6 +146,7 @@ def _describe_by_args(
     if vocabulary.in_args not in (None, vocab_size) and given.vocab_size is not None:
         notes.append(f"--vocab-size {vocab_size} outranks the checkpoint's args, which say {vocabulary.in_args}")
     sidecar = Sidecar(family.unparse(config, {}), {})
+    notes += notes_of_prediction(family, config, sidecar.config)
     return Description(family, config, sidecar, notes, [])
 
 

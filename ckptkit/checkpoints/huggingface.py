@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, most_common_dtype
 from ckptkit.checkpoints.description import complete
+from ckptkit.checkpoints.prediction import notes_of_prediction, with_prediction
 from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems
 from ckptkit.checkpoints.recognition import refuse_trainers_parts
 from ckptkit.dtypes import DTYPES
@@ -19,7 +20,7 @@ from ckptkit.formats.wrapper_names import find_wrapping
 from ckptkit.io.plan import Comparison
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.family import Family
-from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import count_in_hf
 
 
 def open_hf_files(files: HfFiles) -> Checkpoint:
@@ -32,7 +33,7 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     family = family_of(files.config, files.path / "config.json")
     files, wrapping = _unwrapped(files, family)
     files, notes = complete(files)
-    config = family.parse(files.config)
+    config = with_prediction(family, family.parse(files.config), count_in_hf, files.tensors)
     check_counts(config, files.tensors.values(), files.path)
     items = {item.key: item for item in family.items(config)}
     stored, _ = family.unfuse(files.tensors, config, items.values())
@@ -50,9 +51,10 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
             tensors[key] = item.pack(parts, unused, dtype)
     used = len(files.tensors) - len(left)
     comparisons = []
-    for replica in family.replicas:
-        if replica.hf in left and replica.when(config) and replica.of in stored:
-            what = f"{replica.hf} repeats {replica.of} (tie_word_embeddings is true)"
+    for replica in family.copies(config):
+        if replica.hf in left and replica.of in stored:
+            why = "tie_word_embeddings is true" if config.tied else "multi-token prediction shares it"
+            what = f"{replica.hf} repeats {replica.of} ({why})"
             comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what, UNTIED_HEAD))
     extras = {name: left.pop(name) for name in sorted(left) if family.is_extra(name, config)}
     _refuse_quantised(files.path, left)
@@ -74,22 +76,10 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         notes=(
             *wrapping,
             *notes,
-            *_of_prediction(extras, family, config),
+            *notes_of_prediction(family, config, files.config),
             *(f"{name} is not part of the model and stays behind" for name in files.ignored),
         ),
     )
-
-
-def _of_prediction(extras: Iterable[str], family: Family, config: ModelConfig) -> list[str]:
-    """A note that names the layers of multi-token prediction, which no Megatron tensor holds."""
-    found = [name for name in extras if family.of_prediction(name, config)]
-    if not found:
-        return []
-    layers = sorted({name.split(".")[2] for name in found}, key=int)
-    return [
-        f"{len(found)} tensors of multi-token prediction (layer {', '.join(layers)}) are no part of a Megatron model"
-        " here: they are carried beside it, and come back as they are"
-    ]
 
 
 def _unwrapped(files: HfFiles, family: Family) -> tuple[HfFiles, list[str]]:

@@ -113,6 +113,7 @@ class _Joiner:
             used += len(shards)
             self._add(key, item, shards)
         self._compare_tied_head()
+        self._compare_embedding_of_prediction()
         towers = self._take_towers()
         used += len(towers)
         self.problems.unknown({name for chunk in self.left.values() for name in chunk})
@@ -214,10 +215,22 @@ class _Joiner:
 
     def _compare_tied_head(self) -> None:
         """A tied model at PP > 1 stores the embedding again on the last stage; Megatron trains the two as one."""
+        if self.given.config.tied and EMBEDDING in self.tensors:
+            name = self.given.spelling.written(HEAD)
+            what = "output_layer.weight of the last stage and the tied embedding"
+            self._compare_copy(name, what, "the tied copy on the last stage", UNTIED_HEAD)
+
+    def _compare_embedding_of_prediction(self) -> None:
+        """At PP > 1 the last stage has the embedding for its layers of multi-token prediction, which embed tokens."""
         last = next(stage for stage in self.stages if stage.last)
-        if not self.given.config.tied or EMBEDDING not in self.tensors:
-            return
-        name = self.given.spelling.written(HEAD)
+        if self.given.config.mtp_layers and EMBEDDING in self.tensors and not last.first:
+            name = self.given.spelling.written(EMBEDDING)
+            what = "the embedding of the last stage, for multi-token prediction, and that of the first"
+            self._compare_copy(name, what, "the copy for multi-token prediction on the last stage")
+
+    def _compare_copy(self, name: str, what: str, which: str, hint: str | None = None) -> None:
+        """Takes a copy of the embedding from the last stage, and compares it with the embedding."""
+        last = next(stage for stage in self.stages if stage.last)
         shards: dict[int, Tensor] = {}
         missing = False
         for rank in self.given.grid.ranks():
@@ -225,16 +238,13 @@ class _Joiner:
                 shard = self.left[rank.pp, rank.tp, rank.ep, last.vp_stage].pop(name, None)
                 missing = missing or shard is None
                 if shard is not None and shards.setdefault(rank.tp, shard) is not shard:
-                    what = f"{name} on ranks that share it"
-                    self.comparisons.append(Comparison(shards[rank.tp], shard, what))
+                    self.comparisons.append(Comparison(shards[rank.tp], shard, f"{name} on ranks that share it"))
         if not missing:
-            head = vstack([shards[tp_rank] for tp_rank in sorted(shards)])
-            rows = min(head.shape[0], self.given.config.vocab_size)
-            what = "output_layer.weight of the last stage and the tied embedding"
-            embedding = self.tensors[EMBEDDING]
-            self.comparisons.append(Comparison(head.rows(0, rows), embedding, what, UNTIED_HEAD))
+            copy = vstack([shards[tp_rank] for tp_rank in sorted(shards)])
+            rows = min(copy.shape[0], self.given.config.vocab_size)
+            self.comparisons.append(Comparison(copy.rows(0, rows), self.tensors[EMBEDDING], what, hint))
         elif shards or not last.first:
-            self.problems.missing.append(f"{name} (the tied copy on the last stage)")
+            self.problems.missing.append(f"{name} ({which})")
 
 
 def _two_ranks(first: Rank, other: Rank) -> str:

@@ -47,6 +47,7 @@ from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.sharding.pipeline_layout import layers_on, stages_of
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.megatron_names import norms_from_local_spec
+from ckptkit.tables.prediction import count_in_megatron, of_0_16
 from ckptkit.tensors import Tensor
 
 _ROTARY = re.compile(r"(?:.*\.)?rotary(?:_pos)?_emb\.inv_freq$")
@@ -128,6 +129,16 @@ def _without_frequencies(ranks: Mapping[RankKey, RankFile]) -> tuple[Mapping[Ran
         for rank, chunks in ranks.items()
     }
     return kept, [f"{min(found)} and its like follow from the config, and are left out"]
+
+
+def _of_0_16(ranks: Mapping[RankKey, RankFile]) -> Mapping[RankKey, RankFile]:
+    """The ranks with the names that distributed checkpoints have, where Megatron-Core 0.19 gave others."""
+    if not any(of_0_16(name) != name for chunks in ranks.values() for chunk in chunks.values() for name in chunk):
+        return ranks
+    return {
+        rank: {chunk: {of_0_16(name): tensor for name, tensor in tensors.items()} for chunk, tensors in chunks.items()}
+        for rank, chunks in ranks.items()
+    }
 
 
 def _grid_of_ranks(files: TorchFiles, given: StatedGrid) -> Parallelism:
@@ -325,10 +336,13 @@ def _join(
         ranks, args = as_gpt(ranks, args, path)
         grid = Parallelism(tp=grid.tp, ep=grid.ep, etp=grid.etp)
     ranks, rotary = _without_frequencies(ranks)
+    ranks = _of_0_16(ranks)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
     with located(path):
-        refuse_unread_layouts(args, sharded=format == "torch")
+        predicts = count_in_megatron(names) > 0
+        told = {name: value for name, value in args.items() if name != "mtp_num_layers" or not predicts}
+        refuse_unread_layouts(told, sharded=format == "torch")
     vocabulary = stored_vocabulary(ranks, args)
     about = describe(place.root, args, names, given, vocabulary)
     family, config = about.family, about.config

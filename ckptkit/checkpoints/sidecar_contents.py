@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ckptkit.checkpoints.prediction import with_prediction
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError
 from ckptkit.formats.safetensors import Header
@@ -12,6 +13,7 @@ from ckptkit.formats.sidecar import EXTRAS, FOLDER, HEADERS, Sidecar
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import count_in_hf
 from ckptkit.tensors import Tensor
 
 
@@ -83,6 +85,7 @@ def _model_of(
     described = _described(headers)
     check_counts(config, described.values(), where)
     try:
+        config = with_prediction(family, config, count_in_hf, described)
         model, _ = family.unfuse(described, config)
         left = dict(model)
         for item in family.items(config):
@@ -94,7 +97,7 @@ def _model_of(
             for slot in item.slots:
                 if slot.hf in left:
                     problems.take(left, slot.hf, slot.shape)
-        copies = {copy.hf for copy in family.replicas if copy.when(config)}
+        copies = {copy.hf for copy in family.copies(config)}
         problems.unknown(name for name in left if name not in copies and not family.is_extra(name, config))
         problems.check()
     except InputError as error:

@@ -31,7 +31,7 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
             that holds the head alone, under one of `WEIGHTS` and perhaps a bias.
 
     Returns:
-        The value model, and a sentence if the head of the language model is left out.
+        The value model, and a sentence for each part of the language model that is left out.
 
     Raises:
         UsageError: The source is a value model already, or `init` is none of these.
@@ -45,6 +45,10 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
         raise UnsupportedError(
             f"no value model is known here for {source.config.architecture}", where=source.path, hint=_way_out(source)
         )
+    lossy = [] if source.config.tied else ["the language model head is left out (--head value)"]
+    if count := source.config.mtp_layers:
+        source = source.without_prediction()
+        lossy.append(f"{count} of the layers, of multi-token prediction, are left out (--head value)")
     directory = family.directory
     raw = as_value_config(source.sidecar.config, family.architectures[0], bias=True, auto_map=directory.auto_map)
     config = replace(family.parse(raw), dtype=source.config.dtype)
@@ -64,7 +68,6 @@ def to_value_model(source: Checkpoint, init: str) -> tuple[Checkpoint, list[str]
         sidecar=replace(source.sidecar, config=raw, headers={}, small=small),
         spelling=family.spellings[0],
     )
-    lossy = [] if source.config.tied else ["the language model head is left out (--head value)"]
     return model, lossy
 
 

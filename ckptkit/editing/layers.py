@@ -133,6 +133,12 @@ def restack(base: Input, places: Sequence[Place]) -> Restacked:
         raise UsageError("no layer is left", hint="keep at least one")
     if model.config.adapter is not None:
         raise UnsupportedError("a split Llama has two kinds of layers", where=base.name, hint="build it anew")
+    if model.config.mtp_layers:
+        raise UnsupportedError(
+            "layers of multi-token prediction, which predict from the last layer",
+            where=base.name,
+            hint="leave them out",
+        )
     config = replace(model.config, layers=_layers(places))
     raw = _described(base, config, places)
     return Restacked(model.family, config, raw, {item.key: item for item in model.family.items(config)})

@@ -187,7 +187,7 @@ def config_of_size(
         changes["per_layer_vocab_size"] = size
     config = replace(config, **changes)
     raw = family.unparse(config, raw)
-    if found := differing_fields(config, family.parse(raw), ignored=("dtype", "init_std")):
+    if found := differing_fields(config, family.parse(raw), ignored=("dtype", "init_std", "mtp_layers")):
         raise UnsupportedError(f"config.json cannot describe it: {found[0].name}", where=where)
     return config, raw
 

@@ -74,6 +74,7 @@ def _values(config: ModelConfig) -> dict[str, Any]:
         **latent.values(CONFIG, config),
         **values_of_experts(config),
         "first_k_dense_replace": dense_count(config),
+        "num_nextn_predict_layers": config.mtp_layers,
     }
 
 

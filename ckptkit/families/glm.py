@@ -67,6 +67,7 @@ def _values(config: ModelConfig) -> dict[str, Any]:
         **CONFIG.values(config),
         **values_of_experts(config),
         "use_qk_norm": config.qk_norm,
+        "num_nextn_predict_layers": config.mtp_layers,
         "first_k_dense_replace": dense_count(config),
     }
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ckptkit.megatron_args.kinds import (
     COUNT,
+    COUNT_OR_NONE,
     COUNT_OR_ZERO,
     EXPERTS,
     FACTOR,
@@ -315,6 +316,9 @@ LATENT_ARGS = {
 }
 """Field of `LatentAttention` -> argument."""
 
+PREDICTION_FIELDS = (of_model(COUNT_OR_NONE, "mtp_layers", "mtp_num_layers"),)
+"""Further fields of a model with layers of multi-token prediction."""
+
 PRECISION_FIELDS = (
     derived(FLAG, "bf16", lambda config, layer: config.dtype == "bfloat16", core=None, provider="bf16"),
     derived(FLAG, "fp16", lambda config, layer: config.dtype == "float16", core=None, provider="fp16"),
@@ -328,6 +332,7 @@ FIELDS = (
     *ROUTER_DTYPE,
     *SHARED_EXPERT_FIELDS,
     *LATENT_FIELDS,
+    *PREDICTION_FIELDS,
     *PRECISION_FIELDS,
 )
 """All rows, but for those that give a name another meaning."""
@@ -346,6 +351,7 @@ def fields_of(config: ModelConfig) -> Iterator[Field]:
     """The rows of a model, in the order in which they are written; those of its element type come last."""
     yield from CORE_FIELDS
     yield from LATENT_FIELDS if config.latent is not None else ()
+    yield from PREDICTION_FIELDS if config.mtp_layers else ()
     if config.num_experts:
         scores = _scores_otherwise(config)
         yield from (field for field in EXPERT_FIELDS if not scores or field.args != _SCORE)

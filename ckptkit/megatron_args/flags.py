@@ -93,6 +93,7 @@ FLAGS = (
     Flag("--hidden-dropout", "hidden_dropout", default=0.1, restored=True),
     Flag("--window-size", "window_size"),
     Flag("--window-attn-skip-freq", "window_attn_skip_freq"),
+    Flag("--mtp-num-layers", "mtp_num_layers", restored=True),
     _switch("--multi-latent-attention", "multi_latent_attention"),
     Flag("--q-lora-rank", "q_lora_rank"),
     Flag("--kv-lora-rank", "kv_lora_rank", default=32),

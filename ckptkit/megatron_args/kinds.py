@@ -65,6 +65,9 @@ FLAG = Kind("true or false", lambda value: value in (0, 1), bool)
 FACTOR = Kind(POSITIVE.text, POSITIVE.holds, lambda value: 1.0 if value is None else float(value))
 GROUPS = Kind(COUNT_OR_ZERO.text, COUNT_OR_ZERO.holds, lambda value: value or 1)
 """As Megatron-LM has a factor of 1 and a single group: None."""
+COUNT_OR_NONE = Kind(
+    COUNT_OR_ZERO.text, lambda value: value is False or COUNT_OR_ZERO.holds(value), lambda value: value or 0
+)
 NAME = Kind("a name", lambda value: isinstance(value, str))
 SCORE = Kind(f"{SOFTMAX} or {SIGMOID}", lambda value: value in (SOFTMAX, SIGMOID))
 WINDOW = Kind("two integers", lambda value: _is_list(value) and len(value) == 2)

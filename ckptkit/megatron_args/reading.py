@@ -20,6 +20,7 @@ from ckptkit.megatron_args.fields import (
     GRID_ARGS,
     GRID_FIELDS,
     LATENT_ARGS,
+    PREDICTION_FIELDS,
     SCORE_FIELDS,
     SHARED_EXPERT_FIELDS,
     main_rope,
@@ -72,7 +73,7 @@ def from_args(family: Family, args: Mapping[str, Any], base: ModelConfig) -> Mod
         InputError: Megatron-LM would not accept the value of an argument.
     """
     expected = model_args(family, base)
-    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *SHARED_EXPERT_FIELDS)
+    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *SHARED_EXPERT_FIELDS, *PREDICTION_FIELDS)
     of_experts = (field.args for field in known if field.args is not None)
     stored = {**expected, **{name: args[name] for name in (*expected, *of_experts) if name in args}}
     if _GATED in args:
@@ -129,7 +130,8 @@ def model_from_args(family: Family, args: Mapping[str, Any], vocab_size: int) ->
     base = family.parse(_raw_config(family, args, vocab_size))
     architecture = family.architectures[0]
     config = from_args(family, args, replace(base, architecture=architecture, dtype="float32"))
-    back = family.parse(family.unparse(config, {}))
+    # How many of these layers there are the tensors say, not config.json.
+    back = replace(family.parse(family.unparse(config, {})), mtp_layers=config.mtp_layers)
     if unlike := [*_lost(family, config, back), *contradictions(args, back)]:
         texts = (f"{one.name} is {one.stored!r}, not {one.expected!r}" for one in unlike)
         raise UnsupportedError(
@@ -195,6 +197,7 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
     changes = {
         **read(CORE_FIELDS, args, ModelConfig),
         **_experts(args, base),
+        **read(PREDICTION_FIELDS, args, ModelConfig),
         "latent": _latent(args, base.latent),
         "layers": tuple(_layer(args, base, number) for number in range(args["num_layers"])),
         "max_position_embeddings": args["max_position_embeddings"] or base.max_position_embeddings,

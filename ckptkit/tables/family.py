@@ -11,6 +11,7 @@ from typing import Any
 
 from ckptkit.dtypes import DType
 from ckptkit.errors import UsageError
+from ckptkit.tables import prediction
 from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.items import Item, Kind, number
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
@@ -21,10 +22,6 @@ from ckptkit.tensors import Tensor
 _ROTARY = re.compile(
     r"(?:language_model\.|model\.)*(?:layers\w*\.(0|[1-9][0-9]{0,8})\.self_attn\.)?rotary_emb\w*\.(?:\w+_)?inv_freq"
 )
-
-MAX_PREDICTIONS = 16
-"""Layers of multi-token prediction that are looked for; released models have one to three."""
-_PREDICTION = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.")
 
 Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | None]], tuple[dict[str, Any], list[str]]]
 """See `HfDirectory.complete`."""
@@ -90,7 +87,7 @@ class Family:
         replicas: Redundant copies that some Hugging Face files hold.
         extras: Hugging Face tensors without a place in Megatron; they go into the sidecar. `{i}` in a name stands for
             every layer, a `*` at its end for any ending.
-        predicts: Whether files may hold layers of multi-token prediction, numbered as if they followed the model's own.
+        predicts: Whether checkpoints may hold layers of multi-token prediction (`tables/prediction.py`).
         buffers: Extras that can be made again where the source lacks them.
         marks: Canonical Megatron names (without numbers) by which a checkpoint of this family is recognised.
         spellings: Megatron names of different writers; the first is canonical.
@@ -142,6 +139,9 @@ class Family:
                 if "{i}" in row.megatron and row.when(config, layer):
                     experts = range(config.num_experts) if "{e}" in row.megatron else (None,)
                     yield from kind(at, layer).items(index, experts)
+        for row in prediction.rows_of(self.rows, config, config.mtp_layers):
+            experts = range(config.num_experts) if "{e}" in row.megatron else (None,)
+            yield from Kind(row, config.layers[-1], config).items(None, experts)
 
     def attention_groups(self, config: ModelConfig) -> list[str]:
         """The suffix of `self_attention` in each layer's torch_dist keys; empty where all layers stack together."""
@@ -160,20 +160,20 @@ class Family:
         Frequencies of rotary embeddings do so in every family: old releases of transformers kept them, though they
         follow from config.json.
         """
-        if self.follows_from_config(name, config) or self.of_prediction(name, config):
+        if self.follows_from_config(name, config):
             return True
         return any(_matches(pattern, name, config.num_layers) for pattern in self.extras)
 
     def follows_from_config(self, name: str, config: ModelConfig) -> bool:
         """Whether an extra is a number that the code of the model knows: files with and without it mean the same."""
         if rotary := _ROTARY.fullmatch(name):
-            return int(rotary[1] or 0) < config.num_layers
+            return int(rotary[1] or 0) < config.num_layers + config.mtp_layers
         return any(_matches(buffer.hf, name, config.num_layers) for buffer in self.buffers if buffer.when(config))
 
-    def of_prediction(self, name: str, config: ModelConfig) -> bool:
-        """Whether a Hugging Face tensor belongs to a layer of multi-token prediction."""
-        match = _PREDICTION.match(name)
-        return self.predicts and match is not None and 0 <= int(match[1]) - config.num_layers < MAX_PREDICTIONS
+    def copies(self, config: ModelConfig) -> tuple[Replica, ...]:
+        """The redundant copies that Hugging Face files of a model may hold."""
+        own = tuple(replica for replica in self.replicas if replica.when(config))
+        return (*own, *prediction.copies_of(config))
 
     def extra_of_layer(self, name: str, config: ModelConfig) -> int | None:
         """The number of the layer that an extra belongs to, or None: towers have layers of their own."""
@@ -278,8 +278,9 @@ class Family:
         """
         written = {template(name) for name in names}
         if config is None:
-            return min(self._variants(), key=lambda spelling: len(written - self._templates(spelling, self.rows)))
+            return min(self._variants(), key=lambda spelling: len(written - self._templates(spelling, self._all_rows)))
         rows = [row for row in self.rows if any(row.when(config, layer) for layer in config.layers)]
+        rows += prediction.rows_of(self.rows, config, config.mtp_layers)
         return min(self._variants(), key=lambda spelling: len(written ^ self._templates(spelling, rows)))
 
     def fits(self, names: Iterable[str]) -> bool:
@@ -287,7 +288,14 @@ class Family:
         written = {template(name) for name in names}
         spelling = self.spelling_of(written)
         marks = {spelling.written(mark) for mark in self.marks}
-        return marks <= written <= self._templates(spelling, self.rows)
+        return marks <= written <= self._templates(spelling, self._all_rows)
+
+    @cached_property
+    def _all_rows(self) -> tuple[Row, ...]:
+        """The rows, and those of layers of multi-token prediction whatever a model has."""
+        if not self.predicts:
+            return self.rows
+        return (*self.rows, *prediction.every_row(self.rows))
 
     def _variants(self) -> Iterator[Spelling]:
         """Every way to write the Megatron names, the usual ones first."""

@@ -22,10 +22,11 @@ _STATE = "_extra_state"
 WRAPPED = "base_layer"
 """Where the modules of PEFT keep the layer that they adapt. Source: `LoraLayer` of peft, `LoraParallelLinear` of
 mcore-bridge."""
+_PREDICTION = "eh_proj"
 _WEIGHT = re.compile(r"(.+)\.weight(\d*)")
 _LATENT = (".linear_q_proj", *(f".linear_{part}_{way}_proj" for part in ("q", "kv") for way in ("down", "up")))
-_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", *_LATENT)
-_LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm")
+_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", ".eh_proj", *_LATENT)
+_LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm", ".enorm", ".hnorm")
 _QKV, _KV, _CORE = "linear_qkv", "linear_kv_up_proj", "core_attention"
 _LAST_NORM, _HYBRID_NORM, _HEAD = "decoder.final_layernorm", "decoder.final_norm", "output_layer"
 _NORM_BEFORE_EXPERTS, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
@@ -64,7 +65,7 @@ def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str
     if bare.endswith(quirks.plain):
         return []
     last = bare.rpartition(".")[2]
-    modules = [module] if last.startswith(_LINEAR) or last in quirks.parallel else []
+    modules = [module] if last.startswith(_LINEAR) or last in (_PREDICTION, *quirks.parallel) else []
     if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
         modules.append(module.removesuffix(_HYBRID_NORM) + _HEAD)
     if module.endswith(_NORMS if spec == "te" else (_LAST_NORM, _HYBRID_NORM)):

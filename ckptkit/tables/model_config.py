@@ -169,6 +169,8 @@ class ModelConfig:
         router_groups: Groups of experts, of which the router chooses some first; 1: it chooses among all experts.
         router_groups_chosen: Groups that it chooses, by the sum of the two best scores in each.
         shared_expert_size: Width of the expert that every token goes through beside the chosen ones; 0 without it.
+        mtp_layers: Layers of multi-token prediction after the last one, each with experts if that one has them. Files
+            may lack those that config.json counts: a model has as many as there are tensors for.
         zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
@@ -215,6 +217,7 @@ class ModelConfig:
     router_groups: int = 1
     router_groups_chosen: int = 1
     shared_expert_size: int = field(default=0, metadata=_LAYOUT)
+    mtp_layers: int = field(default=0, metadata=_LAYOUT)
     zero_centered_norms: bool = field(default=False, metadata=_LAYOUT)
     post_norms: bool = False
     scaled_embedding: bool = False

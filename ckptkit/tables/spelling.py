@@ -235,6 +235,8 @@ class HfSpelling:
     def _stacked(self, config: ModelConfig) -> dict[str, list[list[str]]]:
         """Fused name -> for each expert the canonical names of its parts."""
         layers = [number for number, layer in enumerate(config.layers) if layer.moe]
+        if config.layers[-1].moe:  # those of multi-token prediction are like the last one
+            layers += range(config.num_layers, config.num_layers + config.mtp_layers)
         return {
             stack.fused.format(i=i): [
                 [part.format(i=i, e=e) for part in stack.parts] for e in range(config.num_experts)

@@ -79,7 +79,11 @@ def verify(reference: str | Path, candidate: str | Path, **asked: Unpack[VerifyK
         reference=str(reference),
         candidate=str(candidate),
         levels=answers.answers,
-        messages=[*(_messages(sides) if question.runs else []), *answers.messages],
+        messages=[
+            *(_messages(sides) if question.runs else []),
+            *_prediction(checkpoints),
+            *answers.messages,
+        ],
         sides={
             name: describe(checkpoint, side.grid, sha256)
             for name, checkpoint, side, sha256 in zip(
@@ -273,6 +277,13 @@ def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
     if (found := tokenizer_of(sides)) is not None:
         return found
     raise UsageError("--prompt needs a tokenizer, and neither side has one", hint="pass --tokens with token ids")
+
+
+def _prediction(checkpoints: tuple[Checkpoint, Checkpoint]) -> list[str]:
+    """A sentence about layers that the level weights compares, and no other level."""
+    if not any(checkpoint.config.mtp_layers for checkpoint in checkpoints):
+        return []
+    return ["multi-token prediction is compared by its weights alone: neither side ran it"]
 
 
 def _messages(sides: tuple[Side, Side]) -> list[str]:

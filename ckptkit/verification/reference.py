@@ -18,6 +18,7 @@ from ckptkit.families.gemma4 import GEMMA4_TEXT
 from ckptkit.families.split_llama import ARCHITECTURE, AUTO_MAP
 from ckptkit.formats.json_files import read_json
 from ckptkit.steps import Counted, Step, Tell, nobody
+from ckptkit.tables.prediction import count_in_hf
 from ckptkit.verification.ranks.adapters import with_peft
 from ckptkit.verification.ranks.jobs import LogitsJob
 from ckptkit.verification.reports.report import installed_versions
@@ -142,6 +143,9 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
             raise kind(f"transformers cannot load it ({_line(error)})", where=path) from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = {kind.replace("_", " "): sorted(map(str, info.get(kind) or [])) for kind in kinds}
+    # Released models have these layers, no class of transformers does, and no logits depend on them.
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    problems["unexpected keys"] = [name for name in problems["unexpected keys"] if not count_in_hf([name], layers)]
     texts = [f"{kind}: {', '.join(names[:4])}" for kind, names in problems.items() if names]
     if texts:
         raise InputError(f"weights do not fit {name}: {'; '.join(texts)}", where=path)

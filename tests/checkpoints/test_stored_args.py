@@ -61,6 +61,7 @@ MEGATRON_0_19: dict[str, Any] = {
     "moe_latent_size": None,
     "moe_layer_freq": 1,
     "moe_mlp_glu_interleave_size": None,
+    "mtp_num_layers": None,
     "moe_router_dtype": None,
     "moe_router_enable_expert_bias": False,
     "moe_router_force_load_balancing": False,

@@ -164,6 +164,18 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no cap on the logits": ("gemma3_text-capped", {}, {"final_logit_softcapping": None}, "head"),
     "weights of experts not renormalised": ("qwen3_moe", {"moe_router_pre_softmax": True}, {}, "layer 0 mlp"),
     "weights of experts renormalised": ("qwen3_moe-mixed", {"moe_router_pre_softmax": False}, {}, "layer 0 mlp"),
+    "factor on the weights of experts lost": (
+        "glm4_moe",
+        {"moe_router_topk_scaling_factor": None},
+        {"routed_scaling_factor": 1.0},
+        "layer 2 mlp",
+    ),
+    "mscale forgotten": (
+        "deepseek_v3",
+        {"mscale_all_dim": 0.0},
+        {"rope_parameters": {**MODELS["deepseek_v3"][1]["rope_parameters"], "mscale_all_dim": 0.0}},
+        "layer 0 self_attention",
+    ),
     "one expert more": ("mixtral", {"moe_router_topk": 3}, {}, "layer 0 mlp"),
 }
 
@@ -200,6 +212,8 @@ def put(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], N
 
 
 ATTENTION, MLP = "decoder.layers.1.self_attention.", "decoder.layers.1.mlp."
+HALVES = [16 + channel for pair in zip(range(4), range(4, 8), strict=True) for channel in pair]
+"""The eight channels behind a latent vector of 16, as if those of a pair stood half of them apart."""
 DAMAGE: dict[str, tuple[str, Parallelism, Callable[[dict[str, Any]], None], str, str]] = {
     # what -> kind, grid, change to the last rank's file, where it must show, tensor that must be named
     "norms after attention and MLP swapped": (
@@ -244,6 +258,20 @@ DAMAGE: dict[str, tuple[str, Parallelism, Callable[[dict[str, Any]], None], str,
         "layer 1 router",
         "router.weight",
     ),
+    "shared expert without effect": (
+        "deepseek_v3",
+        Parallelism(),
+        put(MLP + "shared_experts.linear_fc2.weight", lambda weight: weight * 0),
+        "layer 1 mlp",
+        "shared_experts.linear_fc2.weight",
+    ),
+    "rotating channels paired as halves": (
+        "deepseek_v3",
+        Parallelism(),
+        put(ATTENTION + "linear_kv_down_proj.weight", lambda weight: weight[[*range(16), *HALVES]]),
+        "layer 1 self_attention",
+        "linear_kv_down_proj.weight",
+    ),
     "experts of one rank swapped": (
         "qwen3_moe",
         Parallelism(ep=2),
@@ -284,3 +312,22 @@ def test_norms_that_the_model_is_said_not_to_have_are_named(model: Saved, tmp_pa
     lie(candidate, {"qk_layernorm": False}, {})
     with pytest.raises(InputError, match=r"unexpected: decoder\.layers\.0\.self_attention\.k_layernorm\.weight"):
         logits_of(source, candidate, pool)
+
+
+def without_bias(content: dict[str, Any]) -> None:
+    content["model"].update({name: value * 0 for name, value in content["model"].items() if "expert_bias" in name})
+
+
+@pytest.mark.parametrize("fault", ["bias of experts left out", "groups ignored"])
+def test_another_choice_of_experts_is_seen(model: Saved, tmp_path: Path, pool: RankPool, fault: str) -> None:
+    """Ranks run the experts that the reference chose, so that only their own choice tells."""
+    source, candidate = model("deepseek_v3"), tmp_path / "meg"
+    convert(source, candidate, to="torch", spec="local")
+    if fault == "groups ignored":
+        lie(candidate, {"moe_router_num_groups": None, "moe_router_group_topk": None}, {"n_group": 1, "topk_group": 1})
+        assert not verify(source, candidate, level="structure").passed
+    else:
+        rewrite(shards(candidate)[0], without_bias)
+        assert not verify(source, candidate, level="weights").passed
+    report = logits_of(source, candidate, pool)
+    assert not report.passed and "beyond the noise" in report.summary, report.summary

@@ -13,7 +13,7 @@ from ckptkit.families import family_of
 from ckptkit.families.llama import LLAMA
 from ckptkit.megatron_args import fields as table
 from ckptkit.megatron_args.fields import FIELDS, GRID_FIELDS, Field, fields_of, of_model, written
-from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_ZERO, FACTOR, FLAG, GROUPS, NUMBER, SCORE
+from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_NONE, COUNT_OR_ZERO, FACTOR, FLAG, GROUPS, NUMBER, SCORE
 from ckptkit.megatron_args.reading import from_args
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
@@ -33,8 +33,22 @@ OF_PROVIDERS_ALONE = {
 }
 """What the constructor of GPTModel is given beside a `TransformerConfig`."""
 ROWS = [field for field in FIELDS if field.ours is not None and field.args is not None]
-OTHER: dict[Any, Any] = {COUNT: 1, COUNT_OR_ZERO: 24, NUMBER: 0.25, FACTOR: 2.0, GROUPS: 2, SCORE: "softmax"}
-SCORED = {"router_score": "sigmoid", "router_groups": 4, "router_groups_chosen": 4, "shared_expert_size": 16}
+OTHER: dict[Any, Any] = {
+    COUNT: 1,
+    COUNT_OR_ZERO: 24,
+    COUNT_OR_NONE: 1,
+    NUMBER: 0.25,
+    FACTOR: 2.0,
+    GROUPS: 2,
+    SCORE: "softmax",
+}
+SCORED = {
+    "router_score": "sigmoid",
+    "router_groups": 4,
+    "router_groups_chosen": 4,
+    "shared_expert_size": 16,
+    "mtp_layers": 2,
+}
 """A model whose arguments have every row."""
 
 
@@ -92,7 +106,7 @@ def changed(config: ModelConfig, row: Field) -> ModelConfig:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.args)
 def test_a_row_is_written_and_read(row: Field) -> None:
-    scored = SCORED if row in (*table.SCORE_FIELDS, *table.SHARED_EXPERT_FIELDS) else {}
+    scored = SCORED if row in (*table.SCORE_FIELDS, *table.SHARED_EXPERT_FIELDS, *table.PREDICTION_FIELDS) else {}
     base = replace(BASE, **MOE, **scored, layers=tuple(replace(layer, moe=True) for layer in BASE.layers))
     other = changed(base, row)
     before, after = (to_args(LLAMA, config, Parallelism(), 128, 128) for config in (base, other))

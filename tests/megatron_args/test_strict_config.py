@@ -65,6 +65,7 @@ MODEL: dict[str, Any] = {
     "router_groups": 2,
     "router_groups_chosen": 2,
     "shared_expert_size": 32,
+    "mtp_layers": 2,
     "zero_centered_norms": True,
     "post_norms": True,
     "scaled_embedding": True,

@@ -65,7 +65,7 @@ def convert_to_packed(
         raise UsageError(f"convert_to_packed takes a model of transformers, not a {type(hf_model).__name__}")
     state = hf_model.state_dict()
     device, memory = _device(state), Memory()
-    checkpoint = _open(hf_model, memory.add(state, PLACE))
+    checkpoint = _open(hf_model, memory.add(state, PLACE)).without_prediction()
     _check(checkpoint, memory)
     grid = grid or Parallelism()
     _check_grid(checkpoint, grid, sequence_parallel)

@@ -161,9 +161,12 @@ def find(name: str) -> Callable[..., Any]:
 def open_model(
     opener: Callable[..., Checkpoint], path: str, opening: SourceOptions, adapter: AdapterJob | None
 ) -> Checkpoint:
-    """Opens the model of a job; of a checkpoint that holds an adapter, too, the model alone."""
+    """Opens the model of a job; of a checkpoint that holds an adapter, too, the model alone.
+
+    Layers of multi-token prediction are left out: no logits depend on them.
+    """
     part = {"part": MODEL} if adapter is not None and adapter.beside else {}
-    return opener(path, **opening.keywords(), **part)
+    return opener(path, **opening.keywords(), **part).without_prediction()
 
 
 def encode_error(error: BaseException) -> dict[str, str | None]:
