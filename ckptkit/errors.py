@@ -10,9 +10,11 @@ class CkptkitError(Exception):
         what: The problem, in a few words.
         where: The file, tensor or option it concerns.
         hint: The next step for the user.
+        told: Whether another process tells the user, so that this one need not.
     """
 
     exit_code = 70
+    told = False
 
     def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
         self.what = what

@@ -21,7 +21,6 @@ from ckptkit.cli.options import (
     alternatives,
     choice,
 )
-from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
 
@@ -90,7 +89,7 @@ def merge(
 
     given = source.keywords()
     reference, alpha = given.pop("hf_reference"), given.pop("lora_alpha")
-    output = Output("-" if json else None)
+    output = execution.output(json)
     parallelism = grid.parallelism()
     with output.progress("merging") as progress:
         result = merge_adapters(
@@ -109,7 +108,7 @@ def merge(
             lora_alpha=alpha,
             source=given,
             progress=progress,
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 
@@ -150,7 +149,7 @@ def export(
 
     given = source.keywords()
     reference, alpha = given.pop("hf_reference"), given.pop("lora_alpha")
-    output = Output("-" if json else None)
+    output = execution.output(json)
     with output.progress("exporting") as progress:
         result = export_adapter(
             checkpoint,
@@ -160,7 +159,7 @@ def export(
             dtype=dtype,
             source=given,
             progress=progress,
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 
@@ -205,7 +204,7 @@ def extract(
     reference = given.pop("hf_reference")
     if given.pop("lora_alpha") is not None:
         raise UsageError("--lora-alpha is about adapters, and the sources are models", hint="drop it")
-    output = Output("-" if json else None)
+    output = execution.output(json)
     with output.progress("extracting") as progress:
         result = extract_adapter(
             base,
@@ -217,7 +216,7 @@ def extract(
             hf_reference=reference,
             source=given,
             progress=progress,
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 

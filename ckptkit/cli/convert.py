@@ -8,7 +8,6 @@ import typer
 
 from ckptkit.cli.choices import ADAPTER_LAYOUTS, FORMATS, PARTS
 from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
-from ckptkit.cli.output import Output
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
 HINTS = {
@@ -95,7 +94,7 @@ def convert(
     from ckptkit.cli import rendering
     from ckptkit.conversion import convert as conversion
 
-    output = Output("-" if json else None)
+    output = execution.output(json)
     parallelism, wanted = grid.parallelism(), form.keywords()
     with output.progress("converting") as progress:
         result = conversion.convert(
@@ -110,7 +109,7 @@ def convert(
             progress=progress,
             **wanted,
             **source.keywords(),
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 

@@ -9,7 +9,6 @@ import typer
 from ckptkit.cli.choices import FORMATS
 from ckptkit.cli.convert import HINTS
 from ckptkit.cli.options import FORMAT, Execution, Grid, Json, ShardSize, Source, Spec, VocabDivisibility, choice
-from ckptkit.cli.output import Output
 from ckptkit.cli.records import Prefix
 from ckptkit.sizes import parse_size
 
@@ -50,7 +49,7 @@ def make(
     from ckptkit.cli import rendering
     from ckptkit.deltas.make import make_delta
 
-    output = Output("-" if json else None)
+    output = execution.output(json)
     with output.progress("comparing") as progress:
         result = make_delta(
             old,
@@ -60,7 +59,7 @@ def make(
             old_source=SourceOptions(**old_source.keywords()),
             new_source=SourceOptions(**new_source.keywords()),
             progress=progress,
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.made_delta)
 
@@ -95,7 +94,7 @@ def apply(
     from ckptkit.cli import rendering
     from ckptkit.deltas.apply import apply_delta
 
-    output = Output("-" if json else None)
+    output = execution.output(json)
     parallelism = grid.parallelism()
     with output.progress("applying") as progress:
         result = apply_delta(
@@ -109,7 +108,7 @@ def apply(
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             progress=progress,
             **source.keywords(),
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 

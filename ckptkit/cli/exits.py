@@ -17,7 +17,8 @@ from typer.core import TyperGroup
 
 from ckptkit.cli.output import SIGPIPE_EXIT, Output, say
 from ckptkit.cli.streams import prepare
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.io.world import World
 
 EXIT_DIFFERS = 1
 EXIT_USAGE = 2
@@ -76,7 +77,7 @@ class Commands(TyperGroup):
         return code
 
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
-        output = Output(_json_file(arguments))
+        output = Output(_json_file(arguments) if _first() else None)
         _COMMAND.set(shlex.join(["ckptkit", *arguments]))
         try:
             try:
@@ -84,6 +85,8 @@ class Commands(TyperGroup):
             except Exception as error:
                 return _failed(output, error)
             except Interrupted as error:
+                if not _first():
+                    return error.exit_code
                 return _fail(
                     output, None, f"stopped by {error}{_state_of_destination(error, arguments)}", error.exit_code
                 )
@@ -91,6 +94,14 @@ class Commands(TyperGroup):
             return _own_code(end)
         except Exception:  # the error could not be printed; exit code 1 would mean that checkpoints differ
             return EXIT_INTERNAL
+
+
+def _first() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    try:
+        return World.of().first
+    except UsageError:
+        return True
 
 
 def _own_code(end: SystemExit) -> int:
@@ -101,7 +112,7 @@ def _own_code(end: SystemExit) -> int:
 def _failed(output: Output, error: Exception) -> int:
     """Prints an error as one line and returns its exit code."""
     if isinstance(error, CkptkitError):
-        return _fail(output, error, str(error), error.exit_code)
+        return error.exit_code if error.told else _fail(output, error, str(error), error.exit_code)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return _fail(output, None, f"{where}{error.strerror or error}", EXIT_STORAGE)

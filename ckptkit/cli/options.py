@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckptkit.cli.choices import CASTS, EXPERTS, FULL, GPT, HEADS, LAYOUTS, MEGATRON_MODELS, TEXT
+from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
+from ckptkit.io.world import World
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.sizes import parse_size
 
@@ -232,6 +234,22 @@ class Execution:
     hash: Annotated[
         bool, typer.Option("--hash", help="Also give the SHA-256 of every written file.", rich_help_panel=EXECUTION)
     ] = False
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of everything that carries out a plan; the world is that of the launcher.
+
+        Raises:
+            UsageError: The environment describes no world.
+        """
+        return {**vars(self), "world": World.of()}
+
+    def output(self, json: bool) -> Output:
+        """The output of a command that carries out a plan: rank 0 speaks for all.
+
+        Raises:
+            UsageError: The environment describes no world.
+        """
+        return Output("-" if json else None, shown=World.of().first)
 
 
 def _size(option: str, what: str) -> Any:

@@ -51,10 +51,11 @@ class Output:
     Attributes:
         json_file: The file for JSON. `-` is stdout; None means no JSON.
         text: Whether stdout may carry text for people.
+        shown: Whether this process shows results and progress; other ranks of one command leave that to the first.
     """
 
-    def __init__(self, json_file: str | None = None, *, text: bool = True) -> None:
-        self.json_file, self.text = json_file, text
+    def __init__(self, json_file: str | None = None, *, text: bool = True, shown: bool = True) -> None:
+        self.json_file, self.text, self.shown = json_file, text, shown
 
     @property
     def json_only(self) -> bool:
@@ -72,6 +73,8 @@ class Output:
         Raises:
             StorageError: The JSON file cannot be written.
         """
+        if not self.shown:
+            return
         if self.json_file is not None:
             self.json(result.to_dict() if isinstance(result, _Result) else data)
         if self.text and not self.json_only:
@@ -137,7 +140,7 @@ class Output:
         Yields:
             A callable that takes (bytes done, bytes in all), from any thread.
         """
-        if not sys.stderr.isatty():
+        if not (self.shown and sys.stderr.isatty()):
             yield None
             return
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -161,7 +164,7 @@ class Output:
         """
         from ckptkit.cli import watching
 
-        if not shown:
+        if not (shown and self.shown):
             yield nobody
             return
         terminal = sys.stderr.isatty()

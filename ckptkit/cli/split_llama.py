@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ckptkit.cli.options import Execution, Json, ShardSize
-from ckptkit.cli.output import Output, bytes_of
+from ckptkit.cli.output import bytes_of
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
 
@@ -152,7 +152,7 @@ def build(
         raise UsageError("build needs FIRST, LAST, --num-layers-8 and --num-layers-70, or --config FILE")
     else:
         recipe = building.SplitRecipe(first, last, num_layers_8, num_layers_70, adapter or "linear")
-    output = Output("-" if json else None)
+    output = execution.output(json)
     with output.steps() as tell:
         result = building.build(
             replace(
@@ -167,7 +167,7 @@ def build(
             shard_size=None if shard_size is None else parse_size(shard_size),
             progress=bytes_of("writing", tell),
             tell=tell,
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 
@@ -200,7 +200,7 @@ def fit(
     from ckptkit.cli import rendering
     from ckptkit.surgery.refit import refit
 
-    output = Output("-" if json else None)
+    output = execution.output(json)
     with output.steps() as tell:
         result = refit(
             split,
@@ -212,7 +212,7 @@ def fit(
             shard_size=None if shard_size is None else parse_size(shard_size),
             progress=bytes_of("writing", tell),
             tell=tell,
-            **vars(execution),
+            **execution.keywords(),
         )
     output.result(result, rendering.conversion)
 

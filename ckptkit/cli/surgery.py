@@ -11,7 +11,6 @@ import typer
 from ckptkit.cli.choices import MODEL_FORMATS, NEW_ROWS, PRECISIONS
 from ckptkit.cli.convert import HINTS
 from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
-from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
 
 OPERATION = "Operation"
@@ -341,9 +340,9 @@ def _carry_out(
     """Runs an operation of `ckptkit.editing.commands` with progress, and prints its result."""
     from ckptkit.cli import rendering
 
-    console = Output("-" if json else None)
+    console = execution.output(json)
     with console.progress(doing) as progress:
-        result = operation(*inputs, output, **how, source=_opening(source), progress=progress, **vars(execution))
+        result = operation(*inputs, output, **how, source=_opening(source), progress=progress, **execution.keywords())
     console.result(result, rendering.conversion)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,6 +12,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import StorageError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
+from ckptkit.io.world import ALONE, World
 from ckptkit.steps import Tell, nobody
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Execution:
         hash: Also compute the SHA-256 of every output file.
         progress: Called with (bytes done, bytes in all).
         tell: Told what is computed before bytes move, where that takes long.
+        world: The processes that carry the plan out, each with the same arguments; this one alone by default.
     """
 
     dry_run: bool = False
@@ -39,6 +41,7 @@ class Execution:
     hash: bool = False
     progress: Callable[[int, int], None] | None = None
     tell: Tell = nobody
+    world: World = ALONE
 
 
 class How(TypedDict, total=False):
@@ -51,6 +54,7 @@ class How(TypedDict, total=False):
     hash: bool
     progress: Callable[[int, int], None] | None
     tell: Tell
+    world: World
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class ConversionResult:
     parts of Megatron tensors that the model does not use and the output does not hold, one record for each kind:
     `what`, `parts`, `elements`, and the largest difference from the values that a conversion to Megatron puts there
     (`max_abs_difference`, with the tensor in `where`). A dry run reads no weights, so its difference is None.
+    `ranks` has a record for each process that moved bytes: `rank`, `host`, `bytes_written` as its engine counted them,
+    and `seconds`. It is empty after a dry run, on ranks after the first, and where the output was complete already.
     `seconds` is the time of the whole command; `seconds_fitting` is the part of it in which an adapter was fitted.
     """
 
@@ -81,6 +87,7 @@ class ConversionResult:
     seconds: float
     hashes: dict[str, str]
     seconds_fitting: float = 0.0
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -119,19 +126,30 @@ def carry_out(
     """
     # Imported here because they import NumPy: header-only commands start faster without it.
     with collection_paused():
+        from ckptkit.io.commit import take_part
         from ckptkit.io.computed import MEMORY, holds_computed
         from ckptkit.io.drift import summarise
         from ckptkit.io.engine import MEMORY_LIMIT
+        from ckptkit.io.team import Outcome
 
-    dropped = summarise(plan.dropped, measure=not execution.dry_run)
-    hashes: dict[str, str] = {}
+    world = execution.world
+    dropped = summarise(plan.dropped, measure=world.first and not execution.dry_run)
+    outcome, free = Outcome(), 0
     try:
-        destination = _destination(plan, sources, target_facts["path"], execution, also)
-        free = destination.free
-        if not execution.dry_run:
-            hashes = destination.write(
-                threads=execution.threads, hash=execution.hash, progress=execution.progress, check=check
-            )
+        if not world.first and not execution.dry_run:
+            seen = [checkpoint.seen for checkpoint in sources]
+            take_part(target_facts["path"], plan, world, seen=seen, threads=execution.threads, hash=execution.hash)
+        else:
+            destination = _destination(plan, sources, target_facts["path"], execution, also)
+            free = destination.free
+            if not execution.dry_run:
+                outcome = destination.write(
+                    threads=execution.threads,
+                    hash=execution.hash,
+                    progress=execution.progress,
+                    check=check,
+                    world=world,
+                )
     except StorageError as error:
         if not execution.dry_run:
             raise
@@ -153,8 +171,9 @@ def carry_out(
         dropped=dropped,
         dry_run=execution.dry_run,
         seconds=time.monotonic() - started,
-        hashes=hashes,
+        hashes=outcome.hashes,
         seconds_fitting=fitting,
+        ranks=[asdict(rank) for rank in outcome.ranks],
     )
 
 
@@ -170,18 +189,19 @@ def _destination(
         sources=[*(folder for item in sources for folder in (item.path, *item.seen.folders)), *also],
         seen=[checkpoint.seen for checkpoint in sources],
         overwrite=execution.overwrite,
-        resume=execution.resume,
+        resume=execution.resume or execution.world.restarted,
     )
 
 
 def check_destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> None:
     """Checks the destination early, before long work that only decides the values to write (the fit of an adapter).
 
-    No-op for dry runs, and for `resume`, which already owns its directory. Arguments as for `carry_out`.
+    No-op for dry runs, for `resume`, which already owns its directory, and on ranks after the first. Arguments as for
+    `carry_out`.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
         StorageError: The destination cannot be written, or has no room.
     """
-    if not (execution.dry_run or execution.resume):
+    if not (execution.dry_run or execution.resume or execution.world.restarted) and execution.world.first:
         _destination(plan, sources, out, execution)  # its constructor checks the place and the free space

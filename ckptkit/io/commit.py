@@ -6,6 +6,7 @@ During a run, and after a killed one, these lie beside a destination `NAME`:
     .NAME.ckptkit-partial/
         journal.jsonl               digest of the plan, and the files that are durable
         sealed.json                 digest of the plan, and inode of `output` just before it becomes NAME
+        ranks/                      what the processes say to each other, where several carry out the plan
         output/                     the directory that becomes NAME
     .NAME.ckptkit-old/              only where the system cannot exchange two directories
 
@@ -27,19 +28,23 @@ from pathlib import Path
 
 from ckptkit.errors import InputError, StorageError, UsageError
 from ckptkit.io import faults
-from ckptkit.io.engine import hash_file, run
+from ckptkit.io.engine import hash_file
 from ckptkit.io.journal import FileJournal, Finished, read_journal
 from ckptkit.io.leftovers import remove_strangers, still_finished, strangers
+from ckptkit.io.meeting import clear
 from ckptkit.io.plan import Plan
 from ckptkit.io.present import holds, resembles
 from ckptkit.io.regular import read_bounded
 from ckptkit.io.room import Room, entries_of
 from ckptkit.io.source import Fingerprint, Seen, TouchedError, fingerprints
 from ckptkit.io.system import exchange, storage_error, sync_directory, sync_file, write_all
+from ckptkit.io.team import Alone, Follower, Leader, Outcome, Work
+from ckptkit.io.world import ALONE, World
 from ckptkit.sizes import human_size
 
 _SEAL = "sealed.json"
 _JOURNAL = "journal.jsonl"
+_RANKS, _OUTPUT = "ranks", "output"
 _LARGEST_SEAL = 1 << 26  # it has an entry for each source
 _OWN_ENTRIES = 4  # lock, partial directory, journal and seal
 
@@ -113,7 +118,7 @@ class Destination:
     @property
     def directory(self) -> Path:
         """Where the files are to be written."""
-        return self._partial / "output"
+        return self._partial / _OUTPUT
 
     @property
     def journal(self) -> FileJournal:
@@ -138,22 +143,21 @@ class Destination:
         hash: bool = False,
         progress: Callable[[int, int], None] | None = None,
         check: Callable[[Path], None] | None = None,
-    ) -> dict[str, str]:
-        """Carries out the plan and commits it.
+        world: World = ALONE,
+    ) -> Outcome:
+        """Carries out the plan, with the other ranks of the world, and commits it.
 
         Args:
             threads: As for `ckptkit.io.engine.run`.
             hash: Also compute the SHA-256 of every file.
             progress: Called with (bytes done, bytes in all).
             check: Called with the directory of the finished files before they are committed; an error stops that.
-
-        Returns:
-            SHA-256 by output path, if asked for.
+            world: The processes that carry out the plan; this one is rank 0. The others call `take_part`.
 
         Raises:
             UsageError: Another run writes to this destination, or another program has filled it meanwhile.
             InputError: A source is gone, damaged or changed, or two tensors that must be equal differ.
-            StorageError: The disk is full or answers with an error.
+            StorageError: The disk is full or answers with an error, or another rank does not come, or dies.
         """
         done = 0
 
@@ -164,16 +168,23 @@ class Destination:
                 progress(done, self._plan.nbytes)
 
         with self._resumable(), self:
-            if self._done:
-                self._in_place = True
-                self._clean_up()
-                count(self._plan.nbytes)
-                return {file.path: hash_file(self.path / file.path) for file in self._plan.files} if hash else {}
-            result = run(self._plan, self.directory, threads=threads, progress=count, journal=self.journal, hash=hash)
-            if check is not None:
-                check(self.directory)
-            self.commit()
-        return result.hashes
+            work = Work(self._plan, self.directory, self._digest, threads, hash)
+            with Alone(work, count) if world.size == 1 else Leader(world, self._partial / _RANKS, work, count) as team:
+                if self._done:
+                    outcome = Outcome(self._hashes() if hash else {})
+                    self._in_place = True
+                    count(self._plan.nbytes)
+                else:
+                    outcome = team.run(self.journal)
+                    if check is not None:
+                        check(self.directory)
+                    self._commit()
+                team.end()
+            self._clean_up()
+        return outcome
+
+    def _hashes(self) -> dict[str, str]:
+        return {file.path: hash_file(self.path / file.path) for file in self._plan.files}
 
     @contextmanager
     def _resumable(self) -> Iterator[None]:
@@ -221,6 +232,11 @@ class Destination:
             UsageError: Another program has filled the destination meanwhile.
             StorageError: A file is missing or has another size, or the disk answers with an error.
         """
+        self._commit()
+        self._clean_up()
+
+    def _commit(self) -> None:
+        """The one step; what it leaves beside the destination may stay for a while."""
         self._check_complete()
         with _storage(self._partial):
             faults.step("sync")
@@ -239,7 +255,6 @@ class Destination:
             self._put_in_place()
             faults.step("clean-up")
         self._in_place = True
-        self._clean_up()
 
     def _what_stands(self) -> str | None:
         """A sentence about the model at the destination, for a run that ends during or after the one step; else None.
@@ -325,7 +340,7 @@ class Destination:
             ) from error
 
     def _beside(self, kind: str) -> Path:
-        return self.path.parent / f".{self.path.name}.ckptkit-{kind}"
+        return _beside(self.path, kind)
 
     def _occupied(self) -> bool:
         """Whether something other than an empty directory is there."""
@@ -435,6 +450,7 @@ class Destination:
         self._digest = self._plan.digest(self._fingerprints)
         resumable = self._resume and self._unfinished()
         self._refuse_links(resumable)
+        clear(self._partial / _RANKS)
         kept = self._kept() if resumable else None
         if kept is None and self._partial.is_dir():
             shutil.rmtree(self._partial)
@@ -472,6 +488,36 @@ class Destination:
         if found is not None:
             hint = "run again with --resume, which removes it"
             raise StorageError("an entry that this conversion did not write", where=found, hint=hint)
+
+
+def take_part(
+    path: str | Path, plan: Plan, world: World, *, seen: Iterable[Seen], threads: int | None, hash: bool
+) -> None:
+    """Does the share of a rank after the first in `Destination.write`, and waits for the end.
+
+    Args:
+        path: The destination.
+        plan: The same plan.
+        world: This rank.
+        seen: Fingerprints of the sources from before they were read.
+        threads: As for `ckptkit.io.engine.run`.
+        hash: As rank 0 has it.
+
+    Raises:
+        CkptkitError: What any rank raised, or rank 0 does not come or has died.
+    """
+    plan.check()
+    partial = _beside(Path(os.path.realpath(path)), "partial")
+    sources = plan.sources()
+    for one in seen:
+        one.check(sources)
+    work = Work(plan, partial / _OUTPUT, plan.digest(fingerprints(sources)), threads, hash)
+    with Follower(world, partial / _RANKS, work) as rank:
+        rank.run()
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.ckptkit-{kind}"
 
 
 @contextmanager

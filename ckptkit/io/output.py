@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptkit.io import faults
-from ckptkit.io.checksums import Checksums
+from ckptkit.io.checksums import Checksums, Sum
 from ckptkit.io.following import Follower
 from ckptkit.io.plan import OutputFile
+from ckptkit.io.shares import Window
 from ckptkit.io.system import allocate, nothing_written, start_writeback, storage_error
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -27,27 +29,44 @@ class Output:
     Attributes:
         spec: Its size and its bytes.
         path: Where it is written.
-        follower: Its hash, if asked for.
+        window: The bytes of it that this process writes.
+        follower: Its hash, if asked for, and if this process writes all of it.
     """
 
-    def __init__(self, spec: OutputFile, path: Path, hash: bool = False) -> None:
-        """A file that does not exist yet.
+    def __init__(self, spec: OutputFile, path: Path, hash: bool = False, window: Window | None = None) -> None:
+        """A file that does not exist yet; or, where several processes write it, that has its size.
 
         Args:
             spec: Its size and its bytes.
             path: Where it is written.
             hash: Also compute its SHA-256.
+            window: The bytes of it that this process writes; None for all.
         """
         self.spec = spec
         self.path = path
-        self._pending = spec.size
+        self.window = window or Window(0, spec.size)
+        self._pending = self.window.stop - self.window.start
         self._unsent = 0
         self._fd = -1
         self._lock = threading.Lock()
         self._use = threading.Lock()  # held while the kernel works on the whole file, so that nobody closes it
         self._pwrite, self._copy = faults.writer()
         self._checksums = Checksums(spec.checksums)
-        self.follower = Follower(spec, self._checksums, self.fd) if hash else None
+        self.follower = Follower(spec, self._checksums, self.fd) if hash and self.whole else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process writes all of it."""
+        return self.window == (0, self.spec.size)
+
+    @property
+    def sums(self) -> list[Sum]:
+        """What its checksums know of the bytes that were written."""
+        return self._checksums.parts()
+
+    def clip(self, start: int, stop: int) -> tuple[int, int]:
+        """The part of bytes `start:stop` of the file that this process writes; empty if the first is not the less."""
+        return max(start, self.window.start), min(stop, self.window.stop)
 
     def fd(self) -> int:
         """The open file, at its full size.
@@ -57,13 +76,7 @@ class Output:
         """
         with self._lock:
             if self._fd < 0:
-                try:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-                    self._fd = os.open(self.path, flags, 0o666)
-                    allocate(self._fd, self.spec.size)
-                except OSError as error:
-                    raise storage_error(error, self.path) from error
+                self._fd = _created(self.path, self.spec.size) if self.whole else _opened(self.path)
             return self._fd
 
     def write(self, data: NDArray[np.uint8], offset: int) -> None:
@@ -121,9 +134,19 @@ class Output:
             StorageError: The disk is full or answers with an error.
         """
         self.fd()
-        for index, checksum in enumerate(self.spec.checksums):
+        self.fill_in([self._checksums.value(index) for index in range(len(self.spec.checksums))])
+
+    def fill_in(self, values: Sequence[bytes]) -> None:
+        """Writes the values of the checksums, where the file holds them and this process writes.
+
+        Raises:
+            StorageError: The disk is full or answers with an error.
+        """
+        for checksum, value in zip(self.spec.checksums, values, strict=True):
             for at in checksum.at:
-                self._put(memoryview(self._checksums.value(index)), at)
+                first, last = self.clip(at, at + len(value))
+                if first < last:
+                    self._put(memoryview(value)[first - at : last - at], first)
 
     def sync(self) -> None:
         """Makes the file durable and closes it.
@@ -154,3 +177,33 @@ class Output:
             if not count:
                 raise nothing_written(self.path)
             view, offset = view[count:], offset + count
+
+
+def create(path: Path, size: int) -> None:
+    """Makes a file of a size, for several processes to write into.
+
+    Raises:
+        StorageError: It cannot be created, or there is no room.
+    """
+    os.close(_created(path, size))
+
+
+def _created(path: Path, size: int) -> int:
+    fd = -1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o666)
+        allocate(fd, size)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise storage_error(error, path) from error
+    return fd
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise storage_error(error, path) from error

@@ -119,7 +119,7 @@ class TestCommit:
         destination = Destination(out, plan)
         assert siblings(out) == set()
         seen: list[tuple[int, int]] = []
-        assert destination.write(progress=lambda done, total: seen.append((done, total))) == {}
+        assert destination.write(progress=lambda done, total: seen.append((done, total))).hashes == {}
         assert contents(out) == expected
         assert siblings(out) == set()
         assert seen[-1] == (plan.nbytes, plan.nbytes)
@@ -138,7 +138,7 @@ class TestCommit:
         assert (out.parent / "link").is_symlink()
 
     def test_hashes(self, plan: Plan, out: Path) -> None:
-        hashes = Destination(out, plan).write(hash=True)
+        hashes = Destination(out, plan).write(hash=True).hashes
         assert hashes.keys() == {file.path for file in plan.files}
 
     def test_mode_follows_the_umask(self, plan: Plan, out: Path) -> None:
@@ -589,7 +589,7 @@ class TestFinished:
         number = out.stat().st_ino
         seen: list[tuple[int, int]] = []
         destination = Destination(out, plan, overwrite=overwrite, resume=True)
-        hashes = destination.write(hash=True, progress=lambda done, total: seen.append((done, total)))
+        hashes = destination.write(hash=True, progress=lambda done, total: seen.append((done, total))).hashes
         assert (out.stat().st_ino, contents(out)) == (number, expected)
         assert hashes.keys() == expected.keys() and seen == [(plan.nbytes, plan.nbytes)]
         assert siblings(out) == set()
