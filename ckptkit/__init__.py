@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ckptkit.inspection.hashing import hash_checkpoint
     from ckptkit.inspection.summary import inspect
     from ckptkit.inspection.validation import validate
+    from ckptkit.megatron.live.loading import load_hf
+    from ckptkit.megatron.live.saving import save_hf
+    from ckptkit.megatron.live.slices import state_dict_of
     from ckptkit.megatron.moe import record_routing, replay_routing
     from ckptkit.megatron.packed_inputs.convert import convert_to_packed
     from ckptkit.megatron.packed_inputs.model import shard
@@ -36,12 +39,15 @@ __all__ = [
     "diff",
     "hash_checkpoint",
     "inspect",
+    "load_hf",
     "load_megatron",
     "make_delta",
     "open_checkpoint",
     "record_routing",
     "replay_routing",
+    "save_hf",
     "shard",
+    "state_dict_of",
     "supported_architectures",
     "validate",
     "verify",
@@ -55,12 +61,15 @@ _HOMES = {
     "diff": "ckptkit.inspection.differences",
     "hash_checkpoint": "ckptkit.inspection.hashing",
     "inspect": "ckptkit.inspection.summary",
+    "load_hf": "ckptkit.megatron.live.loading",
     "load_megatron": "ckptkit.verification.ranks.live",
     "make_delta": "ckptkit.deltas.make",
     "open_checkpoint": "ckptkit.checkpoints.opening",
     "record_routing": "ckptkit.megatron.moe",
     "replay_routing": "ckptkit.megatron.moe",
+    "save_hf": "ckptkit.megatron.live.saving",
     "shard": "ckptkit.megatron.packed_inputs.model",
+    "state_dict_of": "ckptkit.megatron.live.slices",
     "supported_architectures": "ckptkit.conversion.architectures",
     "validate": "ckptkit.inspection.validation",
     "verify": "ckptkit.verification.levels",

@@ -68,7 +68,7 @@ def open_checkpoint(
     given = Given(files, stored_grid or StatedGrid(), vocab_size, lora_alpha, part)
     checkpoint = replace(_open(place, given), seen=seen).noting(*place.notes)
     if files is not None and checkpoint.lora is None:
-        checkpoint = _with_extras(checkpoint, files)
+        checkpoint = with_extras(checkpoint, files)
     if hf_reference is None and place.reference is not None:
         there = place.reference.relative_to(place.root).name or "the folder itself"
         checkpoint = checkpoint.noting(f"config and tokenizer are those of {there}")
@@ -109,7 +109,7 @@ def _of_root(files: HfFiles) -> HfFiles:
     return replace(files, small=small, ignored=[])
 
 
-def _with_extras(checkpoint: Checkpoint, reference: HfFiles) -> Checkpoint:
+def with_extras(checkpoint: Checkpoint, reference: HfFiles) -> Checkpoint:
     """Adds the reference's tensors that have no place in Megatron, unless the checkpoint has them itself."""
     held, family = checkpoint.sidecar.extras, checkpoint.family
     taken = {

@@ -74,17 +74,30 @@ def _read_torch(place: Place, given: Given) -> Checkpoint:
     files = open_torch_legacy(place.folder, place.root, pp=given.grid.pp, ep=given.grid.ep)
     files = replace(files, args=checked_args(files.args, files.path))
     grid = _grid_of_ranks(files, given.grid)
-    ranks, wrapping = _unwrapped(files.ranks, files.path)
-    chosen, is_adapter = choose_part(ranks, given, files.path)
-    if is_adapter:
-        return read_megatron(place, "torch", chosen, grid, files.args, given).noting(*_told(wrapping))
-    with located(files.path):
-        ranks = ungrouped_experts(chosen)
-    checkpoint = _join(place, "torch", ranks, grid, files.args, given).noting(*_told(wrapping))
+    checkpoint = join_ranks(place, files.ranks, grid, files.args, given)
+    if checkpoint.lora is not None:
+        return checkpoint
     if not files.args:
         note = f"there are no args: the folders and --src sizes give the grid {grid}"
         checkpoint = checkpoint.noting(note)
     return _without_optimizer(checkpoint, files.optimizer)
+
+
+def join_ranks(
+    place: Place, ranks: Mapping[RankKey, RankFile], grid: Parallelism, args: dict[str, Any], given: Given
+) -> Checkpoint:
+    """The model, or the adapter, whose shards ranks hold.
+
+    Raises:
+        InputError: Tensors are missing, unknown or mis-shaped.
+    """
+    found, wrapping = _unwrapped(ranks, place.folder)
+    chosen, is_adapter = choose_part(found, given, place.folder)
+    if is_adapter:
+        return read_megatron(place, "torch", chosen, grid, args, given).noting(*_told(wrapping))
+    with located(place.folder):
+        chosen = ungrouped_experts(chosen)
+    return _join(place, "torch", chosen, grid, args, given).noting(*_told(wrapping))
 
 
 def _unwrapped(ranks: Mapping[RankKey, RankFile], path: Path) -> tuple[dict[RankKey, RankFile], Wrapping]:

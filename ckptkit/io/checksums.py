@@ -11,9 +11,9 @@ from ckptkit.io.segments import Checksum
 
 
 class Sum(NamedTuple):
-    """The CRC-32 of `size` bytes of a file from byte `start` on, which checksum number `index` covers."""
+    """The CRC-32 of `size` bytes of a file from byte `start` on, which checksum `number` covers."""
 
-    index: int
+    number: int
     start: int
     crc: int
     size: int
@@ -39,8 +39,8 @@ class Checksums:
 
     def join(self, sums: Iterable[Sum]) -> None:
         """Adds what another process knows."""
-        for index, start, crc, size in sums:
-            self._parts[index].append((start, crc, size))
+        for number, start, crc, size in sums:
+            self._parts[number].append((start, crc, size))
 
     def covering(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Each checksum that covers some of the bytes `start:stop`: its index, and the first and last byte covered."""

@@ -168,15 +168,23 @@ class Output:
                 self._fd = -1
 
     def _put(self, view: memoryview, offset: int) -> None:
-        fd = self.fd()
-        while view:
-            try:
-                count = self._pwrite(fd, view, offset)
-            except OSError as error:
-                raise storage_error(error, self.path) from error
-            if not count:
-                raise nothing_written(self.path)
-            view, offset = view[count:], offset + count
+        put(self.fd(), view, offset, self.path, self._pwrite)
+
+
+def put(fd: int, view: memoryview, offset: int, path: Path, pwrite: faults.Write) -> None:
+    """Writes bytes at a byte of a file.
+
+    Raises:
+        StorageError: The disk is full or answers with an error.
+    """
+    while view:
+        try:
+            count = pwrite(fd, view, offset)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        if not count:
+            raise nothing_written(path)
+        view, offset = view[count:], offset + count
 
 
 def create(path: Path, size: int) -> None:

@@ -19,6 +19,9 @@ from ckptkit.io.segments import Checksum, Cut, Form, Segment, form_of, kinds, or
 from ckptkit.io.source import Fingerprint
 from ckptkit.tensors import Const, Literal, Made, Piece, Region, Tensor
 
+MEMORY = "\0"
+"""Start of the `file` of a region that is memory of a running program, and no file: no path has this character."""
+
 _RECIPE = 1  # raise it when the same recipe starts to give other bytes
 
 
@@ -188,10 +191,12 @@ class Plan:
 
 def source_files(tensors: Iterable[Tensor]) -> set[str]:
     """The files that tensors read from."""
-    return {file for tensor in tensors for band in tensor.bands for piece in band.pieces for file in _files_of(piece)}
+    pieces = (piece for tensor in tensors for band in tensor.bands for piece in band.pieces)
+    return {file for piece in pieces for file in files_of(piece) if not file.startswith(MEMORY)}
 
 
-def _files_of(piece: Piece) -> tuple[str, ...]:
+def files_of(piece: Piece) -> tuple[str, ...]:
+    """The files, or the memory, that a piece reads from."""
     if isinstance(piece, Region):
         return (piece.file,)
     return piece.data.files if isinstance(piece, Literal) and not isinstance(piece.data, bytes) else ()
@@ -227,7 +232,7 @@ def _recipe(piece: Piece, known: dict[int | str, str]) -> tuple[object, ...]:
     match piece:
         case Region(path, offset, rows, pitch, width):
             if path not in known:
-                known[path] = os.path.abspath(path)
+                known[path] = path if path.startswith(MEMORY) else os.path.abspath(path)
             return (known[path], offset, rows, pitch, width)
         case Literal(data, offset, rows, pitch, width):
             if id(data) not in known:

@@ -263,7 +263,7 @@ class Leader(_Rank):
         """After an error: tells the ranks, and waits until they have ended."""
         if error is not None and self._voice is not None:
             try:
-                self.voice.say(end=_told(error))
+                self.voice.say(end=told(error))
                 self._see_off(_LEAVING)
             except CkptkitError:
                 pass  # the first error is the one to report
@@ -368,7 +368,7 @@ class Leader(_Rank):
 
     def _check_failed(self, ear: Ear, message: Message) -> None:
         if (failed := message.get("failed")) is not None:
-            raise _raised(failed, ear.name)
+            raise raised(failed, ear.name)
 
     def _join_files(self) -> None:
         """Makes the files that several ranks write, at their full size."""
@@ -485,7 +485,7 @@ class Follower(_Rank):
         if self._voice is not None:
             try:
                 if error is not None and not getattr(error, "told", False):
-                    self.voice.say(failed=_told(error))
+                    self.voice.say(failed=told(error))
                 self.voice.say(bye=True)
             except CkptkitError:
                 pass  # the run is over, or its disk is; rank 0 sees that this rank has ended
@@ -594,14 +594,14 @@ class Follower(_Rank):
         """Whether the run has ended; raises what ended it."""
         end = message.get("end")
         if isinstance(end, dict) and end:
-            error = _raised(end, "")
+            error = raised(end, "")
             error.told = True
             raise error
         if end is not None:
             self._ended.set()
 
 
-def _told(error: BaseException) -> Message:
+def told(error: BaseException) -> Message:
     """An error as a message."""
     if isinstance(error, CkptkitError):
         return {"code": error.exit_code, "what": error.what, "where": error.where, "hint": error.hint}
@@ -611,9 +611,9 @@ def _told(error: BaseException) -> Message:
     return {"code": 70, "what": f"internal error: {type(error).__name__}: {error}", "where": None, "hint": None}
 
 
-def _raised(told: Message, who: str) -> CkptkitError:
+def raised(message: Message, who: str) -> CkptkitError:
     """The error in a message, said by `who`."""
-    kind = _ERRORS.get(told.get("code", 0), CkptkitError)
-    where, hint = (value if isinstance(value := told.get(key), str) else None for key in ("where", "hint"))
+    kind = _ERRORS.get(message.get("code", 0), CkptkitError)
+    where, hint = (value if isinstance(value := message.get(key), str) else None for key in ("where", "hint"))
     place = ": ".join(part for part in (who, where) if part) or None
-    return kind(str(told.get("what")), where=place, hint=hint)
+    return kind(str(message.get("what")), where=place, hint=hint)

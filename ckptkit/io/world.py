@@ -56,7 +56,7 @@ class World:
         if environment.get("WORLD_SIZE") and environment.get("RANK"):
             rank, size = _numbers(environment, "RANK", "WORLD_SIZE")
             restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-            names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+            names: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
         elif environment.get("SLURM_STEP_ID") and environment.get("SLURM_PROCID") and environment.get("SLURM_NTASKS"):
             rank, size = _numbers(environment, "SLURM_PROCID", "SLURM_NTASKS")
             restarts = environment.get("SLURM_RESTART_COUNT", "0")

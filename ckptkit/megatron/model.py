@@ -236,10 +236,27 @@ def load_strict(
     """
     state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     expected = expected_tensors(chunk)
+    check_fit(expected, state, where=where)
+    with torch.no_grad():
+        for name, value in expected.items():
+            value.copy_(read(state[name]))
+
+
+def check_fit(expected: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, where: object = None) -> None:
+    """Whether a state has the tensors of a model, and no others.
+
+    Args:
+        expected: The model's tensors by name.
+        state: Values with a `shape`, by name.
+        where: Name of the source of `state` in an error.
+
+    Raises:
+        InputError: Tensors are missing, unexpected, or of another shape.
+    """
     shapes = [
         f"{name} is {list(state[name].shape)}, the model has {list(value.shape)}"
         for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
+        if name in state and tuple(state[name].shape) != tuple(value.shape)
     ]
     problems = {
         "missing": sorted(expected.keys() - state.keys()),
@@ -249,9 +266,6 @@ def load_strict(
     text = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
     if text:
         raise InputError(f"the shard does not fit the model: {text}", where=where)
-    with torch.no_grad():
-        for name, value in expected.items():
-            value.copy_(read(state[name]))
 
 
 def _some(names: list[str]) -> str:

@@ -31,6 +31,7 @@ from ckptkit.errors import (
 )
 from ckptkit.inspection import summary
 from ckptkit.inspection.summary import Inspection
+from ckptkit.io.world import World
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.steps import Step
 from ckptkit.verification import levels
@@ -154,6 +155,7 @@ def test_defaults_of_convert(convert):
         "threads": None,
         "hash": False,
         "progress": None,
+        "world": World(),
     }
 
 
@@ -196,6 +198,7 @@ def test_every_option_of_convert_arrives(convert):
         "threads": 3,
         "hash": True,
         "progress": None,
+        "world": World(),
     }
 
 

@@ -441,6 +441,24 @@ class Ranks:
         layers = 2 * LAYERS if job.schema == "hybrid" else LAYERS
         assert loaded["args"].num_layers == layers, loaded["args"]
 
+    def save_hf(self, job: Job, chunks: list[Any]) -> None:
+        """Saves golden values with ckptkit, straight from the running model."""
+        import ckptkit
+
+        self.fill(job, chunks)
+        saved = ckptkit.save_hf(chunks, job.folder, **job.metadata)
+        assert 0 < saved.bytes_written < saved.bytes_total or job.world_size == 1, saved
+
+    def load_hf(self, job: Job, chunks: list[Any]) -> None:
+        """Fills the running model with ckptkit, and compares every parameter with its golden values, bit for bit."""
+        import ckptkit
+
+        for chunk in chunks:
+            self.forget(chunk)
+        ckptkit.load_hf(chunks, job.folder, **job.metadata)
+        for chunk in chunks:
+            self.compare(job, chunk)
+
     def forget(self, chunk: Any) -> None:
         """Leaves nothing in the parameters that could pass for loaded."""
         import torch

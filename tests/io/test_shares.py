@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +36,7 @@ def test_every_byte_has_one_owner(sizes: list[int], count: int, compared: list[i
             assert windows == []
             continue
         assert windows[0].start == 0 and windows[-1].stop == size
-        for before, after in zip(windows, windows[1:], strict=False):
+        for before, after in pairwise(windows):
             assert before.stop == after.start and before.stop % PAGE == 0 and before.start < before.stop
     given_out = [comparison for share in found for comparison in share.comparisons]
     assert given_out == list(plan.comparisons)

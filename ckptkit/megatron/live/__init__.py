@@ -1,0 +1,1 @@
+"""Models of a running program: their weights to and from checkpoints, each rank its own bytes."""
