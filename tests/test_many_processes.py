@@ -20,6 +20,7 @@ from ckptkit.adapters.commands import merge_adapters
 from ckptkit.conversion.convert import convert
 from ckptkit.conversion.execution import ConversionResult
 from ckptkit.editing.commands import Output, average
+from ckptkit.io import shares
 from ckptkit.io.world import World
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.surgery.build import build
@@ -68,6 +69,12 @@ def check(work: Callable[[World, Path], ConversionResult], size: int, folder: Pa
 )
 def test_convert(source: Path, tmp_path: Path, size: int, options: dict[str, Any]) -> None:
     check(lambda world, out: convert(source, out, hash=True, world=world, **options), size, tmp_path)
+
+
+def test_tensor_parallel_ranks_cut_at_one_height(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large outputs are: every row of a matrix is read by one process, which writes its columns into all files."""
+    monkeypatch.setattr(shares, "_SHARE", 1)
+    check(lambda world, out: convert(source, out, to="torch", grid=Parallelism(4), hash=True, world=world), 3, tmp_path)
 
 
 def test_merge(source: Path, tmp_path: Path) -> None:

@@ -133,8 +133,15 @@ def carry_out(
         from ckptkit.io.team import Outcome
 
     world = execution.world
-    dropped = summarise(plan.dropped, measure=world.first and not execution.dry_run)
+    dropped: list[dict[str, object]] | None = None
     outcome, free = Outcome(), 0
+
+    def before_commit(directory: Path) -> None:
+        nonlocal dropped
+        dropped = summarise(plan.dropped, measure=True)
+        if check is not None:
+            check(directory)
+
     try:
         if not world.first and not execution.dry_run:
             seen = [checkpoint.seen for checkpoint in sources]
@@ -147,13 +154,15 @@ def carry_out(
                     threads=execution.threads,
                     hash=execution.hash,
                     progress=execution.progress,
-                    check=check,
+                    check=before_commit,
                     world=world,
                 )
     except StorageError as error:
         if not execution.dry_run:
             raise
         plan, free = replace(plan, notes=(*plan.notes, f"it could not be written here: {error}")), 0
+    if dropped is None:
+        dropped = summarise(plan.dropped, measure=world.first and not execution.dry_run)
     through, rearranged = plan.traffic()
     return ConversionResult(
         source=source_facts,

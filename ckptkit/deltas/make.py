@@ -91,6 +91,7 @@ class MadeDelta:
     dry_run: bool
     seconds: float
     hashes: dict[str, str]
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -176,6 +177,7 @@ def make_delta(
         dry_run=result.dry_run,
         seconds=time.monotonic() - started,
         hashes=result.hashes,
+        ranks=result.ranks,
     )
 
 

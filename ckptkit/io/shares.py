@@ -2,6 +2,10 @@
 
 The files stand in one line, which is cut into equal parts. So a share has whole files, but for its first and its last.
 Cuts are moved to the border of a page: two machines that write one page of a file may lose what the other wrote.
+
+Files that take their bytes from the same tensors (the tensor parallel ranks of a stage) stand side by side in the line.
+A cut goes through all of them at one height: whoever reads the rows of a matrix, to give each rank its columns, gives
+them to all, and no row is read by two processes.
 """
 
 from __future__ import annotations
@@ -10,9 +14,10 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ckptkit.io.plan import Comparison, OutputFile, Plan
+from ckptkit.io.segments import Filled
 
 PAGE = 4096
 _GRAINS = (1 << 20, 1 << 16, PAGE)
@@ -72,30 +77,68 @@ def shares(plan: Plan, live: Sequence[int], count: int) -> list[Share]:
     ]
 
 
+@dataclass(frozen=True)
+class _Bundle:
+    """Files of equal size that are cut at one height.
+
+    Attributes:
+        files: Indices among the files of the plan.
+        size: Bytes of each.
+    """
+
+    files: Sequence[int]
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return self.size * len(self.files)
+
+
 def _windows(files: Sequence[OutputFile], live: Sequence[int], count: int) -> list[dict[int, Window]]:
-    ends = list(accumulate((files[index].size for index in live), initial=0))
-    grain = next((grain for grain in _GRAINS if grain * _SHARE * count <= ends[-1]), PAGE)
-    cuts = [0, *(_cut(ends, ends[-1] * number // count, grain) for number in range(1, count)), ends[-1]]
+    share = sum(files[index].size for index in live) // count
+    line = [bundle for bundle in _bundles(files, live, share) if bundle.size]
+    ends = list(accumulate((bundle.nbytes for bundle in line), initial=0))
+    cuts = [0, *(_cut(line, ends, ends[-1] * number // count, share) for number in range(1, count)), ends[-1]]
     found: list[dict[int, Window]] = [{} for _ in range(count)]
     for mine, (first, last) in zip(found, pairwise(cuts), strict=True):
-        for place in range(max(bisect_right(ends, first) - 1, 0), len(live)):
-            start, stop = max(first, ends[place]), min(last, ends[place + 1])
+        for place in range(bisect_right(ends, first) - 1, len(line)):
             if ends[place] >= last:
                 break
-            if start < stop:
-                mine[live[place]] = Window(start - ends[place], stop - ends[place])
+            bundle = line[place]
+            heights = (max(first, ends[place]), min(last, ends[place + 1]))
+            window = Window(*((height - ends[place]) // len(bundle.files) for height in heights))
+            if window.start < window.stop:
+                mine.update(dict.fromkeys(bundle.files, window))
     for index in live:
         if not files[index].size:
             found[0][index] = Window(0, 0)
     return found
 
 
-def _cut(ends: Sequence[int], target: int, grain: int) -> int:
-    """The place nearest to `target` in the line of files where a file may be cut."""
+def _bundles(files: Sequence[OutputFile], live: Sequence[int], share: int) -> list[_Bundle]:
+    """The files in bundles. Where a cut through several could not be placed well, each stands for itself."""
+    together: dict[object, list[int]] = {}
+    for index in live:
+        segments, key = files[index].segments, cast(object, index)
+        if isinstance(segments, Filled) and segments.wholes:
+            key = (id(segments.form), *map(id, segments.wholes))
+        together.setdefault(key, []).append(index)
+    found: list[_Bundle] = []
+    for indices in together.values():
+        fits = len(indices) * PAGE * _SHARE <= share
+        groups = [indices] if fits else [[index] for index in indices]
+        found += [_Bundle(group, files[group[0]].size) for group in groups]
+    return found
+
+
+def _cut(line: Sequence[_Bundle], ends: Sequence[int], target: int, share: int) -> int:
+    """The place nearest to `target` in the line where all files of a bundle may be cut."""
     place = bisect_right(ends, target) - 1
-    if place + 1 >= len(ends):
+    if place == len(line):
         return ends[-1]
-    start, stop = ends[place], ends[place + 1]
+    start, stop, wide = ends[place], ends[place + 1], len(line[place].files)
+    grain = wide * next((grain for grain in _GRAINS if wide * grain * _SHARE <= share), PAGE)
     near = start + (target - start + grain // 2) // grain * grain
     return stop if near >= stop or stop - target < abs(near - target) else near
 

@@ -475,6 +475,7 @@ class Follower(_Rank):
     def __init__(self, world: World, folder: Path, work: Work) -> None:
         super().__init__(world, folder, work, lambda size: None)
         self._ear: Ear | None = None
+        self._indices: dict[str, int] = {}
         self._ended = threading.Event()
 
     def __enter__(self) -> Follower:
@@ -500,6 +501,7 @@ class Follower(_Rank):
         live = self._join()
         if live is not None:
             self._share = shares(self._work.plan, live, self._world.size)[self._world.rank]
+            self._indices = {self._work.plan.files[index].path: index for index in self._share.windows}
         self._attend(self._look)
         if live is not None:
             done = self._engine(self)
@@ -516,15 +518,11 @@ class Follower(_Rank):
 
     def record(self, path: str, size: int, sha256: str | None) -> None:
         """A file is durable and complete."""
-        self.voice.say(whole=self._index[path], sha256=sha256)
+        self.voice.say(whole=self._indices[path], sha256=sha256)
 
     def part(self, file: int, window: Window, sums: Sequence[Sum]) -> None:
         """The bytes of this rank in a file are durable."""
         self.voice.say(part=file, sums=[list(item) for item in sums])
-
-    @property
-    def _index(self) -> dict[str, int]:
-        return {self._work.plan.files[index].path: index for index in self._share.windows}
 
     def _join(self) -> list[int] | None:
         """Comes to the run that rank 0 calls to, and waits for its start: the files to write; None if all is done.

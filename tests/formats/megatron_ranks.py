@@ -40,6 +40,7 @@ class Job:
             loads allows none but `LAST_NORMS`.
         metadata: What `sharded_state_dict` gets as `metadata`; for `megatron_lm`, `use_checkpoint_args`.
         layout: `pipeline_model_parallel_layout` of GPTModel.
+        dp: Replicas, as data parallel ranks are.
     """
 
     action: str
@@ -54,10 +55,11 @@ class Job:
     schema: str = "gpt"
     metadata: dict[str, Any] = field(default_factory=dict)
     layout: str | None = None
+    dp: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.ep
+        return self.tp * self.pp * self.ep * self.dp
 
 
 def run(ranks: RankProcesses, jobs: list[Job]) -> list[str]:
@@ -208,6 +210,11 @@ def cuda_is_cpu(replace: Callable[[Any, str, Any], object]) -> None:
     replace(torch.cuda, "synchronize", lambda *args: None)
     replace(torch.cuda, "get_device_properties", lambda *args: SimpleNamespace(major=9, minor=0))
     replace(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
+
+
+def is_replicated(name: str) -> bool:
+    """Whether tensor parallel ranks hold a tensor of Hugging Face alike."""
+    return "norm" in name or name.endswith("mlp.gate.weight")
 
 
 class Ranks:
@@ -441,13 +448,23 @@ class Ranks:
         layers = 2 * LAYERS if job.schema == "hybrid" else LAYERS
         assert loaded["args"].num_layers == layers, loaded["args"]
 
+    def wrapped(self, job: Job, chunks: list[Any]) -> list[Any]:
+        """The chunks as a training program has them: replicas with a distributed optimizer."""
+        if job.dp == 1:
+            return chunks
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+
     def save_hf(self, job: Job, chunks: list[Any]) -> None:
         """Saves golden values with ckptkit, straight from the running model."""
         import ckptkit
 
         self.fill(job, chunks)
-        saved = ckptkit.save_hf(chunks, job.folder, **job.metadata)
+        saved = ckptkit.save_hf(self.wrapped(job, chunks), job.folder, **job.metadata)
         assert 0 < saved.bytes_written < saved.bytes_total or job.world_size == 1, saved
+        assert saved.bytes_total == sum(saved.files.values()), saved
 
     def load_hf(self, job: Job, chunks: list[Any]) -> None:
         """Fills the running model with ckptkit, and compares every parameter with its golden values, bit for bit."""
@@ -455,7 +472,67 @@ class Ranks:
 
         for chunk in chunks:
             self.forget(chunk)
-        ckptkit.load_hf(chunks, job.folder, **job.metadata)
+        ckptkit.load_hf(self.wrapped(job, chunks), job.folder, **job.metadata)
+        for chunk in chunks:
+            self.compare(job, chunk)
+
+    def slices(self, job: Job, chunks: list[Any]) -> None:
+        """What the ranks hold of Hugging Face's tensors, put together, is every element once."""
+        import torch
+
+        import ckptkit
+        from tests.formats.golden_hf import hf_weights
+
+        self.fill(job, chunks)
+        mine = list(ckptkit.state_dict_of(self.wrapped(job, chunks), **job.metadata))
+        memory = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+        assert all(part.local.untyped_storage().data_ptr() in memory for part in mine)  # nothing is copied
+        everyone: list[Any] = [None] * job.world_size
+        parts = [(part.name, part.shape, part.offsets, part.local.cpu().clone()) for part in mine]
+        torch.distributed.all_gather_object(everyone, parts)
+        expected = hf_weights(job.model, job.dtype)
+        found = {name: torch.full_like(value, float("nan")) for name, value in expected.items()}
+        elements = 0
+        for name, shape, offsets, local in (part for rank in everyone for part in rank):
+            assert shape == tuple(expected[name].shape)
+            box = tuple(slice(start, start + size) for start, size in zip(offsets, local.shape, strict=True))
+            assert torch.isnan(found[name][box]).all() or job.dp > 1 or is_replicated(name), name
+            found[name][box] = local
+            elements += local.numel()
+        wrong = [name for name, value in expected.items() if not torch.equal(value, found[name])]
+        assert not wrong, wrong
+
+    def differing(self, job: Job, chunks: list[Any]) -> None:
+        """A weight that two ranks should hold alike, and do not, is not saved; nothing is."""
+        import torch
+
+        import ckptkit
+        from ckptkit.errors import InputError
+
+        self.fill(job, chunks)
+        if self.rank == 1:
+            with torch.no_grad():
+                chunks[-1].decoder.layers[0].self_attention.q_layernorm.weight.add_(1)
+        try:
+            ckptkit.save_hf(chunks, job.folder, **job.metadata)
+        except InputError as error:
+            assert "should be equal" in str(error), error
+        else:
+            raise AssertionError("it was saved")
+        assert not Path(job.folder).exists()
+
+    def other_model(self, job: Job, chunks: list[Any]) -> None:
+        """A checkpoint of another model is refused by all ranks, and the model stays as it is."""
+        import ckptkit
+        from ckptkit.errors import InputError
+
+        self.fill(job, chunks)
+        try:
+            ckptkit.load_hf(chunks, job.folder)
+        except InputError as error:
+            assert "does not fit" in str(error), error
+        else:
+            raise AssertionError("it was loaded")
         for chunk in chunks:
             self.compare(job, chunk)
 

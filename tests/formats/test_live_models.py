@@ -26,6 +26,8 @@ GRIDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_tied", {"pp": 4, "layout": "E||ttt|tL"}),
     ("qwen3_moe", {"tp": 2, "ep": 2}),
     ("qwen3_moe", {"ep": 4}),
+    ("qwen3", {"tp": 2, "dp": 2}),
+    ("qwen3_moe", {"ep": 2, "dp": 2}),
 ]
 SLOW = [Job("save_hf", "", model, **grid) for model, grid in GRIDS]
 
@@ -49,6 +51,31 @@ def check(ranks: RankProcesses, folder: Path, job: Job) -> None:
     assert run(ranks, jobs) == [""] * len(jobs)
     convert(dist, folder / "converted", to="hf", hf_reference=source)
     assert files_of(folder / "live") == files_of(folder / "converted") == files_of(source)
+
+
+def test_slices(megatron_ranks: RankProcesses, tmp_path: Path) -> None:
+    source = save_hf(tmp_path / "hf", "qwen3_moe")
+    given = {"hf_reference": str(source)}
+    assert run(megatron_ranks, [Job("slices", "", "qwen3_moe", tp=2, pp=2, metadata=given)]) == [""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [{"tp": 4}, {"ep": 2, "tp": 2}, {"pp": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize("model", ["qwen3", "qwen3_tied", "qwen3_moe"])
+def test_slices_of_grids(megatron_ranks: RankProcesses, tmp_path: Path, model: str, grid: dict[str, Any]) -> None:
+    if model != "qwen3_moe" and "ep" in grid:
+        pytest.skip("it has no experts")
+    given = {"hf_reference": str(save_hf(tmp_path / "hf", model))}
+    assert run(megatron_ranks, [Job("slices", "", model, metadata=given, **grid)]) == [""]
+
+
+def test_what_is_refused(megatron_ranks: RankProcesses, tmp_path: Path) -> None:
+    source, other = save_hf(tmp_path / "hf", "qwen3"), save_hf(tmp_path / "moe", "qwen3_moe")
+    jobs = [
+        Job("differing", str(tmp_path / "out"), "qwen3", tp=2, metadata={"hf_reference": str(source)}),
+        Job("other_model", str(other), "qwen3", tp=2, pp=2),
+    ]
+    assert run(megatron_ranks, jobs) == ["", ""]
 
 
 @pytest.fixture(scope="module")

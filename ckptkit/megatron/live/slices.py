@@ -79,7 +79,7 @@ def _boxes(name: str, shape: tuple[int, ...], rows: torch.Tensor, top: int, left
     while done < len(rows):
         slab, inside = divmod(top + done, height)
         count = min(len(rows) - done, height - inside)
-        leading = []
+        leading: list[int] = []
         for axis in reversed(shape[:-2]):
             slab, index = divmod(slab, axis)
             leading.insert(0, index)
