@@ -351,7 +351,8 @@ class Leader(_Rank):
                 raise StorageError(
                     f"rank {ranks} of {self._world.size} did not come within {self._world.arrival:.0f} seconds",
                     where=self._folder,
-                    hint="see what it says; all ranks need one file system and one command line",
+                    hint="see what it says; all ranks need one file system and one command line (a process that is"
+                    " alone: unset RANK and WORLD_SIZE)",
                 )
             if missing:
                 time.sleep(pause(1))
