@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import planning
+from benchmarks import planning, processes
 from fixtures.make_damaged import SOUND
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,3 +150,15 @@ def test_the_table_of_transformer_engine(tmp_path: Path) -> None:
     table = run("benchmarks.te_table", str(tmp_path / "te.jsonl"))
     assert "| qwen3 | TP2 (torch_dist) | 2.0e-03 | TP2 (torch_dist) | 0.93 | differs |" in table
     assert '| keys | {"different": []} |' in table and "H200; torch 2.11.0" in table
+
+
+def test_computed_times_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert processes.computed(processes.PER_NODE, processes.FILE_SYSTEM) in page
+
+
+@pytest.mark.slow
+def test_many_processes_are_measured(tmp_path: Path) -> None:
+    small = ("--size-gb", "0.05", "--shape", "tiny", "--repeat", "1", "--processes", "1,2", "--dir", str(tmp_path))
+    table = run("benchmarks.processes", *small)
+    assert table.count("| 2 |") == len(processes.CONVERSIONS)

@@ -86,6 +86,7 @@ def test_merge(source: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_surgery(source: Path, tmp_path: Path) -> None:
     check(
         lambda world, out: average([source, source], Output(out), weights=[1.0, 2.0], hash=True, world=world),
@@ -119,7 +120,7 @@ def start(size: int, source: Path, target: Path, *options: str, launcher: str = 
     return found
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("srun", marks=pytest.mark.slow)])
 def test_the_command(source: Path, expected: dict[str, bytes], tmp_path: Path, launcher: str) -> None:
     """Rank 0 speaks for all."""
     ranks = start(2, source, tmp_path / "out", "--json", launcher=launcher)
@@ -166,7 +167,7 @@ def killed_at_random(seed: int, source: Path, expected: dict[str, bytes], folder
 
 
 def test_random_kills(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    for seed in range(3):
+    for seed in range(2):
         killed_at_random(seed, source, expected, tmp_path)
 
 

@@ -246,6 +246,8 @@ def clear(folder: Path) -> None:
         StorageError: The folder cannot be removed.
     """
     deadline = time.monotonic() + _OLD_RANKS
+    if folder.is_symlink():
+        return  # whoever removes the partial directory removes it, and a resume refuses links
     with _storage(folder):
         while (alive := next(filter(_held, sorted(folder.glob("*.lock"))), None)) is not None:
             if time.monotonic() > deadline:

@@ -351,7 +351,8 @@ class Leader(_Rank):
                 raise StorageError(
                     f"rank {ranks} of {self._world.size} did not come within {self._world.arrival:.0f} seconds",
                     where=self._folder,
-                    hint="see what it says; all ranks need one file system and one command line",
+                    hint="see what it says; all ranks need one file system and one command line (a process that is"
+                    " alone: unset RANK and WORLD_SIZE)",
                 )
             if missing:
                 time.sleep(pause(1))
@@ -544,8 +545,7 @@ class Follower(_Rank):
                     self._check_end(message)
                     start = message.get("start", start)
                 if start is not None:
-                    live = start.get("live")
-                    return None if live is None else [index for index in live if type(index) is int]
+                    return self._live(start)
                 self._check_alive()
                 deadline = time.monotonic() + self._world.arrival  # rank 0 waits for others, and not for ever
             if time.monotonic() > deadline:
@@ -555,6 +555,16 @@ class Follower(_Rank):
                     hint="see what it says; all ranks need one file system and one command line",
                 )
             time.sleep(pause(1))
+
+    def _live(self, start: object) -> list[int] | None:
+        """The indices in what rank 0 says; None if there is nothing to do."""
+        match start:
+            case {"live": None}:
+                return None
+            case {"live": [*live]} if all(type(index) is int for index in live):
+                if set(live) <= set(range(len(self._work.plan.files))) and len(set(live)) == len(live):
+                    return live
+        raise InputError("not what rank 0 says", where=self._folder)
 
     def _answer(self, run: str, ear: Ear) -> None:
         try:
