@@ -141,8 +141,8 @@ def _inputs(options: argparse.Namespace, lengths: list[int], vocabulary: int) ->
     weights = [[*[1.0] * (length - 1), None] for length in lengths]
     padded = Sharing(1, 0, split=options.longest, together=max(1, options.capacity // options.longest))
     return {
-        "packed": Sharing(1, 0, capacity=options.capacity).deal(rows, {}, weights),
-        "padded": padded.deal(rows, {}, weights),
+        "packed": Sharing(1, 0, capacity=options.capacity).deal(rows, {}, weights=weights),
+        "padded": padded.deal(rows, {}, weights=weights),
     }
 
 

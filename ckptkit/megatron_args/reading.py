@@ -234,8 +234,8 @@ def _latent(args: Mapping[str, Any], base: LatentAttention | None) -> LatentAtte
     if not args.get("multi_latent_attention"):
         return None
     sizes = {ours: args[name] for ours, name in LATENT_ARGS.items()}
-    epsilon = {} if base is None else {"norm_eps": base.norm_eps}
-    return LatentAttention(**sizes, **epsilon)
+    found = LatentAttention(**sizes)
+    return found if base is None else replace(found, norm_eps=base.norm_eps)
 
 
 def _adapter(args: Mapping[str, Any]) -> Adapter | None:
