@@ -449,12 +449,14 @@ class Ranks:
         assert loaded["args"].num_layers == layers, loaded["args"]
 
     def wrapped(self, job: Job, chunks: list[Any]) -> list[Any]:
-        """The chunks as a training program has them: replicas with a distributed optimizer."""
+        """The chunks as a training program has them: replicas with a distributed optimizer, which gathers on demand."""
         if job.dp == 1:
             return chunks
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-        config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        )
         return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
 
     def save_hf(self, job: Job, chunks: list[Any]) -> None:
