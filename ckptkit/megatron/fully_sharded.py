@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ckptkit.errors import VerificationError
 from ckptkit.megatron.replicas import fully_sharded
 
 
@@ -31,9 +32,17 @@ class FullySharded(_BaseDataParallel):
 
     Attributes:
         module: The chunk, its parameters now `DTensor`, whose gradients are in `grad`.
+
+    Raises:
+        VerificationError: This torch only averages.
     """
 
     def __init__(self, chunk: Any, device: torch.device) -> None:
+        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+            raise VerificationError(
+                f"FSDP2 of torch {torch.__version__} only averages gradients",
+                hint="take a newer torch, or --dp-kind ddp",
+            )
         super().__init__(config=chunk.config, module=chunk)
         self.ddp_config = DistributedDataParallelConfig()
         marks = {name: dict(vars(parameter)) for name, parameter in chunk.named_parameters()}

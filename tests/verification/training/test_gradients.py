@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ckptkit import convert
-from ckptkit.errors import UsageError
+from ckptkit.errors import UsageError, VerificationError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.logits import Side
 from ckptkit.verification.ranks.pool import RankPool
@@ -190,6 +190,16 @@ def test_fsdp2(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way:
     record(kind, way, answer)
     assert answer.passed, answer.summary
     assert answer.details["candidate_ran"]["replication"] == "fsdp2"
+
+
+def test_a_torch_that_only_averages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    from ckptkit.megatron.fully_sharded import FullySharded
+
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(VerificationError, match="only averages gradients; take a newer torch"):
+        FullySharded(None, None)  # type: ignore[arg-type]
 
 
 VALUES: list[tuple[str, Way]] = [
