@@ -68,7 +68,9 @@ def packed(path: str, tp: int, ep: int, *how: str) -> dict[str, Any]:
     found = model(tokens, bounds, 24)
     loss_of(found, rows).backward()
     model.reduce_gradients()
-    ours = model.to_hf_state_dict({name: p.grad for name, p in model.named_parameters()})
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    state |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours = model.to_hf_state_dict(state)
     worst = max((error(ours[name], expected), name) for name, expected in gradients.items())
     return {"same": same, "logits": error(found.detach(), logits[replica]), "gradients": worst[0], "worst": worst[1]}
 
