@@ -41,6 +41,9 @@ def reference(path: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     from ckptkit.verification.reference import load_model
 
     model = load_model(path, torch.float32)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # transformers alone keeps the gradient of the padding token's row at zero
     logits = []
     for rows in (ROWS[:3], ROWS[3:]):
         found = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])
@@ -68,7 +71,9 @@ def packed(path: str, tp: int, ep: int, *how: str) -> dict[str, Any]:
     found = model(tokens, bounds, 24)
     loss_of(found, rows).backward()
     model.reduce_gradients()
-    ours = model.to_hf_state_dict({name: p.grad for name, p in model.named_parameters()})
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    state |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours = model.to_hf_state_dict(state)
     worst = max((error(ours[name], expected), name) for name, expected in gradients.items())
     return {"same": same, "logits": error(found.detach(), logits[replica]), "gradients": worst[0], "worst": worst[1]}
 

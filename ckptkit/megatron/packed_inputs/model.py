@@ -111,7 +111,7 @@ class PackedModel(torch.nn.Module):
             if not self.model.value_head:
                 logits = gather_from_tensor_model_parallel_region(logits)
         whole: torch.Tensor = logits[0, : batch.total, : self.outputs]
-        if self.grid.tp > 1 and whole.requires_grad and device.type == "cpu":
+        if self.grid.world_size > 1 and whole.requires_grad and device.type == "cpu":
             whole.register_hook(_collectives_on_cpu)
         return whole
 
@@ -255,6 +255,8 @@ def _shard_experts(layers: Sequence[torch.nn.Module], options: Mapping[str, Any]
             if hasattr(module, "local_experts"):
                 sharded: Any = fully_shard(module, mesh=mesh, **options)
                 sharded.set_gradient_divide_factor(float(ranks))
+                if torch.distributed.get_backend() == "gloo":  # which has no sum of scaled parts
+                    sharded.set_force_sum_reduction_for_comms(True)
 
 
 def _mesh(group: torch.distributed.ProcessGroup, layers: Sequence[torch.nn.Module]) -> Any:
