@@ -120,7 +120,7 @@ def _measured(command: list[str], folder: Path, out: Path, options: argparse.Nam
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="a key of fixtures/released_configs.json")
-    parser.add_argument("--dir", type=Path, required=True, help="for the models and the output")
+    parser.add_argument("--dir", "--workdir", type=Path, required=True, help="for the models and the output")
     parser.add_argument(
         "--set", type=change, action="append", default=[], metavar="KEY=JSON", help="another size of it"
     )

@@ -89,7 +89,8 @@ def merged_tokenizer(
         raise UnsupportedError(f"{what}: no rows are left for tokens to come", where=path)
     made = {}
     if len(entries) > len(content.get("added_tokens") or []) or content is not whole:
-        made[TOKENIZER] = _as_json({**content, "added_tokens": entries})
+        # Without spaces: with them, Python makes a string of every bracket of it.
+        made[TOKENIZER] = json.dumps({**content, "added_tokens": entries}, ensure_ascii=False).encode()
         made |= _config(donor, entries)
     return MergedTokenizer(donor, tokens, owned, made)
 

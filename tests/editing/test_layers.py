@@ -50,7 +50,11 @@ def decoder_of(model: Any) -> Any:
     return getattr(model.model, "language_model", model.model)
 
 
-@pytest.mark.parametrize("kind", SLICES)
+_SLOW = ("gemma4", "gemma4_text-e2b", "qwen3_moe-stepped")
+"""Kinds that add little to the others, and take long."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in _SLOW)) for kind in SLICES])
 def test_logits_are_those_of_transformers_with_its_layers_exchanged(tmp_path: Path, kind: str) -> None:
     base, (text, numbers) = save(tmp_path / "base", kind), SLICES[kind]
     slice_layers(base, Output(tmp_path / "sliced"), layers=text)
