@@ -132,6 +132,16 @@ def test_the_command(source: Path, expected: dict[str, bytes], tmp_path: Path, l
     assert outputs[1] == ("", "") and outputs[0][1] == ""
 
 
+def test_the_command_fails_on_all_ranks(source: Path, tmp_path: Path) -> None:
+    """Each says what it met, rank 0 as JSON, too; an option that fits nothing is met by all."""
+    ranks = start(2, source, tmp_path / "out", "--json", "--pipeline-model-parallel-layout", "E|t|L")
+    outputs = [rank.communicate(timeout=100) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert json.loads(outputs[0][0])["error"]["exit_code"] == 2
+    assert outputs[1][0] == "" and outputs[1][1].startswith("error: rank 1: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def killed_at_random(seed: int, source: Path, expected: dict[str, bytes], folder: Path) -> str:
     """Kills ranks of a conversion at a random moment and resumes with another number; where they were killed."""
     draw = random.Random(seed)
@@ -208,7 +218,8 @@ def test_torchrun_restarts(source: Path, expected: dict[str, bytes], tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "out") == expected
-    assert len(json.loads(done.stdout)["ranks"]) == 3
+    last = done.stdout[done.stdout.rfind("\n{") + 1 :]  # an attempt that failed says so as JSON, too
+    assert len(json.loads(last)["ranks"]) == 3
 
 
 def in_namespaces() -> bool:

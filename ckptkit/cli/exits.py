@@ -77,7 +77,7 @@ class Commands(TyperGroup):
         return code
 
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
-        output = Output(_json_file(arguments) if _first() else None)
+        output = Output(_json_file(arguments) if not _rank() else None)
         _COMMAND.set(shlex.join(["ckptkit", *arguments]))
         try:
             try:
@@ -85,7 +85,7 @@ class Commands(TyperGroup):
             except Exception as error:
                 return _failed(output, error)
             except Interrupted as error:
-                if not _first():
+                if _rank():
                     return error.exit_code
                 return _fail(
                     output, None, f"stopped by {error}{_state_of_destination(error, arguments)}", error.exit_code
@@ -96,12 +96,12 @@ class Commands(TyperGroup):
             return EXIT_INTERNAL
 
 
-def _first() -> bool:
-    """Whether this process speaks for all that a launcher started."""
+def _rank() -> int:
+    """The number of this process among those that a launcher started; the first one speaks for all."""
     try:
-        return World.of().first
+        return World.of().rank
     except UsageError:
-        return True
+        return 0
 
 
 def _own_code(end: SystemExit) -> int:
@@ -147,7 +147,7 @@ def _signals_raise() -> Iterator[None]:
 def _fail(output: Output, error: CkptkitError | None, message: str, exit_code: int) -> int:
     if os.environ.get(TRACEBACK_VARIABLE):
         say(traceback.format_exc().rstrip())
-    output.error(error, message, exit_code)
+    output.error(error, f"rank {rank}: {message}" if (rank := _rank()) else message, exit_code)
     return exit_code
 
 
