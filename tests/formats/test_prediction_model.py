@@ -1,4 +1,4 @@
-"""megatron-core's own GPTModel with latent attention and multi-token prediction loads strictly what `convert` writes."""
+"""megatron-core's own GPTModel with latent attention and multi-token prediction loads what `convert` writes."""
 
 from __future__ import annotations
 

@@ -27,6 +27,8 @@ from tests.precision import MANY_ROWS, relative_error
 from tests.verification.conftest import DEVICE
 
 WITH_EXPERTS = [kind for kind, (_, changes) in MODELS.items() if any("experts" in key for key in changes)]
+ALIKE = ("glm4_moe-air", "glm4_moe-sparse", "deepseek_v3-moonlight", "glm4_moe_lite")
+"""Kinds with a router that another kind has, too."""
 ROWS = [[1, 2, 3], [4, 5, 6]]
 EXACT = 1e-5
 
@@ -131,7 +133,9 @@ def test_another_number_of_experts_fails(tmp_path: Path, sure: torch.Tensor) -> 
     assert "2 in the reference and 3 in the candidate" in report.checks()[1].summary
 
 
-@pytest.mark.parametrize("kind", WITH_EXPERTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind for kind in WITH_EXPERTS]
+)
 def test_transformers_goes_where_it_is_sent(tmp_path: Path, kind: str) -> None:
     source = save_model(tmp_path / "hf", kind)
     job = LogitsJob(str(source), RunConfig(), default_rows(250), str(tmp_path / "a"))
