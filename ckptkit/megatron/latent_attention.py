@@ -87,7 +87,7 @@ class _Rotary(torch.nn.Module):
         super().__init__()
         self.angles = RotaryEmbedding(rope, width, latent=True)
         self.factor = attention_factor(rope)
-        self.with_factor = config.rope_type == "yarn"  # type: ignore[attr-defined]
+        self.with_factor = config.rope_type == "yarn"
 
     def get_rotary_seq_len(
         self,
