@@ -68,7 +68,10 @@ LOCAL = Spelling(
     ),
     experts=PLAIN_LOCAL.experts,
     extra_states=False,
-    splits=((f".{_Q}down_proj.weight", COLUMN), (f".{_KV}down_proj.weight", COLUMN)),
+    # Of a LoRA adapter in the layout of PEFT, B is divided as the layer is.
+    splits=tuple(
+        (f".{linear}down_proj.{tensor}weight", COLUMN) for linear in (_Q, _KV) for tensor in ("", "lora_B.default.")
+    ),
 )
 SPELLINGS = (TE, LOCAL)
 

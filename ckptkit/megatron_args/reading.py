@@ -233,9 +233,10 @@ def _experts(args: Mapping[str, Any], base: ModelConfig) -> dict[str, Any]:
 def _latent(args: Mapping[str, Any], base: LatentAttention | None) -> LatentAttention | None:
     if not args.get("multi_latent_attention"):
         return None
-    sizes = {ours: args[name] for ours, name in LATENT_ARGS.items()}
-    found = LatentAttention(**sizes)
-    return found if base is None else replace(found, norm_eps=base.norm_eps)
+    sizes: dict[str, Any] = {ours: args[name] for ours, name in LATENT_ARGS.items()}
+    if base is not None:
+        sizes["norm_eps"] = base.norm_eps
+    return LatentAttention(**sizes)
 
 
 def _adapter(args: Mapping[str, Any]) -> Adapter | None:

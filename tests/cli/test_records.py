@@ -120,6 +120,7 @@ def test_options_of_execution_are_those_of_the_conversion() -> None:
     assert {field.name for field in fields(Execution)} == {field.name for field in fields(Carried)} - {
         "progress",
         "tell",
+        "world",
     }
 
 

@@ -160,3 +160,11 @@ def test_exchanged_halves_are_named(tmp_path: Path) -> None:
     torch.save(content, path)
     report = verify(source, tmp_path / "meg", level="weights")
     assert not report.passed and "eh_proj" in json.dumps(report.levels[-1].details)
+
+
+@pytest.mark.slow
+def test_logits_do_not_depend_on_them(tmp_path: Path) -> None:
+    source = add_prediction(save_model(tmp_path / "hf", "deepseek_v3"))
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=Parallelism(1, 2))
+    report = verify(source, tmp_path / "meg", tolerance=1e-5, device="cpu")
+    assert report.passed and len(report.levels) == 3 and "neither side ran it" in said(report.messages)

@@ -28,7 +28,7 @@ from tests.precision import MANY_ROWS, relative_error
 from tests.verification.conftest import DEVICE
 
 WITH_EXPERTS = [kind for kind, (_, changes) in MODELS.items() if any("experts" in key for key in changes)]
-ONE_EACH = ("qwen3_moe", "mixtral", "gemma4_text-moe")
+ONE_EACH = ("qwen3_moe", "mixtral", "gemma4_text-moe", "glm4_moe", "deepseek_v3")
 """A kind for each router of transformers."""
 ROWS = [[1, 2, 3], [4, 5, 6]]
 EXACT = 1e-5
