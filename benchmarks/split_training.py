@@ -80,7 +80,7 @@ def _measure(options: argparse.Namespace, which: str, trained: str) -> dict[str,
 
     raw = _config(options, which)
     config = replace(family_of(raw, which).parse(raw), max_position_embeddings=options.longest)
-    grid, device = Parallelism(), torch.device(options.device)
+    grid, device = Parallelism(), parallel.device_of(options.device, 0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     parallel.initialize(grid, 0, store=dist.HashStore(), device=device)
     chunks = build_chunks(

@@ -20,12 +20,9 @@ EXACT = 2e-5
 def answers(ranks: int, *arguments: object) -> list[dict[str, Any]]:
     """What each rank found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(PROGRAM.parents[2]),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
+    places = [str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own}
     command += [str(PROGRAM), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -70,7 +70,9 @@ def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int
     if config.latent is not None:
         if cp > 1:
             raise UnsupportedError("latent attention is not in the runtime with context parallelism")
-        parts.q_layernorm = parts.kv_layernorm = LatentNorm
+        parts.kv_layernorm = LatentNorm
+        if config.latent.query_rank is not None:  # megatron-core 0.19 refuses a norm that nothing uses
+            parts.q_layernorm = LatentNorm
         return ModuleSpec(module=LatentAttention, params={**stock.params, "layer": layer}, submodules=parts)
     if config.qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm

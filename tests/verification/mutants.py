@@ -746,6 +746,9 @@ class Misread:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._checkpoint, name)
 
+    def without_prediction(self) -> Misread:
+        return Misread(self._checkpoint.without_prediction(), self._fault)
+
     def shard(self, **place: Any) -> Tensors:
         tensors: Tensors = self._checkpoint.shard(**place)
         assert self._fault.tensors is not None

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.errors import UnsupportedError, UsageError
+from ckptkit.megatron import DDP
 from ckptkit.megatron.run_config import RunConfig
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
@@ -205,6 +206,11 @@ def _check_request(kind: str, seed: int, prompts: int, options: RunOptions) -> N
         raise UsageError(f"prompts must be at least 1, got {prompts}")
     if options.optimizer != OPTIMIZERS[0]:
         raise UsageError(f"--trainability steps with {OPTIMIZERS[0]}, not with {options.optimizer}")
+    if options.dp > 1 and options.dp_kind != DDP:
+        raise UsageError(
+            f"replicas that learn are megatron-core's DistributedDataParallel, not {options.dp_kind}",
+            hint=f"--dp-kind {DDP}",
+        )
     if options.save_logits is not None:
         raise UsageError("--save-logits and --trainability exclude each other", hint="no logits are kept of this run")
     options.check()
