@@ -68,7 +68,7 @@ def computed(per_node: float, file_system: float) -> str:
         [case.name, f"{case.terabytes:.2f}", *(f"{seconds(case, n, per_node, file_system):,.0f}" for n in NODES)]
         for case in CASES
     ]
-    return table(("model", "TB written", *(f"{n} nodes, s" for n in NODES)), rows)
+    return table(("model", "TB written", *(f"{n} node{'s' * (n > 1)}, s" for n in NODES)), rows)
 
 
 def main() -> None:
