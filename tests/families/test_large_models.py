@@ -1,7 +1,8 @@
 """Models of hundreds of billions of parameters have the size that is published, by the table alone.
 
 Where the configs are from: the defaults of `DeepseekV3Config` and `Glm4MoeLiteConfig` of transformers are those of
-DeepSeek-V3 and GLM-4.7-Flash. The config.json of GLM-4.5-Air is printed in a public bug report. Kimi-K2's sizes are in the tests of public engines, and its dense width and dense layers in the documentation of radixark/miles.
+DeepSeek-V3 and GLM-4.7-Flash. The config.json of GLM-4.5-Air is printed in a public bug report. Kimi-K2's sizes are in
+the tests of public engines, and its dense width and dense layers in the documentation of radixark/miles.
 """
 
 from __future__ import annotations
