@@ -7,7 +7,8 @@ Hypothesis draws the same examples every time, so that a failure is of the chang
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +28,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from ckptkit.verification.ranks.pool import RankPool
+
+
+SLOW_CASES = Path(__file__).with_name("slow_cases.txt")
+
+
+def slow_cases() -> list[str]:
+    """The ids of `slow_cases.txt`."""
+    lines = SLOW_CASES.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Marks the cases of the list, before pytest chooses by marks."""
+    listed = set(slow_cases())
+    for item in items:
+        if item.nodeid in listed or item.nodeid.partition("[")[0] in listed:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def test_without_anything_to_go_by(trained: tuple[Path, Path], tmp_path: Path) -
         folder.mkdir(parents=True)
         name = Path("iter_0000001") / folder.name / "model_optim_rng.pt"
         content = torch.load(megatron / name, weights_only=False)
-        content["model"]["decoder.layers.0.mlp.router.expert_bias"] = torch.zeros(3)
+        content["model"]["decoder.layers.0.self_attention.linear_gate.weight"] = torch.zeros(3)
         torch.save(content, folder / "model_optim_rng.pt")
     with pytest.raises(UnsupportedError, match="no family fits the tensor names"):
         convert(copy, tmp_path / "hf", to="hf")

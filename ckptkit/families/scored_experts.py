@@ -94,8 +94,10 @@ def values_of_experts(config: ModelConfig) -> dict[str, Any]:
     """The values of `config` for the keys that `with_experts` reads.
 
     Raises:
-        UnsupportedError: The shared experts are no whole number of experts.
+        UnsupportedError: There are no experts, or the shared ones are no whole number of them.
     """
+    if not config.moe_ffn_hidden_size:
+        raise UnsupportedError("a model without experts, which this family always has")
     shared, rest = divmod(config.shared_expert_size, config.moe_ffn_hidden_size)
     if rest:
         raise UnsupportedError(

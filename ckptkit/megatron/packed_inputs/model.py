@@ -255,7 +255,8 @@ def _shard_experts(layers: Sequence[torch.nn.Module], options: Mapping[str, Any]
             if hasattr(module, "local_experts"):
                 sharded: Any = fully_shard(module, mesh=mesh, **options)
                 sharded.set_gradient_divide_factor(float(ranks))
-                if torch.distributed.get_backend() == "gloo":  # which has no sum of scaled parts
+                # gloo has no sum of scaled parts; of a single part torch would take the mean twice.
+                if torch.distributed.get_backend() == "gloo" and mesh.size() > 1:
                     sharded.set_force_sum_reduction_for_comms(True)
 
 
