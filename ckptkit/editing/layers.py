@@ -137,7 +137,7 @@ def restack(base: Input, places: Sequence[Place]) -> Restacked:
         raise UnsupportedError(
             "layers of multi-token prediction, which predict from the last layer",
             where=base.name,
-            hint="leave them out",
+            hint="slices, stacks and merges take models without them",
         )
     config = replace(model.config, layers=_layers(places))
     raw = _described(base, config, places)

@@ -151,13 +151,13 @@ def _further(
     settings: dict[str, dict[str, Any]] = {}
     for name in ordered:
         for entry in listed[name]:
-            if entry["content"] in owned[name] and entry["content"] not in settings:
+            if entry["content"] and entry["content"] in owned[name] and entry["content"] not in settings:
                 settings[entry["content"]] = {
                     key: value for key, value in entry.items() if key not in ("id", "content")
                 }
     for name in ordered:
         for token, _ in sorted(owned[name].items(), key=lambda item: item[1]):
-            if token not in settings:
+            if token and token not in settings:
                 yield token, _PLAIN
     yield from settings.items()
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptkit.errors import UnsupportedError
 from ckptkit.families import latent
 from ckptkit.families.blocks import stacked
 from ckptkit.families.llama import EMBEDDINGS, TIED_HEAD
 from ckptkit.families.scored_experts import ALIASES, ROWS, dense_count, first_dense, values_of_experts, with_experts
-from ckptkit.tables.config_fields import Fields
 from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.family import Family, MegatronQuirks
 from ckptkit.tables.model_config import ModelConfig, Rope
@@ -45,9 +43,6 @@ DEFAULTS = {
 }
 CONFIG = ConfigJson("deepseek_v3", "DeepseekV3ForCausalLM", "deepseek_v3", DEFAULTS, Rope(10000.0), aliases=ALIASES)
 
-_ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-"""Keys of published files that the class of transformers does not read -> the value that it takes for granted."""
-
 
 def parse(raw: Raw) -> ModelConfig:
     """Translates a config.json of DeepSeek-V3, Moonlight or Kimi-K2.
@@ -57,16 +52,7 @@ def parse(raw: Raw) -> ModelConfig:
         UnsupportedError: Megatron-Core has no such attention, or it is a router of DeepSeek-V2.
     """
     fields, config = CONFIG.fields(raw), latent.parse(CONFIG, raw)
-    _refuse_other_routers(fields)
     return with_experts(config, fields, first_dense(fields, config.num_layers))
-
-
-def _refuse_other_routers(fields: Fields) -> None:
-    for key, value in _ONLY.items():
-        if fields.raw.get(key) not in (None, value):
-            raise UnsupportedError(
-                f"config.json: {key} is {fields.raw[key]!r}, and DeepseekV3ForCausalLM of transformers takes {value!r}"
-            )
 
 
 def _values(config: ModelConfig) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def _types(fields: Fields, num_layers: int) -> list[str]:
     if not isinstance(types, list) or len(types) != num_layers or not set(types) <= {DENSE, SPARSE}:
         raise InputError(f"config.json: mlp_layer_types must say dense or sparse of {num_layers} layers, not {types!r}")
     count = fields.raw.get("first_k_dense_replace")  # of published files; the class does not read it
+    if count is not None and type(count) is not int:
+        raise InputError(f"config.json: first_k_dense_replace must be a number of layers, not {count!r}")
     if count is not None and types != [DENSE] * count + [SPARSE] * (num_layers - count):
         raise InputError(f"config.json: first_k_dense_replace {count}, but the class makes other layers dense")
     return types
@@ -73,7 +75,8 @@ def _types(fields: Fields, num_layers: int) -> list[str]:
 
 def _values(config: ModelConfig) -> dict[str, Any]:
     types = [SPARSE if layer.moe else DENSE for layer in config.layers]
-    return {**latent.values(CONFIG, config), **values_of_experts(config), "mlp_layer_types": types}
+    found = {**latent.values(CONFIG, config), **values_of_experts(config), "mlp_layer_types": types}
+    return {**found, "num_nextn_predict_layers": config.mtp_layers} if config.mtp_layers else found
 
 
 GLM4_MOE_LITE = replace(

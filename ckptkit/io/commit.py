@@ -103,6 +103,7 @@ class Destination:
         self._fingerprints: tuple[Fingerprint, ...] = ()
         self._digest = ""
         self._journal: FileJournal | None = None
+        self._alone = True
         self._lock = -1
         self._in_place = False
         self._sealed: int | None = None
@@ -169,7 +170,8 @@ class Destination:
 
         with self._resumable(), self:
             work = Work(self._plan, self.directory, self._digest, threads, hash)
-            with Alone(work, count) if world.size == 1 else Leader(world, self._partial / _RANKS, work, count) as team:
+            self._alone = world.size == 1
+            with Alone(work, count) if self._alone else Leader(world, self._partial / _RANKS, work, count) as team:
                 if self._done:
                     outcome = Outcome(self._hashes() if hash else {})
                     self._in_place = True
@@ -215,9 +217,10 @@ class Destination:
         """Releases the lock. Finished files that are not committed stay in the partial directory.
 
         After an InputError the partial directory is removed: a corrected source makes a different plan, so nothing
-        could be resumed.
+        could be resumed. With several ranks it stays: the error may be of one machine alone, and a rank that does not
+        answer may still write there, which its lock in that directory shows.
         """
-        if isinstance(error, InputError) and not isinstance(error, TouchedError):
+        if isinstance(error, InputError) and not isinstance(error, TouchedError) and self._alone:
             with suppress(OSError):
                 shutil.rmtree(self._partial)
         if error is not None and (stands := self._what_stands()) is not None:

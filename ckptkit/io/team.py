@@ -570,10 +570,12 @@ class Follower(_Rank):
         try:
             self._voice = Voice(self._folder, run, self._world.rank)
             self.voice.say(**hello(), **self._work.terms)
-        except (FileNotFoundError, StorageError):  # a newer rank 0 has removed the folder
+        except (FileNotFoundError, StorageError):
             if self._voice is not None:
                 self._voice.close()
             self._voice = None
+            if called(self._folder, self._world) == run:
+                raise  # else a newer rank 0 has removed the folder
         else:
             self._ear = ear
 

@@ -812,3 +812,28 @@ def test_a_broken_family_of_another_package_is_named(other_package: Path, source
     other_package.write_text(source)
     with pytest.raises(UnsupportedError, match=match):
         families()
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3", "glm4_moe_lite"])
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("scoring_func", "softmax", UnsupportedError),
+        ("topk_method", "greedy", UnsupportedError),
+        ("moe_layer_freq", 2, UnsupportedError),
+        ("first_k_dense_replace", "1", InputError),
+        ("first_k_dense_replace", True, InputError),
+    ],
+)
+def test_other_routers_and_wrong_types_are_refused(kind: str, key: str, value: object, error: type[Exception]) -> None:
+    family, config = parsed(kind)
+    raw = family.unparse(config, {})
+    assert family.parse(raw) == config
+    with pytest.raises(error, match=key):
+        family.parse({**raw, key: value})
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3", "glm4_moe_lite"])
+def test_layers_of_prediction_are_counted_without_a_base(kind: str) -> None:
+    family, config = parsed(kind)
+    assert family.unparse(replace(config, mtp_layers=1), {})["num_nextn_predict_layers"] == 1

@@ -50,7 +50,11 @@ class Standing:
 
     def tensors(self) -> list[dict[str, torch.Tensor]]:
         """For each chunk the parameters and persistent buffers by name; they share the model's memory."""
-        return [expected_tensors(chunk) for chunk in self.chunks]
+        found = [expected_tensors(chunk) for chunk in self.chunks]
+        for name, tensor in (item for tensors in found for item in tensors.items()):
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+                raise UnsupportedError(f"{name} is a {type(tensor).__name__}, whose memory is not its values")
+        return found
 
     @classmethod
     def of(cls, model: Any) -> Standing:
@@ -73,6 +77,8 @@ class Standing:
             )
         chunks = [_unwrapped(chunk) for chunk in (model if isinstance(model, Sequence) else [model])]
         grid = _grid(chunks)
+        if (grid.etp or grid.tp) > grid.tp:
+            raise UnsupportedError(f"{grid}: ranks are told apart by TP, PP and EP rank, and these would collide")
         place = Rank(
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_rank(),

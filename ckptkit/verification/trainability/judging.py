@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,19 +79,23 @@ def _everywhere(answers: Sequence[Mapping[str, Any]], key: str) -> bool:
 
 def _copies(answers: Sequence[Mapping[str, Any]]) -> Check:
     """Do all ranks that hold one parameter hold the same?"""
-    spans: dict[tuple[str, int], list[float]] = {}
-    apart, copies = set(), 0
+    prints: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for answer in answers:
         for key, shard, total, norm in answer["prints"]:
-            low, high, size = spans.get((key, shard), [total, total, norm])
-            copies += (key, shard) in spans
-            spans[key, shard] = [min(low, total), max(high, total), max(size, norm)]
-    for (key, _), (low, high, size) in spans.items():
-        if not high - low <= APART * max(size, 1e-30):
-            apart.add(key)
+            prints.setdefault((key, shard), []).append((total, norm))
+    copies = sum(len(found) - 1 for found in prints.values())
+    apart = {key for (key, _), found in prints.items() if not _alike(found)}
     if apart:
         return Check("copies", False, f"ranks hold other copies of {some(sorted(apart))}")
     return Check("copies", True, f"{copies} copies on several ranks are alike" if copies else "no rank holds a copy")
+
+
+def _alike(prints: Sequence[tuple[float, float]]) -> bool:
+    """Whether sums and norms of copies are numbers, and equal but for the order of additions."""
+    if not all(math.isfinite(value) for found in prints for value in found):
+        return False
+    room = APART * max(max(norm for _, norm in prints), 1e-30)
+    return all(max(values) - min(values) <= room for values in zip(*prints, strict=True))
 
 
 def _learns(first: Mapping[str, Any]) -> Check:

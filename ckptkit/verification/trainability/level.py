@@ -32,7 +32,7 @@ from ckptkit.verification.reports.report import (
     jsonable,
 )
 from ckptkit.verification.reports.results import CandidateRan
-from ckptkit.verification.run_options import OPTIMIZERS, RunKeywords, RunOptions
+from ckptkit.verification.run_options import OPTIMIZERS, TOLERANCE, RunKeywords, RunOptions
 from ckptkit.verification.sides import MEGATRON, Side, check_backwards, widest_window
 from ckptkit.verification.trainability.goal import (
     ENDS,
@@ -211,6 +211,9 @@ def _check_request(kind: str, seed: int, prompts: int, options: RunOptions) -> N
             f"replicas that learn are megatron-core's DistributedDataParallel, not {options.dp_kind}",
             hint=f"--dp-kind {DDP}",
         )
+    for option, given in (("--tolerance", options.tolerance != TOLERANCE), ("--no-replay", not options.replay)):
+        if given:
+            raise UsageError(f"{option} and --trainability exclude each other", hint="nothing is compared here")
     if options.save_logits is not None:
         raise UsageError("--save-logits and --trainability exclude each other", hint="no logits are kept of this run")
     options.check()

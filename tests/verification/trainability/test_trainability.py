@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import LevelResult
 from ckptkit.verification.trainability.goal import advantages_of, error_of, rewards_of
+from ckptkit.verification.trainability.judging import _copies
 from ckptkit.verification.trainability.level import verify_trainability
 from ckptkit.verification.trainability.sampling import Completions
 from tests.models import MODELS, llama_config
@@ -248,6 +250,8 @@ def test_requests_that_make_no_sense(learner: Callable[[str], Path], tmp_path: P
         ({"prompts": 0}, "prompts must be"),
         ({"optimizer": "sgd"}, "steps with adamw"),
         ({"save_logits": "x"}, "--save-logits"),
+        ({"tolerance": 1e-3}, "--tolerance"),
+        ({"replay": False}, "--no-replay"),
         ({"sequence_parallel": True}, "needs a candidate at TP 2"),
         ({"train_only": "nothing"}, "matches no parameter"),
         ({"dp": 2, "dp_kind": "fsdp2"}, "DistributedDataParallel"),
@@ -296,6 +300,21 @@ def test_the_command_writes_every_report(
     assert "Error by step" in files["html"].read_text() and "The model does not learn" in files["html"].read_text()
     assert "does not learn" in files["markdown"].read_text()
     assert '<testsuite name="trainability"' in files["junit"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("others", "passed"),
+    [
+        ([1.0, 10.0], True),
+        ([1.0, 3.0], False),
+        ([4.0, 10.0], False),
+        ([math.nan, 10.0], False),
+        ([1.0, math.nan], False),
+    ],
+)
+def test_copies_are_compared_by_sum_and_norm(others: list[float], passed: bool) -> None:
+    answers: list[dict[str, Any]] = [{"prints": [["w", 0, *values]]} for values in ([1.0, 10.0], others)]
+    assert _copies(answers).passed == passed
 
 
 def test_advantages() -> None:
