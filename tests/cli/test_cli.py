@@ -588,7 +588,7 @@ def test_help_answers_at_once():
         "from ckptkit.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'numpy', 'yaml', 'safetensors', 'ckptkit.formats', 'ckptkit.families', 'ckptkit.conversion.convert'}\n"
+        "heavy = {'numpy', 'yaml', 'ckptkit.formats', 'ckptkit.families', 'ckptkit.conversion.convert'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = command_line("-c", code)
