@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from ckptkit.errors import CkptkitError
 from ckptkit.io.world import World
 
+ROOT = Path(__file__).parents[1]
 Answer = TypeVar("Answer")
+
+
+def torchrun_on_cpu(program: Path, ranks: int, *arguments: object) -> str:
+    """What a program prints that torchrun starts on CPU ranks; it has to succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command += [str(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def in_threads(

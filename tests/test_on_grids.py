@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.models import LLAMAS, save_llama, save_model
+from tests.ranks import torchrun_on_cpu
 
 PROGRAM = Path(__file__).parent / "programs" / "on_grids.py"
 EXACT = 2e-5
@@ -19,14 +17,7 @@ EXACT = 2e-5
 
 def answers(ranks: int, *arguments: object) -> list[dict[str, Any]]:
     """What each rank found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    places = [str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **own}
-    command += [str(PROGRAM), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, Any]] = json.loads(torchrun_on_cpu(PROGRAM, ranks, *arguments).splitlines()[-1])
     return found
 
 

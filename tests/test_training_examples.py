@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from ckptkit.verification.tokens import default_rows
 from ckptkit.verification.training.batches import counted
 from tests.lora import adapted, save_adapter
 from tests.models import save_llama
+from tests.ranks import torchrun_on_cpu
 from tests.surgery.pairs import build_split, save_pair
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -35,15 +33,9 @@ ADAPTER_ONLY = (
 
 def torchrun(example: str, ranks: int, *arguments: object) -> tuple[float, float]:
     """The loss before and after."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-    command += ["--standalone", str(EXAMPLES / example), *map(str, arguments)]
-    places = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **own}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = re.search(r"^loss (\S+) -> (\S+);", done.stdout, re.M)
-    assert found is not None, done.stdout
+    printed = torchrun_on_cpu(EXAMPLES / example, ranks, *arguments)
+    found = re.search(r"^loss (\S+) -> (\S+);", printed, re.M)
+    assert found is not None, printed
     return float(found[1]), float(found[2])
 
 

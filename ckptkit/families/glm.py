@@ -50,6 +50,7 @@ def parse(raw: Raw) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
+        UnsupportedError: It is another router.
     """
     fields = CONFIG.fields(raw)
     config = CONFIG.decoder({**raw, "head_dim": _head_dim(fields)})

@@ -49,7 +49,7 @@ def parse(raw: Raw) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
-        UnsupportedError: Megatron-Core has no such attention.
+        UnsupportedError: Megatron-Core has no such attention, or it is another router.
     """
     fields, config = CONFIG.fields(raw), latent.parse(CONFIG, raw)
     for where in (raw, object_in(raw, "rope_parameters")):

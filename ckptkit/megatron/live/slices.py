@@ -35,8 +35,9 @@ class LocalTensor(NamedTuple):
 def state_dict_of(model: Any, *, hf_reference: str | Path | None = None) -> Iterator[LocalTensor]:
     """What this rank holds of the model's Hugging Face tensors; all ranks call this.
 
-    Together the ranks of one data parallel replica yield every element once. No weights are copied or sent, so whoever
-    pushes them to an engine decides how they travel.
+    Together the ranks of one data parallel replica yield every element of the model once; towers, which it does not
+    hold, are yielded by none. No weights are copied or sent, so whoever pushes them to an engine decides how they
+    travel.
 
     Args:
         model: A GPTModel of megatron-core or the list of its chunks, in whatever Megatron wraps them.

@@ -49,7 +49,11 @@ class Standing:
         return ["model"] if len(self.chunks) == 1 else [f"model{number}" for number in range(len(self.chunks))]
 
     def tensors(self) -> list[dict[str, torch.Tensor]]:
-        """For each chunk the parameters and persistent buffers by name; they share the model's memory."""
+        """For each chunk the parameters and persistent buffers by name; they share the model's memory.
+
+        Raises:
+            UnsupportedError: One is of a class of its own, as those of Transformer Engine in FP8 are.
+        """
         found = [expected_tensors(chunk) for chunk in self.chunks]
         for name, tensor in (item for tensors in found for item in tensors.items()):
             if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -66,7 +70,8 @@ class Standing:
 
         Raises:
             UsageError: torch.distributed or megatron-core's groups are not there, or this is no such model.
-            UnsupportedError: Its layers are not where a grid that checkpoints know has them.
+            UnsupportedError: Its layers are not where a grid that checkpoints know has them, or its ETP is larger
+                than its TP.
         """
         from megatron.core import parallel_state
 
