@@ -150,8 +150,8 @@ class _RouterCall(TorchFunctionMode):
 
     A token with a negative number is left to the router, as in megatron-core (`moe.Router.replay`).
 
-    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, but they return different
-    things; what follows (renormalising, scales of experts) stays the router's own. A router that chooses groups first
+    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, or topk first, but they return
+    different things; what follows (renormalising, scales of experts) stays the router's own. A router that chooses groups first
     calls topk for these, too, on tensors of another shape.
     """
 
@@ -160,10 +160,11 @@ class _RouterCall(TorchFunctionMode):
         self.prescribed = prescribed
         self.logits = self.experts = self.own = torch.empty(0)
         self.scores: torch.Tensor | None = None
-        self._by_score = False
+        self._by_score = self._chosen_first = False
 
     def start(self, *_: Any) -> None:
         """Forward pre-hook of the router."""
+        self.logits = torch.empty(0)
         super().__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, *_: Any) -> None:
@@ -175,7 +176,9 @@ class _RouterCall(TorchFunctionMode):
     ) -> Any:
         result = function(*arguments, **(options or {}))
         name = getattr(function, "__name__", None)
-        if name in (SOFTMAX, SIGMOID):
+        if name == TOPK and not self.logits.numel():  # a softmax over the chosen experts alone follows
+            self.logits, self._by_score, self._chosen_first = arguments[0], False, True
+        if name in (SOFTMAX, SIGMOID) and not self._chosen_first:
             self.logits, self._by_score = arguments[0], name == SIGMOID
         elif name == TOPK and arguments[0].shape == self.logits.shape:
             self.own = result.indices
