@@ -184,6 +184,8 @@ class ExpertOutput(RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and this rank's share of the bias, whose gradient is that of the whole."""
         output, bias = super().forward(input_)
+        if not self.explicit_expert_comm:  # autograd forbids to add the bias in place, as megatron-core does next
+            output = output.clone()
         ranks = self.tp_group.size()
         if bias is None or ranks == 1:
             return output, bias
