@@ -17,7 +17,7 @@ class Alternating(Form):
     Nothing here goes by shapes: GPT-OSS has square matrices.
 
     Attributes:
-        columns: Whether outputs are columns, `[in, out]`, and not rows.
+        columns: As in `Form`.
     """
 
     columns: bool

@@ -144,10 +144,10 @@ class Form:
     """How the tensors of an expert make one: one after another, in their rows. Other forms are derived from this one.
 
     Attributes:
-        name: For reports.
+        columns: Whether the outputs of a layer are columns of that tensor, `[in, out]`, and not rows.
     """
 
-    name = "rows"
+    columns: bool = False
 
     def shape(self, parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """The shape of that tensor, from those of its parts."""
