@@ -150,8 +150,8 @@ class _RouterCall(TorchFunctionMode):
 
     A token with a negative number is left to the router, as in megatron-core (`moe.Router.replay`).
 
-    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, or calls topk first and takes a
-    softmax of what it chose; but they return different things, and what follows (renormalising, scales of experts) stays
+    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, or calls topk first and takes
+    a softmax of what it chose. But they return different things; what follows (renormalising, scales of experts) stays
     the router's own. A router that chooses groups first calls topk for these, too, on tensors of another shape.
     """
 
