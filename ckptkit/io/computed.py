@@ -369,16 +369,16 @@ def _made(
     what: object,
     make: Callable[[int, int], Bytes],
     unit: int = 1,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Tensor:
     if not prod(shape):
         return Tensor.full(dtype, shape)
-    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile), dtype, shape)
+    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE), dtype, shape)
 
 
-def _tile_rows(width: int, unit: int, tile: int = TILE) -> int:
+def _tile_rows(width: int, unit: int, tile: int | None = None) -> int:
     """Rows of `width` elements in a tile: a multiple of `unit`."""
-    return max(tile // (width * unit), 1) * unit
+    return max((tile or TILE) // (width * unit), 1) * unit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -401,7 +401,7 @@ class _Computed:
     what: object
     make: Callable[[int, int], Bytes]
     unit: int
-    tile: int = TILE
+    tile: int
 
     def __repr__(self) -> str:
         return f"computed {self.digest}"
