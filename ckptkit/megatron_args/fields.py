@@ -237,7 +237,7 @@ CORE_FIELDS = (
 )
 """Fields of every model."""
 
-SINK_FIELDS = (
+BEYOND_PLAIN_FIELDS = (
     Field(
         *("softmax_type",) * 3,
         SOFTMAX_TYPE,
@@ -245,15 +245,11 @@ SINK_FIELDS = (
         "sinks",
         ModelConfig,
     ),
-)
-"""Further fields of a model whose heads have sinks."""
-
-ACTIVATION_FIELDS = (
     derived(FLAG, "quick_geglu", lambda config, layer: config.gated and config.activation == QUICK_GELU, core=None),
     of_model(POSITIVE_OR_NONE, "activation_clamp", "activation_func_clamp_value"),
     of_model(NUMBER, "up_offset", "glu_linear_offset"),
 )
-"""Further fields of a model whose MLP is gated otherwise than by a function alone."""
+"""Further fields of a model with sinks, or with an MLP that is gated by more than a function."""
 
 EXPERT_FIELDS = (
     derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None, layout=True),
@@ -348,8 +344,7 @@ PRECISION_FIELDS = (
 
 FIELDS = (
     *CORE_FIELDS,
-    *SINK_FIELDS,
-    *ACTIVATION_FIELDS,
+    *BEYOND_PLAIN_FIELDS,
     *(field for field in EXPERT_FIELDS if field.ours or field.kind),
     *SCORE_FIELDS,
     *ROUTER_DTYPE,
@@ -370,12 +365,15 @@ def _scores_otherwise(config: ModelConfig) -> bool:
     return any(getattr(config, row.ours) != plain[row.ours] for row in SCORE_FIELDS if row.ours is not None)
 
 
+def _is_beyond_plain(config: ModelConfig) -> bool:
+    clamped = config.activation_clamp is not None or config.up_offset != 0.0
+    return config.sinks or clamped or config.activation == QUICK_GELU
+
+
 def fields_of(config: ModelConfig) -> Iterator[Field]:
     """The rows of a model, in the order in which they are written; those of its element type come last."""
     yield from CORE_FIELDS
-    yield from SINK_FIELDS if config.sinks else ()
-    if config.activation == QUICK_GELU or config.activation_clamp is not None or config.up_offset:
-        yield from ACTIVATION_FIELDS
+    yield from BEYOND_PLAIN_FIELDS if _is_beyond_plain(config) else ()
     yield from LATENT_FIELDS if config.latent is not None else ()
     yield from PREDICTION_FIELDS if config.mtp_layers else ()
     if config.num_experts:

@@ -20,7 +20,19 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.sharding.grid import Parallelism
 from tests.models import save_llama, save_model
 
-BRIDGED = ["gqa", "tied", "llama3", "biased", "qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "mistral", "mistral-nemo", "gpt_oss"]
+BRIDGED = [
+    "gqa",
+    "tied",
+    "llama3",
+    "biased",
+    "qwen2",
+    "qwen2-tied",
+    "qwen3",
+    "qwen3_moe",
+    "mistral",
+    "mistral-nemo",
+    "gpt_oss",
+]
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"

@@ -95,7 +95,9 @@ def test_columns_become_rows(monkeypatch: Any, tmp_path: Path, count: int, tile:
     joined = columns_together(stored)
     assert joined.shape == array.shape and read_tensor(joined).tobytes() == array.tobytes()
     assert read_tensor(joined.rows(60, 70).cols(2, 4)).tobytes() == array[60:, 2:4].tobytes()
-    assert read_tensor(columns_apart(matrix.rows(3, 9), count)[-1]).tobytes() == array[3:9, count - 1 :: count].T.tobytes()
+    assert (
+        read_tensor(columns_apart(matrix.rows(3, 9), count)[-1]).tobytes() == array[3:9, count - 1 :: count].T.tobytes()
+    )
 
 
 def test_columns_there_and_back_are_the_same_bytes() -> None:

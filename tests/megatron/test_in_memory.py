@@ -63,7 +63,9 @@ def test_columns_that_are_rows_elsewhere(dtype: torch.dtype) -> None:
     memory = Memory()
     recipes = memory.add({"matrix": matrix, "gate": parts[0], "up": parts[1]}, "test")
     gate, up = columns_apart(recipes["matrix"], 2)
-    assert torch.equal(memory.read(vstack([up, gate.rows(1, 3)])), torch.cat([matrix[:, 1::2].t(), matrix[:, 2::2].t()]))
+    assert torch.equal(
+        memory.read(vstack([up, gate.rows(1, 3)])), torch.cat([matrix[:, 1::2].t(), matrix[:, 2::2].t()])
+    )
     together = columns_together([recipes["gate"], recipes["up"]])
     expected = torch.stack([parts[0], parts[1]], dim=-1).transpose(0, 1).reshape(7, 6)
     assert torch.equal(memory.read(together), expected)
