@@ -123,10 +123,9 @@ class Router(TopKRouter):
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, fp32 [..., experts], of hidden states [..., hidden]."""
-        parts = (input, self.weight, self.bias)
-        if self.config.moe_router_dtype == "fp32":
-            parts = tuple(None if part is None else part.float() for part in parts)
-        logits = F.linear(*parts)
+        dtype = torch.float32 if self.config.moe_router_dtype == "fp32" else input.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits = F.linear(input.to(dtype), self.weight.to(dtype), bias)
         return (logits if self.adapted is None else self.adapted(logits, input)).float()
 
     def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
