@@ -1,68 +1,31 @@
 """Models of hundreds of billions of parameters have the size that is published, by the table alone.
 
-Where the configs are from: the defaults of `DeepseekV3Config` and `Glm4MoeLiteConfig` of transformers are those of
-DeepSeek-V3 and GLM-4.7-Flash. The config.json of GLM-4.5-Air is printed in a public bug report. Kimi-K2's sizes are in
-the tests of public engines, and its dense width and dense layers in the documentation of radixark/miles.
+`fixtures/large_models.json` says where each config is from.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.planning import FIXTURE, large_models, write_sparse
+from ckptkit import convert
 from ckptkit.families import family_of
 
-AIR = {
-    "attention_bias": True,
-    "first_k_dense_replace": 1,
-    "head_dim": 128,
-    "hidden_size": 4096,
-    "intermediate_size": 10944,
-    "max_position_embeddings": 131072,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 128,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 96,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 46,
-    "num_key_value_heads": 8,
-    "num_nextn_predict_layers": 1,
-    "partial_rotary_factor": 0.5,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "topk_group": 1,
-    "torch_dtype": "bfloat16",
-    "use_qk_norm": False,
-    "vocab_size": 151552,
-}
-KIMI = {
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "n_routed_experts": 384,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "vocab_size": 163840,
-}
-SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
-    # name -> architecture, config.json, billions of parameters as published, without multi-token prediction
-    "DeepSeek-V3": ("DeepseekV3ForCausalLM", {}, 671),
-    "Kimi-K2": ("DeepseekV3ForCausalLM", KIMI, 1026),
-    "GLM-4.5-Air": ("Glm4MoeForCausalLM", AIR, 106),
-    "GLM-4.7-Flash": ("Glm4MoeLiteForCausalLM", {}, 30),
-}
+MODELS: dict[str, dict[str, Any]] = json.loads(FIXTURE.read_text())
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", MODELS)
 def test_parameters(name: str) -> None:
-    architecture, raw, published = SIZES[name]
-    family = family_of({"architectures": [architecture]}, name)
+    """Layers of multi-token prediction do not count; what GLM-4.5 is published with is not said."""
+    raw = MODELS[name]["config"]
+    family = family_of(raw, name)
     count = sum(item.parameters for item in family.items(family.parse(raw)))
-    assert abs(count / 1e9 - published) < 1
+    assert abs(count / 1e9 - MODELS[name]["billions"]) < (2.5 if name == "GLM-4.5" else 1)
 
 
 def test_multi_token_prediction_of_deepseek_v3() -> None:
@@ -73,3 +36,21 @@ def test_multi_token_prediction_of_deepseek_v3() -> None:
     copies = [copy for copy in family.copies(config) if copy.hf.startswith("model.layers.61.")]
     parameters = sum(item.parameters for item in added) + len(copies) * config.vocab_size * config.hidden_size
     assert len(copies) == 2 and abs(parameters / 1e9 - 14) < 1
+
+
+LISTED = {model.name: model for model in large_models()}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LISTED if name != "GLM-4.5-Air"]
+
+
+@pytest.mark.parametrize("name", ["GLM-4.5-Air", *SLOW])
+def test_dry_run_at_true_size(tmp_path: Path, name: str) -> None:
+    """Every tensor of the files is used, layers of multi-token prediction included, and nothing is written."""
+    model = LISTED[name]
+    count = write_sparse(tmp_path / "hf", model)
+    prediction = MODELS[name]["config"].get("num_nextn_predict_layers", 0)
+    for to in ("torch", "torch_dist"):
+        result = convert(tmp_path / "hf", tmp_path / "meg", to=to, grid=model.parallelism, dry_run=True)
+        assert result.coverage["used"] + result.coverage["replicas"] == count
+        assert any("of multi-token prediction beside" in note for note in result.notes) == bool(prediction)
+        assert sum(file["bytes"] for file in result.files) > 1.9e9 * MODELS[name]["billions"]
+    assert not (tmp_path / "meg").exists()
