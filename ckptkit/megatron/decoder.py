@@ -34,13 +34,12 @@ class DecoderLayer(TransformerLayer):
         super().__init__(config=layer_config(config, layer, activation), **options)
 
 
-def inner_layer(layer: torch.nn.Module) -> torch.nn.Module:
+def inner_layer(layer: torch.nn.Module) -> Any:
     """The decoder layer inside a layer of multi-token prediction."""
-    found: torch.nn.Module = next(getattr(layer, name) for name in _INNER if hasattr(layer, name))
-    return found
+    return next(getattr(layer, name) for name in _INNER if hasattr(layer, name))
 
 
-def inner_layers(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[int, torch.nn.Module]]:
+def inner_layers(chunks: Iterable[Any]) -> Iterator[tuple[int, torch.nn.Module]]:
     """The decoder layers of multi-token prediction in some model chunks, numbered as if they followed the model's."""
     for chunk in chunks:
         if (block := getattr(chunk, "mtp", None)) is not None:

@@ -131,7 +131,7 @@ class CausalModel(GPTModel):
         state = predicted_states(
             self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params=packed_seq_params
         )
-        logits, _ = self.output_layer(state)
+        logits: torch.Tensor = self.output_layer(state)[0]
         return logits.transpose(0, 1).contiguous()
 
     def _embed_narrow(self, adapter: Adapter) -> None:

@@ -104,7 +104,7 @@ def _loaded(model: Any, count: int, state: dict[str, torch.Tensor], path: object
         )  # a config without them: they are like the last
     try:
         found = modeling_layers.MtpModel(model, count)
-        conversions = found.get_weight_conversions(model)
+        conversions: Any = found.get_weight_conversions(model)
     finally:
         for name, value in before.items():
             setattr(config, name, value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,34 @@ def test_each_rank_has_its_share_of_either_vector(tmp_path: Path) -> None:
             assert torch.equal(model[f"decoder.layers.{layer}.{FUSED}layer_norm_weight"], norm)
             assert f"decoder.layers.{layer}.{FUSED}_extra_state" in model
             assert not any(f".layers.{layer}.input_layernorm" in name or "q_down_proj" in name for name in model)
+
+
+@pytest.mark.slow
+def test_megatron_core_takes_it(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    attention = pytest.importorskip("megatron.core.transformer.multi_latent_attention")
+    if not hasattr(attention, "FusedMLASelfAttention"):
+        pytest.skip("this megatron-core has no such layer")
+    tensors = load_file(save_model(tmp_path / "hf", "deepseek_v3") / "model.safetensors")
+    convert(tmp_path / "hf", tmp_path / "meg", to="torch", spec="te_fused", grid=Parallelism(2))
+    names = {"queries": "q_a_proj", "keys and values": "kv_a_proj_with_mqa"}
+    whole = {what: tensors[f"model.layers.0.self_attn.{name}.weight"] for what, name in names.items()}
+    save_file(whole, tmp_path / "meg" / "whole.safetensors")
+
+    def ran() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.formats.fused_attention", str(tmp_path / "meg")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+    assert "equal" in ran().stdout
+    path = tmp_path / "meg" / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    found = content(path)
+    weight = found["model"][f"decoder.layers.0.{FUSED}weight"]
+    weight.copy_(torch.cat((weight[12:], weight[:12])))  # the other vector first
+    torch.save(found, path)
+    done = ran()
+    assert done.returncode and "Tensor-likes are not close" in done.stderr
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from ckptkit import Parallelism, convert, open_checkpoint, verify
 from ckptkit.errors import InputError
-from ckptkit.verification.logits import Side, verify_logits
+from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import RankPool
+from ckptkit.verification.sides import Side
 from tests.megatron.test_families_against_transformers import rewrite, shards
 from tests.models import add_prediction, save_model
 from tests.precision import MANY_ROWS
