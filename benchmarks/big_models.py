@@ -216,9 +216,7 @@ def released(name: str) -> dict[str, Any]:
     Raises:
         SystemExit: There is none of that name.
     """
-    known = {
-        key: value for file in (CONFIGS, LARGE) for key, value in json.loads(file.read_text("utf-8")).items()
-    }
+    known = {key: value for file in (CONFIGS, LARGE) for key, value in json.loads(file.read_text("utf-8")).items()}
     if name not in known:
         raise SystemExit(f"error: no released config named {name}; known: {', '.join(sorted(known))}")
     config: dict[str, Any] = known[name]["config"]

@@ -143,6 +143,8 @@ def large_models() -> Iterator[Listed]:
         "GLM-4.5": Parallelism(8, 4, ep=16, etp=1),
         "GLM-4.5-Air": Parallelism(4, 2, ep=8, etp=1),
         "GLM-4.7-Flash": Parallelism(4, 1, ep=8, etp=1),
+        "gpt-oss-20b": Parallelism(4, 2, ep=8, etp=1),
+        "gpt-oss-120b": Parallelism(8, 4, ep=16, etp=1),
     }
     for name, model in json.loads(FIXTURE.read_text(encoding="utf-8")).items():
         yield Listed(name, model["config"], grids[name])
