@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -160,6 +160,8 @@ def inspection(result: Inspection, console: Console) -> None:
         ("size", human_size(result.bytes)),
         ("dtypes", ", ".join(f"{name} {human_size(size)}" for name, size in result.dtypes.items())),
     ]
+    if result.quantised is not None:
+        about.append(("quantised", _quantised(result.quantised)))
     if result.adapter is not None:
         about += [(name, _counted(value)) for name, value in result.adapter.items() if value]
     console.print(facts(about))
@@ -180,6 +182,12 @@ def delta(result: DeltaInspection, console: Console) -> None:
         ("size", f"{human_size(result.bytes)} for {human_size(result.bytes_new)} of weights"),
     ]
     console.print(facts(about))
+
+
+def _quantised(quantised: Mapping[str, Any]) -> str:
+    """What is quantised, how, and the size as numbers."""
+    stored, read = human_size(quantised["bytes_stored"]), human_size(quantised["bytes_read"])
+    return f"{quantised['tensors']:,} tensors, {quantised['scheme']}: {stored}, {read} as {quantised['read_as']}"
 
 
 def _counted(value: Any) -> str:

@@ -119,6 +119,7 @@ def convert(
             vocab_size=vocab_size,
             lora_alpha=lora_alpha if adapter is None else None,
             part=part if adapter is None else MODEL,
+            dtype=options.dtype,
         )
         added = None
         if adapter is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.record import Lora
-from ckptkit.checkpoints.sources import open_source
+from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
@@ -22,7 +22,8 @@ class Inspection:
     """A summary of the headers of a checkpoint. Sizes in bytes.
 
     `megatron_flags` holds the words after `pretrain_gpt.py` with which Megatron-LM builds the model, or None where no
-    words do, for the reasons in `inexpressible`.
+    words do, for the reasons in `inexpressible`. `quantised` says what of a quantised checkpoint is, how, and the bytes
+    that reading it as numbers adds; `bytes`, `dtypes` and `roles` are then about these numbers.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Inspection:
     inexpressible: list[str]
     notes: list[str]
     adapter: dict[str, Any] | None = None
+    quantised: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values."""
@@ -104,6 +106,7 @@ def inspect(
         inexpressible=inexpressible(source.config),
         notes=[*source.notes, *source.disagreements],
         adapter=None if source.lora is None else _of_adapter(source.lora, source),
+        quantised=facts_of(source).get("quantised"),
     )
 
 

@@ -105,7 +105,7 @@ def computed(
 
         return encode(values(start, stop), dtype)
 
-    return _made(dtype, tuple(shape), inputs, ("computed", what), make)
+    return made(dtype, tuple(shape), inputs, ("computed", what), make)
 
 
 def elementwise(
@@ -139,8 +139,7 @@ def elementwise(
             [encode(values(at, some), dtype) for at, some in blocks(matrices, start, stop, double=double)]
         )
 
-    made = _made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make)
-    return made.reshape(inputs[0].shape)
+    return made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make).reshape(inputs[0].shape)
 
 
 def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -241,7 +240,7 @@ def permuted(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
         rows = np.ascontiguousarray(block).reshape((last - first) * shape[1], -1)
         return rows[start - first * shape[1] : stop - first * shape[1]].reshape(-1)
 
-    return _made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
+    return made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
 
 
 def _slab(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
@@ -254,7 +253,7 @@ def _slab(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
     return tensor.cols(start, stop)
 
 
-def _made(
+def made(
     dtype: DType,
     shape: tuple[int, ...],
     inputs: Sequence[Tensor],
@@ -262,6 +261,16 @@ def _made(
     make: Callable[[int, int], Bytes],
     unit: int = 1,
 ) -> Tensor:
+    """A tensor whose bytes are made.
+
+    Args:
+        dtype: Type of its elements.
+        shape: Its shape; it has at least one axis.
+        inputs: The tensors that it is computed from.
+        what: Everything else that its bytes depend on, as a value whose `repr` says it in full.
+        make: (first row, row after the last) -> the bytes of rows. Equal arguments give equal bytes.
+        unit: A tile has a multiple of this number of rows.
+    """
     if not prod(shape):
         return Tensor.full(dtype, shape)
     return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit), dtype, shape)
