@@ -56,10 +56,26 @@ def conversion(result: ConversionResult, console: Console) -> None:
     sentences(console, result.lossy, "lossy", "bold yellow")
     sentences(console, [_dropped(record) for record in result.dropped], "dropped", "cyan")
     sentences(console, result.notes, "note", "cyan")
+    if result.likeness is not None:
+        sentences(console, _likeness(result.likeness), "like", "cyan")
     console.print(_closing_line(result))
     if flags := target.get("megatron_flags"):
         console.print(line("Megatron-LM builds this model with:"))
         megatron_flags(flags, console)
+
+
+def _likeness(likeness: Mapping[str, Any]) -> list[str]:
+    """What became of the tensors of a reference, those that moved most first."""
+    new = sorted(likeness["new_scales"], key=lambda record: -float(record["relative_rms"]))
+    found = [
+        f"{likeness['same']:,} tensors keep codes and scales, {len(likeness['old_scales']):,} keep scales,"
+        f" {len(new):,} have new ones"
+    ]
+    found += [
+        f"{one['tensor']} moved by {one['relative_rms']:.3g} of its RMS, at most {one['max_abs_difference']:.3g}"
+        for one in new[:5]
+    ]
+    return [*found, f"{len(new) - 5:,} more are in --json"] if len(new) > 5 else found
 
 
 def _layout(side: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ Formulas, with every product in float32 and one rounding to the wanted type:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptkit.dtypes import DType
-from ckptkit.io.casts import decode, encode
+from ckptkit.io.casts import decode, encode, rounded
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -89,24 +90,15 @@ def from_fp8(codes: Bytes, scales: Floats, block: tuple[int, int], dtype: DType,
     table = encode(products, dtype).view(_unsigned(dtype)).reshape(len(scales), -1)
     out = np.empty((rows, columns), table.dtype)
     across = np.arange(columns) // width * 256
-    step = max(_CHUNK // max(columns, 1), 1)
-    index = np.empty((min(step, rows), columns), np.intp)
     if height == 1:  # each row has numbers of its own
-        table, down = table.reshape(-1), np.arange(rows)[:, None] * table.shape[1]
-        for top in range(0, rows, step):
-            some = codes[top : top + step]
-            place = index[: len(some)]
-            np.add(some, across, out=place)
-            place += down[top : top + step]
-            np.take(table, place, out=out[top : top + step], mode="wrap")
-        return out.reshape(-1).view(np.uint8)
-    for strip, numbers in enumerate(table):
-        bottom = min((strip + 1) * height - above, rows)
-        for top in range(max(strip * height - above, 0), bottom, step):
-            some = codes[top : min(top + step, bottom)]
-            place = index[: len(some)]
-            np.add(some, across, out=place)
-            np.take(numbers, place, out=out[top : top + len(some)], mode="wrap")
+        table, down = table.reshape(1, -1), np.arange(rows)[:, None] * table.shape[1]
+    index = np.empty((max(_CHUNK // max(columns, 1), 1), columns), np.intp)
+    for top, bottom, strip in _strips(rows, columns, height, above):
+        place = index[: bottom - top]
+        np.add(codes[top:bottom], across, out=place)
+        if height == 1:
+            place += down[top:bottom]
+        np.take(table[strip], place, out=out[top:bottom], mode="wrap")
     return out.reshape(-1).view(np.uint8)
 
 
@@ -170,3 +162,164 @@ def _pairs(numbers: Floats) -> NDArray[np.uint64]:
 
 def _unsigned(dtype: DType) -> type[Any]:
     return {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
+
+
+def largest_of_blocks(values: Floats, block: tuple[int, int]) -> Floats:
+    """The largest magnitude of each block, [ceil(rows / block height), ceil(columns / block width)].
+
+    Args:
+        values: [rows, columns]; the first row begins a block.
+        block: Height and width of a block.
+    """
+    height, width = block
+    down, across = np.arange(0, len(values), height), np.arange(0, values.shape[1], width)
+    found: Floats = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), down, axis=0), across, axis=1)
+    return found
+
+
+def fp8_scales(largest: Floats, *, powers: bool = False) -> Floats:
+    """The scales of new FP8 codes: the largest magnitude of a block / 448; 1 where all is zero.
+
+    Args:
+        largest: The largest magnitude of each block.
+        powers: Whether each scale is the next power of two instead.
+    """
+    scales = np.where(largest > 0, largest / np.float32(E4M3_MAX), np.float32(1))
+    if powers:
+        mantissa, exponent = np.frexp(scales)  # 0.5 <= mantissa < 1
+        scales = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
+    return np.maximum(scales, np.finfo(np.float32).tiny)
+
+
+def to_fp8(values: Floats, scales: Floats, block: tuple[int, int], above: int = 0) -> Bytes:
+    """FP8 codes for numbers in blocks with known scales, rounded to nearest even; what is too large becomes 448.
+
+    Args:
+        values: [rows, columns].
+        scales: As of `from_fp8`, and so are the others.
+        block: Height and width of a block.
+        above: Rows of the first blocks that are above the first row.
+    """
+    rows, columns = values.shape
+    out = np.empty((rows, columns), np.uint8)
+    across = np.repeat(scales, block[1], axis=1)[:, :columns]
+    for top, bottom, strip in _strips(rows, columns, block[0], above):
+        divided = values[top:bottom] / across[strip if block[0] > 1 else slice(top, bottom)]
+        out[top:bottom] = _minifloat(divided, 3, -6, E4M3_MAX)
+    return out.reshape(-1)
+
+
+def mxfp4_scales(values: Floats) -> Bytes:
+    """The scales of new MXFP4 codes, 2^(floor(log2(largest magnitude of a group)) - 2): [rows, groups] of E8M0."""
+    largest = np.abs(values).reshape(len(values), -1, MXFP4_GROUP).max(axis=2)
+    exponent = (largest.view(np.uint32) >> 23).astype(np.int32) - 2
+    found: Bytes = exponent.clip(0, 254).astype(np.uint8)
+    return found
+
+
+def to_mxfp4(values: Floats, scales: Bytes) -> Bytes:
+    """MXFP4 codes for numbers with known scales, rounded to nearest even; what is too large becomes 6.
+
+    Args:
+        values: [rows, groups * 32].
+        scales: E8M0, [rows, groups].
+    """
+
+    def codes(some: Floats, rows: slice) -> Bytes:
+        divided = some.reshape(len(some), -1, MXFP4_GROUP) / e8m0()[scales[rows], None]
+        found = _minifloat(divided, 1, 0, _FP4[-1])
+        return found & np.uint8(7) | (found >> np.uint8(4)) & np.uint8(8)
+
+    return _packed(values, codes)
+
+
+def int4_scales(values: Floats, group: int, dtype: DType) -> Floats:
+    """The scales of new INT4 codes, as compressed-tensors has them: the largest magnitude of a group / 7.5.
+
+    Args:
+        values: [rows, columns].
+        group: Numbers that share a scale.
+        dtype: Type of the scales, to which they are rounded.
+
+    Returns:
+        [rows, columns / group].
+    """
+    largest = np.abs(values).reshape(len(values), -1, group).max(axis=2)
+    scales = rounded(largest / np.float32(7.5), dtype)
+    return np.where(scales == 0, np.float32(_EPS[dtype.name]), scales)
+
+
+def to_int4(values: Floats, scales: Floats, group: int) -> Bytes:
+    """INT4 codes for numbers with known scales, rounded to nearest even; what is too large becomes -8 or 7.
+
+    Args:
+        values: [rows, columns].
+        scales: [rows, columns / group].
+        group: Numbers that share a scale.
+    """
+
+    def codes(some: Floats, rows: slice) -> Bytes:
+        divided = some.reshape(len(some), -1, group) / scales[rows, :, None]
+        found: Bytes = (np.rint(divided).clip(-8, 7) + 8).astype(np.uint8)
+        return found
+
+    return _packed(values, codes)
+
+
+_EPS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
+"""The scale of a group of zeros in compressed-tensors: the step above 1 of each type."""
+
+
+def _packed(values: Floats, codes: Callable[[Floats, slice], Bytes]) -> Bytes:
+    """Codes of four bits, two in a byte, the low ones first."""
+    rows, columns = values.shape
+    out = np.empty((rows, columns // 2), np.uint8)
+    step = max(_CHUNK // max(columns, 1), 1)
+    with np.errstate(all="ignore"):
+        for top in range(0, rows, step):
+            some = slice(top, min(top + step, rows))
+            found = codes(values[some], some).reshape(some.stop - top, -1)
+            out[some] = found[:, 0::2] | found[:, 1::2] << np.uint8(4)
+    return out.reshape(-1)
+
+
+def _minifloat(values: Floats, mantissa: int, lowest: int, largest: float) -> Bytes:
+    """Codes of a floating-point type of at most seven bits beside the sign, which is bit 7. The values are lost.
+
+    Each is rounded to nearest even: adding 2^(e + 23 - mantissa) to a magnitude in [2^e, 2^(e + 1)) leaves it as a
+    multiple of 2^(e - mantissa) in the lowest bits.
+
+    Args:
+        values: What to round.
+        mantissa: Bits of the mantissa.
+        lowest: Exponent of the smallest normal number.
+        largest: The largest number.
+    """
+    with np.errstate(all="ignore"):
+        sign = np.signbit(values)
+        magnitude = np.minimum(np.abs(values, out=values), np.float32(largest), out=values)
+        bits = magnitude.view(np.int32)
+        exponent = np.maximum(bits & 0x7F800000, (127 + lowest) << 23)
+        step = exponent + ((23 - mantissa) << 23)
+        magnitude += step.view(np.float32)
+        bits -= step
+        exponent -= (127 + lowest) << 23
+        exponent >>= 23 - mantissa
+        bits += exponent
+        codes = bits.astype(np.uint8)
+    codes |= sign.view(np.uint8) << np.uint8(7)
+    return codes
+
+
+def _strips(rows: int, columns: int, height: int, above: int) -> Iterator[tuple[int, int, int]]:
+    """Rows in small numbers that lie in one row of blocks: (first, row after the last, number of the row of blocks)."""
+    step = max(_CHUNK // max(columns, 1), 1)
+    if height == 1:
+        yield from ((top, min(top + step, rows), 0) for top in range(0, rows, step))
+        return
+    top = 0
+    while top < rows:
+        strip = (top + above) // height
+        bottom = min(top + step, (strip + 1) * height - above, rows)
+        yield top, bottom, strip
+        top = bottom

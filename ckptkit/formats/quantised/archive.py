@@ -44,6 +44,13 @@ class Quantised:
     stored: Mapping[str, Stored] = field(repr=False)
     activations: Mapping[str, Tensor] = field(repr=False)
 
+    @property
+    def names(self) -> set[str]:
+        """Names of its tensors where they are not quantised."""
+        hidden = {name for item in self.stored.values() for name in item.parts} | self.activations.keys()
+        held = {name for header in self.headers.values() for name in header.entries}
+        return (held - hidden) | {item.name for item in self.stored.values()}
+
     def facts(self) -> dict[str, Any]:
         """What is quantised, how, and what dequantising adds; sizes in bytes."""
         stored = sum(item.nbytes for item in self.stored.values())
