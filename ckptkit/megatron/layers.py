@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -71,8 +72,8 @@ def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int
         if cp > 1:
             raise UnsupportedError("latent attention is not in the runtime with context parallelism")
         parts.kv_layernorm = LatentNorm
-        if config.latent.query_rank is not None:  # megatron-core 0.19 refuses a norm that nothing uses
-            parts.q_layernorm = LatentNorm
+        # megatron-core 0.19 refuses a norm that nothing uses
+        parts.q_layernorm = IdentityOp if config.latent.query_rank is None else LatentNorm
         return ModuleSpec(module=LatentAttention, params={**stock.params, "layer": layer}, submodules=parts)
     if config.qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm

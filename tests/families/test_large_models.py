@@ -1,74 +1,39 @@
-"""Models of hundreds of billions of parameters have the size that is published, by the table alone.
+"""Models of tens to hundreds of billions of parameters have the size that is published, by the table alone.
 
-Where the configs are from: the defaults of `DeepseekV3Config` and `Glm4MoeLiteConfig` of transformers are those of
-DeepSeek-V3 and GLM-4.7-Flash. The config.json of GLM-4.5-Air is printed in a public bug report. Kimi-K2's sizes are in
-the tests of public engines, and its dense width and dense layers in the documentation of radixark/miles.
+`fixtures/large_configs.json` says of each where its config is from. DeepSeek-V3 and Kimi-K2 are published with a
+stretched rotary embedding (YaRN), which is not in there: no shape depends on it.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckptkit.families import family_of
 
-AIR = {
-    "attention_bias": True,
-    "first_k_dense_replace": 1,
-    "head_dim": 128,
-    "hidden_size": 4096,
-    "intermediate_size": 10944,
-    "max_position_embeddings": 131072,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 128,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 96,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 46,
-    "num_key_value_heads": 8,
-    "num_nextn_predict_layers": 1,
-    "partial_rotary_factor": 0.5,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "topk_group": 1,
-    "torch_dtype": "bfloat16",
-    "use_qk_norm": False,
-    "vocab_size": 151552,
-}
-KIMI = {
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "n_routed_experts": 384,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "vocab_size": 163840,
-}
-SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
-    # name -> architecture, config.json, billions of parameters as published, without multi-token prediction
-    "DeepSeek-V3": ("DeepseekV3ForCausalLM", {}, 671),
-    "Kimi-K2": ("DeepseekV3ForCausalLM", KIMI, 1026),
-    "GLM-4.5-Air": ("Glm4MoeForCausalLM", AIR, 106),
-    "GLM-4.7-Flash": ("Glm4MoeLiteForCausalLM", {}, 30),
-}
+LARGE: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[2] / "fixtures" / "large_configs.json").read_text(encoding="utf-8")
+)
+"""Name -> config, its source, and parameters as published, without multi-token prediction, to a billion."""
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", LARGE)
 def test_parameters(name: str) -> None:
-    architecture, raw, published = SIZES[name]
-    family = family_of({"architectures": [architecture]}, name)
-    count = sum(item.parameters for item in family.items(family.parse(raw)))
-    assert abs(count / 1e9 - published) < 1
+    large = LARGE[name]
+    family = family_of(large["config"], name)
+    count = sum(item.parameters for item in family.items(family.parse(large["config"])))
+    assert abs(count - large["parameters"]) < 1e9
 
 
 def test_multi_token_prediction_of_deepseek_v3() -> None:
     """It is published with 14 billion more: a layer, and in its files copies of the embedding and of the head."""
-    family = family_of({"architectures": ["DeepseekV3ForCausalLM"]}, "")
-    config = replace(family.parse({}), mtp_layers=1)
+    raw = LARGE["DeepSeek-V3"]["config"]
+    family = family_of(raw, "")
+    config = replace(family.parse(raw), mtp_layers=1)
     added = [item for item in family.items(config) if item.key.startswith("mtp.")]
     copies = [copy for copy in family.copies(config) if copy.hf.startswith("model.layers.61.")]
     parameters = sum(item.parameters for item in added) + len(copies) * config.vocab_size * config.hidden_size
