@@ -30,6 +30,8 @@ E4M3_MAX = 448.0
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CHUNK = 1 << 16
 """Elements that are dequantised at a time: what this takes stays in the caches of a core."""
+_SMALL = 1 << 16
+"""Elements that are quantised at a time."""
 
 
 @lru_cache(maxsize=1)
@@ -172,9 +174,19 @@ def largest_of_blocks(values: Floats, block: tuple[int, int]) -> Floats:
         block: Height and width of a block.
     """
     height, width = block
-    down, across = np.arange(0, len(values), height), np.arange(0, values.shape[1], width)
-    found: Floats = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), down, axis=0), across, axis=1)
+    across = np.arange(0, values.shape[1], width)
+    found = np.empty((-(-len(values) // height), len(across)), np.float32)
+    for number, top in enumerate(range(0, len(values), height)):
+        strip = values[top : top + height]
+        largest = np.maximum(strip.max(axis=0), -strip.min(axis=0))
+        found[number] = np.maximum.reduceat(largest, across)
     return found
+
+
+def largest_of_groups(values: Floats, group: int) -> Floats:
+    """The largest magnitude of each group of a row, [rows, columns / group]."""
+    found: Floats = np.maximum.reduceat(np.abs(values).reshape(-1), np.arange(0, values.size, group))
+    return found.reshape(len(values), -1)
 
 
 def fp8_scales(largest: Floats, *, powers: bool = False) -> Floats:
@@ -203,15 +215,21 @@ def to_fp8(values: Floats, scales: Floats, block: tuple[int, int], above: int = 
     rows, columns = values.shape
     out = np.empty((rows, columns), np.uint8)
     across = np.repeat(scales, block[1], axis=1)[:, :columns]
-    for top, bottom, strip in _strips(rows, columns, block[0], above):
-        divided = values[top:bottom] / across[strip if block[0] > 1 else slice(top, bottom)]
-        out[top:bottom] = _minifloat(divided, 3, -6, E4M3_MAX)
+    minifloat = _Minifloat(3, -6, E4M3_MAX)
+    with np.errstate(all="ignore"):
+        for top, bottom, strip in _strips(rows, columns, block[0], above, _SMALL):
+            divided = minifloat.room(bottom - top, columns)
+            np.divide(values[top:bottom], across[strip if block[0] > 1 else slice(top, bottom)], out=divided)
+            minifloat.codes(divided, out[top:bottom])
     return out.reshape(-1)
 
 
-def mxfp4_scales(values: Floats) -> Bytes:
-    """The scales of new MXFP4 codes, 2^(floor(log2(largest magnitude of a group)) - 2): [rows, groups] of E8M0."""
-    largest = np.abs(values).reshape(len(values), -1, MXFP4_GROUP).max(axis=2)
+def mxfp4_scales(largest: Floats) -> Bytes:
+    """The scales of new MXFP4 codes, 2^(floor(log2(largest magnitude of a group)) - 2), as E8M0.
+
+    Args:
+        largest: The largest magnitude of each group, [rows, groups].
+    """
     exponent = (largest.view(np.uint32) >> 23).astype(np.int32) - 2
     found: Bytes = exponent.clip(0, 254).astype(np.uint8)
     return found
@@ -224,27 +242,26 @@ def to_mxfp4(values: Floats, scales: Bytes) -> Bytes:
         values: [rows, groups * 32].
         scales: E8M0, [rows, groups].
     """
+    minifloat = _Minifloat(1, 0, _FP4[-1])
 
     def codes(some: Floats, rows: slice) -> Bytes:
-        divided = some.reshape(len(some), -1, MXFP4_GROUP) / e8m0()[scales[rows], None]
-        found = _minifloat(divided, 1, 0, _FP4[-1])
+        divided = minifloat.room(len(some), some.shape[1])
+        groups = (len(some), -1, MXFP4_GROUP)
+        np.divide(some.reshape(groups), e8m0()[scales[rows], None], out=divided.reshape(groups))
+        found = np.empty(divided.shape, np.uint8)
+        minifloat.codes(divided, found)
         return found & np.uint8(7) | (found >> np.uint8(4)) & np.uint8(8)
 
     return _packed(values, codes)
 
 
-def int4_scales(values: Floats, group: int, dtype: DType) -> Floats:
+def int4_scales(largest: Floats, dtype: DType) -> Floats:
     """The scales of new INT4 codes, as compressed-tensors has them: the largest magnitude of a group / 7.5.
 
     Args:
-        values: [rows, columns].
-        group: Numbers that share a scale.
+        largest: The largest magnitude of each group, [rows, groups].
         dtype: Type of the scales, to which they are rounded.
-
-    Returns:
-        [rows, columns / group].
     """
-    largest = np.abs(values).reshape(len(values), -1, group).max(axis=2)
     scales = rounded(largest / np.float32(7.5), dtype)
     return np.where(scales == 0, np.float32(_EPS[dtype.name]), scales)
 
@@ -274,7 +291,7 @@ def _packed(values: Floats, codes: Callable[[Floats, slice], Bytes]) -> Bytes:
     """Codes of four bits, two in a byte, the low ones first."""
     rows, columns = values.shape
     out = np.empty((rows, columns // 2), np.uint8)
-    step = max(_CHUNK // max(columns, 1), 1)
+    step = max(_SMALL // max(columns, 1), 1)
     with np.errstate(all="ignore"):
         for top in range(0, rows, step):
             some = slice(top, min(top + step, rows))
@@ -283,37 +300,49 @@ def _packed(values: Floats, codes: Callable[[Floats, slice], Bytes]) -> Bytes:
     return out.reshape(-1)
 
 
-def _minifloat(values: Floats, mantissa: int, lowest: int, largest: float) -> Bytes:
-    """Codes of a floating-point type of at most seven bits beside the sign, which is bit 7. The values are lost.
+class _Minifloat:
+    """Encodes in a floating-point type of at most seven bits beside the sign, which becomes bit 7.
 
-    Each is rounded to nearest even: adding 2^(e + 23 - mantissa) to a magnitude in [2^e, 2^(e + 1)) leaves it as a
-    multiple of 2^(e - mantissa) in the lowest bits.
+    Each number is rounded to nearest even: adding 2^(e + 23 - mantissa) to a magnitude in [2^e, 2^(e + 1)) leaves it as
+    a multiple of 2^(e - mantissa) in the lowest bits.
 
     Args:
-        values: What to round.
         mantissa: Bits of the mantissa.
         lowest: Exponent of the smallest normal number.
-        largest: The largest number.
+        largest: The largest number; what is larger becomes this.
     """
-    with np.errstate(all="ignore"):
+
+    def __init__(self, mantissa: int, lowest: int, largest: float) -> None:
+        self._mantissa, self._lowest, self._largest = mantissa, (127 + lowest) << 23, np.float32(largest)
+        self._room = np.empty((3, 0), np.int32)
+
+    def room(self, rows: int, columns: int) -> Floats:
+        """A buffer for numbers to encode, which is used again and again."""
+        if self._room.shape[1] < rows * columns:
+            self._room = np.empty((3, rows * columns), np.int32)
+        return self._room[0, : rows * columns].view(np.float32).reshape(rows, columns)
+
+    def codes(self, values: Floats, out: Bytes) -> None:
+        """Puts the codes of numbers, which are in `room` and are lost, into `out`."""
         sign = np.signbit(values)
-        magnitude = np.minimum(np.abs(values, out=values), np.float32(largest), out=values)
+        magnitude = np.minimum(np.abs(values, out=values), self._largest, out=values)
         bits = magnitude.view(np.int32)
-        exponent = np.maximum(bits & 0x7F800000, (127 + lowest) << 23)
-        step = exponent + ((23 - mantissa) << 23)
+        exponent, step = (part[: bits.size].reshape(bits.shape) for part in self._room[1:])
+        np.bitwise_and(bits, 0x7F800000, out=exponent)
+        np.maximum(exponent, self._lowest, out=exponent)
+        np.add(exponent, (23 - self._mantissa) << 23, out=step)
         magnitude += step.view(np.float32)
         bits -= step
-        exponent -= (127 + lowest) << 23
-        exponent >>= 23 - mantissa
+        exponent >>= 23 - self._mantissa
         bits += exponent
-        codes = bits.astype(np.uint8)
-    codes |= sign.view(np.uint8) << np.uint8(7)
-    return codes
+        np.copyto(out, bits, casting="unsafe")
+        out -= np.uint8(self._lowest >> (23 - self._mantissa) & 255)
+        out |= sign.view(np.uint8) << np.uint8(7)
 
 
-def _strips(rows: int, columns: int, height: int, above: int) -> Iterator[tuple[int, int, int]]:
+def _strips(rows: int, columns: int, height: int, above: int, chunk: int = _CHUNK) -> Iterator[tuple[int, int, int]]:
     """Rows in small numbers that lie in one row of blocks: (first, row after the last, number of the row of blocks)."""
-    step = max(_CHUNK // max(columns, 1), 1)
+    step = max(chunk // max(columns, 1), 1)
     if height == 1:
         yield from ((top, min(top + step, rows), 0) for top in range(0, rows, step))
         return

@@ -260,6 +260,7 @@ def made(
     what: object,
     make: Callable[[int, int], Bytes],
     unit: int = 1,
+    numbers: int = 1,
 ) -> Tensor:
     """A tensor whose bytes are made.
 
@@ -270,10 +271,11 @@ def made(
         what: Everything else that its bytes depend on, as a value whose `repr` says it in full.
         make: (first row, row after the last) -> the bytes of rows. Equal arguments give equal bytes.
         unit: A tile has a multiple of this number of rows.
+        numbers: Numbers that an element is made from: tiles hold as many fewer.
     """
     if not prod(shape):
         return Tensor.full(dtype, shape)
-    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit), dtype, shape)
+    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, numbers), dtype, shape)
 
 
 def _tile_rows(width: int, unit: int) -> int:
@@ -292,6 +294,7 @@ class _Computed:
         what: Everything else that its bytes depend on.
         make: (first row, row after the last) -> the bytes of rows.
         unit: A tile has a multiple of this number of rows.
+        numbers: Numbers that an element is made from.
     """
 
     dtype: DType
@@ -300,6 +303,7 @@ class _Computed:
     what: object
     make: Callable[[int, int], Bytes]
     unit: int
+    numbers: int = 1
 
     def __repr__(self) -> str:
         return f"computed {self.digest}"
@@ -332,7 +336,7 @@ class _Computed:
     @cached_property
     def _rows(self) -> int:
         """Rows of a tile."""
-        return _tile_rows(self._width // self.dtype.itemsize, self.unit)
+        return _tile_rows(self._width // self.dtype.itemsize * self.numbers, self.unit)
 
     def _tile(self, number: int) -> bytes:
         start = number * self._rows

@@ -30,6 +30,10 @@ CODES = {"fp8": ("F8_E4M3", 1), "mxfp4": ("U8", 2), "int4": ("I32", 8)}
 """Kind -> type of an element of codes, and the numbers in it."""
 
 
+class NotFiniteError(Exception):
+    """A block has a number that is not finite."""
+
+
 @dataclass(frozen=True)
 class Coding:
     """How numbers become codes and scales.
@@ -47,23 +51,32 @@ class Coding:
     powers: bool = False
 
     def new_scales(self, values: Floats) -> Bytes:
-        """The bytes of the scales for rows of numbers, the first of which begins a block."""
-        from ckptkit.io.casts import encode
-        from ckptkit.io.codes import int4_scales, largest_of_blocks, mxfp4_scales
+        """The bytes of the scales for rows of numbers, the first of which begins a block; errors as `scales_for`."""
+        return self.scales_for(self.largest(values))
 
-        if self.kind == "mxfp4":
-            return mxfp4_scales(values).reshape(-1)
-        if self.kind == "int4":
-            return encode(int4_scales(values, self.block[1], self.scales), self.scales)
-        return self.scales_for(largest_of_blocks(values, self.block))
+    def largest(self, values: Floats) -> Floats:
+        """The largest magnitude of each block of rows of numbers, the first of which begins a block."""
+        from ckptkit.io.codes import largest_of_blocks, largest_of_groups
+
+        return largest_of_blocks(values, self.block) if self.kind == "fp8" else largest_of_groups(values, self.block[1])
 
     def scales_for(self, largest: Floats) -> Bytes:
-        """The bytes of the scales of `fp8` for blocks with these largest magnitudes."""
+        """The bytes of the scales for blocks with these largest magnitudes.
+
+        Raises:
+            NotFiniteError: One is not finite: no scale serves its block.
+        """
         import numpy as np
 
         from ckptkit.io.casts import encode
-        from ckptkit.io.codes import fp8_scales
+        from ckptkit.io.codes import fp8_scales, int4_scales, mxfp4_scales
 
+        if not np.isfinite(largest).all():
+            raise NotFiniteError
+        if self.kind == "mxfp4":
+            return mxfp4_scales(largest).reshape(-1)
+        if self.kind == "int4":
+            return encode(int4_scales(largest, self.scales), self.scales)
         powers = self.powers or self.scales.itemsize == 1
         found = fp8_scales(largest, powers=powers)
         if self.scales.itemsize == 1:
@@ -233,7 +246,18 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
     what = ("quantised", coding, likeness is not None)
 
     tall = height * columns > LARGEST
-    scales_of_tall = Once(lambda: coding.scales_for(_largest(name, numbers, coding.block)))
+
+    def new_scales(start: int, stop: int, values: Floats | None = None) -> Bytes:
+        """The bytes of the scales of rows of blocks, for these numbers of theirs."""
+        try:
+            if not tall:
+                return coding.new_scales(_values(numbers, start * height, stop * height) if values is None else values)
+            size = coding.scales.itemsize * grid[1]
+            return scales_of_tall()[start * size : stop * size]
+        except NotFiniteError:
+            raise InputError(f"{name} has numbers that are not finite, which cannot be quantised") from None
+
+    scales_of_tall = Once(lambda: coding.scales_for(_largest(numbers, coding)))
 
     def make_codes(start: int, stop: int) -> Bytes:
         if likeness is not None and (verdict := likeness()) != Verdict.NEW:
@@ -241,61 +265,45 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
 
             same = verdict == Verdict.SAME
             return read_tensor(likeness.codes.rows(start, stop)) if same else likeness.of_rows(start, stop)[1]
-        values = _values(name, numbers, start, stop)
-        if not tall:
-            return coding.codes(values, coding.new_scales(values))
-        first, last = start // height * grid[1], -(-stop // height) * grid[1]
-        size = coding.scales.itemsize
-        return coding.codes(values, scales_of_tall()[first * size : last * size], start % height)
+        values = _values(numbers, start, stop)
+        return coding.codes(values, new_scales(start // height, -(-stop // height), values), start % height)
 
     def make_scales(start: int, stop: int) -> Bytes:
         import numpy as np
 
         if likeness is not None and likeness() != Verdict.NEW:
             return likeness.scales_of(start * height, min(stop * height, rows))
-        if tall:
-            size = coding.scales.itemsize * grid[1]
-            return scales_of_tall()[start * size : stop * size]
-        strips = _tiles((rows, columns), height, start * height, min(stop * height, rows))
-        return np.concatenate([coding.new_scales(_values(name, numbers, *strip)) for strip in strips])
+        step = stop - start if tall else max(TILE // (height * columns), 1)
+        return np.concatenate([new_scales(row, min(row + step, stop)) for row in range(start, stop, step)])
 
     dtype, in_element = CODES[coding.kind]
     unit = 1 if tall else height
-    codes = made(DTYPES[dtype], (rows, columns // in_element), inputs, ("codes", *what), make_codes, unit)
+    shape = (rows, columns // in_element)
+    codes = made(DTYPES[dtype], shape, inputs, ("codes", *what), make_codes, unit, numbers=in_element)
     return codes, made(coding.scales, grid, inputs, ("scales", *what), make_scales)
 
 
-def _values(name: str, numbers: Tensor, start: int, stop: int) -> Floats:
-    """Rows of numbers as float32.
-
-    Raises:
-        InputError: One is not finite: no scale would serve its block.
-    """
+def _values(numbers: Tensor, start: int, stop: int) -> Floats:
+    """Rows of numbers as float32."""
     import numpy as np
 
     from ckptkit.io.casts import decode
     from ckptkit.io.reading import read_tensor
 
+    stop = min(stop, numbers.shape[0])
     raw = read_tensor(numbers.rows(start, stop))
-    values: Floats = decode(raw, numbers.out_dtype).astype(np.float32).reshape(stop - start, -1)
-    if not np.isfinite(np.add.reduce(np.abs(values).max(axis=0))):
-        raise InputError(f"{name} has numbers that are not finite, which cannot be quantised")
+    values: Floats = decode(raw, numbers.out_dtype).astype(np.float32, copy=False).reshape(stop - start, -1)
     return values
 
 
-def _largest(name: str, numbers: Tensor, block: tuple[int, int]) -> Floats:
+def _largest(numbers: Tensor, coding: Coding) -> Floats:
     """The largest magnitude of each block, where blocks are too tall to be read at once."""
     import numpy as np
 
-    from ckptkit.io.codes import largest_of_blocks
-
     found: list[Floats] = []
-    for first in range(0, numbers.shape[0], block[0]):
-        last = min(first + block[0], numbers.shape[0])
-        parts = [
-            largest_of_blocks(_values(name, numbers, *tile), block) for tile in _tiles(numbers.shape, 1, first, last)
-        ]
-        found.append(np.maximum.reduce(parts))
+    for first in range(0, numbers.shape[0], coding.block[0]):
+        tiles = _tiles(numbers.shape, 1, first, min(first + coding.block[0], numbers.shape[0]))
+        found.append(np.maximum.reduce([coding.largest(_values(numbers, *tile)) for tile in tiles]))
     return np.concatenate(found)
 
 
