@@ -42,7 +42,7 @@ MEMORY = CACHE + (64 << 20)
 """Bytes of memory that computed tensors take beside the buffers that move bytes: caches, and a tile in every thread."""
 
 
-_tiles: Cache[bytes] = Cache(CACHE // 2, len)
+_tiles: Cache[memoryview] = Cache(CACHE // 2, len)
 _operands: Cache[Values] = Cache(CACHE // 2, lambda values: values.nbytes)
 
 
@@ -321,8 +321,8 @@ class _Computed:
     def __len__(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start:stop`, cut out of whole tiles."""
+    def read(self, start: int, stop: int) -> bytes | memoryview:
+        """Bytes `start:stop`, cut out of whole tiles; a part of one tile is not copied."""
         size = self._rows * self._width
         tiles = range(start // size, -(-stop // size))
         pieces = [self._tile(tile)[max(start - tile * size, 0) : stop - tile * size] for tile in tiles]
@@ -338,7 +338,7 @@ class _Computed:
         """Rows of a tile."""
         return _tile_rows(self._width // self.dtype.itemsize * self.numbers, self.unit)
 
-    def _tile(self, number: int) -> bytes:
+    def _tile(self, number: int) -> memoryview:
         start = number * self._rows
         stop = min(start + self._rows, len(self) // self._width)
-        return _tiles.get((self.digest, start, stop), lambda: self.make(start, stop).tobytes())
+        return _tiles.get((self.digest, start, stop), lambda: memoryview(self.make(start, stop)).cast("B"))
