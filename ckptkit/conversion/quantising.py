@@ -17,7 +17,7 @@ from ckptkit.formats.quantised.archive import Quantised, dequantised
 from ckptkit.formats.quantised.scheme import FP8, INT4, KEY, MXFP4, stated, without_scheme
 from ckptkit.formats.quantised.stored import BLOCKS, PACKED, SCALE, SCALE_INV, SCALES, SHAPE, Stored
 from ckptkit.io.castable import CASTABLE
-from ckptkit.io.computed import as_matrix, permuted, recast
+from ckptkit.io.computed import as_matrix, recast
 from ckptkit.io.dequantised import slices
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.quantised import Coding, Likeness, quantised
@@ -28,6 +28,10 @@ LIKE = "like:"
 FP8_BLOCK, FP8_POWERS = "fp8-block", "fp8-block-ue8m0"
 SCHEMES = (FP8_BLOCK, FP8_POWERS, MXFP4, INT4)
 _BLOCK, _GROUP = (128, 128), 32
+_GPT_OSS = "GptOssForCausalLM"
+_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
+"""Ends of the names of its experts; where they are not MXFP4, outputs are columns, which no other scheme's readers
+expect."""
 _PLAIN = ("embed", "mlp.router.", "shared_experts.gate_weight", "eh_proj", "output_layer", "per_layer")
 """Parts of canonical names of matrices that no scheme quantises by itself: tables of tokens, routers, and heads."""
 
@@ -70,6 +74,16 @@ def quantise_called(text: str | None, stack: ExitStack, *, headers_only: bool) -
     if found is None or not found.stored:
         raise InputError("no tensor is quantised in it", where=place, hint="name a quantised directory, or a scheme")
     return Quantise(text, found)
+
+
+def names_for(source: Checkpoint, wanted: Quantise) -> set[str]:
+    """Names of the tensors from which a quantised output is made, as of `Checkpoint.hf_tensors`."""
+    if wanted.like is not None:
+        return wanted.like.names
+    if wanted.text != MXFP4:
+        return source.stored_names
+    names = source.hf_tensors(source.stored_names)
+    return {name + BLOCKS if name.endswith(_EXPERTS) else name for name in names}
 
 
 @dataclass(frozen=True)
@@ -164,10 +178,8 @@ def _as_stored(
     item: Stored, tensor: Tensor, like: Quantised, compared: Callable[[Likeness], None]
 ) -> dict[str, Tensor]:
     """A tensor in the form in which a reference stores it; its likenesses are handed on."""
-    transposed = item.kind == MXFP4 and len(item.shape) == 3
-    shape = (item.shape[0], item.shape[2], item.shape[1]) if transposed else item.shape
-    if tensor.shape != shape or tensor.out_dtype.name not in CASTABLE:
-        what = f"{item.name} is {tensor.out_dtype}{list(tensor.shape)}, and in the reference {list(shape)}"
+    if tensor.shape != item.shape or tensor.out_dtype.name not in CASTABLE:
+        what = f"{item.name} is {tensor.out_dtype}{list(tensor.shape)}, and in the reference {list(item.shape)}"
         raise InputError(what, where=like.path, hint="name the quantised archive of this model")
     codes, scales = item.parts[item.codes], item.parts[item.scales]
     powers = isinstance(about := stated(like.config), dict) and about.get("scale_fmt") == "ue8m0"
@@ -180,7 +192,7 @@ def _as_stored(
         names = [item.name] if len(item.shape) == 2 else (f"{item.name}[{n}]" for n in range(codes.numel))
         parts = [(name, *three) for name, three in zip(names, some, strict=False)]
     else:
-        numbers = permuted(_uncast(tensor), (0, 2, 1)) if transposed else _uncast(tensor)
+        numbers = _uncast(tensor)
         rows = numbers.numel // numbers.shape[-1]
         wide = codes.reshape((rows, codes.numel // rows))
         parts = [(item.name, as_matrix(numbers), wide, as_matrix(scales))]
@@ -195,7 +207,7 @@ def _as_stored(
 
 
 def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> QuantisedOutput:
-    if scheme == MXFP4 and source.config.architecture != "GptOssForCausalLM":
+    if scheme == MXFP4 and source.config.architecture != _GPT_OSS:
         raise UnsupportedError(
             f"--quantise mxfp4: no library reads it for {source.config.architecture}",
             where=source.path,
@@ -213,7 +225,8 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
     count = 0
     for name, tensor in tensors.items():
         wide = tensor.out_dtype.name in CASTABLE and len(tensor.shape) in (2, 3)
-        experts = wide and len(tensor.shape) == 3 and ".experts." in name
+        by_columns = source.config.architecture == _GPT_OSS and name.endswith(_EXPERTS)
+        experts = wide and len(tensor.shape) == 3 and ".experts." in name and not by_columns
         matrix = wide and len(tensor.shape) == 2 and name.endswith(".weight")
         parts = {}
         if (matrix and name in own) or experts:
@@ -250,13 +263,12 @@ def _int4(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _mxfp4(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    if len(tensor.shape) != 3 or tensor.shape[1] % 32:
+    if not name.endswith(BLOCKS) or tensor.shape[-1] % 32:
         return {}
-    experts, columns, rows = tensor.shape
-    numbers = as_matrix(permuted(_uncast(tensor), (0, 2, 1)))
-    codes, scales = quantised(name, numbers, Coding(MXFP4, (1, 32), DTYPES["U8"]))
-    groups = (experts, rows, columns // 32)
-    return {name + BLOCKS: codes.reshape((*groups, 16)), name + SCALES: scales.reshape(groups)}
+    coding = Coding(MXFP4, (1, 32), DTYPES["U8"])
+    codes, scales = quantised(name, as_matrix(_uncast(tensor)), coding)
+    groups = (*tensor.shape[:-1], tensor.shape[-1] // 32)
+    return {name: codes.reshape((*groups, 16)), name.removesuffix(BLOCKS) + SCALES: scales.reshape(groups)}
 
 
 _QUANTISERS: dict[str, Callable[[str, Tensor], dict[str, Tensor]]] = {

@@ -15,7 +15,7 @@ from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.run_config import run_config
 from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
-from ckptkit.conversion.quantising import QuantisedOutput, quantise
+from ckptkit.conversion.quantising import QuantisedOutput, names_for, quantise
 from ckptkit.dtypes import TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.json_files import read_json
@@ -218,8 +218,7 @@ class Target:
         wanted = self.options.quantise
         if wanted is None:
             return None
-        names = self.source.stored_names if wanted.like is None else wanted.like.names
-        return quantise(self.source, self.source.hf_tensors(names), wanted)
+        return quantise(self.source, self.source.hf_tensors(names_for(self.source, wanted)), wanted)
 
     @cached_property
     def config_json(self) -> OutputFile:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import UsageError
-from ckptkit.formats.quantised.archive import numbers_of
-from ckptkit.formats.quantised.scheme import FP8, INT4, MXFP4
+from ckptkit.formats.quantised.scheme import FP8, INT4
 from ckptkit.formats.quantised.stored import Stored
-from ckptkit.io.computed import permuted, recast
+from ckptkit.io.computed import recast
 from ckptkit.io.dequantised import slices
 from ckptkit.tensors import Tensor
 
@@ -54,7 +53,7 @@ class Noise:
 
 
 def stored_of(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """Name without codes -> quantised tensor, of a Hugging Face directory whose weights are quantised."""
+    """Name in the tables -> quantised tensor, of a Hugging Face directory whose weights are quantised."""
     quantised = checkpoint.sidecar.quantised if checkpoint.format == "hf" else None
     return {} if quantised is None else {item.name: item for item in quantised.stored.values()}
 
@@ -77,14 +76,12 @@ def noise(reference: Tensor, item: Stored) -> Noise:
     """How far a quantised tensor is from the numbers of a reference.
 
     Args:
-        reference: Its numbers, in the shape that archives without codes have.
+        reference: Its numbers, in its shape.
         item: The quantised tensor.
     """
-    candidate = numbers_of(item, reference.out_dtype)
     if reference.cast is not None:
         reference = recast(reference, reference.cast)
-    if item.kind == MXFP4 and len(item.shape) == 3:
-        reference, candidate = permuted(reference, (0, 2, 1)), item.numbers(reference.out_dtype)
+    candidate = item.numbers(reference.out_dtype)
     found = Noise()
     for left, right in zip(slices(reference), slices(candidate), strict=True):
         _add(found, left, right, item)

@@ -255,8 +255,10 @@ def _equal(count: int, after: str, noisy: _Noisy) -> str:
 
 
 def _stored_pairs(reference: Checkpoint, candidate: Checkpoint) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, reference, candidate) of every tensor of the table, under the names that the candidate stores."""
-    left, right = (side.hf_tensors(candidate.stored_names) for side in (reference, candidate))
+    """(name, reference, candidate) of every tensor of the table, under the candidate's names."""
+    quantised = candidate.sidecar.quantised
+    names = candidate.stored_names if quantised is None else quantised.names
+    left, right = (side.hf_tensors(names) for side in (reference, candidate))
     return [(name, left[name], right[name]) for name in right if name in left and name not in candidate.sidecar.extras]
 
 

@@ -126,7 +126,7 @@ def test_levels_at_which_models_run_are_refused(plain: Path, tmp_path: Path) -> 
 
 
 def test_experts_in_one_tensor(tmp_path: Path) -> None:
-    """MXFP4 as GPT-OSS stores it: bounds and transposition, on a tensor alone."""
+    """MXFP4 as GPT-OSS stores it: bounds, on a tensor alone."""
     from ckptkit.conversion.quantising import _mxfp4
     from ckptkit.dtypes import DTYPES
     from ckptkit.formats.quantised.scheme import Scheme
@@ -134,11 +134,11 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     from ckptkit.tensors import Tensor
     from ckptkit.verification.quantised import noise
 
-    values = torch.randn(3, 64, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tensor = Tensor.from_bytes(values.view(torch.uint8).numpy().tobytes(), DTYPES["BF16"], (3, 64, 40))
-    parts = _mxfp4("experts.up", tensor)
+    values = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensor = Tensor.from_bytes(values.view(torch.uint8).numpy().tobytes(), DTYPES["BF16"], (3, 40, 64))
+    parts = _mxfp4("experts.up_blocks", tensor)
     (item,) = find_stored(parts, Scheme("mxfp4"), tmp_path).values()
     found = noise(tensor, item)
     assert found.beyond == 0 and 0.5 < found.largest <= 1 and 0.05 < found.relative < 0.2
-    other = Tensor.from_bytes((values * 1.5).view(torch.uint8).numpy().tobytes(), DTYPES["BF16"], (3, 64, 40))
+    other = Tensor.from_bytes((values * 1.5).view(torch.uint8).numpy().tobytes(), DTYPES["BF16"], (3, 40, 64))
     assert noise(other, item).beyond > 1000

@@ -10,10 +10,9 @@ from typing import Any
 
 from ckptkit.dtypes import DTYPES, DType
 from ckptkit.formats.hf import INDEX, HfFiles, index_of
-from ckptkit.formats.quantised.scheme import MXFP4, Scheme, scheme_of, without_scheme
+from ckptkit.formats.quantised.scheme import Scheme, scheme_of, without_scheme
 from ckptkit.formats.quantised.stored import Stored, find_stored, scales_of_activations
 from ckptkit.formats.safetensors import Header, build_header
-from ckptkit.io.computed import permuted
 from ckptkit.io.plan import Comparison
 from ckptkit.tensors import Tensor
 
@@ -46,7 +45,7 @@ class Quantised:
 
     @property
     def names(self) -> set[str]:
-        """Names of its tensors where they are not quantised."""
+        """Names of its tensors in the tables."""
         hidden = {name for item in self.stored.values() for name in item.parts} | self.activations.keys()
         held = {name for header in self.headers.values() for name in header.entries}
         return (held - hidden) | {item.name for item in self.stored.values()}
@@ -86,7 +85,8 @@ class Quantised:
 def dequantised(files: HfFiles, dtype: DType | None = None) -> HfFiles:
     """A directory as if its weights were not quantised, with the facts about those that are in `quantised`.
 
-    Quantised tensors become computed ones under the names that they have in an archive without codes. The rest stays.
+    Quantised tensors become computed ones under the names that tables have for them, and the headers are those of an
+    archive without codes. The rest stays.
 
     Args:
         files: The directory.
@@ -103,25 +103,25 @@ def dequantised(files: HfFiles, dtype: DType | None = None) -> HfFiles:
     stored = find_stored(files.tensors, scheme, files.path)
     activations = scales_of_activations(stored, files.tensors)
     archive = Quantised(files.path, scheme, dtype, files.config, files.small, files.headers, stored, activations)
-    numbers = {item.name: numbers_of(item, dtype) for item in stored.values()}
     hidden = {name for item in stored.values() for name in item.parts} | activations.keys()
+    kept = {name: tensor for name, tensor in files.tensors.items() if name not in hidden}
+    tensors = {
+        stored[name].name if name in stored else name: stored[name].numbers(dtype) if name in stored else kept[name]
+        for name in files.tensors
+        if name in stored or name in kept
+    }
 
-    def read(names: Mapping[str, object]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def header(names: Mapping[str, object], metadata: Mapping[str, str]) -> Header:
+        forms: dict[str, Tensor] = {}
         for name in names:
             if name in stored:
-                found[stored[name].name] = numbers[stored[name].name]
-            elif name not in hidden:
-                found[name] = files.tensors[name]
-        return found
+                plain, shape = stored[name].plain
+                forms[plain] = Tensor.full(dtype, shape)
+            elif name in kept:
+                forms[name] = kept[name]
+        return build_header(forms, metadata)
 
-    headers = {name: build_header(read(header.entries), header.metadata) for name, header in files.headers.items()}
+    headers = {name: header(found.entries, found.metadata) for name, found in files.headers.items()}
     made = {INDEX: index_of(headers)} if INDEX in files.small else {}
-    config, tensors = without_scheme(files.config), read(files.tensors)
+    config = without_scheme(files.config)
     return replace(files, config=config, tensors=tensors, headers=headers, made=made, quantised=archive)
-
-
-def numbers_of(item: Stored, dtype: DType) -> Tensor:
-    """A quantised tensor as archives without codes have it: MXFP4 experts are transposed there."""
-    numbers = item.numbers(dtype)
-    return permuted(numbers, (0, 2, 1)) if item.kind == MXFP4 and len(item.shape) == 3 else numbers

@@ -27,8 +27,8 @@ class Stored:
     """A quantised tensor as it is stored.
 
     Attributes:
-        name: The name that it has where it is not quantised.
-        shape: The shape that it has there.
+        name: The name under which tables know its numbers: without the marks of codes, but for `_blocks`.
+        shape: The shape of its numbers.
         kind: `fp8`, `mxfp4` or `int4`.
         codes: Name of the codes.
         scales: Name of the scales.
@@ -43,6 +43,14 @@ class Stored:
     scales: str
     parts: Mapping[str, Tensor] = field(repr=False)
     block: tuple[int, int]
+
+    @property
+    def plain(self) -> tuple[str, tuple[int, ...]]:
+        """Its name and shape in an archive without codes: there, experts of MXFP4 are transposed."""
+        if self.kind != MXFP4:
+            return self.name, self.shape
+        *lead, rows, columns = self.shape
+        return self.name.removesuffix(BLOCKS), (*lead, columns, rows) if lead else self.shape
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +141,7 @@ class _Finder:
             elif self._typed(name + SCALES, scales, _E8M0):
                 shape = (*scales.shape[:-1], scales.shape[-1] * 32)
                 parts = {codes: blocks, name + SCALES: scales}
-                self.found[codes] = Stored(name, shape, MXFP4, codes, name + SCALES, parts, (1, 32))
+                self.found[codes] = Stored(codes, shape, MXFP4, codes, name + SCALES, parts, (1, 32))
         self._orphans(SCALES, lambda name: self.tensors.get(name.removesuffix(SCALES) + BLOCKS), "U8")
 
     def _int4(self) -> None:

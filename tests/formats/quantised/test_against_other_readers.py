@@ -47,10 +47,21 @@ def test_mxfp4_of_transformers(tmp_path: Path) -> None:
     scales = torch.from_numpy(rng.integers(90, 160, (3, 40, 4), np.uint8))
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    ours = read(
-        tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"}, name
-    )  # fmt: skip
-    assert ours.shape == (3, 128, 40) and torch.equal(ours, theirs)
+    parts = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    ours = read(tmp_path, parts, {"quant_method": "mxfp4"}, f"{name}_blocks")
+    assert ours.shape == (3, 40, 128) and torch.equal(ours.transpose(1, 2), theirs)
+
+
+def test_the_header_of_mxfp4_is_that_of_an_archive_without_codes(tmp_path: Path) -> None:
+    parts = {"e.up_blocks": torch.zeros(3, 40, 4, 16, dtype=torch.uint8), "e.up_scales": torch.zeros(3, 40, 4).byte()}
+    read(tmp_path, parts, {"quant_method": "mxfp4"}, "e.up_blocks")
+    stored, header = read_shard(tmp_path / "model.safetensors")
+    assert header is not None
+    files = HfFiles(tmp_path, {"quantization_config": {"quant_method": "mxfp4"}}, stored, {"m": header}, {})
+    entries = dequantised(files).headers["m"].entries
+    assert {name: (entry.dtype.name, entry.shape) for name, entry in entries.items()} == {
+        "e.up": ("BF16", (3, 128, 40))
+    }
 
 
 def test_int4_of_compressed_tensors(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ PACKED = {"a__weight_packed": ("I32", 48, 16), "a__weight_scale": ("BF16", 48, 4
         ({**FP8, "a__weight_scale_inv": ("U8", 1)}, PLAIN, {"a.weight": (576, 256)}),
         ({**FP8, "a__weight_scale_inv": ("F32", 576, 1)}, PLAIN, {"a.weight": (576, 256)}),
         ({**FP8, "a__weight_scale_inv": ("F32", 576)}, PLAIN, {"a.weight": (576, 256)}),
-        (BYTES, MXFP4, {"e.up": (4, 64, 96)}),
+        (BYTES, MXFP4, {"e.up_blocks": (4, 64, 96)}),
         (PACKED, INT4, {"a.weight": (48, 128)}),
         ({**PACKED, "a__weight_scale": ("F32", 48, 1)}, Scheme("int4"), {"a.weight": (48, 128)}),
     ],
