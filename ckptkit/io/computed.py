@@ -260,7 +260,7 @@ def made(
     what: object,
     make: Callable[[int, int], Bytes],
     unit: int = 1,
-    numbers: int = 1,
+    tile: int | None = None,
 ) -> Tensor:
     """A tensor whose bytes are made.
 
@@ -271,16 +271,16 @@ def made(
         what: Everything else that its bytes depend on, as a value whose `repr` says it in full.
         make: (first row, row after the last) -> the bytes of rows. Equal arguments give equal bytes.
         unit: A tile has a multiple of this number of rows.
-        numbers: Numbers that an element is made from: tiles hold as many fewer.
+        tile: Elements of a tile, about; None for `TILE`.
     """
     if not prod(shape):
         return Tensor.full(dtype, shape)
-    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, numbers), dtype, shape)
+    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE), dtype, shape)
 
 
-def _tile_rows(width: int, unit: int) -> int:
+def _tile_rows(width: int, unit: int, tile: int | None = None) -> int:
     """Rows of `width` elements in a tile: a multiple of `unit`."""
-    return max(TILE // (width * unit), 1) * unit
+    return max((tile or TILE) // (width * unit), 1) * unit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -294,7 +294,7 @@ class _Computed:
         what: Everything else that its bytes depend on.
         make: (first row, row after the last) -> the bytes of rows.
         unit: A tile has a multiple of this number of rows.
-        numbers: Numbers that an element is made from.
+        tile: Elements of a tile, about.
     """
 
     dtype: DType
@@ -303,7 +303,7 @@ class _Computed:
     what: object
     make: Callable[[int, int], Bytes]
     unit: int
-    numbers: int = 1
+    tile: int
 
     def __repr__(self) -> str:
         return f"computed {self.digest}"
@@ -336,7 +336,7 @@ class _Computed:
     @cached_property
     def _rows(self) -> int:
         """Rows of a tile."""
-        return _tile_rows(self._width // self.dtype.itemsize * self.numbers, self.unit)
+        return _tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
 
     def _tile(self, number: int) -> memoryview:
         start = number * self._rows

@@ -279,7 +279,7 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
     dtype, in_element = CODES[coding.kind]
     unit = 1 if tall else height
     shape = (rows, columns // in_element)
-    codes = made(DTYPES[dtype], shape, inputs, ("codes", *what), make_codes, unit, numbers=in_element)
+    codes = made(DTYPES[dtype], shape, inputs, ("codes", *what), make_codes, unit, tile=TILE // in_element)
     return codes, made(coding.scales, grid, inputs, ("scales", *what), make_scales)
 
 
