@@ -123,8 +123,13 @@ class Listed:
         """Names and shapes, in the order of the model; then the copies that its files hold."""
         family = family_of(self.raw, self.name)
         config = replace(family.parse(self.raw), mtp_layers=self.raw.get("num_nextn_predict_layers", 0))
-        for item in family.items(config):
-            yield from item.parts.items()
+        parts = {
+            name: Tensor.full(DTYPES["BF16"], shape)
+            for item in family.items(config)
+            for name, shape in item.parts.items()
+        }
+        for name, tensor in family.fuse(parts, config, family.hf_spellings[0].name).items():
+            yield name, tensor.shape
         for copy in family.copies(config):
             if copy.hf != "lm_head.weight":
                 yield copy.hf, (config.vocab_size, config.hidden_size)
