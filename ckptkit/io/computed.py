@@ -285,7 +285,7 @@ def columns_apart(matrix: Tensor, count: int) -> list[Tensor]:
 
         return make
 
-    parts = [_made(raw.dtype, (width, height), [raw], Apart(at, count), taking(at), tile=TURNED) for at in range(count)]
+    parts = [made(raw.dtype, (width, height), [raw], Apart(at, count), taking(at), tile=TURNED) for at in range(count)]
     return [part if matrix.cast is None else part.astype(matrix.cast) for part in parts]
 
 
@@ -321,7 +321,7 @@ def columns_together(parts: Sequence[Tensor]) -> Tensor:
             _turn(_elements(part.cols(start, stop)).reshape(width, stop - start), out[:, :, at])
         return out.reshape(-1).view(np.uint8)
 
-    joined = _made(raw[0].dtype, (height, count * width), raw, Together(), make, tile=TURNED)
+    joined = made(raw[0].dtype, (height, count * width), raw, Together(), make, tile=TURNED)
     return joined if cast is None else joined.astype(cast)
 
 
