@@ -306,14 +306,23 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     generator = torch.Generator().manual_seed(1)
 
-    def drawn(like: Any, *shape: int) -> Any:
-        return torch.rand(shape or like.shape, generator=generator).add(0.5).to(like.dtype)
+    def drawn(like: Any, *shape: int, norm: bool = False) -> Any:
+        sizes = shape or tuple(like.shape)
+        # Matrices of positive numbers alone would make all tokens alike.
+        size = 1.5 / sizes[-1] ** 0.5 if len(sizes) > 1 else 0.4
+        drawn = torch.randn(sizes, generator=generator) * size
+        return (drawn.abs() + 0.5 if norm else drawn).to(like.dtype)
 
     norm = tensors["model.norm.weight"]
     for number in range(layers, layers + count):
         block, last = f"model.layers.{number}.", f"model.layers.{layers - 1}."
-        own = {block + name.removeprefix(last): drawn(t) for name, t in tensors.items() if name.startswith(last)}
-        norms = {f"{block}{name}.weight": drawn(norm, width) for name in ("enorm", "hnorm", "shared_head.norm")}
+        own = {
+            block + name.removeprefix(last): drawn(tensor, norm="norm" in name)
+            for name, tensor in tensors.items()
+            if name.startswith(last)
+        }
+        names = ("enorm", "hnorm", "shared_head.norm")
+        norms = {f"{block}{name}.weight": drawn(norm, width, norm=True) for name in names}
         own |= norms | {f"{block}eh_proj.weight": drawn(norm, width, 2 * width)}
         if copies:
             own[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -12,6 +12,7 @@ from ckptkit.tables.hybrid_names import GPT, MODELS
 from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 
 if TYPE_CHECKING:
+    from ckptkit.conversion.quantising import Quantise
     from ckptkit.conversion.target import WritableFormat
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -57,6 +58,7 @@ class Options:
         head_init: Initialisation of the new head, see `value_head.to_value_model`.
         adapter_layout: Names of an adapter in Megatron, see `tables/lora.py`; None for `fused`.
         lossy: Whether the factors of an adapter may be rounded where their scales ask for it.
+        quantise: How the weights are quantised, or None.
     """
 
     grid: Parallelism = field(default_factory=Parallelism, metadata=_SHARDED)
@@ -72,6 +74,7 @@ class Options:
     head_init: str | None = None
     adapter_layout: str | None = field(default=None, metadata={**_SHARDED, "choices": ADAPTER_LAYOUTS})
     lossy: bool = False
+    quantise: Quantise | None = field(default=None, metadata={"only": "Hugging Face outputs"})
 
 
 _FLAGS = {"grid": "a parallel size such as --tp"}

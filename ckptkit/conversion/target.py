@@ -15,6 +15,7 @@ from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.run_config import run_config
 from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
+from ckptkit.conversion.quantising import QuantisedOutput, names_for, quantise
 from ckptkit.dtypes import TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.json_files import read_json
@@ -34,7 +35,7 @@ _NULL_TOKENIZER = "NullTokenizer"
 """Without a run_config.yaml, Megatron-Bridge asks `args` for a tokenizer, by which it counts tokens: one more than
 `vocab_size`, since this tokenizer has an end of its own."""
 
-OF_MEGATRON_LM = ("te", "local")
+OF_MEGATRON_LM = ("te", "local", "te_fused")
 """Spellings whose names are those of Megatron-LM's own models."""
 
 
@@ -175,6 +176,9 @@ class Target:
         config = replace(source.config, dtype=self.dtype)
         local = spelling.name == "local" or source.family.quirks.local_only(source.config)
         args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts, local=local)
+        fused = source.family.quirks.fused
+        if fused is not None and fused.spelling.name == spelling.name:
+            args[fused.args] = True
         if self.format.any_grid and isinstance(self.run_config, NoRunConfig):
             args |= {"tokenizer_type": _NULL_TOKENIZER, "vocab_size": args["vocab_size"] - 1}
         if not spelling.hybrid:
@@ -207,8 +211,23 @@ class Target:
         return bridge_section(self.source, adapter.lora, self.spelling.prefix, adapter.record)
 
     @cached_property
+    def quantised(self) -> QuantisedOutput | None:
+        """The tensors of a Hugging Face output with quantised weights, or None if `--quantise` does not ask for them.
+
+        Raises:
+            InputError: The reference is another model.
+            UnsupportedError: The scheme has no tensors in this model.
+        """
+        wanted = self.options.quantise
+        if wanted is None:
+            return None
+        return quantise(self.source, self.source.hf_tensors(names_for(self.source, wanted)), wanted)
+
+    @cached_property
     def config_json(self) -> OutputFile:
         """config.json: a copy of the source's file, unless a change has altered its content."""
+        if self.quantised is not None:
+            return self.quantised.config_json
         path, config = self.source.sidecar.small.get("config.json"), self.source.sidecar.config
         if path is not None and read_json(path) == config:
             return OutputFile.copy("config.json", str(path), path.stat().st_size)

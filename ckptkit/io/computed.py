@@ -45,7 +45,7 @@ MEMORY = CACHE + (64 << 20)
 """Bytes of memory that computed tensors take beside the buffers that move bytes: caches, and a tile in every thread."""
 
 
-_tiles: Cache[bytes] = Cache(CACHE // 2, len)
+_tiles: Cache[memoryview] = Cache(CACHE // 2, len)
 _operands: Cache[Values] = Cache(CACHE // 2, lambda values: values.nbytes)
 
 
@@ -108,7 +108,7 @@ def computed(
 
         return encode(values(start, stop), dtype)
 
-    return _made(dtype, tuple(shape), inputs, ("computed", what), make)
+    return made(dtype, tuple(shape), inputs, ("computed", what), make)
 
 
 def elementwise(
@@ -142,8 +142,7 @@ def elementwise(
             [encode(values(at, some), dtype) for at, some in blocks(matrices, start, stop, double=double)]
         )
 
-    made = _made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make)
-    return made.reshape(inputs[0].shape)
+    return made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make).reshape(inputs[0].shape)
 
 
 def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -244,7 +243,7 @@ def permuted(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
         rows = np.ascontiguousarray(block).reshape((last - first) * shape[1], -1)
         return rows[start - first * shape[1] : stop - first * shape[1]].reshape(-1)
 
-    return _made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
+    return made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def columns_apart(matrix: Tensor, count: int) -> list[Tensor]:
 
         return make
 
-    parts = [_made(raw.dtype, (width, height), [raw], Apart(at, count), taking(at), tile=TURNED) for at in range(count)]
+    parts = [made(raw.dtype, (width, height), [raw], Apart(at, count), taking(at), tile=TURNED) for at in range(count)]
     return [part if matrix.cast is None else part.astype(matrix.cast) for part in parts]
 
 
@@ -322,7 +321,7 @@ def columns_together(parts: Sequence[Tensor]) -> Tensor:
             _turn(_elements(part.cols(start, stop)).reshape(width, stop - start), out[:, :, at])
         return out.reshape(-1).view(np.uint8)
 
-    joined = _made(raw[0].dtype, (height, count * width), raw, Together(), make, tile=TURNED)
+    joined = made(raw[0].dtype, (height, count * width), raw, Together(), make, tile=TURNED)
     return joined if cast is None else joined.astype(cast)
 
 
@@ -362,7 +361,7 @@ def _slab(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
     return tensor.cols(start, stop)
 
 
-def _made(
+def made(
     dtype: DType,
     shape: tuple[int, ...],
     inputs: Sequence[Tensor],
@@ -371,6 +370,17 @@ def _made(
     unit: int = 1,
     tile: int | None = None,
 ) -> Tensor:
+    """A tensor whose bytes are made.
+
+    Args:
+        dtype: Type of its elements.
+        shape: Its shape; it has at least one axis.
+        inputs: The tensors that it is computed from.
+        what: Everything else that its bytes depend on, as a value whose `repr` says it in full.
+        make: (first row, row after the last) -> the bytes of rows. Equal arguments give equal bytes.
+        unit: A tile has a multiple of this number of rows.
+        tile: Elements of a tile, about; None for `TILE`.
+    """
     if not prod(shape):
         return Tensor.full(dtype, shape)
     return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE), dtype, shape)
@@ -419,8 +429,8 @@ class _Computed:
     def __len__(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start:stop`, cut out of whole tiles."""
+    def read(self, start: int, stop: int) -> bytes | memoryview:
+        """Bytes `start:stop`, cut out of whole tiles; a part of one tile is not copied."""
         size = self._rows * self._width
         tiles = range(start // size, -(-stop // size))
         pieces = [self._tile(tile)[max(start - tile * size, 0) : stop - tile * size] for tile in tiles]
@@ -436,7 +446,7 @@ class _Computed:
         """Rows of a tile."""
         return _tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
 
-    def _tile(self, number: int) -> bytes:
+    def _tile(self, number: int) -> memoryview:
         start = number * self._rows
         stop = min(start + self._rows, len(self) // self._width)
-        return _tiles.get((self.digest, start, stop), lambda: self.make(start, stop).tobytes())
+        return _tiles.get((self.digest, start, stop), lambda: memoryview(self.make(start, stop)).cast("B"))

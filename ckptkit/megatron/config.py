@@ -98,6 +98,7 @@ def transformer_config(
     )
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
+    base.mtp_num_layers = None  # `GPTModel` has only a loss for these layers; see `prediction_block`
     # megatron-core's constructor refuses biases of experts that several ranks share; `ExpertOutput` has them.
     base.add_bias_linear = config.mlp_bias
     # What stages send one another may be wider or narrower than the model: Megatron's schedules then send shapes, too.

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.errors import UsageError
 from ckptkit.megatron.context_parallel.share import whole_sequence
+from ckptkit.megatron.decoder import inner_layers
 
 
 @dataclass
@@ -192,11 +193,15 @@ class ExpertOutput(RowParallelLinear):
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> dict[int, Router]:
-    """Global layer number, from 0 -> router, of the layers with experts that some model chunks hold."""
+    """Global layer number, from 0 -> router, of the layers with experts that some model chunks hold.
+
+    Layers of multi-token prediction have numbers behind those of the model's layers.
+    """
+    parts = list(chunks)
+    own = ((layer.layer_number - 1, layer) for chunk in parts for layer in chunk.decoder.layers)  # type: ignore[union-attr]
     return {
-        layer.layer_number - 1: module
-        for chunk in chunks
-        for layer in chunk.decoder.layers  # type: ignore[union-attr]
+        number: module
+        for number, layer in (*own, *inner_layers(parts))
         for module in layer.modules()
         if isinstance(module, Router)
     }

@@ -21,7 +21,7 @@ from ckptkit.tables.model_config import ModelConfig
 
 USE_CHECKPOINT_ARGS = "--use-checkpoint-args"
 _NULL_TOKENIZER, _OWN_TOKENIZER = "NullTokenizer", "--no-use-tokenizer-model-from-checkpoint-args"
-_OF_OUTPUT = ("moe_grouped_gemm", "transformer_impl")
+_OF_OUTPUT = ("moe_grouped_gemm", "transformer_impl", "mla_down_proj_fusion")
 """Arguments that are an output's, and not its model's."""
 
 
@@ -121,6 +121,7 @@ FLAGS = (
     Flag("--moe-router-group-topk", "moe_router_group_topk"),
     Flag("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", restored=True),
     _switch("--moe-grouped-gemm", "moe_grouped_gemm", restored=True),
+    _switch("--mla-down-proj-fusion", "mla_down_proj_fusion"),
     Flag("--transformer-impl", "transformer_impl", default="transformer_engine"),
 )
 """The flags that describe a model, in the order in which they are printed."""

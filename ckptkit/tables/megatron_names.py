@@ -24,7 +24,11 @@ WRAPPED = "base_layer"
 mcore-bridge."""
 _PREDICTION = "eh_proj"
 _WEIGHT = re.compile(r"(.+)\.weight(\d*)")
-_LATENT = (".linear_q_proj", *(f".linear_{part}_{way}_proj" for part in ("q", "kv") for way in ("down", "up")))
+_LATENT = (
+    ".linear_q_proj",
+    ".linear_qkv_down_proj",
+    *(f".linear_{part}_{way}_proj" for part in ("q", "kv") for way in ("down", "up")),
+)
 _TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", ".eh_proj", *_LATENT)
 _LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm", ".enorm", ".hnorm")
 _QKV, _KV, _CORE = "linear_qkv", "linear_kv_up_proj", "core_attention"

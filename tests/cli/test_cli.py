@@ -148,6 +148,7 @@ def test_defaults_of_convert(convert):
         "part": None,
         "lora_alpha": None,
         "lossy": False,
+        "quantise": None,
         "dry_run": False,
         "overwrite": False,
         "resume": False,
@@ -166,7 +167,7 @@ def test_every_option_of_convert_arrives(convert):
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
         " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
-        " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy"
+        " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy --quantise like:q"
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {
@@ -191,6 +192,7 @@ def test_every_option_of_convert_arrives(convert):
         "part": "model",
         "lora_alpha": 16.0,
         "lossy": True,
+        "quantise": "like:q",
         "dry_run": True,
         "overwrite": True,
         "resume": True,
