@@ -63,7 +63,8 @@ def test_what_was_not_touched_comes_back_byte_for_byte(archive: Path, tmp_path: 
 
 
 def test_new_codes(plain: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
     convert(plain, tmp_path / "mxfp4", to="hf", quantise="mxfp4")
     stored, exact = tensors_of(tmp_path / "mxfp4"), tensors_of(plain)
