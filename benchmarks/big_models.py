@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "released_configs.json"
-LARGE_CONFIGS = CONFIGS.with_name("large_configs.json")
+LARGE = CONFIGS.with_name("large_models.json")
 SHARD = 4 << 30
 """Bytes of a safetensors file, one tensor more or less."""
 SEED = 0
@@ -216,9 +216,7 @@ def released(name: str) -> dict[str, Any]:
     Raises:
         SystemExit: There is none of that name.
     """
-    known = {
-        key: value for file in (CONFIGS, LARGE_CONFIGS) for key, value in json.loads(file.read_text("utf-8")).items()
-    }
+    known = {key: value for file in (CONFIGS, LARGE) for key, value in json.loads(file.read_text("utf-8")).items()}
     if name not in known:
         raise SystemExit(f"error: no released config named {name}; known: {', '.join(sorted(known))}")
     config: dict[str, Any] = known[name]["config"]
@@ -391,7 +389,7 @@ def change(text: str) -> tuple[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a key of fixtures/released_configs.json or large_configs.json")
+    parser.add_argument("name", help="a key of fixtures/released_configs.json or large_models.json")
     parser.add_argument("--workdir", type=Path, required=True, help="for the checkpoint, and the reports")
     parser.add_argument("--out", type=Path, help="for the converted checkpoint, if another disk; default: the workdir")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

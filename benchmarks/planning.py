@@ -1,10 +1,11 @@
-"""The cost of a plan: CPU seconds and peak memory of `ckptkit convert --dry-run` on models with experts.
+"""The cost of a plan: user CPU seconds and peak memory of `ckptkit convert --dry-run` on models with experts.
 
 The sources have true names, shapes and headers, and no weights: their files are sparse, so that a model of 470 GB takes
 no room. A dry run reads nothing else.
 
     python -m benchmarks.planning                    # Qwen3-30B-A3B and Qwen3-235B-A22B to every format
     python -m benchmarks.planning --curve            # from 1,000 to 210,000 tensors
+    python -m benchmarks.planning --large            # DeepSeek-V3, Kimi-K2 and GLM on grids that trainings use
 """
 
 from __future__ import annotations
@@ -17,24 +18,30 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ckptkit.dtypes import DTYPES
+from ckptkit.families import family_of
 from ckptkit.formats.hf import INDEX
 from ckptkit.formats.safetensors import build_header
+from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
 
 SHARD = 4_000_000_000
-GRID = ("--tp", "8", "--pp", "2", "--ep", "8")
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "large_models.json"
+"""Configs of large models, each with its origin."""
 COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect",),
     "hf": ("convert", "--to", "hf", "--shard-size", "5GB"),
     "packed": ("convert", "--to", "packed"),
-    "torch": ("convert", "--to", "torch", *GRID),
-    "torch_dist": ("convert", "--to", "torch_dist", *GRID),
+    "torch": ("convert", "--to", "torch"),
+    "torch_dist": ("convert", "--to", "torch_dist"),
 }
+ON_GRIDS = ("torch", "torch_dist")
+GRID = Parallelism(8, 2, ep=8)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Experts:
     groups: int = 4
     head_dim: int = 128
     vocab: int = 151936
+    parallelism: Parallelism = GRID
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes, in the order of the model."""
@@ -103,6 +111,50 @@ class Experts:
         }
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A model by its config.json: its tensors are those of its family's table, multi-token prediction included."""
+
+    name: str
+    raw: dict[str, Any]
+    parallelism: Parallelism
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes, in the order of the model; then the copies that its files hold."""
+        family = family_of(self.raw, self.name)
+        config = replace(family.parse(self.raw), mtp_layers=self.raw.get("num_nextn_predict_layers", 0))
+        parts = {
+            name: Tensor.full(DTYPES["BF16"], shape)
+            for item in family.items(config)
+            for name, shape in item.parts.items()
+        }
+        for name, tensor in family.fuse(parts, config, family.hf_spellings[0].name).items():
+            yield name, tensor.shape
+        for copy in family.copies(config):
+            if copy.hf != "lm_head.weight":
+                yield copy.hf, (config.vocab_size, config.hidden_size)
+
+    def config(self) -> dict[str, object]:
+        """config.json."""
+        return self.raw
+
+
+def large_models() -> Iterator[Listed]:
+    """The models of the fixture, on grids of the sizes that trainings use."""
+    grids = {
+        "DeepSeek-V3": Parallelism(8, 16, ep=32, etp=1, first_stage_layers=3, last_stage_layers=2),
+        "Kimi-K2": Parallelism(8, 16, ep=32, etp=1, first_stage_layers=3, last_stage_layers=2),
+        "Moonlight-16B-A3B": Parallelism(4, 1, ep=8, etp=1),
+        "GLM-4.5": Parallelism(8, 4, ep=16, etp=1),
+        "GLM-4.5-Air": Parallelism(4, 2, ep=8, etp=1),
+        "GLM-4.7-Flash": Parallelism(4, 1, ep=8, etp=1),
+        "gpt-oss-20b": Parallelism(4, 2, ep=8, etp=1),
+        "gpt-oss-120b": Parallelism(8, 4, ep=16, etp=1),
+    }
+    for name, model in json.loads(FIXTURE.read_text(encoding="utf-8")).items():
+        yield Listed(name, model["config"], grids[name])
+
+
 MODELS = (
     Experts("Qwen3-30B-A3B", 48, 128, 2048, 768, 32),
     Experts("Qwen3-235B-A22B", 94, 128, 4096, 1536, 64),
@@ -111,7 +163,7 @@ CURVE = ((32, 8), (128, 24), (128, 128), (128, 256), (128, 544))
 """Layers and experts of models with 1,000 to 210,000 tensors, the number of Kimi-K2-Thinking."""
 
 
-def write_sparse(path: Path, model: Experts) -> int:
+def write_sparse(path: Path, model: Experts | Listed) -> int:
     """Writes a Hugging Face directory without weights, and gives the number of its tensors."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n", encoding="utf-8")
@@ -130,7 +182,7 @@ def write_sparse(path: Path, model: Experts) -> int:
     return len(weight_map)
 
 
-def _shards(model: Experts) -> Iterator[dict[str, Tensor]]:
+def _shards(model: Experts | Listed) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, shape in model.tensors():
@@ -143,8 +195,16 @@ def _shards(model: Experts) -> Iterator[dict[str, Tensor]]:
         yield shard
 
 
+def flags(grid: Parallelism) -> tuple[str, ...]:
+    """A grid as options."""
+    stages = {"first": grid.first_stage_layers, "last": grid.last_stage_layers}
+    uneven = [(f"--decoder-{where}-pipeline-num-layers", str(count)) for where, count in stages.items() if count]
+    experts = ("--ep", str(grid.ep)) + (("--etp", str(grid.etp)) if grid.etp is not None else ())
+    return ("--tp", str(grid.tp), "--pp", str(grid.pp), *experts, *chain.from_iterable(uneven))
+
+
 def measure(command: Sequence[str], source: Path, out: Path) -> tuple[float, float]:
-    """CPU seconds and peak MiB of one command line."""
+    """User CPU seconds and peak MiB of one command line."""
     arguments = [sys.executable, "-m", "ckptkit", command[0], str(source)]
     if command[0] == "convert":
         arguments += [str(out), *command[1:], "--dry-run"]
@@ -156,25 +216,27 @@ def measure(command: Sequence[str], source: Path, out: Path) -> tuple[float, flo
         [sys.executable, "-c", report, *arguments], env={**os.environ}, capture_output=True, text=True, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return cpu, int(done.stderr.split()[-1]) / 1024
+    return after.ru_utime - before.ru_utime, int(done.stderr.split()[-1]) / 1024
 
 
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", action="store_true", help="models from 1,000 to 210,000 tensors")
+    parser.add_argument("--large", action="store_true", help="DeepSeek-V3, Kimi-K2, GLM-4.5 and smaller ones")
     parser.add_argument("--only", choices=COMMANDS, nargs="*", default=list(COMMANDS))
     options = parser.parse_args()
     curve = (
         Experts(f"{layers} layers, {experts} experts", layers, experts, 2048, 768, 32) for layers, experts in CURVE
     )
-    print("| model | tensors | command | CPU s | peak MiB |\n|---|---|---|---|---|")
-    for model in chain(curve if options.curve else MODELS):
+    models = curve if options.curve else large_models() if options.large else MODELS
+    print("| model | tensors | command | user CPU s | peak MiB |\n|---|---|---|---|---|")
+    for model in models:
         with tempfile.TemporaryDirectory() as folder:
             count = write_sparse(Path(folder, "hf"), model)
             for name in options.only:
-                cpu, peak = measure(COMMANDS[name], Path(folder, "hf"), Path(folder, "out"))
+                command = (*COMMANDS[name], *(flags(model.parallelism) if name in ON_GRIDS else ()))
+                cpu, peak = measure(command, Path(folder, "hf"), Path(folder, "out"))
                 print(f"| {model.name} | {count:,} | {name} | {cpu:.1f} | {peak:.0f} |", flush=True)
 
 

@@ -158,9 +158,17 @@ class Tensor:
             shape: Sizes in elements.
             pitch: Bytes from one row to the next; by default rows touch.
         """
-        rows, width = _fold(tuple(shape), dtype.itemsize)
-        region = Region(file, offset, rows, width if pitch is None else pitch, width)
-        return cls(dtype, tuple(shape), (Band(rows, (region,)),) if rows and width else ())
+        return cls.alike(file, dtype, shape, pitch)(offset)
+
+    @classmethod
+    def alike(cls, file: str, dtype: DType, shape: Sequence[int], pitch: int | None = None) -> Callable[[int], Tensor]:
+        """`from_file` for many tensors of one type and shape: a function from their offsets to them."""
+        axes = tuple(shape)
+        rows, width = _fold(axes, dtype.itemsize)
+        between = width if pitch is None else pitch
+        if not (rows and width):
+            return lambda offset: cls(dtype, axes, ())
+        return lambda offset: cls(dtype, axes, (Band(rows, (Region(file, offset, rows, between, width),)),))
 
     @classmethod
     def from_bytes(cls, data: bytes | Made, dtype: DType, shape: Sequence[int]) -> Tensor:
@@ -289,10 +297,12 @@ def _common(tensors: Sequence[Tensor], axes: Callable[[Tensor], tuple[int, ...]]
     if not tensors:
         raise ValueError("nothing to stack")
     first = tensors[0]
-    for tensor in tensors:
+    if not first.shape:
+        raise ValueError("cannot join single numbers")
+    for tensor in tensors[1:]:
         if (tensor.dtype, tensor.cast) != (first.dtype, first.cast):
             raise ValueError(f"cannot join {tensor.out_dtype} with {first.out_dtype}")
-        if not first.shape or len(tensor.shape) != len(first.shape) or axes(tensor) != axes(first):
+        if len(tensor.shape) != len(first.shape) or axes(tensor) != axes(first):
             raise ValueError(f"cannot join {list(tensor.shape)} with {list(first.shape)}")
     return first
 
@@ -348,11 +358,12 @@ def _below(upper: Band, lower: Band) -> Band | None:
             continue
         if not (isinstance(a, Region) and isinstance(b, Region)):
             return None
-        pitch = a.pitch if a.rows > 1 else b.pitch if b.rows > 1 else a.pitch
-        follows = a.file == b.file and a.width == b.width and b.offset == a.offset + a.rows * pitch
-        if not follows or (b.rows > 1 and b.pitch != pitch):
+        (file, at, rows, pitch, width), (of, start, more, other, wide) = a, b  # fields of their own take longer
+        if rows == 1 < more:
+            pitch = other
+        if start != at + rows * pitch or width != wide or file != of or (more > 1 and other != pitch):
             return None
-        pieces.append(Region(a.file, a.offset, a.rows + b.rows, pitch, a.width))
+        pieces.append(Region(file, at, rows + more, pitch, width))
     return Band(upper.rows + lower.rows, tuple(pieces))
 
 

@@ -94,6 +94,23 @@ _LATENT = {
         "mscale_all_dim": 0.7,
     },
 }
+_GPT_OSS: dict[str, Any] = {
+    "intermediate_size": 96,  # as large as the hidden size, as in released models: shapes tell nothing
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "swiglu_limit": 1.0,  # in a model of this size a limit of 7 is never reached
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
 _MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA3: dict[str, Any] = {
     "head_dim": 16,
@@ -184,6 +201,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {**_SCORED, **_LATENT, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "rope_parameters": None},
+    ),
+    "gpt_oss": ("GptOss", _GPT_OSS),
+    "gpt_oss-plain": (
+        "GptOss",
+        {
+            **_GPT_OSS,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+        },
     ),
     "gemma3_text": ("Gemma3Text", _GEMMA3),
     "gemma3_text-capped": ("Gemma3Text", {**_GEMMA3, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
@@ -278,14 +306,23 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     generator = torch.Generator().manual_seed(1)
 
-    def drawn(like: Any, *shape: int) -> Any:
-        return torch.rand(shape or like.shape, generator=generator).add(0.5).to(like.dtype)
+    def drawn(like: Any, *shape: int, norm: bool = False) -> Any:
+        sizes = shape or tuple(like.shape)
+        # Matrices of positive numbers alone would make all tokens alike.
+        size = 1.5 / sizes[-1] ** 0.5 if len(sizes) > 1 else 0.4
+        drawn = torch.randn(sizes, generator=generator) * size
+        return (drawn.abs() + 0.5 if norm else drawn).to(like.dtype)
 
     norm = tensors["model.norm.weight"]
     for number in range(layers, layers + count):
         block, last = f"model.layers.{number}.", f"model.layers.{layers - 1}."
-        own = {block + name.removeprefix(last): drawn(t) for name, t in tensors.items() if name.startswith(last)}
-        norms = {f"{block}{name}.weight": drawn(norm, width) for name in ("enorm", "hnorm", "shared_head.norm")}
+        own = {
+            block + name.removeprefix(last): drawn(tensor, norm="norm" in name)
+            for name, tensor in tensors.items()
+            if name.startswith(last)
+        }
+        names = ("enorm", "hnorm", "shared_head.norm")
+        norms = {f"{block}{name}.weight": drawn(norm, width, norm=True) for name in names}
         own |= norms | {f"{block}eh_proj.weight": drawn(norm, width, 2 * width)}
         if copies:
             own[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -22,6 +22,7 @@ from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tables.family import Family
 from ckptkit.tables.prediction import count_in_hf
+from ckptkit.tensors import Tensor
 
 
 def open_hf_files(files: HfFiles) -> Checkpoint:
@@ -46,8 +47,10 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
     for key, item in items.items():
         taken = [problems.take(left, name, shape) for name, shape in zip(item.hf, item.kind.parts, strict=True)]
         parts = [part for part in taken if part is not None]
-        held = {slot.hf: problems.take(left, slot.hf, slot.shape) for slot in item.slots if slot.hf in left}
-        unused = {name: tensor for name, tensor in held.items() if name is not None and tensor is not None}
+        unused: dict[str, Tensor] = {}
+        for slot in item.slots:
+            if slot.hf in left and (held := problems.take(left, slot.hf, slot.shape)) is not None:
+                unused[slot.hf] = held
         if len(parts) == len(taken):
             tensors[key] = item.pack(parts, unused, dtype)
     used = len(files.tensors) - len(left)

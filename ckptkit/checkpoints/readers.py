@@ -10,6 +10,7 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.description import Given, checked_args, describe, located
+from ckptkit.checkpoints.fused_rows import as_table
 from ckptkit.checkpoints.huggingface import open_hf_files
 from ckptkit.checkpoints.hybrid_model import as_gpt, holds_hybrid
 from ckptkit.checkpoints.joining import Shards, join_shards
@@ -17,7 +18,7 @@ from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.lora.megatron import ADAPTER, choose_part, is_adapter_name, read_megatron
 from ckptkit.checkpoints.lora.module_state import choose_part_of_state, keys_of_part, read_state_of_adapter
 from ckptkit.checkpoints.lora.peft_directory import read_peft
-from ckptkit.checkpoints.recognition import refuse_foreign, refuse_trainers_parts
+from ckptkit.checkpoints.recognition import fused_in, refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.second_weights import check_second_weights
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
@@ -340,13 +341,15 @@ def _join(
     ranks = _of_0_16(ranks)
     names = {without_group(name) for chunks in ranks.values() for chunk in chunks.values() for name in chunk}
     refuse_foreign(names, path)
+    fused = fused_in(names)
     with located(path):
         predicts = count_in_megatron(names) > 0
         told = {name: value for name, value in args.items() if name != "mtp_num_layers" or not predicts}
         refuse_unread_layouts(told, sharded=format == "torch")
     vocabulary = stored_vocabulary(ranks, args)
-    about = describe(place.root, args, names, given, vocabulary)
+    about = describe(place.root, args, names if fused is None else fused.usual(names), given, vocabulary)
     family, config = about.family, about.config
+    table = family if fused is None else fused.table(family)
     stored = [tensor for chunks in ranks.values() for chunk in chunks.values() for tensor in chunk.values()]
     check_counts(config, stored, path)
     if groups := family.attention_groups(config):
@@ -354,12 +357,15 @@ def _join(
             rank: {chunk: ungrouped(tensors, groups, stacked, path) for chunk, tensors in chunks.items()}
             for rank, chunks in ranks.items()
         }
-    items = {item.key: item for item in family.items(config)}
-    spelling = family.spelling_of(names, config)
+    items = {item.key: item for item in table.items(config)}
+    spelling = table.spelling_of(names, config)
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
-    joined = join_shards(Shards(path, family, config, items, spelling, grid, ranks, most_rows, most))
-    notes = [*about.notes, *joined.notes, *rotary]
+    joined = join_shards(Shards(path, table, config, items, spelling, grid, ranks, most_rows, most))
+    tensors, notes = joined.tensors, [*about.notes, *joined.notes, *rotary]
+    if fused is not None:
+        items, tensors = as_table(family, config, items, tensors)
+        notes.append(f"its ranks fuse layers ({fused.args} of Megatron-Core 0.19), which are taken apart")
     if both := sorted(joined.towers.keys() & about.sidecar.extras.keys()):
         what = f"{len(both)} tensors are in the checkpoint and in {FOLDER}/{EXTRAS}: the checkpoint's count"
         notes.append(f"{what} ({both[0]})")
@@ -374,7 +380,7 @@ def _join(
         config=config,
         sidecar=replace(about.sidecar, extras={**about.sidecar.extras, **joined.towers}),
         items=items,
-        tensors=joined.tensors,
+        tensors=tensors,
         spelling=spelling,
         grid=stored_grid,
         padded_vocab_size=joined.padded_vocab_size,

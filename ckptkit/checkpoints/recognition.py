@@ -10,7 +10,7 @@ from typing import Any
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import families
 from ckptkit.megatron_args.reading import model_from_args
-from ckptkit.tables.family import Family
+from ckptkit.tables.family import Family, FusedRow
 
 
 def recognise(names: Iterable[str], args: Mapping[str, Any] | None = None) -> Family:
@@ -100,3 +100,10 @@ def refuse_foreign(names: Iterable[str], where: object) -> None:
                     where=where,
                     hint="export it to Hugging Face with the tool that wrote it, and convert that",
                 )
+
+
+def fused_in(names: Iterable[str]) -> FusedRow | None:
+    """The row in place of several others that the ranks with these names have, or None."""
+    known = {id(row): row for family in families() if (row := family.quirks.fused) is not None}
+    written = set(names)
+    return next((row for row in known.values() if row.is_in(written)), None)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.fused_rows import as_table
 from ckptkit.conversion.options import LEGACY, TEXT, Options
 from ckptkit.conversion.target import WritableFormat
 from ckptkit.conversion.value_head import ZEROS, to_value_model
@@ -42,7 +43,25 @@ def changes(options: Options, format: WritableFormat) -> list[Change]:
         found.append(partial(cast_floats, dtype=options.dtype))
     if options.head is not None:
         found.append(partial(to_value_model, init=options.head_init or ZEROS))
+    if format.megatron:
+        found.append(partial(with_fused_rows, spec=options.spec))
     return found
+
+
+def with_fused_rows(source: Checkpoint, spec: str) -> tuple[Checkpoint, list[str]]:
+    """The model by the table of ranks that fuse layers, if `--spec` asks for their names.
+
+    Raises:
+        UsageError: Megatron fuses nothing in such a model.
+    """
+    fused = source.family.quirks.fused
+    if fused is None or fused.spelling.name != spec:
+        return source, []
+    if not fused.when(source.config):
+        raise UsageError(f"--spec {spec}: Megatron-Core builds no such model without q_lora_rank", hint="use --spec te")
+    table = fused.table(source.family)
+    items, tensors = as_table(table, source.config, source.items, source.tensors)
+    return replace(source, family=table, items=items, tensors=tensors), []
 
 
 def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:

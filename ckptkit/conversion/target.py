@@ -35,7 +35,7 @@ _NULL_TOKENIZER = "NullTokenizer"
 """Without a run_config.yaml, Megatron-Bridge asks `args` for a tokenizer, by which it counts tokens: one more than
 `vocab_size`, since this tokenizer has an end of its own."""
 
-OF_MEGATRON_LM = ("te", "local")
+OF_MEGATRON_LM = ("te", "local", "te_fused")
 """Spellings whose names are those of Megatron-LM's own models."""
 
 
@@ -176,6 +176,9 @@ class Target:
         config = replace(source.config, dtype=self.dtype)
         local = spelling.name == "local" or source.family.quirks.local_only(source.config)
         args = to_args(source.family, config, self.grid, rows, self.divisible_by, spelling.experts, local=local)
+        fused = source.family.quirks.fused
+        if fused is not None and fused.spelling.name == spelling.name:
+            args[fused.args] = True
         if self.format.any_grid and isinstance(self.run_config, NoRunConfig):
             args |= {"tokenizer_type": _NULL_TOKENIZER, "vocab_size": args["vocab_size"] - 1}
         if not spelling.hybrid:

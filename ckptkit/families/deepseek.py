@@ -76,5 +76,5 @@ DEEPSEEK_V3 = Family(
     spellings=latent.SPELLINGS,
     hf_spellings=(HUB, stacked("fused", "mlp.")),
     marks=(latent.MARK, "decoder.layers.mlp.router.expert_bias"),
-    quirks=MegatronQuirks(local_keys=True, foreign=latent.FOREIGN),
+    quirks=MegatronQuirks(local_keys=True, fused=latent.FUSED),
 )

@@ -17,10 +17,12 @@ from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.families.llama import ATTENTION
-from ckptkit.sharding.rules import COLUMN, REPLICATED
+from ckptkit.sharding.rules import BY_PART, COLUMN, REPLICATED
 from ckptkit.tables.config_fields import Fields
 from ckptkit.tables.config_json import ConfigJson
 from ckptkit.tables.dims import KVA, KVB, KVR, QB, QR, D
+from ckptkit.tables.family import FusedRow
+from ckptkit.tables.layouts import stack
 from ckptkit.tables.model_config import LatentAttention, LayerConfig, ModelConfig
 from ckptkit.tables.rows import Raw, choose, layer
 from ckptkit.tables.spelling import LOCAL as PLAIN_LOCAL
@@ -75,10 +77,30 @@ LOCAL = Spelling(
 )
 SPELLINGS = (TE, LOCAL)
 
-FOREIGN = {
-    ".linear_qkv_down_proj.": "multi-latent attention with one linear for both latent vectors (--mla-down-proj-fusion)"
-}
-"""A layout of per-rank files that no table reads; a distributed checkpoint of such a model has the usual keys."""
+_DOWN = tuple(f".{linear}down_proj.weight" for linear in (_Q, _KV))
+_FUSED = "self_attention.linear_qkv_down_proj."
+FUSED = FusedRow(
+    layer(
+        f"{_FUSED}weight",
+        stack("down_proj", split=BY_PART)(
+            "self_attn.*.weight", **{"q_a_proj": (QR, D), "kv_a_proj_with_mqa": (KVA, D)}
+        ),
+        when=_from_latent,
+    ),
+    _DOWN,
+    Spelling(
+        "te_fused",
+        ((".input_layernorm.weight", f".{_FUSED}layer_norm_weight"),),
+        splits=tuple((ending, COLUMN) for ending in _DOWN),
+    ),
+    "mla_down_proj_fusion",
+    lambda config: config.latent is not None and config.latent.query_rank is not None,
+)
+"""One linear layer that makes both latent vectors, and has the norm before it (Megatron-Core 0.19's option
+`--mla-down-proj-fusion`). Each rank has its share of the rows of either vector.
+
+Source: `FusedMLASelfAttention` of megatron-core 0.19.2.
+"""
 
 
 def parse(config_json: ConfigJson, raw: Raw) -> ModelConfig:

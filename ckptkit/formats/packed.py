@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ckptkit.io.plan import OutputFile
 from ckptkit.tensors import Tensor
 
 ARGS = "megatron_args.json"
+_STARTS = ("decoder.", "embedding.", "language_model.decoder.", "language_model.embedding.")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class PackedFiles:
 
 def is_packed(names: Iterable[str]) -> bool:
     """Whether tensor names are Megatron's."""
-    return any(name.removeprefix("language_model.").startswith(("decoder.", "embedding.")) for name in names)
+    return any(map(methodcaller("startswith", _STARTS), names))
 
 
 def open_packed(path: Path, shards: Shards | None = None) -> PackedFiles:

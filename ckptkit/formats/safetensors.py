@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,6 +31,7 @@ from ckptkit.tensors import MAX_AXES, Tensor
 MAX_HEADER = 100_000_000
 MAX_NAMES = 1_000_000
 _OUT_OF_RANGE = 1 << 63
+_COLUMNS = itemgetter("dtype", "shape", "data_offsets")
 ALIGNMENT = 4096
 _RARE_DTYPES = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
@@ -117,19 +120,22 @@ def parse_header(raw: bytes, where: object) -> Header:
         raise InputError("__metadata__ must map strings to strings", where=where)
     if len(fields) > MAX_NAMES:
         raise InputError(f"the header names {len(fields):,} tensors, at most {MAX_NAMES:,} are read", where=where)
-    entries = {name: _entry(name, value, where) for name, value in fields.items()}
+    entries = _entries(fields, where)
     _check_cover(entries, where)
     return Header(raw, entries, metadata)
 
 
 def tensors_of(path: Path, header: Header) -> dict[str, Tensor]:
     """The tensors of a file as recipes."""
-    file, start = str(path), len(header.raw)
+    file, base = str(path), len(header.raw)
+    kinds: dict[tuple[DType, tuple[int, ...]], Callable[[int], Tensor]] = {}
+    tensors = {}
     with collection_paused():
-        return {
-            name: Tensor.from_file(file, start + entry.start, entry.dtype, entry.shape)
-            for name, entry in header.entries.items()
-        }
+        for name, (dtype, shape, start, _) in header.entries.items():
+            if (dtype, shape) not in kinds:
+                kinds[dtype, shape] = Tensor.alike(file, dtype, shape)
+            tensors[name] = kinds[dtype, shape](base + start)
+    return tensors
 
 
 def build_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Header:
@@ -174,35 +180,58 @@ def _opened(path: Path) -> BinaryIO:
         raise storage_error(error, path) from error
 
 
-def _entry(name: str, value: object, where: object) -> Entry:
-    fields: dict[str, Any] = value if isinstance(value, dict) else {}
-    shape: Any = fields.get("shape")
-    offsets: Any = fields.get("data_offsets")
-    dtype: Any = fields.get("dtype")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
-        raise InputError(f"the header entry of tensor {name} is malformed", where=where)
+def _entries(fields: Mapping[str, Any], where: object) -> dict[str, Entry]:
+    """The entries of a header. There are up to a million, of few types and shapes, so each of these is checked once."""
+    if not _well_formed(fields.values()):
+        bad = next(name for name, value in fields.items() if not _well_formed([value]))
+        raise InputError(f"the header entry of tensor {bad} is malformed", where=where)
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[DType, tuple[int, ...], int]] = {}
+    entries = {}
+    for name, (dtype, axes, (start, stop)) in zip(fields, map(_COLUMNS, fields.values()), strict=True):
+        shape = tuple(axes)
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            known = _dtype(dtype, name, where)
+            kind = kinds[dtype, shape] = (known, shape, prod(shape) * known.itemsize)
+        known, shape, needed = kind
+        if stop - start != needed:
+            raise InputError(
+                f"tensor {name} ({dtype}{list(shape)}) needs {needed:,} bytes, its offsets span {stop - start:,}",
+                where=where,
+            )
+        entries[name] = Entry(known, shape, start, stop)
+    return entries
+
+
+def _dtype(dtype: str, name: str, where: object) -> DType:
     known = DTYPES.get(dtype)
     if known is None:
         hint = "convert from the unquantised weights" if dtype in _RARE_DTYPES else "is it from a newer safetensors?"
         raise UnsupportedError(f"tensor {name} has the unknown dtype {dtype}", where=where, hint=hint)
-    start, stop = offsets
-    needed = prod(shape) * known.itemsize
-    if stop - start != needed:
-        raise InputError(
-            f"tensor {name} ({dtype}{list(shape)}) needs {needed:,} bytes, its offsets span {stop - start:,}",
-            where=where,
-        )
-    return Entry(known, tuple(shape), start, stop)
+    return known
 
 
-def _naturals(value: Any) -> bool:
-    """Whether something is a list of sizes. There are millions of these: a generator would take three times as long."""
-    if type(value) is not list or len(value) > MAX_AXES:
+def _well_formed(values: Collection[Any]) -> bool:
+    """Whether all of these are descriptions of tensors: a type's name, a list of sizes, and a list of two offsets.
+
+    There are millions of numbers in them: loops of Python would take most of the time of opening a model.
+    """
+    try:
+        columns = list(map(_COLUMNS, values))
+    except (TypeError, KeyError, IndexError):
         return False
-    for size in value:  # noqa: SIM110  see above
-        if type(size) is not int or not 0 <= size < _OUT_OF_RANGE:
-            return False
-    return True
+    dtypes, shapes, offsets = zip(*columns, strict=True) if columns else ((), (), ())
+    if not (_only(str, dtypes) and _only(list, shapes) and _only(list, offsets)):
+        return False
+    if max(map(len, shapes), default=0) > MAX_AXES or not set(map(len, offsets)) <= {2}:
+        return False
+    numbers = list(chain.from_iterable(chain(shapes, offsets)))
+    return _only(int, numbers) and min(numbers, default=0) >= 0 and max(numbers, default=0) < _OUT_OF_RANGE
+
+
+def _only(kind: type, values: Iterable[object]) -> bool:
+    """Whether nothing has another type; True is no int here."""
+    return set(map(type, values)) <= {kind}
 
 
 def _check_cover(entries: Mapping[str, Entry], where: object) -> None:

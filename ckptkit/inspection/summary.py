@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.sources import facts_of, open_source
+from ckptkit.formats.garbage import collection_paused
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
@@ -47,6 +49,7 @@ class Inspection:
         return asdict(self)
 
 
+@collection_paused()
 def inspect(
     path: str | Path,
     *,
@@ -81,10 +84,11 @@ def inspect(
             vocab_size=vocab_size,
             lora_alpha=lora_alpha,
         )
-    alike = Counter((source.items[key].kind, tensor.dtype, tensor.nbytes) for key, tensor in source.tensors.items())
+    alike = Counter((source.items[key].kind, tensor.out_dtype, tensor.shape) for key, tensor in source.tensors.items())
     dtypes: Counter[str] = Counter()
     roles: dict[str, dict[str, Any]] = {}
-    for (kind, dtype, nbytes), count in alike.items():
+    for (kind, dtype, shape), count in alike.items():
+        nbytes = prod(shape) * dtype.itemsize
         name = kind.row.megatron.replace("decoder.layers.{i}", "layers.*")
         role = roles.setdefault(name, {"role": name, "tensors": 0, "parameters": 0, "bytes": 0})
         role["tensors"] += count

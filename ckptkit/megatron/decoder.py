@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from ckptkit.tables.model_config import LayerConfig
 
 BiasDropoutAdd = Callable[[bool, bool], Callable[..., torch.Tensor]]
 """megatron-core's `get_bias_dropout_add`."""
+_INNER = ("transformer_layer", "mtp_model_layer")
+"""The decoder layer in a layer of multi-token prediction, as 0.16 and 0.19 call it."""
 
 
 class DecoderLayer(TransformerLayer):
@@ -30,6 +32,19 @@ class DecoderLayer(TransformerLayer):
 
     def __init__(self, config: TransformerConfig, *, layer: LayerConfig, activation: str, **options: Any) -> None:
         super().__init__(config=layer_config(config, layer, activation), **options)
+
+
+def inner_layer(layer: torch.nn.Module) -> Any:
+    """The decoder layer inside a layer of multi-token prediction."""
+    return next(getattr(layer, name) for name in _INNER if hasattr(layer, name))
+
+
+def inner_layers(chunks: Iterable[Any]) -> Iterator[tuple[int, torch.nn.Module]]:
+    """The decoder layers of multi-token prediction in some model chunks, numbered as if they followed the model's."""
+    for chunk in chunks:
+        if (block := getattr(chunk, "mtp", None)) is not None:
+            for number, layer in enumerate(block.layers, chunk.config.num_layers):
+                yield number, inner_layer(layer)
 
 
 class NormedRowParallelLinear(RowParallelLinear):

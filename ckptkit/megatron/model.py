@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_pipeline_model_parallel_rank
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.errors import InputError, VerificationError
 from ckptkit.megatron.adapter import add_adapter, received_width
@@ -20,10 +22,12 @@ from ckptkit.megatron.gemma4.carried import Carried
 from ckptkit.megatron.gemma4.per_layer_inputs import add_per_layer_inputs, per_layer_inputs
 from ckptkit.megatron.heads import ValueHead
 from ckptkit.megatron.layers import block_spec
+from ckptkit.megatron.prediction import predicted_states, prediction_block
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
 from ckptkit.tables.divisibility import check_divides
 from ckptkit.tables.model_config import Adapter, ModelConfig
+from ckptkit.tables.prediction import of_0_16
 
 NAMED = 6
 """How many tensors an error message names before it counts the rest."""
@@ -31,6 +35,9 @@ NAMED = 6
 
 class CausalModel(GPTModel):
     """megatron-core's `GPTModel` with what it lacks before the first and after the last layer.
+
+    With layers of multi-token prediction its logits are those of the last of these layers, and not the model's own:
+    `GPTModel` itself has nothing but a loss for them.
 
     A tied copy of the embedding is loaded, not copied from the first stage: that would go through CUDA, and strict
     loading overwrites it anyway.
@@ -45,9 +52,11 @@ class CausalModel(GPTModel):
         input_width: Columns of what a stage that is not the first receives: the hidden state, and what is carried
             beside it (see `Carried`).
         value_head: Whether the output is one value per token, on every tensor parallel rank.
+        mtp: The layers of multi-token prediction, if they are on this stage.
     """
 
     embedding: Any
+    mtp: Any
 
     def __init__(self, *, model: ModelConfig, stage: Stage, has_adapter: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -61,6 +70,10 @@ class CausalModel(GPTModel):
             self._embed_narrow(model.adapter)
         if model.adapter is not None and has_adapter:
             add_adapter(self.decoder, model.adapter, stage)
+        predicts = self.post_process and model.mtp_layers
+        self.mtp = prediction_block(self.config, model, self.vp_stage) if predicts else None
+        if self.mtp is not None and not self.pre_process:
+            self.embedding = self._embedding(self.config)
         self.inputs_of = model if self.pre_process and model.per_layer_input_size else None
         if self.inputs_of is not None:
             add_per_layer_inputs(self, model, self.config)
@@ -98,29 +111,68 @@ class CausalModel(GPTModel):
                 decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             inputs = per_layer_inputs(self, self.inputs_of, input_ids, decoder_input)
             decoder_input = torch.cat((decoder_input, inputs), dim=-1)
+        if self.mtp is not None:
+            return self._predict(input_ids, position_ids, decoder_input, **options)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input, *args, **options)
         return output
+
+    def _predict(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None,
+        decoder_input: torch.Tensor | None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Logits of the last layer of multi-token prediction, as `forward`."""
+        assert positions is not None
+        with last_output(self.decoder) as states:
+            super().forward(tokens, positions, None, decoder_input, packed_seq_params=packed_seq_params)
+        # Not through the module: what is recorded of it is the model's own pass.
+        state = predicted_states(
+            self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params=packed_seq_params
+        )
+        logits: torch.Tensor = self.output_layer(state)[0]
+        return logits.transpose(0, 1).contiguous()
 
     def _embed_narrow(self, adapter: Adapter) -> None:
         """Embeddings of the width of the first layers, where megatron-core made those of the model's."""
         narrow = copy.copy(self.config)
         narrow.hidden_size = adapter.hidden_size
         del self.embedding  # before there is another one: its memory
-        self.embedding = LanguageModelEmbedding(
-            narrow,
-            self.vocab_size,
-            self.max_sequence_length,
-            position_embedding_type="none",
-            tp_group=self.pg_collection.tp,
-        )
+        self.embedding = self._embedding(narrow)
         weight = self.embedding.word_embeddings.weight
         weight.is_embedding_or_output_parameter = True  # what `setup_embeddings_and_output_layer` had marked
         if self.config.recompute_granularity is not None:
             # Recomputed layers have gradients only if their input has: an adapter behind frozen layers would get none.
             self.embedding.register_forward_hook(lambda module, inputs, output: _with_gradient(output))
 
+    def _embedding(self, config: TransformerConfig) -> LanguageModelEmbedding:
+        """An embedding of this model's vocabulary."""
+        return LanguageModelEmbedding(
+            config,
+            self.vocab_size,
+            self.max_sequence_length,
+            position_embedding_type="none",
+            tp_group=self.pg_collection.tp,
+        )
+
     def _is_in_embd_group(self) -> bool:
         return False
+
+
+@contextmanager
+def last_output(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The output of a module's last pass inside, alone in a list."""
+    kept: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        kept[:] = [output]
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def _with_gradient(states: torch.Tensor) -> torch.Tensor:
@@ -210,7 +262,7 @@ def layer_numbers(chunk: CausalModel) -> list[int]:
 def expected_tensors(chunk: CausalModel) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of a chunk by name, as Megatron saves them; `_extra_state` left out."""
     return {
-        name: value
+        of_0_16(name): value
         for name, value in chunk.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
     }

@@ -21,7 +21,7 @@ from ckptkit.tables.model_config import ModelConfig
 
 USE_CHECKPOINT_ARGS = "--use-checkpoint-args"
 _NULL_TOKENIZER, _OWN_TOKENIZER = "NullTokenizer", "--no-use-tokenizer-model-from-checkpoint-args"
-_OF_OUTPUT = ("moe_grouped_gemm", "transformer_impl")
+_OF_OUTPUT = ("moe_grouped_gemm", "transformer_impl", "mla_down_proj_fusion")
 """Arguments that are an output's, and not its model's."""
 
 
@@ -84,6 +84,10 @@ FLAGS = (
     _switch("--disable-bias-linear", "add_bias_linear", restored=True, default=True),
     _switch("--add-qkv-bias", "add_qkv_bias", restored=True),
     _switch("--swiglu", "swiglu", restored=True),
+    _switch("--quick-geglu", "quick_geglu"),
+    Flag("--activation-func-clamp-value", "activation_func_clamp_value"),
+    Flag("--glu-linear-offset", "glu_linear_offset", default=0.0),
+    Flag("--softmax-type", "softmax_type", default="vanilla"),
     Flag("--normalization", "normalization", default="LayerNorm", restored=True),
     Flag("--norm-epsilon", "norm_epsilon", default=1e-5, dest="layernorm_epsilon"),
     _switch("--apply-layernorm-1p", "apply_layernorm_1p", dest="layernorm_zero_centered_gamma"),
@@ -117,6 +121,7 @@ FLAGS = (
     Flag("--moe-router-group-topk", "moe_router_group_topk"),
     Flag("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", restored=True),
     _switch("--moe-grouped-gemm", "moe_grouped_gemm", restored=True),
+    _switch("--mla-down-proj-fusion", "mla_down_proj_fusion"),
     Flag("--transformer-impl", "transformer_impl", default="transformer_engine"),
 )
 """The flags that describe a model, in the order in which they are printed."""

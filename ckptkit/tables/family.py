@@ -28,6 +28,48 @@ Complete = Callable[[Raw, Mapping[str, tuple[int, ...]], Callable[[str], Raw | N
 
 
 @dataclass(frozen=True)
+class FusedRow:
+    """A row in place of several others, which the ranks of some models of Megatron have.
+
+    Distributed checkpoints of these models have the usual rows.
+
+    Attributes:
+        row: The row; its Hugging Face tensors are those of the others, in order.
+        replaced: Endings of the Megatron names of the others.
+        spelling: The names of these ranks, by which `--spec` asks for them.
+        args: The entry of `args` that says so.
+        when: Whether Megatron builds such a model.
+    """
+
+    row: Row
+    replaced: tuple[str, ...]
+    spelling: Spelling
+    args: str
+    when: Callable[[ModelConfig], bool]
+
+    @property
+    def ending(self) -> str:
+        """Ending of the Megatron names of the row."""
+        return "." + self.row.megatron.rpartition("{i}.")[2]
+
+    def is_in(self, names: Iterable[str]) -> bool:
+        """Whether names are those of such ranks."""
+        return any(name.endswith(self.ending) for name in names)
+
+    def usual(self, names: Iterable[str]) -> set[str]:
+        """The canonical names in place of those of such ranks."""
+        found = {self.spelling.canonical(name) for name in names}
+        stems = {name.removesuffix(self.ending) for name in found if name.endswith(self.ending)}
+        kept = {name for name in found if not name.endswith(self.ending)}
+        return kept | {stem + ending for stem in stems for ending in self.replaced}
+
+    def table(self, family: Family) -> Family:
+        """The family with this row in place of the others, and with the names of such ranks."""
+        rows = [row for row in family.rows if not row.megatron.endswith(self.replaced)]
+        return replace(family, rows=(*rows, self.row), spellings=(self.spelling,))
+
+
+@dataclass(frozen=True)
 class MegatronQuirks:
     """Differences between Megatron's form of a family and its form of all others.
 
@@ -43,6 +85,7 @@ class MegatronQuirks:
             them to those of `te`.
         foreign: Piece of a Megatron name -> the layout it gives away. Such a layout is refused by this name: no table
             reads it.
+        fused: A row in place of several others that the ranks of some models have, or None.
     """
 
     to_args: Callable[[ModelConfig], dict[str, Any]] | None = None
@@ -53,6 +96,7 @@ class MegatronQuirks:
     parallel: tuple[str, ...] = ()
     local_keys: bool = False
     foreign: Mapping[str, str] = field(default_factory=dict)
+    fused: FusedRow | None = None
 
 
 @dataclass(frozen=True)

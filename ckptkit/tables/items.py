@@ -146,9 +146,9 @@ class Kind:
             for slot, shape in zip(row.slots, self.slots, strict=True)
         )
         for expert in experts:
-            yield Item(
-                self, key.format(expert), layer, tuple([name.format(expert) for name in names]), expert, cut, slots
-            )
+            number = str(expert)
+            found = tuple([name.replace("{}", number) for name in names])
+            yield Item(self, key.replace("{}", number), layer, found, expert, cut, slots)
 
 
 class Item(NamedTuple):

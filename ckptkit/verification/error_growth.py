@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ckptkit.verification.location import head_states, readable
-from ckptkit.verification.probes import places
+from ckptkit.verification.probes import places_in
 from ckptkit.verification.reports.results import StateError
 from ckptkit.verification.runs import Run, read_probes
 
@@ -43,8 +43,7 @@ def first_excess(errors: list[StateError]) -> StateError | None:
 def _states(run: Run) -> dict[str, list[torch.Tensor]]:
     """Place -> its copies, in the order of the computation; the head last."""
     found = read_probes(run)
-    order = places(sum(place.endswith(".output") for place in found), ("output",))
-    return {place: found[place] for place in order if place in found} | {"head": [head_states(run)]}
+    return {place: found[place] for place in places_in(found, ("output",))} | {"head": [head_states(run)]}
 
 
 def _error(expected: torch.Tensor, copies: list[torch.Tensor]) -> tuple[float, float]:

@@ -198,7 +198,8 @@ def find_place(
 
     row, position = min(judgement.bad, key=lambda place: (place[1], place[0]))
     messages = [f"first seen in row {row} at position {position}"]
-    prefix, exact = [runs.exact.rows[row][: position + 1]], options.in_dtype(options.exact_dtype)
+    behind = pair.reference.side.prediction  # tokens that multi-token prediction sees beside the one at the position
+    prefix, exact = [runs.exact.rows[row][: position + 1 + behind]], options.in_dtype(options.exact_dtype)
     try:
         theirs = passes.run(pair.reference, prefix, "probe_reference", options.plain(), whole_layers=False)
         ours = passes.run(pair.candidate, prefix, "probe_candidate", exact, whole_layers=False, routed_as=theirs)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.opening import open_checkpoint
@@ -31,13 +31,15 @@ from ckptkit.verification.reports.placement import describe
 from ckptkit.verification.reports.report import LevelResult, VerificationReport, installed_versions
 from ckptkit.verification.reports.results import Check
 from ckptkit.verification.rounding import rounding_of
-from ckptkit.verification.run_options import RunOptions
+from ckptkit.verification.run_options import RunKeywords, RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, check_candidate, widest_window
 from ckptkit.verification.training.level import verify_gradients, verify_training
 from ckptkit.verification.weights import check_structure, check_weights
 
 T = TypeVar("T")
 
+PREDICTION = "prediction"
+"""The level at which layers of multi-token prediction run, beside the level logits where both sides have such."""
 OWN_GRID = ("torch", "torch_dist")
 """Formats that say which grid they are for."""
 
@@ -72,7 +74,8 @@ def verify(reference: str | Path, candidate: str | Path, **asked: Unpack[VerifyK
             refuse_to_run(checkpoint, which)
     sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), question.options)
     check_run(question, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config)
-    answers = Asked(question.levels, question.keep_going)
+    predicted = prediction_of(checkpoints, question)
+    answers = Asked(with_prediction(question.levels) if predicted else question.levels, question.keep_going)
     answers.ask("structure", lambda: check_structure(*checkpoints))
     diff = _diff_command(reference, candidate, *sources)
     weights = partial(check_weights, *checkpoints, question.progress, diff, sides[1].grid)
@@ -85,7 +88,7 @@ def verify(reference: str | Path, candidate: str | Path, **asked: Unpack[VerifyK
         levels=answers.answers,
         messages=[
             *(_messages(sides) if question.runs else []),
-            *_prediction(checkpoints),
+            *_prediction(checkpoints, question, predicted),
             *answers.messages,
         ],
         sides={
@@ -232,6 +235,7 @@ def ask_runs(
 ) -> None:
     """Asks the levels at which models run, if they are wanted."""
     answers.ask("logits", lambda: _logits(checkpoints, sides, question))
+    answers.ask(PREDICTION, lambda: _predicted(checkpoints, sides, question))
     for level, ask in (("gradients", verify_gradients), ("training", verify_training)):
         answers.ask(level, partial(_backwards, level, ask, checkpoints, sides, question))
 
@@ -250,6 +254,30 @@ def _logits(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side]
         lines = [f"{same} {prompt!r} with {text!r}" for prompt, text in zip(prompts, texts, strict=True)]
         answer.details["messages"] = [*answer.details.get("messages", []), *lines]
     return answer
+
+
+def prediction_of(checkpoints: tuple[Checkpoint, Checkpoint], question: Question) -> int:
+    """Layers of multi-token prediction that both sides have and can run, or 0."""
+    counts = {checkpoint.config.mtp_layers for checkpoint in checkpoints}
+    return counts.pop() if question.runs and len(counts) == 1 and question.options.cp == 1 else 0
+
+
+def with_prediction(levels: Sequence[str]) -> list[str]:
+    """The levels, with that of multi-token prediction behind the logits."""
+    at = levels.index("logits") + 1
+    return [*levels[:at], PREDICTION, *levels[at:]]
+
+
+def _predicted(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side], question: Question) -> LevelResult:
+    """The logits of the last layer of multi-token prediction, on token ids or on prompts."""
+    tokens, count = question.tokens, checkpoints[0].config.mtp_layers
+    if question.prompts:
+        tokenizer = _tokenizer(checkpoints)
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in question.prompts]
+    pair = [side._replace(prediction=count) for side in sides]
+    run = cast(RunKeywords, {name: value for name, value in question.run.items() if name != "save_logits"})
+    report = verify_logits(*pair, tokens=tokens, greedy=0, pool=question.pool, tell=question.tell, **run)
+    return replace(report.level(), name=PREDICTION)
 
 
 def _backwards(
@@ -283,11 +311,12 @@ def _tokenizer(sides: tuple[Checkpoint, Checkpoint]) -> Any:
     raise UsageError("--prompt needs a tokenizer, and neither side has one", hint="pass --tokens with token ids")
 
 
-def _prediction(checkpoints: tuple[Checkpoint, Checkpoint]) -> list[str]:
+def _prediction(checkpoints: tuple[Checkpoint, Checkpoint], question: Question, ran: int) -> list[str]:
     """A sentence about layers that the level weights compares, and no other level."""
-    if not any(checkpoint.config.mtp_layers for checkpoint in checkpoints):
+    if ran or not any(checkpoint.config.mtp_layers for checkpoint in checkpoints):
         return []
-    return ["multi-token prediction is compared by its weights alone: neither side ran it"]
+    why = " (not with context parallelism)" if question.runs and question.options.cp > 1 else ""
+    return [f"multi-token prediction is compared by its weights alone: neither side ran it{why}"]
 
 
 def _messages(sides: tuple[Side, Side]) -> list[str]:

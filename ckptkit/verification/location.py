@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptkit.verification.probes import ALL_PARTS, KEPT, places
+from ckptkit.verification.probes import ALL_PARTS, KEPT, KINDS, places_in
 from ckptkit.verification.reports.results import Location
 from ckptkit.verification.routing import read_router_logits
 from ckptkit.verification.runs import Run, read_probes, row_logits
@@ -45,9 +45,8 @@ def locate(reference: Run, candidate: Run) -> Location | None:
 def _errors(reference: Run, candidate: Run) -> dict[str, float]:
     """Relative error at every place, in the order of the computation, the head last."""
     expected, found = (read_probes(run) | _router_states(run) for run in (reference, candidate))
-    num_layers = sum(name.endswith(".mlp") for name in expected)
     errors = {}
-    for place in (place for place in places(num_layers, ALL_PARTS) if place in expected):
+    for place in places_in(expected, ALL_PARTS):
         # A layer that one side does not have is as wrong as can be.
         copies = found.get(place, [])
         errors[place] = max((_relative(expected[place][0], copy) for copy in copies), default=float("inf"))
@@ -84,4 +83,7 @@ def readable(place: str) -> str:
     """A place as people read it: `layer 3 mlp`."""
     kind, _, rest = place.partition(".")
     number, _, part = rest.partition(".")
-    return f"layer {number} {part}" if kind == "layers" else place.replace("_", " ")
+    if kind not in KINDS:
+        return place.replace("_", " ")
+    layer = "layer" if kind == "layers" else "multi-token prediction layer"
+    return f"{layer} {number} {part if part in ALL_PARTS else part.replace('_', ' ')}"

@@ -90,6 +90,7 @@ class Passes:
             opening=opened.side.opening,
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
             adapter=opened.side.adapter,
+            prediction=opened.side.prediction,
             scored=list(scored),
         )
         where = "transformers" if hf else f"{job.run.world_size} rank{'s' if job.run.world_size > 1 else ''}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from ckptkit.checkpoints.checkpoint import EMBEDDING, HEAD
 from ckptkit.verification.routing import decoder_layers, is_router
 
+KINDS = ("layers", "prediction")
+"""Layers of the model, and of multi-token prediction."""
 KEPT = 64
 """Positions of a row, counted from the end, whose hidden states are kept."""
 KEPT_IN_ALL = 512
@@ -20,11 +22,38 @@ WITHIN = (".self_attention", ".mlp")
 PARTS = ("self_attention", "router", "mlp", "output")
 ALL_PARTS = ("adapter", *PARTS)
 """With what one layer of a model may have before it."""
+_BEFORE = ("embedding_norm", "hidden_norm", "projection")
+"""Parts of a layer of multi-token prediction before its decoder layer; `final_norm` is behind that."""
 
 
-def places(num_layers: int, parts: Sequence[str] = PARTS) -> list[str]:
-    """Names of all probes in the order of the computation; the head follows the last one."""
-    return ["embedding", *(f"layers.{i}.{part}" for i in range(num_layers) for part in parts), "final_norm"]
+def places(num_layers: int, parts: Sequence[str] = PARTS, predicted: int = 0) -> list[str]:
+    """Names of all probes in the order of the computation; the head follows the last one.
+
+    Args:
+        num_layers: Layers of the model.
+        parts: Parts of a layer.
+        predicted: Layers of multi-token prediction.
+    """
+    inner = [*(_BEFORE if len(parts) > 1 else ()), *parts, "final_norm"]
+    return [
+        "embedding",
+        *(f"layers.{number}.{part}" for number in range(num_layers) for part in parts),
+        "final_norm",
+        *(f"prediction.{number}.{part}" for number in range(predicted) for part in inner),
+    ]
+
+
+def places_in(found: Collection[str], parts: Sequence[str] = PARTS) -> list[str]:
+    """The probes among these names, in the order of the computation.
+
+    Args:
+        found: The names; every layer has its output among them.
+        parts: Parts of a layer that count.
+    """
+    layers, predicted = (
+        sum(name.startswith(f"{kind}.") and name.endswith(".output") for name in found) for kind in KINDS
+    )
+    return [place for place in places(layers, parts, predicted) if place in found]
 
 
 @dataclass(frozen=True)
@@ -91,6 +120,7 @@ class Recorder:
 
 def megatron_sites(chunks: list[Any]) -> dict[str, Site]:
     """Sites of a rank's model chunks; layers by their global number."""
+    from ckptkit.megatron.decoder import inner_layer
     from ckptkit.megatron.model import layer_numbers
 
     sites: dict[str, Site] = {}
@@ -108,6 +138,67 @@ def megatron_sites(chunks: list[Any]) -> dict[str, Site]:
         if chunk.post_process:
             norm = chunk.decoder.final_layernorm
             sites["final_norm"] = Site(norm, take, _names(norm, "decoder.final_layernorm."))
+        if chunk.mtp is not None:
+            for number, layer in enumerate(chunk.mtp.layers):
+                inner = inner_layer(layer)
+                within = _layer_sites(
+                    f"prediction.{number}", inner, MTP_INNER.format(number), take, inner.self_attention
+                )
+                output = within[f"prediction.{number}.output"]
+                within[f"prediction.{number}.output"] = replace(output, take=_whole_layer(chunk, take))
+                around = (layer.enorm, layer.hnorm, inner.input_layernorm, layer.final_layernorm)
+                names = [f"mtp.layers.{number}.{name}" for name in _AROUND_IN_MEGATRON]
+                sites.update(_prediction_sites(number, around, names, within, take))
+    return sites
+
+
+_AROUND_IN_MEGATRON = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
+_AROUND_IN_HF = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+MTP_INNER = "mtp.layers.{}.transformer_layer."
+
+
+def _prediction_sites(
+    number: int,
+    modules: Sequence[torch.nn.Module],
+    names: Sequence[str],
+    within: dict[str, Site],
+    take: Callable[[Any], torch.Tensor],
+) -> dict[str, Site]:
+    """Sites of a layer of multi-token prediction.
+
+    Args:
+        number: Its number, from 0.
+        modules: The two norms, the norm behind the projection, whose output shows the projection, and the last norm.
+        names: Names of the tensors of the two norms, the projection and the last norm.
+        within: Sites of the decoder layer inside.
+        take: Reads the hidden state.
+    """
+    place = f"prediction.{number}"
+    of_norm = [name for name in within[f"{place}.self_attention"].feeds if ".input_layernorm." in name]
+    within[f"{place}.self_attention"].feeds[:] = [
+        name for name in within[f"{place}.self_attention"].feeds if name not in of_norm
+    ]
+    found = {
+        f"{place}.{part}": Site(module, take, [name])
+        for part, module, name in zip((*_BEFORE, "final_norm"), modules, names, strict=True)
+    }
+    found[f"{place}.projection"].feeds.extend(of_norm)
+    return found | within
+
+
+def hf_prediction_sites(prediction: Any, first: int) -> dict[str, Site]:
+    """Sites of layers of multi-token prediction in transformers.
+
+    Args:
+        prediction: Its `MtpModel`.
+        first: Number that files give the first of these layers.
+    """
+    sites: dict[str, Site] = {}
+    for number, layer in enumerate(prediction.layers):
+        prefix = f"model.layers.{first + number}."
+        within = _layer_sites(f"prediction.{number}", layer.mtp_block, prefix, _first, layer.mtp_block.self_attn)
+        around = (layer.enorm, layer.hnorm, layer.mtp_block.input_layernorm, layer.post_norm)
+        sites.update(_prediction_sites(number, around, [prefix + name for name in _AROUND_IN_HF], within, _first))
     return sites
 
 

@@ -196,14 +196,21 @@ class _ReferenceRun:
     """A loaded model and what to keep of a run."""
 
     def __init__(self, model: Any, job: LogitsJob, tell: Tell) -> None:
-        from ckptkit.verification.probes import Recorder, hf_sites
+        from ckptkit.verification.prediction import Prediction
+        from ckptkit.verification.probes import Recorder, hf_prediction_sites, hf_sites
         from ckptkit.verification.routing import Record, hf_routers, read_experts
 
         self.model, self.job = model, job
         self.counted = Counted("running", tokens_to_run(job.rows, job.greedy, again=bool(job.again)), "tokens", tell)
-        self.recorder = Recorder(hf_sites(model) if job.probes else {}, job.whole_layers)
+        count, rounded = job.prediction, job.rounded
+        self.prediction = Prediction(model, job.checkpoint, count, rounded) if count else None
+        sites = hf_sites(model) if job.probes else {}
+        if job.probes and self.prediction is not None:
+            sites |= hf_prediction_sites(self.prediction.model, self.prediction.first)
+        self.recorder = Recorder(sites, job.whole_layers)
         self.record = Record()
-        self.routers = hf_routers(model) if job.routing or job.replay else {}
+        further = [] if self.prediction is None else [layer.mtp_block for layer in self.prediction.model.layers]
+        self.routers = hf_routers(model, further) if job.routing or job.replay else {}
         self.experts = read_experts(job.replay)
 
     def run(self) -> dict[str, Any]:
@@ -231,6 +238,8 @@ class _ReferenceRun:
 
         if not use_attention(self.model, OTHER_ATTENTION):
             return
+        if self.prediction is not None:
+            self.prediction.use_attention(OTHER_ATTENTION)
         with torch.no_grad():
             _, groups = run_by_length(rows, lambda tokens: tokens, self._routed_logits)
         save_logits(output, groups)
@@ -265,9 +274,13 @@ class _ReferenceRun:
         for first in range(0, len(tokens), rows):
             batch = tokens[first : first + rows].to(self.model.device)
             with around(batch, first):
-                parts.append(self._kept(outputs_of(self.model, batch).float(), batch))
+                parts.append(self._kept(self._outputs(batch).float(), batch))
             self.counted.add(batch.numel())
         return torch.cat(parts)
+
+    def _outputs(self, batch: torch.Tensor) -> torch.Tensor:
+        """What is compared: the outputs of the model, or of its last layer of multi-token prediction."""
+        return outputs_of(self.model, batch) if self.prediction is None else self.prediction.logits(batch)
 
     def _kept(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits, or their scores for the tokens that follow, in host memory."""

@@ -8,7 +8,7 @@ logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ckptkit.verification.comparison import MEDIAN_LIMIT, P99_LIMIT
 from ckptkit.verification.reports.results import RouterLayer, RoutingReport
 from ckptkit.verification.runs import Run
 
-LOGITS, EXPERTS, OWN, SCORES = KINDS = ("logits", "experts", "own", "scores")
+LOGITS, EXPERTS, OWN, SCORES, WHOLE, GROUPS = KINDS = ("logits", "experts", "own", "scores", "whole", "groups")
 SOFTMAX, SIGMOID, TOPK = "softmax", "sigmoid", "topk"
 """Names of functions and methods of torch; in float64 others of the same name stand in for them."""
 
@@ -45,7 +45,7 @@ class Record:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, *parts: Mapping[int, torch.Tensor]) -> None:
-        """Append rows of one length: logits, experts, own choice and scores, each as layer -> [rows, length, ...]."""
+        """Append rows of one length: a mapping of each of `KINDS`, layer -> [rows, length, ...]."""
         for kind, found in zip(KINDS, parts, strict=False):
             for layer, tensor in found.items():
                 key = f"{kind}.{layer}.{tensor.size(1)}"
@@ -127,14 +127,18 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(decoder.layers)
 
 
-def hf_routers(model: Any) -> dict[int, torch.nn.Module]:
+def hf_routers(model: Any, further: Sequence[Any] = ()) -> dict[int, torch.nn.Module]:
     """Layer number, from 0 -> router of a transformers model.
+
+    Args:
+        model: The model.
+        further: Layers that follow its own ones.
 
     Raises:
         UnsupportedError: A layer has experts and no router that is a module of its own.
     """
     found = {}
-    for number, layer in enumerate(decoder_layers(model)):
+    for number, layer in enumerate([*decoder_layers(model), *further]):
         routers = [module for module in layer.modules() if is_router(module)]
         experts = [module for module in layer.modules() if type(module).__name__.endswith("Experts")]
         if len(routers) == 1:
@@ -150,9 +154,9 @@ class _RouterCall(TorchFunctionMode):
 
     A token with a negative number is left to the router, as in megatron-core (`moe.Router.replay`).
 
-    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, but they return different
-    things; what follows (renormalising, scales of experts) stays the router's own. A router that chooses groups first
-    calls topk for these, too, on tensors of another shape.
+    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, or calls topk first and takes
+    a softmax of what it chose. But they return different things; what follows (renormalising, scales of experts) stays
+    the router's own. A router that chooses groups first calls topk for these, too, on tensors of another shape.
     """
 
     def __init__(self, prescribed: torch.Tensor | None) -> None:
@@ -160,10 +164,13 @@ class _RouterCall(TorchFunctionMode):
         self.prescribed = prescribed
         self.logits = self.experts = self.own = torch.empty(0)
         self.scores: torch.Tensor | None = None
-        self._by_score = False
+        self.whole: torch.Tensor | None = None
+        self.groups: torch.Tensor | None = None
+        self._by_score = self._chosen_first = False
 
     def start(self, *_: Any) -> None:
         """Forward pre-hook of the router."""
+        self.logits = torch.empty(0)
         super().__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, *_: Any) -> None:
@@ -175,7 +182,9 @@ class _RouterCall(TorchFunctionMode):
     ) -> Any:
         result = function(*arguments, **(options or {}))
         name = getattr(function, "__name__", None)
-        if name in (SOFTMAX, SIGMOID):
+        if name == TOPK and not self.logits.numel():  # a softmax over the chosen experts alone follows
+            self.logits, self._by_score, self._chosen_first = arguments[0], False, True
+        if name in (SOFTMAX, SIGMOID) and not self._chosen_first:
             self.logits, self._by_score = arguments[0], name == SIGMOID
         elif name == TOPK and arguments[0].shape == self.logits.shape:
             self.own = result.indices
@@ -186,6 +195,10 @@ class _RouterCall(TorchFunctionMode):
                 experts = torch.where((experts >= 0).all(-1, keepdim=True), experts, result.indices)
                 result = torch.return_types.topk((scores.gather(-1, experts), experts))
             self.experts = result.indices
+        elif name == TOPK and arguments[0].dim() == 3:  # the best of each group
+            self.whole = arguments[0].flatten(1)
+        elif name == TOPK and self.whole is not None:
+            self.groups = arguments[0]
         return result
 
 
@@ -214,6 +227,8 @@ def hf_routing(
             {layer: call.experts for layer, call in calls.items()},
             {layer: call.own for layer, call in calls.items()},
             {layer: call.scores.float() for layer, call in calls.items() if call.scores is not None},
+            {layer: call.whole.float() for layer, call in calls.items() if call.whole is not None},
+            {layer: call.groups.float() for layer, call in calls.items() if call.groups is not None},
         )
         record.add(
             *({layer: part.detach().cpu().view(batch, length, -1) for layer, part in kind.items()} for kind in kinds)
@@ -230,8 +245,8 @@ def judge_routing(exact: Run, low: Run | None, found: Run, tolerance: float) -> 
     measured in units of the reference's own. A token for which the candidate would have chosen other experts is let
     pass only if the reference itself holds them equal within the noise: in fp32 twice the tolerance, below twice the
     reference's own largest error in that layer (two logits may be off in opposite directions). It holds them equal by
-    what it chose them by, its scores where it has a bias or groups. An expert of a group that it did not choose is
-    never equal to one that it chose.
+    what it chose them by, its scores where it has a bias or groups. An expert of a group that it did not choose counts
+    only where it holds that group equal to one that it chose; see `Groups`.
 
     Args:
         exact: The reference in fp32.
@@ -250,6 +265,8 @@ def judge_routing(exact: Run, low: Run | None, found: Run, tolerance: float) -> 
     noise = read_router_logits(low.routing) if low is not None else {}
     scores = _by_layer(exact.routing, SCORES)
     rough_scores = _by_layer(low.routing, SCORES) if low is not None else {}
+    whole, groups = _by_layer(exact.routing, WHOLE), _by_layer(exact.routing, GROUPS)
+    rough_groups = _by_layer(low.routing, GROUPS) if low is not None else {}
     judged = []
     for layer in layers:
         if layer in expected and layer in candidate and expected[layer][0].shape == candidate[layer][0].shape:
@@ -258,6 +275,9 @@ def judge_routing(exact: Run, low: Run | None, found: Run, tolerance: float) -> 
                 scores.get(layer, expected[layer])[0],
                 None if low is None else rough_scores.get(layer, noise[layer])[0],
                 chosen[layer][0],
+                Groups(whole[layer][0], groups[layer][0], None if low is None else rough_groups[layer][0], tolerance)
+                if layer in groups
+                else None,
             )
             copies = [
                 _judge_layer(layer, expected[layer][0], rough, copy, order, choice, tolerance)
@@ -282,11 +302,20 @@ class Order:
         exact: Fp32 [tokens, experts], by which it chose: logits or scores; -inf for an expert that it could not choose.
         low: The same in the candidate's dtype, or None in fp32.
         chosen: Its choice, [tokens, experts per token].
+        groups: The groups of experts that it chose among, or None.
     """
 
     exact: torch.Tensor
     low: torch.Tensor | None
     chosen: torch.Tensor
+    groups: Groups | None = None
+
+    def margins(self, own: torch.Tensor, limit: float) -> torch.Tensor:
+        """As `_margins` over the scale, for another choice; groups held equal have margins up to `limit`."""
+        margins = _margins(self.exact, self.chosen, own) / self.scale
+        if self.groups is None:
+            return margins
+        return torch.where(margins.isinf(), self.groups.margins(self.exact, own, self.scale, limit), margins)
 
     @property
     def scale(self) -> float:
@@ -299,6 +328,63 @@ class Order:
             return 2 * tolerance
         rounding = (self.low - self.exact).double()
         return 2 * float(rounding[rounding.isfinite()].abs().max()) / self.scale
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of experts among which a reference's router chose first.
+
+    Attributes:
+        whole: Fp32 [tokens, experts], its scores of all experts.
+        scores: Fp32 [tokens, groups], its scores of the groups.
+        low: The same in the candidate's dtype, or None in fp32.
+        tolerance: Largest error in fp32, over the largest of these numbers.
+    """
+
+    whole: torch.Tensor
+    scores: torch.Tensor
+    low: torch.Tensor | None
+    tolerance: float
+
+    def margins(self, exact: torch.Tensor, own: torch.Tensor, scale: float, limit: float) -> torch.Tensor:
+        """Margins of a choice with experts of groups that the reference did not choose.
+
+        The groups that are new take the place of the worst that the reference chose and the choice does not use. Among
+        the experts of these groups the reference would have chosen otherwise, and that is what the choice must agree
+        with.
+
+        Args:
+            exact: Scores [tokens, experts], -inf for experts that the reference could not choose.
+            own: The other choice, [tokens, experts per token].
+            scale: The largest score.
+            limit: Margin over the scale up to which experts are held equal.
+
+        Returns:
+            For each token the larger of the margins of groups and experts, over the scale; that of groups in units in
+            which `limit` is what separates equal ones. Infinite where more groups are used than the router may.
+        """
+        count = self.scores.size(-1)
+        size = self.whole.size(-1) // count
+        chosen = exact.isfinite().view(-1, count, size).any(-1)
+        used = torch.zeros_like(chosen).scatter(-1, own // size, True)
+        new, left = used & ~chosen, chosen & ~used
+        # As many as are new, the worst first.
+        rank = self.scores.masked_fill(~left, math.inf).argsort(-1).argsort(-1)
+        lost = left & (rank < new.sum(-1, keepdim=True))
+        fits = lost.sum(-1) == new.sum(-1)
+        gap = self.scores.masked_fill(~lost, -math.inf).amax(-1) - self.scores.masked_fill(~new, math.inf).amin(-1)
+        allowed = ((chosen & ~lost) | new).repeat_interleave(size, -1)
+        alternative = self.whole.masked_fill(~allowed, -math.inf)
+        margins = _margins(alternative, alternative.topk(own.size(-1)).indices, own).clamp(min=0.0) / scale
+        gaps = gap.clamp(min=0.0) * (limit / self._equal if self._equal > 0 else math.inf)
+        return torch.where(fits, torch.maximum(margins, gaps.nan_to_num(nan=0.0)), math.inf)
+
+    @property
+    def _equal(self) -> float:
+        """The largest difference of groups that are held equal."""
+        if self.low is None:
+            return 2 * self.tolerance * float(self.scores.abs().max())
+        return 2 * float((self.low - self.scores).double().abs().max())
 
 
 def _judge_layer(
@@ -317,7 +403,7 @@ def _judge_layer(
     if low is not None:
         rounding = (low - exact).double()
         ratio = _ratio(float(error.square().mean().sqrt()), float(rounding.square().mean().sqrt()))
-    margins = _margins(order.exact, order.chosen, own) / order.scale
+    margins = order.margins(own, limit)
     differ = margins[margins >= 0]
     beyond = int((~(differ <= limit)).sum())
     return RouterLayer(

@@ -29,6 +29,7 @@ class Side(NamedTuple):
         grid: The grid that megatron-core runs it on; None for the checkpoint's own.
         rounding: How its weights are rounded before it runs in float32.
         adapter: The adapter that it runs with, or None.
+        prediction: Its layers of multi-token prediction, if the logits of the last of them count, or 0.
     """
 
     path: str | Path
@@ -37,6 +38,7 @@ class Side(NamedTuple):
     grid: Parallelism | None = None
     rounding: Rounding = Rounding()
     adapter: AdapterJob | None = None
+    prediction: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def open_side(side: Side, opener: str) -> OpenedSide:
         CkptkitError: It cannot be opened.
     """
     if side.kind == MEGATRON:
-        checkpoint = open_model(find(opener), str(side.path), side.opening, side.adapter)
+        checkpoint = open_model(find(opener), str(side.path), side.opening, side.adapter, side.prediction)
         return _opened(side, checkpoint.config, side.grid or checkpoint.grid)
     if side.kind != HF:
         raise UsageError(f"a side is 'hf' or 'megatron', not {side.kind!r}", where=side.path)

@@ -1,7 +1,6 @@
-"""Models of tens to hundreds of billions of parameters have the size that is published, by the table alone.
+"""Models of hundreds of billions of parameters have the size that is published, by the table alone.
 
-`fixtures/large_configs.json` says of each where its config is from. DeepSeek-V3 and Kimi-K2 are published with a
-stretched rotary embedding (YaRN), which is not in there: no shape depends on it.
+`fixtures/large_models.json` says where each config is from.
 """
 
 from __future__ import annotations
@@ -13,28 +12,51 @@ from typing import Any
 
 import pytest
 
+from benchmarks.planning import FIXTURE, large_models, write_sparse
+from ckptkit import convert
 from ckptkit.families import family_of
 
-LARGE: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parents[2] / "fixtures" / "large_configs.json").read_text(encoding="utf-8")
-)
-"""Name -> config, its source, and parameters as published, without multi-token prediction, to a billion."""
+MODELS: dict[str, dict[str, Any]] = json.loads(FIXTURE.read_text())
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", MODELS)
 def test_parameters(name: str) -> None:
-    large = LARGE[name]
-    family = family_of(large["config"], name)
-    count = sum(item.parameters for item in family.items(family.parse(large["config"])))
-    assert abs(count - large["parameters"]) < 1e9
+    """Layers of multi-token prediction do not count; what GLM-4.5 is published with is not said."""
+    raw = MODELS[name]["config"]
+    family = family_of(raw, name)
+    count = sum(item.parameters for item in family.items(family.parse(raw)))
+    assert abs(count / 1e9 - MODELS[name]["billions"]) < (2.5 if name == "GLM-4.5" else 1)
+
+
+def test_the_config_of_gpt_oss_has_the_defaults_of_the_class() -> None:
+    large = MODELS["gpt-oss-120b"]["config"]
+    family = family_of(large, "")
+    assert replace(family.parse(large), dtype=None) == family.parse({})
 
 
 def test_multi_token_prediction_of_deepseek_v3() -> None:
     """It is published with 14 billion more: a layer, and in its files copies of the embedding and of the head."""
-    raw = LARGE["DeepSeek-V3"]["config"]
-    family = family_of(raw, "")
-    config = replace(family.parse(raw), mtp_layers=1)
+    family = family_of({"architectures": ["DeepseekV3ForCausalLM"]}, "")
+    config = replace(family.parse({}), mtp_layers=1)
     added = [item for item in family.items(config) if item.key.startswith("mtp.")]
     copies = [copy for copy in family.copies(config) if copy.hf.startswith("model.layers.61.")]
     parameters = sum(item.parameters for item in added) + len(copies) * config.vocab_size * config.hidden_size
     assert len(copies) == 2 and abs(parameters / 1e9 - 14) < 1
+
+
+LISTED = {model.name: model for model in large_models()}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LISTED if name != "GLM-4.5-Air"]
+
+
+@pytest.mark.parametrize("name", ["GLM-4.5-Air", *SLOW])
+def test_dry_run_at_true_size(tmp_path: Path, name: str) -> None:
+    """Every tensor of the files is used, layers of multi-token prediction included, and nothing is written."""
+    model = LISTED[name]
+    count = write_sparse(tmp_path / "hf", model)
+    prediction = MODELS[name]["config"].get("num_nextn_predict_layers", 0)
+    for to in ("torch", "torch_dist"):
+        result = convert(tmp_path / "hf", tmp_path / "meg", to=to, grid=model.parallelism, dry_run=True)
+        assert result.coverage["used"] + result.coverage["replicas"] == count
+        assert any("of multi-token prediction beside" in note for note in result.notes) == bool(prediction)
+        assert sum(file["bytes"] for file in result.files) > 1.9e9 * MODELS[name]["billions"]
+    assert not (tmp_path / "meg").exists()

@@ -20,7 +20,19 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.sharding.grid import Parallelism
 from tests.models import save_llama, save_model
 
-BRIDGED = ["gqa", "tied", "llama3", "biased", "qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "mistral", "mistral-nemo"]
+BRIDGED = [
+    "gqa",
+    "tied",
+    "llama3",
+    "biased",
+    "qwen2",
+    "qwen2-tied",
+    "qwen3",
+    "qwen3_moe",
+    "mistral",
+    "mistral-nemo",
+    "gpt_oss",
+]
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"
@@ -38,6 +50,8 @@ NOT_BRIDGED = {
 
 
 def save(path: Path, kind: str, **options: Any) -> Path:
+    if kind == "gpt_oss":
+        options = {"swiglu_limit": 7.0, **options}  # its bridge always says so
     return (save_llama if kind in ("gqa", "tied", "llama3", "biased") else save_model)(path, kind, **options)
 
 
@@ -192,6 +206,7 @@ def bridge_of(kind: str) -> Any:
         "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
+        "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
         "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
         "gemma4_text": ("gemma.gemma4_bridge", "Gemma4Bridge"),
     }
@@ -217,8 +232,13 @@ OURS_ALONE = {
     "apply_rope_fusion",
 }
 
-BETTER = {"gemma4_text-dense": "share_embeddings_and_output_weights", "gemma4_text-e2b": "num_global_query_groups"}
-"""Kind -> a field that Megatron-Bridge's own bridge leaves at a default that is not the model's."""
+BETTER = {
+    "gemma4_text-dense": {"share_embeddings_and_output_weights"},
+    "gemma4_text-e2b": {"num_global_query_groups"},
+    # Of GPT-OSS, 0.6.2 says the same of the biases of q, k and v, and of windows, in other words.
+    "gpt_oss": {"add_qkv_bias", "window_attn_skip_freq"},
+}
+"""Kind -> fields that Megatron-Bridge's own bridge leaves at a default that is not the model's."""
 
 
 @pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
@@ -227,7 +247,7 @@ def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: P
     from megatron.bridge.training.model_load_save import load_model_config
     from transformers import AutoConfig
 
-    dtype = "bfloat16" if kind in GEMMA4 else "float32"  # its bridge of Gemma 4 always says so
+    dtype = "bfloat16" if kind in (*GEMMA4, "gpt_oss") else "float32"  # its bridges of these always say so
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind, dtype=dtype)
     convert(source, tmp_path / "megatron", to="torch_dist")
     ours, _ = load_model_config(str(tmp_path / "megatron" / "release"))
@@ -240,7 +260,7 @@ def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: P
     different = {
         field.name: (getattr(ours, field.name), getattr(theirs, field.name))
         for field in dataclasses.fields(ours)
-        if field.name not in {*OURS_ALONE, BETTER.get(kind)}
+        if field.name not in {*OURS_ALONE, *BETTER.get(kind, ())}
         and not same(getattr(ours, field.name), getattr(theirs, field.name))
     }
     assert different == {}

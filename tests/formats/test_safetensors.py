@@ -100,6 +100,13 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "needs 5 bytes, its offsets span 4",
     ),
     "malformed": (lambda raw: with_header({"a": {"dtype": "U8"}}), "entry of tensor a is malformed"),
+    "a truth as a size": (lambda raw: with_header({"a": {**entry(0, 4), "shape": [True, 4]}}, bytes(4)), "malformed"),
+    "three offsets": (
+        lambda raw: with_header({"a": {**entry(0, 4), "data_offsets": [0, 4, 4]}}, bytes(4)),
+        "malformed",
+    ),
+    "sizes as text": (lambda raw: with_header({"a": {**entry(0, 4), "shape": "4"}}, bytes(4)), "malformed"),
+    "a list": (lambda raw: with_header({"a": [1, 2]}, bytes(4)), "entry of tensor a is malformed"),
     "negative": (lambda raw: with_header({"a": {**entry(0, 4), "shape": [-4]}}, bytes(4)), "malformed"),
     "metadata": (lambda raw: with_header({"__metadata__": {"a": 1}}), "__metadata__ must map strings"),
 }

@@ -58,6 +58,11 @@ LATENT: list[tuple[str, Way]] = [
     ("glm4_moe", (Parallelism(ep=2), RECOMPUTE)),
     ("glm4_moe_lite", (Parallelism(ep=2), PACKED)),
 ]
+SINKS: list[tuple[str, Way]] = [
+    ("gpt_oss", (Parallelism(ep=2), PACKED)),
+    ("gpt_oss", (Parallelism(1, 2), RECOMPUTE)),
+    ("gpt_oss", (Parallelism(2), SP)),
+]
 FOUR_RANKS: list[tuple[str, Way]] = [("mixtral", (Parallelism(2, ep=2), {**SP, **PACKED}))]
 
 
@@ -85,7 +90,9 @@ def ran_on_cuda(details: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "way"), [*TWO_RANKS, *REPLICAS, *SHARDED, *VALUES, *LATENT, *FOUR_RANKS], ids=named)
+@pytest.mark.parametrize(
+    ("kind", "way"), [*TWO_RANKS, *REPLICAS, *SHARDED, *VALUES, *LATENT, *SINKS, *FOUR_RANKS], ids=named
+)
 def test_gradients(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way, dtype: str) -> None:
     answer = gradients_of(sources[kind], tmp_path, pool, way, dtype=dtype, **CUDA)
     record(kind, way, answer)

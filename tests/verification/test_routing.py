@@ -294,3 +294,46 @@ def test_a_near_tie_between_the_libraries_is_no_difference(tmp_path: Path, pool:
     assert report.routing.near_ties > 0
     free = compared((source, tmp_path / "meg"), pool, replay=False)
     assert not free.passed, "without replay, tokens that went elsewhere are errors"
+
+
+GROUPED = [[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.1]]
+"""Scores of four groups of two: the groups' are 1.7, 1.3, 0.9 and 0.3."""
+
+
+@pytest.mark.parametrize(
+    ("own", "gap", "equal"),
+    [
+        ([0, 1, 4, 5], 1e-3, True),  # the third group in place of the second, which is as good
+        ([0, 1, 4, 5], 0.4, False),  # which is better
+        ([0, 1, 4, 6], 1e-3, False),  # a third group beside the two
+        ([0, 1, 6, 7], 1e-3, False),  # the fourth group
+        ([0, 1, 2, 3], 1e-3, True),  # its own choice
+    ],
+)
+def test_groups_that_a_router_holds_equal(own: list[int], gap: float, equal: bool) -> None:
+    """A choice of two groups and four experts; groups and experts count as equal up to 0.01."""
+    import torch
+
+    from ckptkit.verification.routing import Groups, Order
+
+    whole = torch.tensor(GROUPED)
+    scores = torch.tensor([[1.7, 0.9 + gap, 0.9, 0.3]])
+    exact = whole.masked_fill(torch.tensor([[False] * 4 + [True] * 4]), -torch.inf)
+    order = Order(exact, None, torch.tensor([[0, 1, 2, 3]]), Groups(whole, scores, None, 0.005 / 1.7))
+    (margin,) = order.margins(torch.tensor([own]), 0.01).tolist()
+    assert (margin <= 0.01) == equal, margin
+
+
+def test_experts_among_groups_that_are_held_equal_count() -> None:
+    """Of the right groups, and not the best ones."""
+    import torch
+
+    from ckptkit.verification.routing import Groups, Order
+
+    whole = torch.tensor(GROUPED)
+    exact = whole.masked_fill(torch.tensor([[False] * 4 + [True] * 4]), -torch.inf)
+    order = Order(
+        exact, None, torch.tensor([[0, 1]]), Groups(whole, torch.tensor([[1.7, 0.9, 0.9, 0.3]]), None, 0.005 / 1.7)
+    )
+    margins = [float(order.margins(torch.tensor([own]), 0.01)) for own in ([0, 1], [0, 4], [4, 5])]
+    assert margins[0] < 0 and margins[1] == pytest.approx(0.3 / 0.9) and margins[2] == pytest.approx(0.5 / 0.9)

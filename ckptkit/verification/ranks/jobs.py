@@ -101,6 +101,7 @@ class LogitsJob:
         training: What to do instead, if the sides run backwards, or None.
         trainability: What to do instead, if it is to learn, or None.
         adapter: The adapter that the model runs with, or None.
+        prediction: Layers of multi-token prediction, if the logits are those of the last of these, or 0.
         scored: Inverse temperatures, if not logits are kept but what `rollouts.scores` makes of them; or empty.
     """
 
@@ -121,6 +122,7 @@ class LogitsJob:
     training: TrainingPart | None = None
     trainability: TrainabilityPart | None = None
     adapter: AdapterJob | None = None
+    prediction: int = 0
     scored: list[float] = field(default_factory=list)
 
     @property
@@ -159,14 +161,26 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def open_model(
-    opener: Callable[..., Checkpoint], path: str, opening: SourceOptions, adapter: AdapterJob | None
+    opener: Callable[..., Checkpoint],
+    path: str,
+    opening: SourceOptions,
+    adapter: AdapterJob | None,
+    prediction: int = 0,
 ) -> Checkpoint:
     """Opens the model of a job; of a checkpoint that holds an adapter, too, the model alone.
 
-    Layers of multi-token prediction are left out: no logits depend on them.
+    Layers of multi-token prediction are left out, unless the job is about them: no other logits depend on them.
+
+    Raises:
+        InputError: It has another number of them than the job.
     """
     part = {"part": MODEL} if adapter is not None and adapter.beside else {}
-    return opener(path, **opening.keywords(), **part).without_prediction()
+    checkpoint = opener(path, **opening.keywords(), **part)
+    if not prediction:
+        return checkpoint.without_prediction()
+    if (found := checkpoint.config.mtp_layers) != prediction:
+        raise errors.InputError(f"{found} layers of multi-token prediction, and {prediction} are asked for", where=path)
+    return checkpoint
 
 
 def encode_error(error: BaseException) -> dict[str, str | None]:

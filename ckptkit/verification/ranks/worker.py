@@ -249,7 +249,7 @@ def _load(job: LogitsJob, rank: int, device: torch.device) -> Pipeline:
     from ckptkit.megatron.replicas import seat
 
     opener, run, grid = find(job.opener), job.run, job.run.grid
-    checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
+    checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter, job.prediction)
     if job.rounded:
         checkpoint = _rounded(checkpoint, job.rounded)
     adapter = None if job.adapter is None else open_laid_out(job.adapter, checkpoint, grid, opener)
