@@ -214,6 +214,13 @@ def test_heads_routers_and_tables_are_left_out(plain: Path, tmp_path: Path) -> N
     assert result.target["quantised"] == {"scheme": "fp8-block", "tensors": 2 * 5 + 3 + 8 * 3 + 3}
 
 
+def test_rows_that_are_no_whole_groups_are_counted(plain: Path, tmp_path: Path) -> None:
+    result = convert(plain, tmp_path / "int4", to="hf", quantise="int4")
+    kept = {name for name, tensor in tensors_of(tmp_path / "int4").items() if name.endswith("_proj.weight")}
+    assert any(note.startswith(f"{len(kept)} matrices stay as they are: int4") for note in result.notes)
+    assert result.target["quantised"]["tensors"] + len(kept) == 2 * 5 + 3 + 8 * 3 + 3
+
+
 @pytest.mark.parametrize("quantise", ["fp8", "like:", "FP8-BLOCK"])
 def test_unknown_schemes(plain: Path, tmp_path: Path, quantise: str) -> None:
     with pytest.raises(UsageError, match=f"--quantise {quantise}"):
