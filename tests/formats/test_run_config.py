@@ -21,6 +21,7 @@ from ckptkit.sharding.grid import Parallelism
 from tests.models import save_llama, save_model
 
 BRIDGED = ["gqa", "tied", "llama3", "biased", "qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "mistral", "mistral-nemo"]
+SCORED = ["glm4_moe", "deepseek_v3", "glm4_moe_lite"]
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"
@@ -55,7 +56,7 @@ def written(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
 def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
     result = convert(source, tmp_path / "megatron", to="torch_dist", grid=Parallelism(2, 2))
@@ -68,7 +69,7 @@ def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
     assert (model["hidden_size"], model["num_layers"], model["vocab_size"]) == (96, layers, 250)
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
 def test_is_a_source_of_the_config(tmp_path: Path, kind: str) -> None:
     """A checkpoint as Megatron-Bridge leaves it: no `args`, no sidecar."""
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
@@ -192,6 +193,9 @@ def bridge_of(kind: str) -> Any:
         "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
+        "glm4_moe": ("glm.glm45_bridge", "GLM45Bridge"),
+        "glm4_moe_lite": ("glm.glm47_flash_bridge", "GLM47FlashBridge"),
+        "deepseek_v3": ("deepseek.deepseek_v3_bridge", "DeepSeekV3Bridge"),
         "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
         "gemma4_text": ("gemma.gemma4_bridge", "Gemma4Bridge"),
     }
@@ -221,7 +225,7 @@ BETTER = {"gemma4_text-dense": "share_embeddings_and_output_weights", "gemma4_te
 """Kind -> a field that Megatron-Bridge's own bridge leaves at a default that is not the model's."""
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
 def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("megatron.bridge")
     from megatron.bridge.training.model_load_save import load_model_config
