@@ -1,6 +1,6 @@
 """Latent attention as Megatron-Bridge's `MLAModelProvider` has it, and what its bridges set for scored experts.
 
-Source: `DeepSeekV3Bridge`, `GLM45Bridge` and `GLM47FlashBridge` of Megatron-Bridge 0.6.0; `MLATransformerConfig` of
+Source: `DeepSeekV3Bridge`, `GLM45Bridge` and `GLM47FlashBridge` of Megatron-Bridge 0.6.2; `MLATransformerConfig` of
 megatron-core 0.19.2.
 """
 
@@ -54,7 +54,7 @@ EXPERTS = {
     "moe_shared_expert_overlap": True,
 }
 """What the bridges of all three families set for training."""
-GLM_EXPERTS = {**EXPERTS, "moe_router_bias_update_rate": 0.0}
+GLM_EXPERTS = {**EXPERTS, "moe_router_bias_update_rate": 0.0, "mtp_loss_scaling_factor": 0.3}
 
 _ATTENTION = OwnAttention("kv_lora_rank", _problem, _values, _args)
 DEEPSEEK_BRIDGE = BridgeProvider(
