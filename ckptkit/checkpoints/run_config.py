@@ -54,7 +54,8 @@ def run_config(
     local = spelling.name == "local" or source.family.quirks.local_only(source.config)
     provider = provider_of(family, config, grid, divisible_by, local=local, grouped=spelling.experts == GROUPED)
     values = {
-        key: reference(value.name) if isinstance(value, Named) else value for key, value in provider.values.items()
+        key: reference(value.name, value.bound) if isinstance(value, Named) else value
+        for key, value in provider.values.items()
     }
     return lay_out_run_config({"_target_": provider.target, **values}, folder, peft)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ckptkit.families import latent
 from ckptkit.families.blocks import stacked
+from ckptkit.families.latent_bridge import DEEPSEEK_BRIDGE
 from ckptkit.families.llama import EMBEDDINGS, TIED_HEAD
 from ckptkit.families.scored_experts import ALIASES, ROWS, dense_count, first_dense, values_of_experts, with_experts
 from ckptkit.tables.config_json import ConfigJson, translation
@@ -76,5 +77,6 @@ DEEPSEEK_V3 = Family(
     spellings=latent.SPELLINGS,
     hf_spellings=(HUB, stacked("fused", "mlp.")),
     marks=(latent.MARK, "decoder.layers.mlp.router.expert_bias"),
+    bridge=DEEPSEEK_BRIDGE,
     quirks=MegatronQuirks(local_keys=True, fused=latent.FUSED),
 )

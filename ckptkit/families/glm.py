@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.families.blocks import QK_NORMS, stacked
+from ckptkit.families.latent_bridge import GLM_EXPERTS
 from ckptkit.families.llama import ATTENTION, EMBEDDINGS, TIED_HEAD
 from ckptkit.families.scored_experts import ALIASES, ROWS, dense_count, first_dense, values_of_experts, with_experts
+from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import Fields
 from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.family import Family
@@ -82,5 +84,6 @@ GLM4_MOE = Family(
     replicas=(TIED_HEAD,),
     predicts=True,
     hf_spellings=(HUB, stacked("fused", "mlp.")),
+    bridge=BridgeProvider(with_experts=GLM_EXPERTS, blocks=True),
     marks=("decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.router.expert_bias"),
 )

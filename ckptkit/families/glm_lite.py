@@ -8,6 +8,7 @@ from typing import Any
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.families import latent
 from ckptkit.families.deepseek import DEEPSEEK_V3
+from ckptkit.families.latent_bridge import GLM_LITE_BRIDGE
 from ckptkit.families.scored_experts import ALIASES, values_of_experts, with_experts
 from ckptkit.tables.config_fields import PARTIAL, Fields, object_in
 from ckptkit.tables.config_json import ConfigJson, translation
@@ -86,4 +87,5 @@ GLM4_MOE_LITE = replace(
     value_architectures=(),
     parse=parse,
     unparse=translation(CONFIG, parse, _values),
+    bridge=GLM_LITE_BRIDGE,
 )

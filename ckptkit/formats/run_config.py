@@ -30,9 +30,14 @@ _CHECKPOINT = {
 }
 
 
-def reference(name: str) -> dict[str, Any]:
-    """A Python object (`torch.bfloat16`, a function) as a value: its dotted name."""
-    return {"_target_": name, "_call_": False}
+def reference(name: str, bound: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A Python object (`torch.bfloat16`, a function) as a value: its dotted name.
+
+    Args:
+        name: The name.
+        bound: Arguments that are bound to the function, so that it is called with the others.
+    """
+    return {"_target_": name, "_partial_": True, **bound} if bound else {"_target_": name, "_call_": False}
 
 
 def is_reference(value: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -20,13 +21,14 @@ from ckptkit.tables.model_config import ModelConfig
 
 
 def prediction_block(
-    config: TransformerConfig, model: ModelConfig, vp_stage: int | None = None
+    config: TransformerConfig, model: ModelConfig, groups: ProcessGroupCollection, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlock:
     """megatron-core's block of a model's layers of multi-token prediction, each like its last decoder layer.
 
     Args:
         config: Megatron's model-wide config.
         model: The model.
+        groups: The process groups of the model.
         vp_stage: Number of the last virtual stage, where there are such.
     """
     own, last = copy.copy(config), len(model.layers) - 1
@@ -37,7 +39,7 @@ def prediction_block(
         norms = spec.submodules
         norms.enorm = norms.hnorm = norms.layer_norm = RMSNorm
         specs.append(spec)
-    return MultiTokenPredictionBlock(own, MultiTokenPredictionBlockSubmodules(specs), vp_stage)
+    return MultiTokenPredictionBlock(own, MultiTokenPredictionBlockSubmodules(specs), vp_stage, groups)
 
 
 def predicted_states(

@@ -18,7 +18,7 @@ from ckptkit.megatron_args.fields import FIELDS, GRID_FIELDS, PRECISION_FIELDS, 
 from ckptkit.megatron_args.inexpressible import EXPRESSIBLE_BIASES, beyond_gpt
 from ckptkit.megatron_args.unread import LAYOUTS
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.bridge import ACTIVATIONS, LOCAL_SPEC, VERSION, BridgeProvider, Named, OwnAttention
+from ckptkit.tables.bridge import ACTIVATIONS, BLOCK_SPEC, LOCAL_SPEC, VERSION, BridgeProvider, Named, OwnAttention
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import QUICK_GELU, ModelConfig, Rope
 
@@ -69,9 +69,20 @@ def provider_of(
             "expert_tensor_parallel_size": grid.etp,  # None leaves it at the tensor parallel size
             **_vocabulary(config, grid, divisible_by),
             **_dtype(config),
-            **({"transformer_layer_spec": Named(LOCAL_SPEC)} if local and bridge.attention is None else {}),
+            **_spec(bridge, config, local),
         },
     )
+
+
+def _spec(bridge: BridgeProvider, config: ModelConfig, local: bool) -> dict[str, Any]:
+    """The spec of the layers, where it is another than the class's own."""
+    if bridge.blocks:
+        moe = [int(layer.moe) for layer in config.layers]
+        return {
+            "transformer_layer_spec": Named(BLOCK_SPEC, {"use_transformer_engine": not local}),
+            "moe_layer_freq": moe,
+        }
+    return {"transformer_layer_spec": Named(LOCAL_SPEC)} if local and bridge.attention is None else {}
 
 
 def _problem(bridge: BridgeProvider, config: ModelConfig, local: bool) -> str | None:
@@ -80,7 +91,7 @@ def _problem(bridge: BridgeProvider, config: ModelConfig, local: bool) -> str | 
         return "model with biases on some linear layers only"
     if config.value_head:
         return "value heads for this class"
-    if len({layer.moe for layer in config.layers}) > 1:
+    if len({layer.moe for layer in config.layers}) > 1 and not bridge.blocks:
         return "provider with experts on some layers only"
     if config.activation != bridge.activation or config.activation not in ACTIVATIONS:
         return f"{config.architecture} with {config.activation}"

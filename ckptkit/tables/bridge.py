@@ -12,14 +12,23 @@ VERSION = "0.6.2"
 """Release of Megatron-Bridge whose providers are described."""
 
 GPT_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+MLA_PROVIDER = "megatron.bridge.models.mla_provider.MLAModelProvider"
 LOCAL_SPEC = "megatron.bridge.models.gpt_provider.local_layer_spec"
+BLOCK_SPEC = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+"""The spec of all layers, where some have experts and others do not."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """The dotted name of a Python object, as a value of a field."""
+    """The dotted name of a Python object, as a value of a field.
+
+    Attributes:
+        name: The name.
+        bound: Arguments that are bound to the function of that name, if there are any.
+    """
 
     name: str
+    bound: Mapping[str, Any] = field(default_factory=dict)
 
 
 ACTIVATIONS = {
@@ -61,6 +70,8 @@ class BridgeProvider:
         with_windows: Further fields that it sets for a model with windows.
         with_experts: Fields that it sets otherwise than other families' for a model with experts.
         attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
+        with_experts: Further fields that it sets for a model with experts.
+        blocks: Whether it asks for the spec of a whole block, in which dense layers and others may stand together.
         when: Model -> whether the class is for it.
         other: The class for the other models of the family, or None.
     """
@@ -71,6 +82,8 @@ class BridgeProvider:
     with_windows: Mapping[str, Any] = field(default_factory=dict)
     with_experts: Mapping[str, Any] = field(default_factory=dict)
     attention: OwnAttention | None = None
+    with_experts: Mapping[str, Any] = field(default_factory=dict)
+    blocks: bool = False
     when: Callable[[ModelConfig], bool] = lambda config: True
     other: BridgeProvider | None = None
 

@@ -33,6 +33,7 @@ BRIDGED = [
     "mistral-nemo",
     "gpt_oss",
 ]
+SCORED = ["glm4_moe", "deepseek_v3", "glm4_moe_lite"]
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"
@@ -69,7 +70,7 @@ def written(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
 def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
     result = convert(source, tmp_path / "megatron", to="torch_dist", grid=Parallelism(2, 2))
@@ -82,7 +83,7 @@ def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
     assert (model["hidden_size"], model["num_layers"], model["vocab_size"]) == (96, layers, 250)
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
 def test_is_a_source_of_the_config(tmp_path: Path, kind: str) -> None:
     """A checkpoint as Megatron-Bridge leaves it: no `args`, no sidecar."""
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
@@ -207,6 +208,9 @@ def bridge_of(kind: str) -> Any:
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
         "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
+        "glm4_moe": ("glm.glm45_bridge", "GLM45Bridge"),
+        "glm4_moe_lite": ("glm.glm47_flash_bridge", "GLM47FlashBridge"),
+        "deepseek_v3": ("deepseek.deepseek_v3_bridge", "DeepSeekV3Bridge"),
         "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
         "gemma4_text": ("gemma.gemma4_bridge", "Gemma4Bridge"),
     }
@@ -230,18 +234,29 @@ OURS_ALONE = {
     "persist_layer_norm",
     "bias_dropout_fusion",
     "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "cross_entropy_loss_fusion",
+    "cross_entropy_fusion_impl",
+    "attention_softmax_in_fp32",
 }
 
-BETTER = {
+# Of latent attention, the width of a rotating part, which nothing uses; an order that routers with sigmoids lack.
+LATENT = {"kv_channels", "moe_router_pre_softmax"}
+BETTER: dict[str, set[str]] = {
     "gemma4_text-dense": {"share_embeddings_and_output_weights"},
     "gemma4_text-e2b": {"num_global_query_groups"},
     # Of GPT-OSS, 0.6.2 says the same of the biases of q, k and v, and of windows, in other words.
     "gpt_oss": {"add_qkv_bias", "window_attn_skip_freq"},
+    # It does not look into rope_parameters; it counts layers of multi-token prediction by config.json.
+    "glm4_moe": {"rotary_percent", "mtp_num_layers"},
+    "deepseek_v3": {*LATENT, "mtp_num_layers"},
+    # A plain rope is a yarn with a factor of 1 to it; it takes all layers but the first for ones with experts.
+    "glm4_moe_lite": {*LATENT, "rope_type", "mscale_all_dim", "moe_layer_freq"},
 }
-"""Kind -> fields that Megatron-Bridge's own bridge leaves at a default that is not the model's."""
+"""Kind -> fields that Megatron-Bridge's own bridge leaves at values that are not the model's, or mean the same."""
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
 def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("megatron.bridge")
     from megatron.bridge.training.model_load_save import load_model_config
