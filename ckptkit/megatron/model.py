@@ -71,10 +71,10 @@ class CausalModel(GPTModel):
             self._embed_narrow(model.adapter)
         if model.adapter is not None and has_adapter:
             add_adapter(self.decoder, model.adapter, stage)
-        predicts = self.post_process and model.mtp_layers
-        self.mtp = prediction_block(self.config, model, self.pg_collection, self.vp_stage) if predicts else None
-        if self.mtp is not None and not self.pre_process:
-            self.embedding = self._embedding(self.config)
+        if self.post_process and model.mtp_layers:
+            self.mtp = prediction_block(self.config, model, self.pg_collection, self.vp_stage)
+            if not self.pre_process:
+                self.embedding = self._embedding(self.config)
         self.inputs_of = model if self.pre_process and model.per_layer_input_size else None
         if self.inputs_of is not None:
             add_per_layer_inputs(self, model, self.config)

@@ -28,7 +28,7 @@ MADE_BY_HAND = {
     "weights": {
         *("tensors", "bytes", "casts[]", "problems[]", "messages[]"),
         *(f"differences[].{field.name}" for field in dataclasses.fields(TensorDifference) if field.name != "ranks"),
-        "differences[].ranks[]",
+        *("differences[].ranks[]", "noise.*.relative_rms", "noise.*.largest_of_explained"),
     },
 }
 """Fields of the details that are no dataclass; a real report is held against them below."""
