@@ -27,6 +27,7 @@ MADE_BY_HAND = {
     "structure": {"tensors", "problems[]", "messages[]"},
     "weights": {
         *("tensors", "bytes", "casts[]", "problems[]", "messages[]"),
+        *(f"noise[].{name}" for name in ("tensor", "relative_rms", "largest_of_explained")),
         *(f"differences[].{field.name}" for field in dataclasses.fields(TensorDifference) if field.name != "ranks"),
         "differences[].ranks[]",
     },
