@@ -129,7 +129,7 @@ def test_documents_have_what_is_documented(llama: Callable[..., Path], tmp_path:
             "problems[]",
             "casts[]",
             "messages[]",
-            *(f for f in fields if f.startswith("differences[].")),
+            *(f for f in fields if f.startswith(("differences[].", "noise[]."))),
             "reference_rounded[]",
             "noise",
             *(f for f in fields if f.startswith("noise.")),
