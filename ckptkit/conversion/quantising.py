@@ -165,9 +165,9 @@ def _like(source: Checkpoint, tensors: Mapping[str, Tensor], like: Quantised) ->
         what = f"the reference of --quantise has {name}, which this model has not ({len(stored):,} such tensors)"
         raise InputError(what, where=like.path, hint="name the quantised archive of this model")
     found |= like.activations
-    config = without_scheme(like.config)
-    set_dtype(config, TORCH_DTYPE_NAMES[like.dtype])
-    same = config == source.sidecar.config
+    read = without_scheme(like.config)
+    set_dtype(read, TORCH_DTYPE_NAMES[like.dtype])  # as a source has it; a reference of weights has it as it is
+    same = source.sidecar.config in (read, without_scheme(like.config))
     config = like.config if same else {**source.sidecar.config, KEY: stated(like.config)}
     notes = () if same else ("config.json is not that of the reference but for the quantised weights",)
     lossy = (f"of {count:,} tensors, those that are no longer what the reference holds are rounded ({like.scheme})",)

@@ -58,9 +58,14 @@ def test_what_was_not_touched_comes_back_byte_for_byte(plain: Path, tmp_path: Pa
     assert result.likeness == {"same": result.target["quantised"]["tensors"], "old_scales": [], "new_scales": []}
 
 
-def test_without_a_sidecar_too(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stated", ["bfloat16", "float32", None])
+def test_without_a_sidecar_too(plain: Path, tmp_path: Path, stated: str | None) -> None:
+    """Also where config.json states no type of the numbers, or another one."""
     reference = tmp_path / "reference"
     quantise_fp8(plain, reference)
+    config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
+    del config["dtype"]
+    (reference / "config.json").write_text(json.dumps({**config, **({"dtype": stated} if stated else {})}))
     convert(reference, tmp_path / "meg", to="torch", grid=Parallelism(2, 1, ep=2))
     shutil.rmtree(tmp_path / "meg" / "ckptkit")
     convert(tmp_path / "meg", tmp_path / "back", to="hf", quantise=f"like:{reference}", hf_reference=reference)
