@@ -15,6 +15,7 @@ from ckptkit.errors import InputError
 from ckptkit.sharding.rules import Split
 from ckptkit.tables.hybrid_names import hybrid_name
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import of_0_19
 from ckptkit.tensors import Tensor, vstack
 
 GROUPED, SEQUENTIAL = "grouped", "sequential"
@@ -47,6 +48,7 @@ class Spelling:
             group.
         padded: Whether the vocabulary is padded before it is split.
         extra_states: Whether the modules of Transformer Engine have an `_extra_state` in its files.
+        of_0_19: Whether layers of multi-token prediction have the names of the ranks of Megatron-Core 0.19.
         splits: (canonical ending, rule) pairs for tensors that this writer's ranks divide by another rule.
     """
 
@@ -60,6 +62,7 @@ class Spelling:
     blocks: bool = False
     padded: bool = True
     extra_states: bool = True
+    of_0_19: bool = False
     splits: tuple[tuple[str, Split], ...] = ()
 
     def split_of(self, name: str) -> Split | None:
@@ -69,6 +72,8 @@ class Spelling:
     def written(self, name: str) -> str:
         """The canonical name -> the name in this spelling."""
         name = _swap_start(_swap(name, self.endings), self.starts)
+        if self.of_0_19:
+            name = of_0_19(name)
         if self.experts == SEQUENTIAL:
             name = _GROUPED_NAME.sub(r".experts.local_experts.\2.\1.weight", name)
         return self.prefix + (hybrid_name(name) if self.hybrid else name)
