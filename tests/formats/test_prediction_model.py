@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ckptkit import Parallelism, convert
-from tests.models import add_prediction, save_model
+from tests.models import add_prediction, files_of, save_model
 
 pytest.importorskip("megatron.core")
 
@@ -50,3 +50,12 @@ def test_a_model_without_it_lacks_tensors(tmp_path: Path) -> None:
     source = save_model(tmp_path / "hf", "glm4_moe")
     convert(source, tmp_path / "meg", to="torch", spec="local", make_vocab_size_divisible_by=256)
     assert "missing mtp.layers.0.eh_proj.weight" in loaded("glm4_moe", "torch", tmp_path / "meg" / "release")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
+def test_running_models(tmp_path: Path, kind: str) -> None:
+    """Under the names of whichever release is installed."""
+    source = add_prediction(save_model(tmp_path / "hf", kind))
+    assert loaded(kind, "live", tmp_path) == []
+    assert files_of(tmp_path / "back") == files_of(source)
