@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckptkit.cli.choices import CASTS, EXPERTS, FULL, GPT, HEADS, LAYOUTS, MEGATRON_MODELS, TEXT
+from ckptkit.cli.choices import (
+    CASTS,
+    CORE_0_16,
+    EXPERTS,
+    FULL,
+    GPT,
+    HEADS,
+    LAYOUTS,
+    MEGATRON_MODELS,
+    RELEASES,
+    TEXT,
+)
 from ckptkit.cli.exits import arguments_of_command
 from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
@@ -171,6 +182,16 @@ class Form:
             panel=FORMAT,
         ),
     ] = GPT
+    megatron_core: Annotated[
+        str,
+        choice(
+            "--megatron-core",
+            RELEASES,
+            "The release of megatron-core whose names files of ranks get. Since 0.19 layers of multi-token prediction"
+            " have others. Reading recognises both.",
+            panel=FORMAT,
+        ),
+    ] = CORE_0_16
     dtype: Dtype = None
     shard_size: ShardSize = None
     make_vocab_size_divisible_by: VocabDivisibility = None

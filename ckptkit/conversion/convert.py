@@ -22,6 +22,7 @@ from ckptkit.conversion.quantising import quantise_called
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.hybrid_names import GPT
+from ckptkit.tables.prediction import CORE_0_16
 
 
 def convert(
@@ -44,6 +45,7 @@ def convert(
     head: str | None = None,
     head_init: str | None = None,
     megatron_model: str = GPT,
+    megatron_core: str = CORE_0_16,
     adapter: str | Path | None = None,
     adapter_layout: str | None = None,
     part: str | None = None,
@@ -76,6 +78,8 @@ def convert(
         head: `value` turns a language model into a value model: one output per token in place of the logits.
         head_init: Weights of the new head: `zeros` (the default), `normal`, or `file:PATH` of a safetensors file.
         megatron_model: The model class of Megatron-Core whose names and arguments are written: `gpt` or `hybrid`.
+        megatron_core: The release of Megatron-Core whose names files of ranks get: `0.16`, or `0.19`, in which layers
+            of multi-token prediction have others. Distributed checkpoints of both have the same.
         adapter: An adapter of any format that is written beside the model's weights, or None.
         adapter_layout: Names of an adapter in Megatron: `fused` (the default), `canonical` or `peft`.
         part: `model` or `adapter`, the part to take of a source that holds both. With `adapter` the source gives its
@@ -103,6 +107,7 @@ def convert(
         experts=experts,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         megatron_model=megatron_model,
+        megatron_core=megatron_core,
         shard_size=shard_size,
         dtype=dtype_called(dtype),
         strict_config=strict_config,

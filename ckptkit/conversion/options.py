@@ -10,6 +10,7 @@ from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.hybrid_names import GPT, MODELS
 from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
+from ckptkit.tables.prediction import CORE_0_16, RELEASES
 
 if TYPE_CHECKING:
     from ckptkit.conversion.quantising import Quantise
@@ -49,6 +50,7 @@ class Options:
         experts: Naming of experts, `grouped` or `sequential`, or None for the default of `spec`.
         make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
         megatron_model: Model class of Megatron-Core whose names are written, `gpt` or `hybrid`.
+        megatron_core: Release of Megatron-Core whose names files of ranks get, where releases differ.
         shard_size: Largest safetensors shard in bytes. None keeps the source's files, or is `DEFAULT_SHARD_SIZE`.
         dtype: Type that floats are cast to, or None.
         strict_config: Refuse config features that Megatron's arguments cannot express.
@@ -66,6 +68,7 @@ class Options:
     experts: str | None = field(default=None, metadata=_MEGATRON)
     make_vocab_size_divisible_by: int | None = field(default=None, metadata=_MEGATRON)
     megatron_model: str = field(default=GPT, metadata={**_MEGATRON, "choices": MODELS})
+    megatron_core: str = field(default=CORE_0_16, metadata={"only": "files of ranks", "choices": RELEASES})
     shard_size: int | None = field(default=None, metadata=_SAFETENSORS)
     dtype: DType | None = None
     strict_config: bool = False

@@ -28,6 +28,7 @@ from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import Stage, split_layers
 from ckptkit.tables.hybrid_names import GPT, HYBRID, hybrid_args, inexpressible_as_hybrid
+from ckptkit.tables.prediction import CORE_0_19
 from ckptkit.tables.spelling import Spelling
 from ckptkit.version import __version__
 
@@ -141,7 +142,9 @@ class Target:
         spelling = self.source.family.spelling(options.spec, options.experts, text=options.layout == TEXT)
         if not self.format.fits(spelling):
             raise UsageError(f"--spec {options.spec} exists only as per-rank files", hint="use --to torch")
-        return replace(spelling, hybrid=options.megatron_model == HYBRID)
+        fused = self.source.family.quirks.fused  # which 0.16 does not have
+        since = options.megatron_core == CORE_0_19 or (fused is not None and spelling.name == fused.spelling.name)
+        return replace(spelling, hybrid=options.megatron_model == HYBRID, of_0_19=since)
 
     @cached_property
     def stages(self) -> list[Stage]:

@@ -26,6 +26,7 @@ MAX_LAYERS = 16
 _BLOCK, _INNER, _INNER_OF_0_19 = "mtp.layers.{m}.", "transformer_layer.", "mtp_model_layer."
 _MEGATRON = re.compile(r"(?:^|(?<=\.))mtp\.layers\.([0-9]{1,4})\.")
 _HF = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.")
+_OF_0_16 = re.compile(rf"((?:^|.*\.)mtp\.layers\.[0-9]+\.){re.escape(_INNER)}")
 _OF_0_19 = re.compile(rf"((?:^|.*\.)mtp\.layers\.[0-9]+\.){re.escape(_INNER_OF_0_19)}(?!layers\.)")
 
 ROWS = (
@@ -84,6 +85,15 @@ def count_in_megatron(names: Collection[str]) -> int:
 def is_prediction(key: str) -> bool:
     """Whether a Megatron tensor belongs to a layer of multi-token prediction."""
     return _MEGATRON.search(key) is not None
+
+
+RELEASES = CORE_0_16, CORE_0_19 = ("0.16", "0.19")
+"""Releases of Megatron-Core from which on the ranks have other names."""
+
+
+def of_0_19(name: str) -> str:
+    """The inverse of `of_0_16`."""
+    return _OF_0_16.sub(rf"\1{_INNER_OF_0_19}", name)
 
 
 def of_0_16(name: str) -> str:

@@ -16,6 +16,7 @@ from ckptkit.errors import InputError
 from ckptkit.sharding.rules import Split
 from ckptkit.tables.hybrid_names import hybrid_name
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import of_0_19
 from ckptkit.tensors import Tensor, vstack
 
 GROUPED, SEQUENTIAL = "grouped", "sequential"
@@ -48,6 +49,7 @@ class Spelling:
             group.
         padded: Whether the vocabulary is padded before it is split.
         extra_states: Whether the modules of Transformer Engine have an `_extra_state` in its files.
+        of_0_19: Whether layers of multi-token prediction have the names of the ranks of Megatron-Core 0.19.
         splits: (canonical ending, rule) pairs for tensors that this writer's ranks divide by another rule.
     """
 
@@ -61,6 +63,7 @@ class Spelling:
     blocks: bool = False
     padded: bool = True
     extra_states: bool = True
+    of_0_19: bool = False
     splits: tuple[tuple[str, Split], ...] = ()
 
     def split_of(self, name: str) -> Split | None:
@@ -70,6 +73,8 @@ class Spelling:
     def written(self, name: str) -> str:
         """The canonical name -> the name in this spelling."""
         name = _swap_start(_swap(name, self.endings), self.starts)
+        if self.of_0_19:
+            name = of_0_19(name)
         if self.experts == SEQUENTIAL:
             name = _GROUPED_NAME.sub(r".experts.local_experts.\3.\1.\2", name)
         return self.prefix + (hybrid_name(name) if self.hybrid else name)

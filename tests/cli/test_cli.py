@@ -143,6 +143,7 @@ def test_defaults_of_convert(convert):
         "head": None,
         "head_init": None,
         "megatron_model": "gpt",
+        "megatron_core": "0.16",
         "adapter": None,
         "adapter_layout": None,
         "part": None,
@@ -166,7 +167,8 @@ def test_every_option_of_convert_arrives(convert):
         " --make-vocab-size-divisible-by 64 --hf-reference ref --strict-config"
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
-        " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
+        " --head value --head-init normal --megatron-model hybrid --megatron-core 0.19"
+        " --dry-run --overwrite --resume --threads 3"
         " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy --quantise like:q"
     )
     assert run(*line.split()).exit_code == 0
@@ -187,6 +189,7 @@ def test_every_option_of_convert_arrives(convert):
         "head": "value",
         "head_init": "normal",
         "megatron_model": "hybrid",
+        "megatron_core": "0.19",
         "adapter": "lora",
         "adapter_layout": "peft",
         "part": "model",

@@ -99,7 +99,7 @@ def test_choices_are_those_of_the_modules_that_use_them() -> None:
     from ckptkit.conversion import options
     from ckptkit.conversion.targets import ADAPTER_NAMES, NAMES
     from ckptkit.inspection.hashing import PARTS
-    from ckptkit.tables import hybrid_names, lora
+    from ckptkit.tables import hybrid_names, lora, prediction
     from ckptkit.tables.spelling import GROUPED, SEQUENTIAL
 
     assert (choices.MODEL_FORMATS, choices.HASHED) == (NAMES, PARTS)
@@ -107,6 +107,7 @@ def test_choices_are_those_of_the_modules_that_use_them() -> None:
     assert set(choices.EXPERTS) == {GROUPED, SEQUENTIAL} and choices.PARTS == (MODEL, ADAPTER)
     assert (choices.CASTS, choices.LAYOUTS, choices.HEADS) == (options.CASTS, options.LAYOUTS, (options.VALUE,))
     assert (choices.ADAPTER_LAYOUTS, choices.MEGATRON_MODELS) == (lora.LAYOUTS, hybrid_names.MODELS)
+    assert choices.RELEASES == prediction.RELEASES
 
 
 def test_options_of_verify_are_the_fields_of_run_options() -> None:

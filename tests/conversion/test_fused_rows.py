@@ -34,6 +34,8 @@ def test_round_trip(tmp_path: Path, kind: str, grid: Parallelism) -> None:
     convert(source, tmp_path / "meg", to="torch", spec="te_fused", grid=grid)
     flags = json.loads((tmp_path / "meg" / "ckptkit" / "manifest.json").read_text())["megatron_flags"]
     assert flags is None or "--mla-down-proj-fusion" in flags
+    last = sorted((tmp_path / "meg").glob("release/*/model_optim_rng.pt"))[-1]
+    assert any("mtp.layers.0.mtp_model_layer." in name for name in content(last)["model"])  # 0.19's name
     convert(tmp_path / "meg", tmp_path / "back", to="hf")
     assert files_of(tmp_path / "back") == files_of(source)
     assert verify(source, tmp_path / "meg", level="weights").passed

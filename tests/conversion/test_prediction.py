@@ -54,21 +54,28 @@ def test_by_args_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 1
 
 
-def test_names_of_either_release(tmp_path: Path) -> None:
-    """A rank of Megatron-Core 0.19 calls the layer inside `mtp_model_layer`."""
+@pytest.mark.parametrize("grid", [Parallelism(2), Parallelism(1, 2, 2)])
+def test_names_of_either_release(tmp_path: Path, grid: Parallelism) -> None:
+    """A rank of Megatron-Core 0.19 calls the layer inside `mtp_model_layer`; distributed checkpoints do not."""
     import torch
 
     source = add_prediction(save_model(tmp_path / "hf", "glm4_moe"))
-    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2))
+    convert(source, tmp_path / "old", to="torch", grid=grid)
+    convert(source, tmp_path / "meg", to="torch", grid=grid, megatron_core="0.19")
+    changed = 0
     for path in (tmp_path / "meg").glob("release/*/model_optim_rng.pt"):
-        content = torch.load(path, weights_only=False)
-        content["model"] = {
-            name.replace(".transformer_layer.", ".mtp_model_layer."): value for name, value in content["model"].items()
-        }
-        assert any(".mtp_model_layer." in name for name in content["model"])
-        torch.save(content, path)
+        old = tmp_path / "old" / path.relative_to(tmp_path / "meg")
+        contents = [torch.load(file, weights_only=False) for file in (old, path)]
+        for key in contents[0].keys() & {"model", "model0", "model1"}:
+            renamed = [name.replace(".transformer_layer.", ".mtp_model_layer.") for name in contents[0][key]]
+            assert renamed == list(contents[1][key])
+            changed += renamed != list(contents[0][key])
+    assert changed == grid.tp
     convert(tmp_path / "meg", tmp_path / "back", to="hf")
     assert files_of(tmp_path / "back") == files_of(source)
+    for to in ("packed", "torch_dist", "hf"):
+        with pytest.raises(UsageError, match="--megatron-core applies only to files of ranks"):
+            convert(source, tmp_path / "no", to=to, megatron_core="0.19")
 
 
 def test_copies_must_be_equal(tmp_path: Path) -> None:

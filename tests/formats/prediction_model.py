@@ -1,7 +1,8 @@
 """megatron-core's own GPTModel of GLM-4.5 or DeepSeek-V3 with multi-token prediction, on one rank, loads a checkpoint.
 
 A program of its own: `python -m tests.formats.prediction_model KIND FORMAT FOLDER`. It prints the keys of a distributed
-checkpoint that differ, and ends with an error where tensors do not fit the model.
+checkpoint that differ, and ends with an error where tensors do not fit the model. With `live` as the format it loads
+`FOLDER/hf` into the running model, and saves it as `FOLDER/back`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def load(kind: str, format: str, folder: Path) -> list[str]:
     torch.cuda.current_device = lambda: torch.device("cpu")
     multi_latent_attention.HAVE_TE = False
     model = build(kind)
+    if format == "live":
+        return both_ways(model, folder)
     if format == "torch":
         content = torch.load(folder / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
         lacking, further = model.load_state_dict(content["model"], strict=False)
@@ -91,6 +94,21 @@ def load(kind: str, format: str, folder: Path) -> list[str]:
     wanted = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     _, lacking, further = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
     return [*(f"missing {key}" for key in sorted(lacking)), *(f"further {key}" for key in sorted(further))]
+
+
+def both_ways(model: Any, folder: Path) -> list[str]:
+    """Loads the Hugging Face directory `hf` into the running model, and saves that beside it."""
+    import torch
+
+    from ckptkit import load_hf, save_hf
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    load_hf(model, folder / "hf")
+    left = [name for name, parameter in model.named_parameters() if (parameter == 7).all()]
+    save_hf(model, folder / "back", hf_reference=folder / "hf")
+    return [f"missing {name}" for name in left]
 
 
 if __name__ == "__main__":

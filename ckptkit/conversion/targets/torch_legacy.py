@@ -36,5 +36,7 @@ def _lay_out(target: Target) -> list[OutputFile]:
 FORMAT = WritableFormat(
     "torch",
     _lay_out,
-    takes=frozenset({"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model", "adapter_layout"}),
+    takes=frozenset(
+        {"grid", "spec", "experts", "make_vocab_size_divisible_by", "megatron_model", "megatron_core", "adapter_layout"}
+    ),
 )
