@@ -16,7 +16,7 @@ PLAIN_PROCESSOR := ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-processors test-gpu test-te test-vllm bench lint format clean
+.PHONY: help setup demo test test-all test-processors test-gpu test-te test-vllm test-ray bench lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -61,6 +61,10 @@ $(VLLM_VENV)/.stamp: pyproject.toml
 
 test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin, served adapters and rollouts against transformers, on CPU, in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest -q -s tests/surgery/test_vllm.py tests/adapters/test_vllm.py tests/verification/rollouts/test_vllm.py
+
+test-ray: setup ## The ranks of a command on a Ray cluster of a few local nodes; installs Ray into .venv
+	$(PIP_INSTALL) --editable '.[ray]'
+	$(BIN)/python -m pytest -q tests/test_on_ray.py $(ARGS)
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks

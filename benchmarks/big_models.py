@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "released_configs.json"
+LARGE = CONFIGS.with_name("large_models.json")
 SHARD = 4 << 30
 """Bytes of a safetensors file, one tensor more or less."""
 SEED = 0
@@ -215,7 +216,7 @@ def released(name: str) -> dict[str, Any]:
     Raises:
         SystemExit: There is none of that name.
     """
-    known = json.loads(CONFIGS.read_text(encoding="utf-8"))
+    known = {key: value for file in (CONFIGS, LARGE) for key, value in json.loads(file.read_text("utf-8")).items()}
     if name not in known:
         raise SystemExit(f"error: no released config named {name}; known: {', '.join(sorted(known))}")
     config: dict[str, Any] = known[name]["config"]
@@ -228,8 +229,9 @@ def shrink(config: dict[str, Any], layers: int | None, changes: dict[str, Any]) 
     text = _text(shrunk)
     if layers is not None:
         text["num_hidden_layers"] = layers
-        if text.get("layer_types"):
-            text["layer_types"] = text["layer_types"][:layers]
+        for kinds in ("layer_types", "mlp_layer_types"):
+            if text.get(kinds):
+                text[kinds] = text[kinds][:layers]
     text.update(changes)
     return dict(shrunk)
 
@@ -387,7 +389,7 @@ def change(text: str) -> tuple[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a key of fixtures/released_configs.json")
+    parser.add_argument("name", help="a key of fixtures/released_configs.json or large_models.json")
     parser.add_argument("--workdir", type=Path, required=True, help="for the checkpoint, and the reports")
     parser.add_argument("--out", type=Path, help="for the converted checkpoint, if another disk; default: the workdir")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -123,8 +123,13 @@ class Listed:
         """Names and shapes, in the order of the model; then the copies that its files hold."""
         family = family_of(self.raw, self.name)
         config = replace(family.parse(self.raw), mtp_layers=self.raw.get("num_nextn_predict_layers", 0))
-        for item in family.items(config):
-            yield from item.parts.items()
+        parts = {
+            name: Tensor.full(DTYPES["BF16"], shape)
+            for item in family.items(config)
+            for name, shape in item.parts.items()
+        }
+        for name, tensor in family.fuse(parts, config, family.hf_spellings[0].name).items():
+            yield name, tensor.shape
         for copy in family.copies(config):
             if copy.hf != "lm_head.weight":
                 yield copy.hf, (config.vocab_size, config.hidden_size)
@@ -139,9 +144,12 @@ def large_models() -> Iterator[Listed]:
     grids = {
         "DeepSeek-V3": Parallelism(8, 16, ep=32, etp=1, first_stage_layers=3, last_stage_layers=2),
         "Kimi-K2": Parallelism(8, 16, ep=32, etp=1, first_stage_layers=3, last_stage_layers=2),
+        "Moonlight-16B-A3B": Parallelism(4, 1, ep=8, etp=1),
         "GLM-4.5": Parallelism(8, 4, ep=16, etp=1),
         "GLM-4.5-Air": Parallelism(4, 2, ep=8, etp=1),
         "GLM-4.7-Flash": Parallelism(4, 1, ep=8, etp=1),
+        "gpt-oss-20b": Parallelism(4, 2, ep=8, etp=1),
+        "gpt-oss-120b": Parallelism(8, 4, ep=16, etp=1),
     }
     for name, model in json.loads(FIXTURE.read_text(encoding="utf-8")).items():
         yield Listed(name, model["config"], grids[name])

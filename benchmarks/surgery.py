@@ -82,6 +82,7 @@ def main() -> None:
     for operation in options.only or OPERATIONS:
         for tool, command in commands(operation, folder, out, options.threads, options.mergekit):
             found[operation, tool] = _measured(command, folder, out, options)
+            print(f"... {operation}, {tool}: {found[operation, tool].median:.1f} s", file=sys.stderr, flush=True)
     if not options.keep:
         remove(folder)
     print(f"3 x {name}, {config['num_hidden_layers']} layers, {nbytes / 3e9:.2f} GB each\n")

@@ -72,8 +72,8 @@ class Made(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start:stop`."""
+    def read(self, start: int, stop: int) -> bytes | memoryview:
+        """Bytes `start:stop`, which stay as they are."""
 
 
 class Literal(_Strided[bytes | Made]):

@@ -94,6 +94,23 @@ _LATENT = {
         "mscale_all_dim": 0.7,
     },
 }
+_GPT_OSS: dict[str, Any] = {
+    "intermediate_size": 96,  # as large as the hidden size, as in released models: shapes tell nothing
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "swiglu_limit": 1.0,  # in a model of this size a limit of 7 is never reached
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
 _MIXED = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA3: dict[str, Any] = {
     "head_dim": 16,
@@ -184,6 +201,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {**_SCORED, **_LATENT, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "rope_parameters": None},
+    ),
+    "gpt_oss": ("GptOss", _GPT_OSS),
+    "gpt_oss-plain": (
+        "GptOss",
+        {
+            **_GPT_OSS,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+        },
     ),
     "gemma3_text": ("Gemma3Text", _GEMMA3),
     "gemma3_text-capped": ("Gemma3Text", {**_GEMMA3, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),

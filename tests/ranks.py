@@ -19,13 +19,17 @@ ROOT = Path(__file__).parents[1]
 Answer = TypeVar("Answer")
 
 
+def own_environment(**variables: str) -> dict[str, str]:
+    """Variables of a Python process that finds this project and whatever this one finds by PYTHONPATH."""
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1", **variables}
+
+
 def torchrun_on_cpu(program: Path, ranks: int, *arguments: object) -> str:
     """What a program prints that torchrun starts on CPU ranks; it has to succeed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command += [str(program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own})
+    done = subprocess.run(command, capture_output=True, text=True, env=own_environment(CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

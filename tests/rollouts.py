@@ -54,6 +54,7 @@ def sample(
     top_p: float = 1.0,
     tokens: int = 24,
     routing: bool = False,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """What an engine would record of a model: transformers samples, one record of the flat form for each prompt.
 
@@ -64,12 +65,13 @@ def sample(
         top_p: Share of the probability that the sampled tokens are of; the log-probabilities are those of this part.
         tokens: Tokens to sample after each prompt.
         routing: Also record the experts, nested lists.
+        device: Where it runs.
     """
     import torch
 
     from ckptkit.verification.reference import load_model
 
-    model = load_model(path, getattr(torch, dtype))
+    model = load_model(path, getattr(torch, dtype)).to(device)
     draw = torch.Generator().manual_seed(1)
     options = {"output_router_logits": True} if routing else {}
     records = []
@@ -77,8 +79,8 @@ def sample(
         ids, logprobs, found = list(prompt), [], None
         for _ in range(tokens):
             with torch.no_grad():
-                found = model(input_ids=torch.tensor([ids]), use_cache=False, **options)
-            scores = (found.logits[0, -1].double() / temperature).log_softmax(-1)
+                found = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **options)
+            scores = (found.logits[0, -1].cpu().double() / temperature).log_softmax(-1)
             ordered, order = scores.exp().sort(descending=True)
             out = order[ordered.cumsum(0) - ordered >= top_p]
             scores = scores.index_fill(0, out, -torch.inf).log_softmax(-1)
@@ -88,7 +90,7 @@ def sample(
         record = {"prompt_token_ids": prompt, "token_ids": ids[len(prompt) :], "logprobs": logprobs}
         if routing:
             assert found is not None
-            chosen = [logits.topk(model.config.num_experts_per_tok).indices for logits in found.router_logits]
+            chosen = [logits.cpu().topk(model.config.num_experts_per_tok).indices for logits in found.router_logits]
             record["routed_experts"] = torch.stack(chosen, 1).tolist()
         records.append(record)
     return records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import UnsupportedError
 from tests.models import save_llama
+from tests.ranks import own_environment
 
 TRAINER = """
 import os, sys
@@ -69,9 +69,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (folder / "meg").mkdir()
     script = folder / "train.py"
     script.write_text(TRAINER, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(source), str(folder / "meg")]
-    subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    subprocess.run(command, check=True, env=own_environment(), capture_output=True, text=True)
     return source, folder / "meg"
 
 

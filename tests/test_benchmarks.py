@@ -52,6 +52,15 @@ def test_the_table_of_threads(tmp_path: Path) -> None:
     assert table.startswith("| threads | `xargs -P N cp` |") and "\n| 2 | " in table
 
 
+@pytest.mark.slow
+def test_the_table_of_quantised_models(tmp_path: Path) -> None:
+    small = ("--size-gb", "0.01", "--repeat", "1", "--shape", "tiny", "--dir", str(tmp_path))
+    table = run("benchmarks.quantised", *small)
+    for scheme in ("fp8-block", "int4"):
+        assert f"| dequantise, {scheme} | " in table and f"| quantise like the original, {scheme} | " in table
+    assert not list(tmp_path.iterdir())
+
+
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 

@@ -13,6 +13,7 @@ from ckptkit.checkpoints.prediction import in_megatron, notes_of_prediction, wit
 from ckptkit.checkpoints.recognition import recognise
 from ckptkit.checkpoints.sidecar_contents import check_extras, check_sidecar
 from ckptkit.checkpoints.vocabulary import Vocabulary
+from ckptkit.dtypes import DType
 from ckptkit.errors import CkptkitError, InputError, UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import HfFiles
@@ -37,6 +38,7 @@ class Given:
         lora_alpha: Alpha of a Megatron adapter, or None.
         part: `adapter` or `model`, the part that is wanted of a Megatron checkpoint that holds both; None if it holds
             one.
+        dtype: The type that quantised weights are read as; None for BF16.
     """
 
     reference: HfFiles | None
@@ -44,6 +46,7 @@ class Given:
     vocab_size: int | None
     lora_alpha: float | None = None
     part: str | None = None
+    dtype: DType | None = None
 
 
 def complete(files: HfFiles) -> tuple[HfFiles, list[str]]:

@@ -11,7 +11,7 @@ from ckptkit.checkpoints.description import complete
 from ckptkit.checkpoints.prediction import notes_of_prediction, with_prediction
 from ckptkit.checkpoints.problems import UNTIED_HEAD, Problems
 from ckptkit.checkpoints.recognition import refuse_trainers_parts
-from ckptkit.dtypes import DTYPES
+from ckptkit.dtypes import DTYPES, TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import family_of
 from ckptkit.formats.hf import BIN_INDEX, INDEX, HfFiles
@@ -19,6 +19,7 @@ from ckptkit.formats.sidecar import Sidecar
 from ckptkit.formats.wrapper_names import find_wrapping
 from ckptkit.io.plan import Comparison
 from ckptkit.tables.bounds import check_counts
+from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tables.family import Family
 from ckptkit.tables.prediction import count_in_hf
 from ckptkit.tensors import Tensor
@@ -59,11 +60,16 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
             why = "tie_word_embeddings is true" if config.tied else "multi-token prediction shares it"
             what = f"{replica.hf} repeats {replica.of} ({why})"
             comparisons.append(Comparison(left.pop(replica.hf), stored[replica.of], what, UNTIED_HEAD))
+    replicas = len(comparisons)
     extras = {name: left.pop(name) for name in sorted(left) if family.is_extra(name, config)}
     _refuse_quantised(files.path, left)
     refuse_trainers_parts(left, files.path)
     problems.unknown(left)
     problems.check()
+    quantised = files.quantised
+    if quantised is not None and quantised.stored:
+        comparisons += quantised.comparisons()
+        set_dtype(files.config, TORCH_DTYPE_NAMES[quantised.dtype])
     return Checkpoint(
         path=files.path,
         format="hf",
@@ -75,10 +81,11 @@ def open_hf_files(files: HfFiles) -> Checkpoint:
         spelling=family.spellings[0],
         padded_vocab_size=config.vocab_size,
         comparisons=tuple(comparisons),
-        coverage={"used": used, "replicas": len(comparisons), "in the sidecar": len(extras)},
+        coverage={"used": used, "replicas": replicas, "in the sidecar": len(extras)},
         notes=(
             *wrapping,
             *notes,
+            *(() if quantised is None else quantised.notes()),
             *notes_of_prediction(family, config, files.config),
             *(f"{name} is not part of the model and stays behind" for name in files.ignored),
         ),

@@ -10,10 +10,12 @@ from ckptkit.checkpoints.description import Given, complete
 from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
 from ckptkit.checkpoints.readers import READERS
+from ckptkit.dtypes import DType
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.foreign import refuse_foreign_files
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.hf import HfFiles, open_reference
+from ckptkit.formats.quantised.archive import dequantised
 from ckptkit.formats.registry import format_of, is_huggingface
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_legacy import TRACKER
@@ -32,6 +34,7 @@ def open_checkpoint(
     lora_alpha: float | None = None,
     part: str | None = None,
     base: Checkpoint | None = None,
+    dtype: DType | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint of any format; only headers are read.
 
@@ -46,6 +49,7 @@ def open_checkpoint(
         lora_alpha: Alpha of a Megatron adapter; it outranks what files say.
         base: The model that an adapter is for; it says what `hf_reference` would say, unless there is a sidecar.
         part: `adapter` or `model`, the wanted part of a Megatron checkpoint that may hold both.
+        dtype: The type that quantised weights are read as; None for BF16. Other weights keep theirs.
 
     Raises:
         InputError: It is damaged, incomplete, or holds tensors that the family does not have.
@@ -60,12 +64,12 @@ def open_checkpoint(
         )
     around = [place.root / "ckptkit", *([] if reference is None else [reference])]
     seen = Seen.of(place.folder, *(folder for folder in around if folder.is_dir()))
-    files = None if reference is None else complete(open_reference(reference))[0]
+    files = None if reference is None else complete(dequantised(open_reference(reference), dtype))[0]
     if base is not None and files is None and not (place.root / FOLDER).is_dir():
         files = HfFiles(base.path, base.sidecar.config, {}, {}, dict(base.sidecar.small))
     if files is not None and hf_reference is None and reference is not None and reference == place.root:
         files = _of_root(files)
-    given = Given(files, stored_grid or StatedGrid(), vocab_size, lora_alpha, part)
+    given = Given(files, stored_grid or StatedGrid(), vocab_size, lora_alpha, part, dtype)
     checkpoint = replace(_open(place, given), seen=seen).noting(*place.notes)
     if files is not None and checkpoint.lora is None:
         checkpoint = with_extras(checkpoint, files)

@@ -27,6 +27,7 @@ from ckptkit.families import family_of
 from ckptkit.formats.grouped_experts import ungrouped_experts
 from ckptkit.formats.hf import HfFiles, open_hf, read_shards
 from ckptkit.formats.packed import is_packed, open_packed
+from ckptkit.formats.quantised.archive import dequantised
 from ckptkit.formats.sidecar import EXTRAS, FOLDER
 from ckptkit.formats.torch_dist import TorchDistFiles, open_torch_dist, ungrouped, without_group
 from ckptkit.formats.torch_legacy import (
@@ -69,7 +70,7 @@ def _read_shards(place: Place, given: Given) -> Checkpoint:
     if given.reference is not None:
         raise UsageError("a Hugging Face directory takes no reference", where=place.folder, hint="drop --hf-reference")
     notes = check_second_weights(place.folder, shards)
-    return open_hf_files(open_hf(place.folder, shards)).noting(*notes)
+    return open_hf_files(dequantised(open_hf(place.folder, shards), given.dtype)).noting(*notes)
 
 
 def _read_torch(place: Place, given: Given) -> Checkpoint:

@@ -11,6 +11,7 @@ from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.opening import with_extras
 from ckptkit.checkpoints.readers import join_ranks
 from ckptkit.formats.hf import open_reference
+from ckptkit.formats.quantised.archive import dequantised
 from ckptkit.formats.torch_legacy import RankFile, RankKey
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 
@@ -30,6 +31,6 @@ def open_running(ranks: Mapping[RankKey, RankFile], grid: Parallelism, reference
         InputError: Tensors are missing, unknown or mis-shaped; or the reference is damaged.
         UnsupportedError: No family of ours.
     """
-    files = complete(open_reference(Path(reference)))[0]
+    files = complete(dequantised(open_reference(Path(reference))))[0]
     given = Given(files, StatedGrid(), None)
     return with_extras(join_ranks(Place(NAME, NAME), ranks, grid, {}, given), files)

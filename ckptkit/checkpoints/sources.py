@@ -61,10 +61,12 @@ def open_side(
 
 def facts_of(source: Checkpoint) -> dict[str, Any]:
     """Where a checkpoint is and which model it holds, for the result of a command."""
+    quantised = source.sidecar.quantised if source.format == "hf" else None
     return {
         "path": str(source.path),
         "format": source.format,
         "family": source.family.name,
         "architecture": source.config.architecture,
         "grid": str(source.grid),
+        **({} if quantised is None else {"quantised": quantised.facts()}),
     }

@@ -84,6 +84,16 @@ def convert(
             rich_help_panel=FORMAT,
         ),
     ] = False,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            "--quantise",
+            metavar="fp8-block|fp8-block-ue8m0|mxfp4|int4|like:REFERENCE",
+            help="Quantise the weights of a Hugging Face output. With like:REFERENCE as a quantised directory has them:"
+            " what it still holds keeps its codes and scales.",
+            rich_help_panel=FORMAT,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Convert a checkpoint to another format or parallel grid.
@@ -106,6 +116,7 @@ def convert(
             adapter_layout=adapter_layout,
             part=part,
             lossy=lossy,
+            quantise=quantise,
             progress=progress,
             **wanted,
             **source.keywords(),

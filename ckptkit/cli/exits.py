@@ -36,12 +36,18 @@ Exit codes:
   4 not supported             143 terminated (SIGTERM)"""
 
 
-_COMMAND: ContextVar[str] = ContextVar("command")
+_COMMAND: ContextVar[tuple[str, ...]] = ContextVar("command", default=())
 
 
 def command_line() -> str | None:
     """The command line that is being run, as a shell takes it."""
-    return _COMMAND.get(None)
+    arguments = arguments_of_command()
+    return shlex.join(["ckptkit", *arguments]) if arguments else None
+
+
+def arguments_of_command() -> tuple[str, ...]:
+    """The arguments of the command line that is being run."""
+    return _COMMAND.get()
 
 
 class Interrupted(BaseException):
@@ -78,7 +84,7 @@ class Commands(TyperGroup):
 
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
         output = Output(_json_file(arguments) if not _rank() else None)
-        _COMMAND.set(shlex.join(["ckptkit", *arguments]))
+        _COMMAND.set(tuple(arguments))
         try:
             try:
                 return int(super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra) or 0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+<<<<<<< HEAD
 from ckptkit.cli.choices import (
     CASTS,
     CORE_0_16,
@@ -21,6 +23,10 @@ from ckptkit.cli.choices import (
     RELEASES,
     TEXT,
 )
+=======
+from ckptkit.cli.choices import CASTS, EXPERTS, FULL, GPT, HEADS, LAYOUTS, MEGATRON_MODELS, TEXT
+from ckptkit.cli.exits import arguments_of_command
+>>>>>>> main
 from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
 from ckptkit.io.world import World
@@ -255,6 +261,26 @@ class Execution:
     hash: Annotated[
         bool, typer.Option("--hash", help="Also give the SHA-256 of every written file.", rich_help_panel=EXECUTION)
     ] = False
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Share the work among tasks on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT. All nodes need one"
+            " file system.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None
+    ray_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-processes",
+            min=1,
+            metavar="N",
+            help="Processes on the Ray cluster. Default: one for each node.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of everything that carries out a plan; the world is that of the launcher.
@@ -262,15 +288,34 @@ class Execution:
         Raises:
             UsageError: The environment describes no world.
         """
-        return {**vars(self), "world": World.of()}
+        given = {name: value for name, value in vars(self).items() if not name.startswith("ray")}
+        return {**given, "world": World.of()}
 
     def output(self, json: bool) -> Output:
         """The output of a command that carries out a plan: rank 0 speaks for all.
 
+        With `--ray`, and unless it is one of the ranks already, this process becomes their launcher here.
+
         Raises:
-            UsageError: The environment describes no world.
+            UsageError: The environment describes no world; or there is no Ray cluster.
+            StorageError: Tasks on a Ray cluster were lost time and again.
+            typer.Exit: The ranks on a Ray cluster have ended.
         """
+        self._launch()
         return Output("-" if json else None, shown=World.of().first)
+
+    def _launch(self) -> None:
+        if self.ray is None:
+            if self.ray_processes is not None:
+                raise UsageError("it needs --ray ADDRESS", where="--ray-processes")
+            return
+        from ckptkit.cli.on_ray import LAUNCHED, run_on_ray
+
+        if self.dry_run or LAUNCHED in os.environ:
+            return
+        if World.of().size > 1:
+            raise UsageError("another launcher has started this process", where="--ray", hint="use one of them")
+        raise typer.Exit(run_on_ray(self.ray, self.ray_processes, arguments_of_command()))
 
 
 def _size(option: str, what: str) -> Any:

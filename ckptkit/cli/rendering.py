@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -56,10 +56,26 @@ def conversion(result: ConversionResult, console: Console) -> None:
     sentences(console, result.lossy, "lossy", "bold yellow")
     sentences(console, [_dropped(record) for record in result.dropped], "dropped", "cyan")
     sentences(console, result.notes, "note", "cyan")
+    if result.likeness is not None:
+        sentences(console, _likeness(result.likeness), "like", "cyan")
     console.print(_closing_line(result))
     if flags := target.get("megatron_flags"):
         console.print(line("Megatron-LM builds this model with:"))
         megatron_flags(flags, console)
+
+
+def _likeness(likeness: Mapping[str, Any]) -> list[str]:
+    """What became of the tensors of a reference, those that moved most first."""
+    new = sorted(likeness["new_scales"], key=lambda record: -float(record["relative_rms"]))
+    found = [
+        f"{likeness['same']:,} tensors keep codes and scales, {len(likeness['old_scales']):,} keep scales,"
+        f" {len(new):,} have new ones"
+    ]
+    found += [
+        f"{one['tensor']} moved by {one['relative_rms']:.3g} of its RMS, at most {one['max_abs_difference']:.3g}"
+        for one in new[:5]
+    ]
+    return [*found, f"{len(new) - 5:,} more are in --json"] if len(new) > 5 else found
 
 
 def _layout(side: dict[str, Any]) -> str:
@@ -160,6 +176,8 @@ def inspection(result: Inspection, console: Console) -> None:
         ("size", human_size(result.bytes)),
         ("dtypes", ", ".join(f"{name} {human_size(size)}" for name, size in result.dtypes.items())),
     ]
+    if result.quantised is not None:
+        about.append(("quantised", _quantised(result.quantised)))
     if result.adapter is not None:
         about += [(name, _counted(value)) for name, value in result.adapter.items() if value]
     console.print(facts(about))
@@ -180,6 +198,12 @@ def delta(result: DeltaInspection, console: Console) -> None:
         ("size", f"{human_size(result.bytes)} for {human_size(result.bytes_new)} of weights"),
     ]
     console.print(facts(about))
+
+
+def _quantised(quantised: Mapping[str, Any]) -> str:
+    """What is quantised, how, and the size as numbers."""
+    stored, read = human_size(quantised["bytes_stored"]), human_size(quantised["bytes_read"])
+    return f"{quantised['tensors']:,} tensors, {quantised['scheme']}: {stored}, {read} as {quantised['read_as']}"
 
 
 def _counted(value: Any) -> str:

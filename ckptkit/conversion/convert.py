@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -17,6 +18,7 @@ from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import FULL, Options, dtype_called
 from ckptkit.conversion.planning import make_plan
+from ckptkit.conversion.quantising import quantise_called
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.hybrid_names import GPT
@@ -49,6 +51,7 @@ def convert(
     part: str | None = None,
     lora_alpha: float | None = None,
     lossy: bool = False,
+    quantise: str | None = None,
     **how: Unpack[How],
 ) -> ConversionResult:
     """Converts a checkpoint of any format and grid to another.
@@ -84,6 +87,9 @@ def convert(
         lora_alpha: Alpha of a Megatron adapter that does not record it.
         lossy: Whether the factors of an adapter may be rounded, where their scales differ by other ratios than powers
             of two.
+        quantise: How a Hugging Face output is quantised: `fp8-block`, `fp8-block-ue8m0` (scales are powers of two),
+            `mxfp4`, `int4`, or `like:REFERENCE`, as a quantised directory is. There, a tensor that is still what the
+            reference holds keeps its codes and scales.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`.
 
@@ -114,6 +120,8 @@ def convert(
     if adapter is not None and part == ADAPTER:
         raise UsageError("--part adapter and --adapter exclude each other", hint="the source gives its model")
     with ExitStack() as stack:
+        wanted = quantise_called(quantise, stack, headers_only=execution.dry_run)
+        options = replace(options, quantise=wanted)
         source = open_source(
             stack,
             src,
@@ -124,6 +132,7 @@ def convert(
             vocab_size=vocab_size,
             lora_alpha=lora_alpha if adapter is None else None,
             part=part if adapter is None else MODEL,
+            dtype=options.dtype,
         )
         added = None
         if adapter is not None:
@@ -134,4 +143,5 @@ def convert(
         opened = [source] if added is None else [source, added]
         source_facts = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
         target_facts = {"path": str(dst), "format": to, "grid": str(grid), **plan.facts}
-        return carry_out(plan, opened, source_facts, target_facts, execution, started)
+        also = [] if wanted is None or wanted.like is None else [wanted.like.path]
+        return carry_out(plan, opened, source_facts, target_facts, execution, started, also=also)

@@ -68,6 +68,9 @@ class ConversionResult:
     `ranks` has a record for each process that moved bytes: `rank`, `host`, `bytes_written` as its engine counted them,
     and `seconds`. It is empty after a dry run, on ranks after the first, and where the output was complete already.
     `seconds` is the time of the whole command; `seconds_fitting` is the part of it in which an adapter was fitted.
+    With `--quantise like:REFERENCE`, `likeness` counts the tensors that are what the reference holds (`same`), and
+    lists those that its scales still represent without loss (`old_scales`) and those with new scales (`new_scales`):
+    `tensor`, `max_abs_difference` from the reference's numbers, and `relative_rms`. A dry run has None.
     """
 
     source: dict[str, Any]
@@ -88,6 +91,7 @@ class ConversionResult:
     hashes: dict[str, str]
     seconds_fitting: float = 0.0
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    likeness: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -130,15 +134,18 @@ def carry_out(
         from ckptkit.io.computed import MEMORY, holds_computed
         from ckptkit.io.drift import summarise
         from ckptkit.io.engine import MEMORY_LIMIT
+        from ckptkit.io.quantised import compared_with_reference
         from ckptkit.io.team import Outcome
 
     world = execution.world
     dropped: list[dict[str, object]] | None = None
+    likeness: dict[str, Any] | None = None
     outcome, free = Outcome(), 0
 
     def before_commit(directory: Path) -> None:
-        nonlocal dropped
+        nonlocal dropped, likeness
         dropped = summarise(plan.dropped, measure=True)
+        likeness = compared_with_reference(plan.likenesses) if plan.likenesses else None
         if check is not None:
             check(directory)
 
@@ -183,6 +190,7 @@ def carry_out(
         hashes=outcome.hashes,
         seconds_fitting=fitting,
         ranks=[asdict(rank) for rank in outcome.ranks],
+        likeness=likeness,
     )
 
 

@@ -13,6 +13,7 @@ from ckptkit.tables.lora import LAYOUTS as ADAPTER_LAYOUTS
 from ckptkit.tables.prediction import CORE_0_16, RELEASES
 
 if TYPE_CHECKING:
+    from ckptkit.conversion.quantising import Quantise
     from ckptkit.conversion.target import WritableFormat
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -59,6 +60,7 @@ class Options:
         head_init: Initialisation of the new head, see `value_head.to_value_model`.
         adapter_layout: Names of an adapter in Megatron, see `tables/lora.py`; None for `fused`.
         lossy: Whether the factors of an adapter may be rounded where their scales ask for it.
+        quantise: How the weights are quantised, or None.
     """
 
     grid: Parallelism = field(default_factory=Parallelism, metadata=_SHARDED)
@@ -75,6 +77,7 @@ class Options:
     head_init: str | None = None
     adapter_layout: str | None = field(default=None, metadata={**_SHARDED, "choices": ADAPTER_LAYOUTS})
     lossy: bool = False
+    quantise: Quantise | None = field(default=None, metadata={"only": "Hugging Face outputs"})
 
 
 _FLAGS = {"grid": "a parallel size such as --tp"}

@@ -67,12 +67,18 @@ def make_plan(source: Checkpoint, to: str, options: Options, adapter: Checkpoint
         coverage["unused parts dropped"] = len(unused)
     tp, divisible_by = (target.grid.tp, target.divisible_by) if format.megatron else (1, 1)
     unused += source.padding_left_out(tp, divisible_by)
-    facts = {"megatron_flags": target.megatron_flags} if format.sharded else {}
+    facts: dict[str, object] = {"megatron_flags": target.megatron_flags} if format.sharded else {}
+    quantised = target.quantised
+    if quantised is not None:
+        facts["quantised"] = {"scheme": quantised.scheme, "tensors": quantised.count}
+        notes += quantised.notes
+        lossy += quantised.lossy
     comparisons = source.comparisons
     if adapter is not None:
         comparisons += adapter.comparisons
         coverage["of the adapter"] = sum(adapter.coverage.values())
-    return Plan(tuple(files), comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused), facts)
+    likenesses = () if quantised is None else quantised.likenesses
+    return Plan(tuple(files), comparisons, tuple(lossy), tuple(notes), coverage, tuple(unused), facts, likenesses)
 
 
 def _refuse_adapter_options(options: Options, format: WritableFormat) -> None:

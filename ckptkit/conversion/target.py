@@ -15,6 +15,7 @@ from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.run_config import run_config
 from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
+from ckptkit.conversion.quantising import QuantisedOutput, names_for, quantise
 from ckptkit.dtypes import TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.json_files import read_json
@@ -213,8 +214,23 @@ class Target:
         return bridge_section(self.source, adapter.lora, self.spelling.prefix, adapter.record)
 
     @cached_property
+    def quantised(self) -> QuantisedOutput | None:
+        """The tensors of a Hugging Face output with quantised weights, or None if `--quantise` does not ask for them.
+
+        Raises:
+            InputError: The reference is another model.
+            UnsupportedError: The scheme has no tensors in this model.
+        """
+        wanted = self.options.quantise
+        if wanted is None:
+            return None
+        return quantise(self.source, self.source.hf_tensors(names_for(self.source, wanted)), wanted)
+
+    @cached_property
     def config_json(self) -> OutputFile:
         """config.json: a copy of the source's file, unless a change has altered its content."""
+        if self.quantised is not None:
+            return self.quantised.config_json
         path, config = self.source.sidecar.small.get("config.json"), self.source.sidecar.config
         if path is not None and read_json(path) == config:
             return OutputFile.copy("config.json", str(path), path.stat().st_size)

@@ -250,7 +250,7 @@ def _joined(
 
     if options.consensus:
         positive = rounded(_sum(deltas)) >= 0
-        masks = [np.where(positive, delta > 0, delta < 0) for delta in deltas]
+        masks = [((delta > 0) & positive) | ((delta < 0) & ~positive) for delta in deltas]
         deltas = [delta * mask for delta, mask in zip(deltas, masks, strict=True)]
         weights = [weight * mask.astype(weight.dtype) for weight, mask in zip(weights, masks, strict=True)]
     total = rounded(_sum(deltas))

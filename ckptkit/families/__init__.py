@@ -33,12 +33,14 @@ def families() -> tuple[Family, ...]:
     from ckptkit.families.gemma4 import GEMMA4, GEMMA4_TEXT
     from ckptkit.families.glm import GLM4_MOE
     from ckptkit.families.glm_lite import GLM4_MOE_LITE
+    from ckptkit.families.gpt_oss import GPT_OSS
     from ckptkit.families.llama import LLAMA
     from ckptkit.families.mistral import MINISTRAL, MISTRAL, MIXTRAL
     from ckptkit.families.qwen import QWEN2, QWEN3, QWEN3_MOE
     from ckptkit.families.split_llama import SPLIT_LLAMA
 
     found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE]
+    found += [GPT_OSS]
     found += [GEMMA3_TEXT, GEMMA3, GEMMA4_TEXT, GEMMA4]
     found.append(SPLIT_LLAMA)
     for point in sorted(entry_points(group=ENTRY_POINTS)):

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
@@ -20,6 +21,9 @@ from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import walk
 from ckptkit.tensors import Tensor
+
+if TYPE_CHECKING:
+    from ckptkit.formats.quantised.archive import Quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -40,6 +44,8 @@ class HfFiles:
         small: Relative path -> absolute path of every file that is not weights, config.json included.
         ignored: Files and folders that are not part of the model: stale shards and indices, other formats, folders that
             are links.
+        made: Relative path -> content of small files that outrank `small`.
+        quantised: The quantised weights; `tensors` and `headers` are then what `formats/quantised/` makes of them.
     """
 
     path: Path
@@ -48,6 +54,8 @@ class HfFiles:
     headers: dict[str, Header]
     small: dict[str, Path]
     ignored: list[str] = field(default_factory=list)
+    made: dict[str, bytes] = field(default_factory=dict)
+    quantised: Quantised | None = None
 
 
 def is_weights(name: str) -> bool:
@@ -163,15 +171,24 @@ def lay_out_shards(tensors: Mapping[str, Tensor], shard_size: int) -> list[Outpu
     if len(shards) == 1:
         return [safetensors.lay_out(SINGLE, shards[0])]
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    index = {
-        "metadata": {
-            "total_parameters": sum(tensor.numel for tensor in tensors.values()),
-            "total_size": sum(tensor.nbytes for tensor in tensors.values()),
-        },
-        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-    }
     files = [safetensors.lay_out(name, shard) for name, shard in zip(names, shards, strict=True)]
-    return [*files, OutputFile.small(INDEX, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")]
+    parameters, size = (sum(sizes) for sizes in zip(*((t.numel, t.nbytes) for t in tensors.values()), strict=True))
+    return [*files, OutputFile.small(INDEX, _index(dict(zip(names, shards, strict=True)), parameters, size))]
+
+
+def index_of(headers: Mapping[str, Header]) -> bytes:
+    """An index of files with these headers."""
+    entries = [entry for header in headers.values() for entry in header.entries.values()]
+    shards = {name: header.entries for name, header in headers.items()}
+    return _index(shards, sum(prod(entry.shape) for entry in entries), sum(e.stop - e.start for e in entries))
+
+
+def _index(shards: Mapping[str, Mapping[str, object]], parameters: int, size: int) -> bytes:
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": {key: name for name, shard in shards.items() for key in shard},
+    }
+    return json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def lay_out_like(tensors: Mapping[str, Tensor], headers: Mapping[str, Header]) -> list[OutputFile] | None:

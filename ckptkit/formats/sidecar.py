@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
@@ -30,6 +30,9 @@ from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
+
+if TYPE_CHECKING:
+    from ckptkit.formats.quantised.archive import Quantised
 
 FOLDER = "ckptkit"
 OF_ADAPTER = f"{FOLDER}/adapter"
@@ -55,6 +58,7 @@ class Sidecar:
         origin: Hub repository and commit that the model came from, or empty.
         made: Relative path -> bytes of further small files, which an operation made; they outrank `small`.
         operation: The operation that made the model, as JSON values for the manifest; or empty.
+        quantised: The quantised weights that the model was read from, or None.
     """
 
     config: dict[str, Any]
@@ -64,11 +68,12 @@ class Sidecar:
     origin: dict[str, str] = field(default_factory=dict)
     made: dict[str, bytes] = field(default_factory=dict)
     operation: dict[str, Any] = field(default_factory=dict)
+    quantised: Quantised | None = None
 
     @classmethod
     def of_hf(cls, files: HfFiles, extras: Mapping[str, Tensor]) -> Sidecar:
         """The sidecar of a Hugging Face directory."""
-        return cls(files.config, files.small, files.headers, dict(extras))
+        return cls(files.config, files.small, files.headers, dict(extras), made=files.made, quantised=files.quantised)
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.record import Lora
-from ckptkit.checkpoints.sources import open_source
+from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.inexpressible import inexpressible
@@ -24,7 +24,8 @@ class Inspection:
     """A summary of the headers of a checkpoint. Sizes in bytes.
 
     `megatron_flags` holds the words after `pretrain_gpt.py` with which Megatron-LM builds the model, or None where no
-    words do, for the reasons in `inexpressible`.
+    words do, for the reasons in `inexpressible`. `quantised` says what of a quantised checkpoint is, how, and the bytes
+    that reading it as numbers adds; `bytes`, `dtypes` and `roles` are then about these numbers.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Inspection:
     inexpressible: list[str]
     notes: list[str]
     adapter: dict[str, Any] | None = None
+    quantised: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values."""
@@ -108,6 +110,7 @@ def inspect(
         inexpressible=inexpressible(source.config),
         notes=[*source.notes, *source.disagreements],
         adapter=None if source.lora is None else _of_adapter(source.lora, source),
+        quantised=facts_of(source).get("quantised"),
     )
 
 

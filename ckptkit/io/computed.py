@@ -8,18 +8,19 @@ threads share: a range of bytes rarely ends where a tile does.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ckptkit.dtypes import DType
 from ckptkit.io.cache import Cache
 from ckptkit.io.plan import Plan, source_files
 from ckptkit.io.segments import origins
-from ckptkit.tensors import Literal, Tensor
+from ckptkit.tensors import Literal, Made, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 TILE = 1 << 20
 """Elements of a tile: about as many as this, in whole rows."""
+TURNED = 1 << 21
+"""Elements of a tile of columns that become rows: for each tile, all rows of the source pass through a buffer."""
 BLOCK = 1 << 15
 """Elements of a block, in which a tile is computed element by element."""
 READ = 1 << 17
@@ -42,7 +45,7 @@ MEMORY = CACHE + (64 << 20)
 """Bytes of memory that computed tensors take beside the buffers that move bytes: caches, and a tile in every thread."""
 
 
-_tiles: Cache[bytes] = Cache(CACHE // 2, len)
+_tiles: Cache[memoryview] = Cache(CACHE // 2, len)
 _operands: Cache[Values] = Cache(CACHE // 2, lambda values: values.nbytes)
 
 
@@ -105,7 +108,7 @@ def computed(
 
         return encode(values(start, stop), dtype)
 
-    return _made(dtype, tuple(shape), inputs, ("computed", what), make)
+    return made(dtype, tuple(shape), inputs, ("computed", what), make)
 
 
 def elementwise(
@@ -139,8 +142,7 @@ def elementwise(
             [encode(values(at, some), dtype) for at, some in blocks(matrices, start, stop, double=double)]
         )
 
-    made = _made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make)
-    return made.reshape(inputs[0].shape)
+    return made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make).reshape(inputs[0].shape)
 
 
 def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -241,7 +243,112 @@ def permuted(tensor: Tensor, axes: tuple[int, int, int]) -> Tensor:
         rows = np.ascontiguousarray(block).reshape((last - first) * shape[1], -1)
         return rows[start - first * shape[1] : stop - first * shape[1]].reshape(-1)
 
-    return _made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
+    return made(tensor.dtype, shape, [tensor], ("permuted", axes), make, unit=shape[1])
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The recipe of every `count`th column of a matrix from column `at` on, each as a row."""
+
+    at: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Together:
+    """The recipe of a matrix whose columns are the rows of some matrices, which take turns."""
+
+
+def columns_apart(matrix: Tensor, count: int) -> list[Tensor]:
+    """The columns of a stored matrix as rows: the first, and every `count`th after it; those from the second on; ...
+
+    Args:
+        matrix: [height, count * width]. A cast passes on to the results.
+        count: How many tensors.
+
+    Returns:
+        `count` tensors, [width, height]. Of `columns_together` they are what that was made of.
+    """
+    height, columns = matrix.shape
+    width, raw = columns // count, matrix.astype(matrix.dtype)
+    if (recipe := _whole_recipe(raw)) is not None and isinstance(recipe[0], Together) and len(recipe[1]) == count:
+        return [part if matrix.cast is None else part.astype(matrix.cast) for part in recipe[1]]
+
+    def taking(at: int) -> Callable[[int, int], Bytes]:
+        def make(start: int, stop: int) -> Bytes:
+            import numpy as np
+
+            block = _elements(raw.cols(start * count, stop * count)).reshape(height, stop - start, count)
+            out = np.empty((stop - start, height), block.dtype)
+            _turn(block[:, :, at], out)
+            return out.reshape(-1).view(np.uint8)
+
+        return make
+
+    parts = [made(raw.dtype, (width, height), [raw], Apart(at, count), taking(at), tile=TURNED) for at in range(count)]
+    return [part if matrix.cast is None else part.astype(matrix.cast) for part in parts]
+
+
+def columns_together(parts: Sequence[Tensor]) -> Tensor:
+    """The inverse of `columns_apart`.
+
+    Args:
+        parts: Matrices [width, height] of one dtype, with one cast or none.
+
+    Returns:
+        [height, count * width]; of the results of `columns_apart`, the matrix that they are from.
+
+    Raises:
+        ValueError: Their dtypes, casts or shapes differ.
+    """
+    count, cast = len(parts), parts[0].cast
+    if any((part.dtype, part.cast, part.shape) != (parts[0].dtype, cast, parts[0].shape) for part in parts):
+        raise ValueError(f"cannot join {', '.join(f'{part.out_dtype}{list(part.shape)}' for part in parts)}")
+    width, height = parts[0].shape
+    raw = [part.astype(part.dtype) for part in parts]
+    recipes = [_whole_recipe(part) for part in raw]
+    first = recipes[0]
+    if first is not None and [recipe and recipe[0] for recipe in recipes] == [Apart(at, count) for at in range(count)]:
+        sources = [recipe[1][0] for recipe in recipes if recipe is not None]
+        if all(source.same_bytes_as(sources[0]) for source in sources):
+            return sources[0] if cast is None else sources[0].astype(cast)
+
+    def make(start: int, stop: int) -> Bytes:
+        import numpy as np
+
+        out = np.empty((stop - start, width, count), f"u{raw[0].dtype.itemsize}")
+        for at, part in enumerate(raw):
+            _turn(_elements(part.cols(start, stop)).reshape(width, stop - start), out[:, :, at])
+        return out.reshape(-1).view(np.uint8)
+
+    joined = made(raw[0].dtype, (height, count * width), raw, Together(), make, tile=TURNED)
+    return joined if cast is None else joined.astype(cast)
+
+
+def recipe_of(data: bytes | Made) -> tuple[object, tuple[Tensor, ...]] | None:
+    """The recipe by which bytes are computed, and the tensors that they are computed from; None for other bytes."""
+    return (data.what, data.inputs) if isinstance(data, _Computed) else None
+
+
+def _whole_recipe(tensor: Tensor) -> tuple[object, tuple[Tensor, ...]] | None:
+    """`recipe_of` the bytes that a tensor consists of, if they are all of one recipe's."""
+    runs = list(itertools.islice(tensor.runs(), 2))
+    if len(runs) != 1 or not isinstance(runs[0], Literal):
+        return None
+    return recipe_of(runs[0].data) if (runs[0].offset, runs[0].width) == (0, len(runs[0].data)) else None
+
+
+def _elements(tensor: Tensor) -> NDArray[Any]:
+    """The elements of a tensor without a cast, whatever their type, in numbers of their size."""
+    from ckptkit.io.reading import read_tensor
+
+    return read_tensor(tensor).view(f"u{tensor.dtype.itemsize}")
+
+
+def _turn(matrix: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copies the transpose of a matrix, a few rows at a time: those stay in the caches of a core."""
+    for top in range(0, len(matrix), 64):
+        out[:, top : top + 64] = matrix[top : top + 64].T
 
 
 def _slab(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
@@ -254,22 +361,34 @@ def _slab(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
     return tensor.cols(start, stop)
 
 
-def _made(
+def made(
     dtype: DType,
     shape: tuple[int, ...],
     inputs: Sequence[Tensor],
     what: object,
     make: Callable[[int, int], Bytes],
     unit: int = 1,
+    tile: int | None = None,
 ) -> Tensor:
+    """A tensor whose bytes are made.
+
+    Args:
+        dtype: Type of its elements.
+        shape: Its shape; it has at least one axis.
+        inputs: The tensors that it is computed from.
+        what: Everything else that its bytes depend on, as a value whose `repr` says it in full.
+        make: (first row, row after the last) -> the bytes of rows. Equal arguments give equal bytes.
+        unit: A tile has a multiple of this number of rows.
+        tile: Elements of a tile, about; None for `TILE`.
+    """
     if not prod(shape):
         return Tensor.full(dtype, shape)
-    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit), dtype, shape)
+    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE), dtype, shape)
 
 
-def _tile_rows(width: int, unit: int) -> int:
+def _tile_rows(width: int, unit: int, tile: int | None = None) -> int:
     """Rows of `width` elements in a tile: a multiple of `unit`."""
-    return max(TILE // (width * unit), 1) * unit
+    return max((tile or TILE) // (width * unit), 1) * unit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -283,6 +402,7 @@ class _Computed:
         what: Everything else that its bytes depend on.
         make: (first row, row after the last) -> the bytes of rows.
         unit: A tile has a multiple of this number of rows.
+        tile: Elements of a tile, about.
     """
 
     dtype: DType
@@ -291,6 +411,7 @@ class _Computed:
     what: object
     make: Callable[[int, int], Bytes]
     unit: int
+    tile: int
 
     def __repr__(self) -> str:
         return f"computed {self.digest}"
@@ -308,8 +429,8 @@ class _Computed:
     def __len__(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start:stop`, cut out of whole tiles."""
+    def read(self, start: int, stop: int) -> bytes | memoryview:
+        """Bytes `start:stop`, cut out of whole tiles; a part of one tile is not copied."""
         size = self._rows * self._width
         tiles = range(start // size, -(-stop // size))
         pieces = [self._tile(tile)[max(start - tile * size, 0) : stop - tile * size] for tile in tiles]
@@ -323,9 +444,9 @@ class _Computed:
     @cached_property
     def _rows(self) -> int:
         """Rows of a tile."""
-        return _tile_rows(self._width // self.dtype.itemsize, self.unit)
+        return _tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
 
-    def _tile(self, number: int) -> bytes:
+    def _tile(self, number: int) -> memoryview:
         start = number * self._rows
         stop = min(start + self._rows, len(self) // self._width)
-        return _tiles.get((self.digest, start, stop), lambda: self.make(start, stop).tobytes())
+        return _tiles.get((self.digest, start, stop), lambda: memoryview(self.make(start, stop)).cast("B"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
@@ -18,6 +19,9 @@ from ckptkit.io.castable import check_cast
 from ckptkit.io.segments import Checksum, Cut, Form, Segment, form_of, kinds, origins, spans
 from ckptkit.io.source import Fingerprint
 from ckptkit.tensors import Const, Literal, Made, Piece, Region, Tensor
+
+if TYPE_CHECKING:
+    from ckptkit.io.quantised import Likeness
 
 MEMORY = "\0"
 """Start of the `file` of a region that is memory of a running program, and no file: no path has this character."""
@@ -114,6 +118,7 @@ class Plan:
         coverage: Number of stored tensors that are used, are replicas, go into the sidecar, ...
         dropped: Parts of stored tensors that the model does not use and the output does not hold.
         facts: Further facts about the output, for the result.
+        likenesses: Tensors that keep codes of a reference, if they are still what it holds.
     """
 
     files: tuple[OutputFile, ...]
@@ -123,6 +128,7 @@ class Plan:
     coverage: dict[str, int] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
+    likenesses: tuple[Likeness, ...] = ()
 
     @property
     def nbytes(self) -> int:

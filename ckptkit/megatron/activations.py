@@ -11,6 +11,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
 from ckptkit.errors import UnsupportedError
+from ckptkit.tables.model_config import QUICK_GELU, QUICK_GELU_ALPHA
 
 
 class XIELU(torch.nn.Module):
@@ -47,10 +48,16 @@ class XIELU(torch.nn.Module):
         )
 
 
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(1.702 * x)`, element by element; megatron-core's is marked for compilation."""
+    return x * torch.sigmoid(QUICK_GELU_ALPHA * x)
+
+
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    QUICK_GELU: quick_gelu,
 }
 LEARNED: dict[str, Callable[[torch.dtype], torch.nn.Module]] = {"xielu": XIELU}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -32,7 +33,7 @@ class GroupedQueryAttention(SelfAttention):
     """
 
     def __init__(self, config: TransformerConfig, *, model: ModelConfig, layer: LayerConfig, **options: Any) -> None:
-        super().__init__(config=attention_config(config, model.qkv_bias, model.out_bias), **options)
+        super().__init__(config=attention_config(config, model.qkv_bias, model.out_bias, layer.rope), **options)
         self.rotary = RotaryEmbedding(layer.rope, self.hidden_size_per_attention_head)
 
     def forward(
@@ -93,18 +94,22 @@ class ExactAttention(torch.nn.Module):
         attn_mask_type: Must be megatron's `causal`.
         softmax_scale: Factor of the scores, or None for 1 / sqrt(head_dim).
         softcap: Scores become `softcap * tanh(score / softcap)`, or None.
+        sinks: Whether every head has a sink.
         options: Further options that other core attentions take; unused.
 
     Attributes:
         shared: Keys and values of another layer, rotated, to attend to instead of this layer's own, side by side in the
             last axis: [..., 2 * head_dim] of any shape with as many elements; or None. Set before a forward pass.
         keeps: Whether `kept` is set.
+        softmax_offset: The sinks of this rank's heads, by megatron-core's name: a score beside those of the keys, for
+            which there is no value; or None.
         kept: Keys and values of the last forward pass, rotated, in the same form as `shared`.
     """
 
     shared: torch.Tensor | None = None
     keeps = False
     kept: torch.Tensor | None = None
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -113,6 +118,7 @@ class ExactAttention(torch.nn.Module):
         attn_mask_type: Any,
         softmax_scale: float | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -122,6 +128,11 @@ class ExactAttention(torch.nn.Module):
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.softcap = softcap
         self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.register_parameter("softmax_offset", None)
+        if sinks:
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(
         self,
@@ -170,7 +181,7 @@ class ExactAttention(torch.nn.Module):
         """Attend, once it is known to what: see `forward`."""
         if packed_seq_params is None:
             return self._attend(query, key, value, self._causal(len(query), query.device))
-        if flash_serves(query, self.softcap) and value.size(-1) == query.size(-1):
+        if self.softmax_offset is None and flash_serves(query, self.softcap) and value.size(-1) == query.size(-1):
             return flash_attention(query, key, value, packed_seq_params, scale=self.scale, window=self.window)
         parts = []
         for start, end in segments(packed_seq_params):
@@ -216,8 +227,12 @@ class ExactAttention(torch.nn.Module):
         scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1, dtype=torch.float32)
-        return torch.matmul(weights.to(query.dtype), value)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sinks.to(scores.dtype)), dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        return torch.matmul(weights[..., : value.size(-2)].to(query.dtype), value)
 
 
 def segments(packed: PackedSeqParams) -> Iterator[tuple[int, int]]:

@@ -80,14 +80,21 @@ def local_layer_spec(qk_norm: bool, num_experts: int | None = None, *, latent: b
 
 @contextlib.contextmanager
 def latent_attention_built() -> Iterator[None]:
-    """Let megatron-core build its latent attention where there is no Transformer Engine.
+    """Let megatron-core build its latent attention from the modules of the layer spec alone.
 
-    0.16.1 then takes stand-ins of its own for the modules of Transformer Engine, and asks whether a linear is one.
+    Without Transformer Engine, 0.16.1 takes stand-ins of its own for that library's modules, and asks whether a linear
+    is one. 0.19 builds the projection of queries that have no latent vector as a linear with a norm in it, whatever the
+    spec names; no archive has such a norm, and only Transformer Engine such a linear.
     """
     from megatron.core.transformer import multi_latent_attention
 
-    there = isinstance(getattr(multi_latent_attention, "TELinear", None), type)
-    with contextlib.nullcontext() if there else replaced([(multi_latent_attention, "HAVE_TE", False)]):
+    stand_ins: list[tuple[Any, str, Any]] = []
+    if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
+        stand_ins.append((multi_latent_attention, "HAVE_TE", False))
+    resolver = getattr(multi_latent_attention, "QKNormConfigResolver", None)
+    if resolver is not None:
+        stand_ins.append((resolver, "_mla_fused_linear_or_default", resolver._non_fused_or_default))
+    with replaced(stand_ins):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.activations import activation
+from ckptkit.megatron.rotary import attention_factor
 from ckptkit.megatron_args.fields import core_grid, core_sizes, fields_of, written
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import SIGMOID, LayerConfig, ModelConfig
+from ckptkit.tables.model_config import SIGMOID, LayerConfig, ModelConfig, Rope
 
 
 @dataclass
@@ -70,7 +72,7 @@ def transformer_config(
         **written(fields_of(config), "core", config, config.layers[0]),
         **core_grid(grid),
         context_parallel_size=cp,
-        add_bias_linear=config.mlp_bias,
+        add_bias_linear=config.mlp_bias and not config.num_experts,
         sequence_parallel=sequence_parallel,
         # Two stages that exchange activations and gradients in one batch would take one for the other.
         overlap_p2p_comm=grid.vpp > 1,
@@ -87,8 +89,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        # Of the families, only Gemma 4 normalises values; its norms round last.
-        norms_scale_in_fp32=config.value_norm,
+        # Of the families, only Gemma 4 normalises values, and only GPT-OSS has sinks; their norms round last.
+        norms_scale_in_fp32=config.value_norm or config.sinks,
         dense_beside_experts=config.parallel_dense,
         **_recompute_fields(recompute),
         **({} if config.latent is None else {"latent_norm_eps": config.latent.norm_eps}),
@@ -97,6 +99,8 @@ def transformer_config(
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
     base.mtp_num_layers = None  # `GPTModel` has only a loss for these layers; see `prediction_block`
+    # megatron-core's constructor refuses biases of experts that several ranks share; `ExpertOutput` has them.
+    base.add_bias_linear = config.mlp_bias
     # What stages send one another may be wider or narrower than the model: Megatron's schedules then send shapes, too.
     # megatron-core's own check of this field only knows of experts.
     base.variable_seq_lengths = (
@@ -159,9 +163,13 @@ def layer_config(base: TransformerConfig, layer: LayerConfig, activation_name: s
     return sized
 
 
-def attention_config(base: TransformerConfig, qkv_bias: bool, out_bias: bool) -> TransformerConfig:
+def attention_config(base: TransformerConfig, qkv_bias: bool, out_bias: bool, rope: Rope) -> TransformerConfig:
     """`base` for the attention, whose output bias megatron-core ties to that of the MLP."""
-    own = copy.copy(base)
+    own: Any = copy.copy(base)
     own.add_qkv_bias = qkv_bias
     own.add_bias_linear = out_bias
+    if rope.kind == "yarn":
+        # megatron-core derives its factor on cosines and sines from three numbers; these give any factor.
+        own.yarn_rotary_scaling_factor = math.exp(10.0)
+        own.yarn_mscale, own.yarn_mscale_all_dim = attention_factor(rope) - 1.0, 0.0
     return own

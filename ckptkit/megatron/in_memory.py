@@ -12,6 +12,7 @@ import torch
 
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError
+from ckptkit.io.computed import Apart, Together, recipe_of
 from ckptkit.tensors import Const, Literal, Piece, Region, Tensor
 
 
@@ -47,10 +48,11 @@ class Memory:
         whole = torch.empty(recipe.shape, dtype=dtype, device=self._device(recipe))
         rows = whole.reshape(-1).view(torch.uint8).view(-1, recipe.row_width) if recipe.bands else whole
         top = 0
+        made: dict[int, torch.Tensor] = {}
         for band in recipe.bands:
             left = 0
             for piece in band.pieces:
-                rows[top : top + band.rows, left : left + piece.width] = self._piece(piece).to(whole.device)
+                rows[top : top + band.rows, left : left + piece.width] = self._piece(piece, made).to(whole.device)
                 left += piece.width
             top += band.rows
         return whole if recipe.cast is None else whole.to(getattr(torch, TORCH_DTYPE_NAMES[recipe.cast]))
@@ -60,10 +62,26 @@ class Memory:
             for piece in band.pieces:
                 if isinstance(piece, Region):
                     return self._bytes[piece.file].device
+                if isinstance(piece, Literal) and (found := _turned(piece)) is not None:
+                    return self._device(found[1][0])
         return torch.device("cpu")
 
-    def _piece(self, piece: Piece) -> torch.Tensor:
-        """The bytes of a piece, uint8 [rows, width]."""
+    def _turn(self, how: Apart | Together, inputs: tuple[Tensor, ...]) -> torch.Tensor:
+        """The bytes of a tensor whose columns are rows of others, or the other way round."""
+        parts = [self.read(tensor) for tensor in inputs]
+        if isinstance(how, Apart):
+            turned = parts[0][:, how.at :: how.count].t()
+        else:
+            turned = torch.stack(parts, dim=-1).transpose(0, 1)
+        return turned.contiguous().reshape(-1).view(torch.uint8)
+
+    def _piece(self, piece: Piece, made: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The bytes of a piece, uint8 [rows, width].
+
+        Args:
+            piece: The piece.
+            made: Bytes of recipes of which there were pieces before, by their identity.
+        """
         if isinstance(piece, Region):
             source = self._bytes[piece.file]
             start = source.storage_offset() + piece.offset
@@ -71,7 +89,18 @@ class Memory:
         if isinstance(piece, Const):
             pattern = torch.tensor(list(piece.pattern), dtype=torch.uint8)
             return pattern.repeat(piece.rows, piece.width // len(piece.pattern))
+        if (found := _turned(piece)) is not None:
+            key = id(piece.data)
+            if key not in made:
+                made[key] = self._turn(*found)
+            return made[key].as_strided((piece.rows, piece.width), (piece.pitch, 1), piece.offset)
         return _literal(piece)
+
+
+def _turned(piece: Literal) -> tuple[Apart | Together, tuple[Tensor, ...]] | None:
+    """How to make what a piece is a part of from tensors in memory, which are no files to read."""
+    how, inputs = recipe_of(piece.data) or (None, ())
+    return (how, inputs) if isinstance(how, Apart | Together) else None
 
 
 def _literal(piece: Literal) -> torch.Tensor:

@@ -85,7 +85,7 @@ class _Rotary(torch.nn.Module):
 
     def __init__(self, rope: Rope, width: int, config: TransformerConfig) -> None:
         super().__init__()
-        self.angles = RotaryEmbedding(rope, width, latent=True)
+        self.angles = RotaryEmbedding(rope, width)
         self.factor = attention_factor(rope)
         self.with_factor = config.rope_type == "yarn"
 

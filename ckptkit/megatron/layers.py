@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -16,7 +17,7 @@ from ckptkit.megatron.gemma4.attention import ValueNormAttention
 from ckptkit.megatron.gemma4.layer import Gemma4Layer
 from ckptkit.megatron.gemma4.moe import ParallelMoELayer, ScaledRouter
 from ckptkit.megatron.latent_attention import LatentAttention, LatentNorm
-from ckptkit.megatron.moe import Router
+from ckptkit.megatron.moe import ExpertOutput, Router
 from ckptkit.megatron.norms import DeferredRMSNorm, RMSNorm
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
 
@@ -50,6 +51,8 @@ def layer_spec(config: ModelConfig, number: int, stage: range, cp: int = 1) -> M
     mlp = submodules_of(submodules.mlp)
     if layer.moe:
         mlp.router = ScaledRouter if config.router_scales else Router
+        if config.mlp_bias:
+            submodules_of(mlp.experts).linear_fc2 = ExpertOutput
         if config.parallel_dense:
             submodules.pre_mlp_layernorm = DeferredRMSNorm
             submodules.mlp = with_module(submodules.mlp, ParallelMoELayer)
@@ -66,13 +69,13 @@ def layer_spec(config: ModelConfig, number: int, stage: range, cp: int = 1) -> M
 def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int) -> ModuleSpec:
     parts = stock.submodules
     core = ContextParallelAttention if cp > 1 else ExactAttention
-    parts.core_attention = ModuleSpec(module=core, params={"softcap": config.attention_softcap})
+    parts.core_attention = ModuleSpec(module=core, params={"softcap": config.attention_softcap, "sinks": config.sinks})
     if config.latent is not None:
         if cp > 1:
             raise UnsupportedError("latent attention is not in the runtime with context parallelism")
         parts.kv_layernorm = LatentNorm
-        if config.latent.query_rank is not None:  # megatron-core 0.19 refuses a norm that nothing uses
-            parts.q_layernorm = LatentNorm
+        # megatron-core 0.19 refuses a norm that nothing uses
+        parts.q_layernorm = IdentityOp if config.latent.query_rank is None else LatentNorm
         return ModuleSpec(module=LatentAttention, params={**stock.params, "layer": layer}, submodules=parts)
     if config.qk_norm:
         parts.q_layernorm = parts.k_layernorm = RMSNorm

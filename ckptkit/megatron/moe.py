@@ -23,7 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.errors import UsageError
 from ckptkit.megatron.context_parallel.share import whole_sequence
@@ -122,8 +124,9 @@ class Router(TopKRouter):
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, fp32 [..., experts], of hidden states [..., hidden]."""
-        in_fp32 = self.config.moe_router_dtype == "fp32"
-        logits = F.linear(input.float(), self.weight.float()) if in_fp32 else F.linear(input, self.weight)
+        dtype = torch.float32 if self.config.moe_router_dtype == "fp32" else input.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits = F.linear(input.to(dtype), self.weight.to(dtype), bias)
         return (logits if self.adapted is None else self.adapted(logits, input)).float()
 
     def routing(self, logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,6 +160,36 @@ class Router(TopKRouter):
     def _whole(self, part: torch.Tensor) -> torch.Tensor:
         """The whole sequence [sequence, batch, width] from every rank's part of it."""
         return whole_sequence(part, self.config.sequence_parallel)
+
+
+class ExpertOutput(RowParallelLinear):
+    """The second linear of an expert with a bias, which all ranks that share the expert add up to one.
+
+    megatron-core adds the whole bias on each of them before it sums their outputs, and so refuses more than one.
+    Under sequence parallelism it would sum the bias's gradients over tensor parallel ranks, although these have the
+    gradients of all tokens, or biases of different experts.
+
+    Args:
+        input_size: Width of the input over all ranks.
+        output_size: Width of the output.
+        config: Megatron's config.
+        options: Passed on.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **options)
+        if self.bias is not None:
+            self.bias.sequence_parallel = False
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and this rank's share of the bias, whose gradient is that of the whole."""
+        output, bias = super().forward(input_)
+        if not self.explicit_expert_comm:  # autograd forbids to add the bias in place, as megatron-core does next
+            output = output.clone()
+        ranks = self.tp_group.size()
+        if bias is None or ranks == 1:
+            return output, bias
+        return output, bias.detach() / ranks + (bias - bias.detach())
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> dict[int, Router]:

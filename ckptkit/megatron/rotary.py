@@ -14,7 +14,7 @@ from ckptkit.errors import UnsupportedError
 from ckptkit.tables.model_config import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int, *, latent: bool = False) -> torch.Tensor:
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Rotation per token of each pair of channels that rotates, fp32, in radians.
 
     Of a head of which a part rotates these are the pairs of that part: megatron-core lets the other channels pass.
@@ -23,7 +23,6 @@ def inverse_frequencies(rope: Rope, head_dim: int, *, latent: bool = False) -> t
     Args:
         rope: Base and scaling.
         head_dim: Width of a head, or of its part that a rope is for.
-        latent: Whether this is of latent attention: of the runtime's attentions, that one scales cosines and sines.
 
     Raises:
         UnsupportedError: The runtime does not know this kind of scaling.
@@ -40,9 +39,9 @@ def inverse_frequencies(rope: Rope, head_dim: int, *, latent: bool = False) -> t
         return _llama3(frequencies, rope)
     if rope.kind == "proportional":
         return _proportional(frequencies, rope)
-    if rope.kind == "yarn" and latent:
+    if rope.kind == "yarn":
         return _yarn(frequencies, rope)
-    known = "default, linear, llama3, proportional"
+    known = "default, linear, llama3, proportional, yarn"
     raise UnsupportedError(f"rotary scaling {rope.kind!r} is not in the runtime", hint=f"known: {known}")
 
 
@@ -106,14 +105,13 @@ class RotaryEmbedding(torch.nn.Module):
     Args:
         rope: Base and scaling.
         head_dim: Width of a head.
-        latent: As for `inverse_frequencies`.
     """
 
     inv_freq: torch.Tensor
 
-    def __init__(self, rope: Rope, head_dim: int, *, latent: bool = False) -> None:
+    def __init__(self, rope: Rope, head_dim: int) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", inverse_frequencies(rope, head_dim, latent=latent), persistent=False)
+        self.register_buffer("inv_freq", inverse_frequencies(rope, head_dim), persistent=False)
 
     def forward(self, length: int) -> torch.Tensor:
         """Angles of positions 0 to `length` - 1, fp32 [length, 1, 1, channels that rotate], both halves alike."""

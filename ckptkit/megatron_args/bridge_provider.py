@@ -20,7 +20,7 @@ from ckptkit.megatron_args.unread import LAYOUTS
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.bridge import ACTIVATIONS, BLOCK_SPEC, LOCAL_SPEC, VERSION, BridgeProvider, Named, OwnAttention
 from ckptkit.tables.family import Family
-from ckptkit.tables.model_config import ModelConfig, Rope
+from ckptkit.tables.model_config import QUICK_GELU, ModelConfig, Rope
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ _SAME = (
     "yarn_beta_fast",
     "yarn_beta_slow",
     "yarn_correction_range_round_to_int",
-    *(name for name in WRITTEN if name != "swiglu"),
+    *(name for name in WRITTEN if name not in ("swiglu", "quick_geglu")),
     *NEUTRAL,
     *NEUTRAL_OF_EXPERTS,
     *LAYOUTS,
@@ -218,6 +218,8 @@ def args_of_provider(provider: Provider) -> dict[str, Any]:
         if "gated_linear_unit" in values and "activation_func" in values:
             is_silu = values["activation_func"] == ACTIVATIONS["silu"]
             args["swiglu"] = bool(values["gated_linear_unit"]) and is_silu
+            if values["activation_func"] == ACTIVATIONS[QUICK_GELU]:
+                args["quick_geglu"] = bool(values["gated_linear_unit"])
         if (attention := _own_attention(provider)) is not None:
             args.update(attention.args(values))
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:

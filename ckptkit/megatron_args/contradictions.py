@@ -51,6 +51,7 @@ WRITTEN = (
     "rotary_interleaved",
     "normalization",
     "swiglu",
+    "quick_geglu",
     "squared_relu",
     "multi_latent_attention",
 )

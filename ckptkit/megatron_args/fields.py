@@ -26,15 +26,18 @@ from ckptkit.megatron_args.kinds import (
     GROUPS,
     LAYERS,
     LAYOUT,
+    LEARNABLE,
     NAME,
     NUMBER,
     POSITIVE,
+    POSITIVE_OR_NONE,
     SCORE,
+    SOFTMAX_TYPE,
     WINDOW,
     Kind,
 )
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import SOFTMAX, LayerConfig, ModelConfig, Rope, is_layout
+from ckptkit.tables.model_config import QUICK_GELU, SOFTMAX, LayerConfig, ModelConfig, Rope, is_layout
 
 Place = Literal["args", "core", "provider"]
 Value = Callable[[ModelConfig, LayerConfig], Any]
@@ -234,6 +237,20 @@ CORE_FIELDS = (
 )
 """Fields of every model."""
 
+BEYOND_PLAIN_FIELDS = (
+    Field(
+        *("softmax_type",) * 3,
+        SOFTMAX_TYPE,
+        lambda config, layer: LEARNABLE if config.sinks else "vanilla",
+        "sinks",
+        ModelConfig,
+    ),
+    derived(FLAG, "quick_geglu", lambda config, layer: config.gated and config.activation == QUICK_GELU, core=None),
+    of_model(POSITIVE_OR_NONE, "activation_clamp", "activation_func_clamp_value"),
+    of_model(NUMBER, "up_offset", "glu_linear_offset"),
+)
+"""Further fields of a model with sinks, or with an MLP that is gated by more than a function."""
+
 EXPERT_FIELDS = (
     derived(FREQUENCY, "moe_layer_freq", _layers_with_experts, core=None, layout=True),
     of_model(COUNT_OR_ZERO, "moe_ffn_hidden_size"),
@@ -327,6 +344,7 @@ PRECISION_FIELDS = (
 
 FIELDS = (
     *CORE_FIELDS,
+    *BEYOND_PLAIN_FIELDS,
     *(field for field in EXPERT_FIELDS if field.ours or field.kind),
     *SCORE_FIELDS,
     *ROUTER_DTYPE,
@@ -347,9 +365,15 @@ def _scores_otherwise(config: ModelConfig) -> bool:
     return any(getattr(config, row.ours) != plain[row.ours] for row in SCORE_FIELDS if row.ours is not None)
 
 
+def _is_beyond_plain(config: ModelConfig) -> bool:
+    clamped = config.activation_clamp is not None or config.up_offset != 0.0
+    return config.sinks or clamped or config.activation == QUICK_GELU
+
+
 def fields_of(config: ModelConfig) -> Iterator[Field]:
     """The rows of a model, in the order in which they are written; those of its element type come last."""
     yield from CORE_FIELDS
+    yield from BEYOND_PLAIN_FIELDS if _is_beyond_plain(config) else ()
     yield from LATENT_FIELDS if config.latent is not None else ()
     yield from PREDICTION_FIELDS if config.mtp_layers else ()
     if config.num_experts:

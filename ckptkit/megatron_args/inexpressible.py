@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.megatron_args.fields import mscales
-from ckptkit.tables.model_config import SIGMOID, ModelConfig, Rope
+from ckptkit.tables.model_config import QUICK_GELU, SIGMOID, ModelConfig, Rope
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
@@ -17,7 +17,7 @@ def inexpressible(config: ModelConfig) -> list[str]:
         )
     if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         notes.append("biases on some linear layers only: Megatron-LM has --add-qkv-bias or all of them")
-    if config.activation != "silu" or not config.gated:
+    if config.activation not in ("silu", QUICK_GELU) or not config.gated:
         kind = "a gated MLP" if config.gated else "an MLP"
         notes.append(f"{kind} with {config.activation} has no single argument in Megatron-LM")
     if config.router_groups > 1 and config.experts_per_token // config.router_groups_chosen != BEST_OF_GROUP:
@@ -54,6 +54,9 @@ def beyond_gpt(config: ModelConfig) -> dict[str, str]:
         **_features_of_layers(config),
         "weights of chosen experts that are not scaled to a sum of 1, from a router with sigmoids": (
             config.router_score == SIGMOID and not config.norm_topk_prob
+        ),
+        "a router with a bias, or without, where experts are without, or with": (
+            config.router_bias != (config.mlp_bias and config.num_experts > 0)
         ),
         "one value per token in place of logits": config.value_head,
     }

@@ -63,6 +63,7 @@ NUMBER = Kind("a number of at least 0", lambda value: _is_number(value) and valu
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0, float)
 FLAG = Kind("true or false", lambda value: value in (0, 1), bool)
 FACTOR = Kind(POSITIVE.text, POSITIVE.holds, lambda value: 1.0 if value is None else float(value))
+POSITIVE_OR_NONE = Kind(POSITIVE.text, POSITIVE.holds, lambda value: None if value is None else float(value))
 GROUPS = Kind(COUNT_OR_ZERO.text, COUNT_OR_ZERO.holds, lambda value: value or 1)
 """As Megatron-LM has a factor of 1 and a single group: None."""
 COUNT_OR_NONE = Kind(
@@ -70,6 +71,12 @@ COUNT_OR_NONE = Kind(
 )
 NAME = Kind("a name", lambda value: isinstance(value, str))
 SCORE = Kind(f"{SOFTMAX} or {SIGMOID}", lambda value: value in (SOFTMAX, SIGMOID))
+LEARNABLE = "learnable"
+SOFTMAX_TYPE = Kind(
+    "vanilla, off-by-one or learnable",
+    lambda value: value in ("vanilla", "off-by-one", LEARNABLE),
+    lambda value: value == LEARNABLE,
+)
 WINDOW = Kind("two integers", lambda value: _is_list(value) and len(value) == 2)
 FREQUENCY = Kind("a positive integer or a list of integers", lambda value: COUNT.holds(value) or _is_list(value))
 LAYOUT = Kind("a pipeline layout such as Et|tL, or a list of lists", _is_layout, _layout)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.megatron_args.contradictions import Mismatch, contradictions
 from ckptkit.megatron_args.fields import (
+    BEYOND_PLAIN_FIELDS,
     CORE_FIELDS,
     EXPERT_FIELDS,
     GRID_ARGS,
@@ -196,6 +197,7 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
     biased = bool(args["add_bias_linear"])
     changes = {
         **read(CORE_FIELDS, args, ModelConfig),
+        **read(BEYOND_PLAIN_FIELDS, args, ModelConfig),
         **_experts(args, base),
         **read(PREDICTION_FIELDS, args, ModelConfig),
         "latent": _latent(args, base.latent),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.model_config import QUICK_GELU, ModelConfig
 
 VERSION = "0.6.2"
 """Release of Megatron-Bridge whose providers are described."""
@@ -34,6 +34,7 @@ class Named:
 ACTIVATIONS = {
     "silu": Named("torch.nn.functional.silu"),
     "gelu_pytorch_tanh": Named("megatron.core.activations.fast_gelu"),
+    QUICK_GELU: Named("megatron.core.fusions.fused_bias_geglu.quick_gelu"),
 }
 """Hugging Face's name of an activation -> the function that a provider names."""
 
@@ -67,6 +68,7 @@ class BridgeProvider:
         activation: Hugging Face's name of the MLP's activation that the family's bridge sets, a key of `ACTIVATIONS`.
         ropes: Kinds of rotary embeddings that the family's bridge sets.
         with_windows: Further fields that it sets for a model with windows.
+        with_experts: Fields that it sets otherwise than other families' for a model with experts.
         attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
         with_experts: Further fields that it sets for a model with experts.
         blocks: Whether it asks for the spec of a whole block, in which dense layers and others may stand together.
@@ -78,6 +80,7 @@ class BridgeProvider:
     activation: str = "silu"
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     with_windows: Mapping[str, Any] = field(default_factory=dict)
+    with_experts: Mapping[str, Any] = field(default_factory=dict)
     attention: OwnAttention | None = None
     with_experts: Mapping[str, Any] = field(default_factory=dict)
     blocks: bool = False

@@ -4,8 +4,8 @@ A module may have an `_extra_state`: an object beside its tensors. It is empty u
 strict loading asks for it. In per-rank files only modules of Transformer Engine have one. In a distributed checkpoint
 every parallel linear layer has one, whatever its layer spec; so has the last norm, which Megatron-Core takes from
 Transformer Engine in every spec, wherever that is installed (but for one way of building models with experts from the
-local spec, where the key is one too many). Attention has none in a distributed checkpoint: its module saves a state
-there only with a learnable softmax, which no convertible model has.
+local spec, where the key is one too many). Attention has one in a distributed checkpoint only with a learnable softmax,
+and there only Transformer Engine's.
 
 Source: `get_extra_state` of Transformer Engine's modules, and `sharded_state_dict` of Megatron-Core's
 `ColumnParallelLinear`, `RowParallelLinear`, `TEDotProductAttention` and `TransformerLayer`, 0.16.1 and 0.19.2.
@@ -32,6 +32,7 @@ _LATENT = (
 _TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", ".eh_proj", *_LATENT)
 _LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm", ".enorm", ".hnorm")
 _QKV, _KV, _CORE = "linear_qkv", "linear_kv_up_proj", "core_attention"
+_SINKS = f".{_CORE}.softmax_offset"
 _LAST_NORM, _HYBRID_NORM, _HEAD = "decoder.final_layernorm", "decoder.final_norm", "output_layer"
 _NORM_BEFORE_EXPERTS, _FUSED_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 _EXPERTS = re.compile(r"(.+\.mlp)\.experts\..+")
@@ -61,6 +62,8 @@ def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str
         spec: `te`, or another layer spec. Only in `te` other norms than the last have a state.
         quirks: The quirks of its family.
     """
+    if name.endswith(_SINKS):
+        return [f"{name.rpartition('.')[0]}.{_STATE}"] if spec == "te" else []
     match = _WEIGHT.fullmatch(name)
     if match is None:
         return []

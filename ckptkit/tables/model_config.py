@@ -21,6 +21,10 @@ def is_layout(of: type[Any], name: str) -> bool:
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 """Functions that make scores of a router's logits."""
+QUICK_GELU = "quick_gelu"
+"""The activation `x * sigmoid(QUICK_GELU_ALPHA * x)`."""
+QUICK_GELU_ALPHA = 1.702
+"""Source: `quick_gelu` of Megatron-Core, which has this number in its code."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,16 @@ class ModelConfig:
         max_position_embeddings: Context length in tokens.
         qkv_bias: Whether q, k and v have biases.
         out_bias: Whether the attention output projection has one.
-        mlp_bias: Whether the MLP linears have them.
+        mlp_bias: Whether the MLP linears have them, those of experts included.
+        router_bias: Whether the router's linear has one.
+        sinks: Whether every head has a learned score of its own beside those of the keys, for which there is no value
+            (Megatron's learnable softmax).
         qk_norm: Whether q and k are normalised per head; with latent attention, the latent vectors.
         latent: The sizes of latent attention, or None for plain attention.
         activation: Hugging Face's name of the MLP's activation (`silu`, `gelu_pytorch_tanh`, `xielu`, ...).
         gated: Whether the MLP is gated (`act(gate) * up`).
+        activation_clamp: Largest gate, and largest absolute value of the up projection, before either is used; or None.
+        up_offset: Added to the up projection after that.
         init_std: Standard deviation of the initialisation, for training.
         dtype: Element type that config.json states, as torch names it, or None.
         num_experts: Experts of each layer that has them; 0 in a dense model.
@@ -200,10 +209,14 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    router_bias: bool = False
+    sinks: bool = False
     qk_norm: bool = False
     latent: LatentAttention | None = field(default=None, metadata=_LAYOUT)
     activation: str = "silu"
     gated: bool = field(default=True, metadata=_LAYOUT)
+    activation_clamp: float | None = None
+    up_offset: float = 0.0
     init_std: float = 0.02
     dtype: str | None = None
     num_experts: int = field(default=0, metadata=_LAYOUT)

@@ -7,6 +7,7 @@ for files that stack all experts in one tensor.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from ckptkit.tensors import Tensor, vstack
 GROUPED, SEQUENTIAL = "grouped", "sequential"
 # The layer, its adapter, or the layer inside of one that adapts it.
 _EXPERT_LAYER = r"(linear_fc[12](?:\.(?:adapter\.(?:adapter_\w+\.)?linear_(?:in|out)|lora_[AB]\.\w+|base_layer))?)"
-_GROUPED_NAME = re.compile(rf"\.experts\.{_EXPERT_LAYER}\.weight(\d+)$")
-_SEQUENTIAL_NAME = re.compile(rf"\.experts\.local_experts\.(\d+)\.{_EXPERT_LAYER}\.weight$")
-_NUMBER = re.compile(r"\.\d+(?=\.)|(?<=\.weight)\d+$")
+_GROUPED_NAME = re.compile(rf"\.experts\.{_EXPERT_LAYER}\.(weight|bias)(\d+)$")
+_SEQUENTIAL_NAME = re.compile(rf"\.experts\.local_experts\.(\d+)\.{_EXPERT_LAYER}\.(weight|bias)$")
+_NUMBER = re.compile(r"\.\d+(?=\.)|(?:(?<=\.weight)|(?<=\.bias))\d+$")
 
 
 def template(name: str) -> str:
@@ -75,7 +76,7 @@ class Spelling:
         if self.of_0_19:
             name = of_0_19(name)
         if self.experts == SEQUENTIAL:
-            name = _GROUPED_NAME.sub(r".experts.local_experts.\2.\1.weight", name)
+            name = _GROUPED_NAME.sub(r".experts.local_experts.\3.\1.\2", name)
         return self.prefix + (hybrid_name(name) if self.hybrid else name)
 
     def canonical(self, name: str) -> str:
@@ -85,7 +86,7 @@ class Spelling:
         before experts. This function assumes a dense layer. Code that has the table of the model need not assume.
         """
         name = name.removeprefix(self.prefix)
-        name = _SEQUENTIAL_NAME.sub(r".experts.\2.weight\1", name)
+        name = _SEQUENTIAL_NAME.sub(r".experts.\2.\3\1", name)
         name = _swap_start(name, tuple((written, canonical) for canonical, written in self.starts))
         return _swap(name, tuple((written, canonical) for canonical, written in self.endings))
 
@@ -144,17 +145,61 @@ def _swap_start(name: str, starts: Sequence[tuple[str, str]]) -> str:
     return name
 
 
+class Form:
+    """How the tensors of an expert make one: one after another, in their rows. Other forms are derived from this one.
+
+    Attributes:
+        columns: Whether the outputs of a layer are columns of that tensor, `[in, out]`, and not rows.
+    """
+
+    columns: bool = False
+
+    def shape(self, parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of that tensor, from those of its parts."""
+        return (sum(part[0] for part in parts), *parts[0][1:])
+
+    def split(self, whole: Tensor, parts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The parts of the tensor, from their shapes."""
+        return self.rows_apart(whole, [part[0] for part in parts])
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`.
+
+        Raises:
+            ValueError: The parts differ in dtype or in their other axes.
+        """
+        return self.rows_together(parts)
+
+    def rows_apart(self, whole: Tensor, heights: Sequence[int]) -> list[Tensor]:
+        """The rows of each part from all rows, one for each output of the layer: those of a factor, for example."""
+        bounds = [sum(heights[:number]) for number in range(len(heights) + 1)]
+        return [whole.rows(top, bottom) for top, bottom in itertools.pairwise(bounds)]
+
+    def rows_together(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `rows_apart`.
+
+        Raises:
+            ValueError: The parts differ in dtype or in their other axes.
+        """
+        return vstack(parts)
+
+
+ROWS = Form()
+
+
 @dataclass(frozen=True)
 class Stack:
     """One Hugging Face tensor `[experts, rows, columns]` that replaces the tensors of all experts of a layer.
 
     Attributes:
         fused: Its name, with `{i}`.
-        parts: Canonical names, with `{i}` and `{e}`, of the tensors that follow one another in an expert's rows.
+        parts: Canonical names, with `{i}` and `{e}`, of the tensors that make up an expert's.
+        form: How they do so.
     """
 
     fused: str
     parts: tuple[str, ...]
+    form: Form = ROWS
 
 
 @dataclass(frozen=True)
@@ -187,7 +232,7 @@ class HfSpelling:
     def names(self, canonical: Sequence[str], config: ModelConfig) -> set[str]:
         """All names that a model with these canonical names has in this spelling."""
         stacked = self._stacked(config)
-        gone = {part for parts in stacked.values() for expert in parts for part in expert}
+        gone = {part for _, experts in stacked.values() for parts in experts for part in parts}
         return stacked.keys() | {self.written(name) for name in canonical if name not in gone}
 
     def split(
@@ -208,16 +253,14 @@ class HfSpelling:
             names = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
             raise InputError(f"{len(missing)} missing: {names}")
         result = {self.canonical(name): tensor for name, tensor in tensors.items() if name not in stacked}
-        for name, experts in stacked.items():
-            heights = [shapes[part][0] for part in experts[0]]
-            shape = (len(experts), sum(heights), *shapes[experts[0][0]][1:])
+        for name, (form, experts) in stacked.items():
+            inside = [shapes[part] for part in experts[0]]
+            shape = (len(experts), *form.shape(inside))
             if tensors[name].shape != shape:
                 raise InputError(f"{name} is {list(tensors[name].shape)}, the config says {list(shape)}")
             for number, parts in enumerate(experts):
-                expert, top = tensors[name].rows(number, number + 1).reshape(shape[1:]), 0
-                for part, height in zip(parts, heights, strict=True):
-                    result[part] = expert.rows(top, top + height)
-                    top += height
+                expert = tensors[name].rows(number, number + 1).reshape(shape[1:])
+                result.update(zip(parts, form.split(expert, inside), strict=True))
         return result
 
     def join(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -227,25 +270,26 @@ class HfSpelling:
             InputError: The experts of a layer have different dtypes, so that no single tensor can hold them.
         """
         stacked = self._stacked(config)
-        gone = {part for parts in stacked.values() for expert in parts for part in expert}
+        gone = {part for _, experts in stacked.values() for parts in experts for part in parts}
         result = {self.written(name): tensor for name, tensor in tensors.items() if name not in gone}
-        for name, experts in stacked.items():
+        for name, (form, experts) in stacked.items():
             try:
-                rows = vstack([tensors[part] for parts in experts for part in parts])
+                rows = vstack([form.join([tensors[part] for part in parts]) for parts in experts])
             except ValueError as error:
                 raise InputError(f"{name}: {error}", hint="--dtype casts all of them to one type") from None
             result[name] = rows.reshape((len(experts), rows.shape[0] // len(experts), *rows.shape[1:]))
         return result
 
-    def _stacked(self, config: ModelConfig) -> dict[str, list[list[str]]]:
-        """Fused name -> for each expert the canonical names of its parts."""
+    def _stacked(self, config: ModelConfig) -> dict[str, tuple[Form, list[list[str]]]]:
+        """Fused name -> its form, and for each expert the canonical names of its parts."""
         layers = [number for number, layer in enumerate(config.layers) if layer.moe]
         if config.layers[-1].moe:  # those of multi-token prediction are like the last one
             layers += range(config.num_layers, config.num_layers + config.mtp_layers)
         return {
-            stack.fused.format(i=i): [
-                [part.format(i=i, e=e) for part in stack.parts] for e in range(config.num_experts)
-            ]
+            stack.fused.format(i=i): (
+                stack.form,
+                [[part.format(i=i, e=e) for part in stack.parts] for e in range(config.num_experts)],
+            )
             for stack in self.stacks
             for i in layers
         }

@@ -24,6 +24,7 @@ from ckptkit.sharding.stages import split_layers
 from ckptkit.steps import Step
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.verification.logits import verify_logits
+from ckptkit.verification.quantised import refuse_to_run
 from ckptkit.verification.question import Question, VerifyKeywords
 from ckptkit.verification.ranks.pool import TorchrunRanks, inside_torchrun
 from ckptkit.verification.reports.placement import describe
@@ -68,6 +69,9 @@ def verify(reference: str | Path, candidate: str | Path, **asked: Unpack[VerifyK
     with ExitStack() as stack:
         opened = (open_at(stack, reference, sources[0], "ref"), open_at(stack, candidate, sources[1], "cand"))
     checkpoints = opened[0][0], opened[1][0]
+    if question.runs:
+        for checkpoint, which in zip(checkpoints, ("the reference", "the candidate"), strict=True):
+            refuse_to_run(checkpoint, which)
     sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), question.options)
     check_run(question, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config)
     predicted = prediction_of(checkpoints, question)

@@ -154,9 +154,9 @@ class _RouterCall(TorchFunctionMode):
 
     A token with a negative number is left to the router, as in megatron-core (`moe.Router.replay`).
 
-    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, but they return different
-    things; what follows (renormalising, scales of experts) stays the router's own. A router that chooses groups first
-    calls topk for these, too, on tensors of another shape.
+    Every router of transformers takes a softmax or sigmoids of its logits and calls topk, or calls topk first and takes
+    a softmax of what it chose. But they return different things; what follows (renormalising, scales of experts) stays
+    the router's own. A router that chooses groups first calls topk for these, too, on tensors of another shape.
     """
 
     def __init__(self, prescribed: torch.Tensor | None) -> None:
@@ -166,10 +166,11 @@ class _RouterCall(TorchFunctionMode):
         self.scores: torch.Tensor | None = None
         self.whole: torch.Tensor | None = None
         self.groups: torch.Tensor | None = None
-        self._by_score = False
+        self._by_score = self._chosen_first = False
 
     def start(self, *_: Any) -> None:
         """Forward pre-hook of the router."""
+        self.logits = torch.empty(0)
         super().__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, *_: Any) -> None:
@@ -181,7 +182,9 @@ class _RouterCall(TorchFunctionMode):
     ) -> Any:
         result = function(*arguments, **(options or {}))
         name = getattr(function, "__name__", None)
-        if name in (SOFTMAX, SIGMOID):
+        if name == TOPK and not self.logits.numel():  # a softmax over the chosen experts alone follows
+            self.logits, self._by_score, self._chosen_first = arguments[0], False, True
+        if name in (SOFTMAX, SIGMOID) and not self._chosen_first:
             self.logits, self._by_score = arguments[0], name == SIGMOID
         elif name == TOPK and arguments[0].shape == self.logits.shape:
             self.own = result.indices

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
+from ckptkit.formats.quantised.stored import Stored
 from ckptkit.inspection.structure import config_differences
 from ckptkit.inspection.values import Gap, gap
 from ckptkit.io.plan import Comparison
@@ -16,6 +18,7 @@ from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
 from ckptkit.verification.guilt import guilty_ranks
+from ckptkit.verification.quantised import Noise, noise, stored_of
 from ckptkit.verification.reports.report import LevelResult
 from ckptkit.verification.reports.results import Check, TensorDifference
 
@@ -124,8 +127,49 @@ def _used(reference: Checkpoint, candidate: Checkpoint, key: str) -> Iterator[tu
         yield f"{key} ({name})", part, others[name]
 
 
-def _difference(readers: Readers, comparison: Comparison) -> list[_Gap]:
+@dataclass
+class _Noisy:
+    """The quantised tensors of a candidate, and those whose difference their format explains.
+
+    Attributes:
+        stored: Name -> quantised tensor.
+        explained: Name -> its noise.
+    """
+
+    stored: dict[str, Stored]
+    explained: dict[str, Noise] = field(default_factory=dict)
+
+    def explain(self, gap: _Gap, comparison: Comparison) -> list[_Gap]:
+        """The gap, unless the format explains it."""
+        item = self.stored.get(comparison.what)
+        if item is None or comparison.left.shape != comparison.right.shape:
+            return [gap]
+        found = noise(comparison.left, item)
+        if not found.beyond:
+            self.explained[comparison.what] = found
+            return []
+        how = f"{gap.how}, and {found.beyond:,} elements by more than its format explains"
+        return [replace(gap, how=how)]
+
+    def summary(self) -> str:
+        """What the format explains, as the end of a sentence."""
+        if not self.explained:
+            return ""
+        kinds = sorted({self.stored[name].kind.upper() for name in self.explained})
+        worst = max(self.explained.values(), key=lambda found: found.relative)
+        return (
+            f"; {len(self.explained):,} quantised tensors are within the noise of {', '.join(kinds)} (at most"
+            f" {worst.relative:.3g} of a tensor's RMS)"
+        )
+
+
+def _difference(readers: Readers, comparison: Comparison, noisy: _Noisy) -> list[_Gap]:
     """How a pair that should be equal is not, or nothing."""
+    return [one for gap in _gap(readers, comparison) for one in noisy.explain(gap, comparison)]
+
+
+def _gap(readers: Readers, comparison: Comparison) -> list[_Gap]:
+    """How the bytes of a pair differ, or nothing."""
     left, right = comparison.left, comparison.right
     how = difference(left, right, readers=(readers.first, readers.second))
     if how is None:
@@ -159,10 +203,11 @@ def check_weights(
     """
     replicas = [*reference.comparisons, *candidate.comparisons]
     keys = [key for key in reference.tensors if _alike(reference, candidate, key)]
+    noisy = _Noisy(stored_of(candidate))
+    pairs = _stored_pairs(reference, candidate) if noisy.stored and len(keys) == len(reference.tensors) else None
     across = [
         Comparison(left.astype(right.out_dtype), right, what)
-        for key in keys
-        for what, left, right in _used(reference, candidate, key)
+        for what, left, right in pairs or (pair for key in keys for pair in _used(reference, candidate, key))
     ]
     extras = _extras(candidate)
     across += [
@@ -171,7 +216,8 @@ def check_weights(
         if name in extras
     ]
     comparisons = replicas + across
-    found = read_all(comparisons, _difference, lambda comparison: comparison.left.nbytes, progress=progress)
+    compare = partial(_difference, noisy=noisy)
+    found = read_all(comparisons, compare, lambda comparison: comparison.left.nbytes, progress=progress)
     apart, differ = (
         [gap for gaps in part for gap in gaps] for part in (found[: len(replicas)], found[len(replicas) :])
     )
@@ -182,9 +228,14 @@ def check_weights(
     casts = _casts(reference, candidate, keys)
     after = f" with the reference rounded as the candidate is ({', '.join(casts)})" if casts else ""
     how_many = f"{len(problems):,} tensors differ" if len(problems) > 1 else "1 tensor differs"
-    summary = f"{how_many}{after}: {problems[0]}" if problems else f"{total:,} bytes equal{after}"
+    equal = total - sum(comparison.left.nbytes for comparison in across if comparison.what in noisy.explained)
+    summary = f"{how_many}{after}: {problems[0]}" if problems else f"{equal:,} bytes equal{after}{noisy.summary()}"
     details = {
         "bytes": total,
+        "noise": {
+            name: {"relative_rms": found.relative, "largest_of_explained": found.largest}
+            for name, found in noisy.explained.items()
+        },
         "tensors": len(reference.tensors),
         "casts": casts,
         "problems": problems[:20],
@@ -194,9 +245,21 @@ def check_weights(
     unequal = [str(gap) for gap in differ] + problems[len(apart) + len(differ) :]
     checks = [
         Check("replicas", not apart, str(apart[0]) if apart else f"{len(replicas)} copies within a side are equal"),
-        Check("bytes", not unequal, unequal[0] if unequal else f"{len(across)} tensors are equal{after}"),
+        Check("bytes", not unequal, unequal[0] if unequal else _equal(len(across), after, noisy)),
     ]
     return LevelResult("weights", not problems, summary, details, checks)
+
+
+def _equal(count: int, after: str, noisy: _Noisy) -> str:
+    return f"{count - len(noisy.explained)} tensors are equal{after}{noisy.summary()}"
+
+
+def _stored_pairs(reference: Checkpoint, candidate: Checkpoint) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, reference, candidate) of every tensor of the table, under the candidate's names."""
+    quantised = candidate.sidecar.quantised
+    names = candidate.stored_names if quantised is None else quantised.names
+    left, right = (side.hf_tensors(names) for side in (reference, candidate))
+    return [(name, left[name], right[name]) for name in right if name in left and name not in candidate.sidecar.extras]
 
 
 def _alike(reference: Checkpoint, candidate: Checkpoint, key: str) -> bool:

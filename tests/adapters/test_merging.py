@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "untied": {"target_modules": [*LINEARS, "embed_tokens", "lm_head"]},
     "qwen3_moe": {"target_modules": "all-linear"},
     "mixtral": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"]},
+    "gpt_oss": {"target_modules": "all-linear"},
+    "gpt_oss-oblong": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "gemma3": {"target_modules": "all-linear"},
     "gemma4-moe": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "gemma4_text-e2b": {"target_modules": "all-linear"},
@@ -37,6 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def save_base(path: Path, kind: str, **options: Any) -> Path:
     if kind in ("llama", "biased", "untied"):
         return save_llama(path, "biased" if kind == "biased" else "gqa", **options)
+    if kind == "gpt_oss-oblong":
+        return save_model(path, "gpt_oss", intermediate_size=40, **options)
     return save_model(path, kind, **options)
 
 
@@ -102,6 +106,20 @@ def test_packed_experts_of_old_peft(tmp_path: Path, version: str | None) -> None
     convert(adapter, tmp_path / "meg", to="torch_dist", grid=Parallelism(2, 1, ep=2), hf_reference=base)
     convert(tmp_path / "meg", tmp_path / "back", to="peft")
     assert files_of(tmp_path / "back") == files_of(adapter)
+
+
+def test_square_experts_with_columns_for_outputs(tmp_path: Path) -> None:
+    """PEFT since 0.19 asks transformers which axis is which, and only since transformers 5 it is told."""
+    base = save_model(tmp_path / "base", "gpt_oss")
+    adapter = save_adapter(tmp_path / "adapter", base, target_parameters=["experts.down_proj"])
+    with pytest.raises(UnsupportedError, match=r"down_proj is square.*release of transformers"):
+        merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    expected = merged_by_peft(base, adapter, tmp_path / "peft")  # by this release of transformers, A is of [in, out]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.18.1"}))
+    merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        assert relative_error(tensor, expected[name]) < 1e-6, name
 
 
 def test_square_experts_need_the_version_of_peft(tmp_path: Path) -> None:

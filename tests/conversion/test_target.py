@@ -15,6 +15,7 @@ from ckptkit.conversion import target
 from ckptkit.conversion.convert import convert
 from ckptkit.conversion.execution import Execution, How
 from ckptkit.conversion.options import Options, check_options
+from ckptkit.conversion.quantising import Quantise
 from ckptkit.conversion.targets import NAMES, format_called
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
@@ -29,6 +30,7 @@ OTHER: dict[str, Any] = {
     "megatron_model": "hybrid",
     "shard_size": 1000,
     "adapter_layout": "canonical",
+    "quantise": Quantise("int4"),
 }
 """A value besides the default, for each option that not all formats take."""
 

@@ -28,6 +28,12 @@ def test_parameters(name: str) -> None:
     assert abs(count / 1e9 - MODELS[name]["billions"]) < (2.5 if name == "GLM-4.5" else 1)
 
 
+def test_the_config_of_gpt_oss_has_the_defaults_of_the_class() -> None:
+    large = MODELS["gpt-oss-120b"]["config"]
+    family = family_of(large, "")
+    assert replace(family.parse(large), dtype=None) == family.parse({})
+
+
 def test_multi_token_prediction_of_deepseek_v3() -> None:
     """It is published with 14 billion more: a layer, and in its files copies of the embedding and of the head."""
     family = family_of({"architectures": ["DeepseekV3ForCausalLM"]}, "")

@@ -20,8 +20,24 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.sharding.grid import Parallelism
 from tests.models import save_llama, save_model
 
+<<<<<<< HEAD
 BRIDGED = ["gqa", "tied", "llama3", "biased", "qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "mistral", "mistral-nemo"]
 SCORED = ["glm4_moe", "deepseek_v3", "glm4_moe_lite"]
+=======
+BRIDGED = [
+    "gqa",
+    "tied",
+    "llama3",
+    "biased",
+    "qwen2",
+    "qwen2-tied",
+    "qwen3",
+    "qwen3_moe",
+    "mistral",
+    "mistral-nemo",
+    "gpt_oss",
+]
+>>>>>>> main
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"
@@ -39,6 +55,8 @@ NOT_BRIDGED = {
 
 
 def save(path: Path, kind: str, **options: Any) -> Path:
+    if kind == "gpt_oss":
+        options = {"swiglu_limit": 7.0, **options}  # its bridge always says so
     return (save_llama if kind in ("gqa", "tied", "llama3", "biased") else save_model)(path, kind, **options)
 
 
@@ -193,9 +211,13 @@ def bridge_of(kind: str) -> Any:
         "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
+<<<<<<< HEAD
         "glm4_moe": ("glm.glm45_bridge", "GLM45Bridge"),
         "glm4_moe_lite": ("glm.glm47_flash_bridge", "GLM47FlashBridge"),
         "deepseek_v3": ("deepseek.deepseek_v3_bridge", "DeepSeekV3Bridge"),
+=======
+        "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
+>>>>>>> main
         "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
         "gemma4_text": ("gemma.gemma4_bridge", "Gemma4Bridge"),
     }
@@ -225,6 +247,7 @@ OURS_ALONE = {
     "attention_softmax_in_fp32",
 }
 
+<<<<<<< HEAD
 # Of latent attention, the width of a rotating part, which nothing uses; an order that routers with sigmoids lack.
 LATENT = {"kv_channels", "moe_router_pre_softmax"}
 BETTER: dict[str, set[str]] = {
@@ -237,6 +260,15 @@ BETTER: dict[str, set[str]] = {
     "glm4_moe_lite": {*LATENT, "rope_type", "mscale_all_dim", "moe_layer_freq"},
 }
 """Kind -> fields that Megatron-Bridge's own bridge leaves at values that are not the model's, or mean the same."""
+=======
+BETTER = {
+    "gemma4_text-dense": {"share_embeddings_and_output_weights"},
+    "gemma4_text-e2b": {"num_global_query_groups"},
+    # Of GPT-OSS, 0.6.2 says the same of the biases of q, k and v, and of windows, in other words.
+    "gpt_oss": {"add_qkv_bias", "window_attn_skip_freq"},
+}
+"""Kind -> fields that Megatron-Bridge's own bridge leaves at a default that is not the model's."""
+>>>>>>> main
 
 
 @pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
@@ -245,7 +277,7 @@ def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: P
     from megatron.bridge.training.model_load_save import load_model_config
     from transformers import AutoConfig
 
-    dtype = "bfloat16" if kind in GEMMA4 else "float32"  # its bridge of Gemma 4 always says so
+    dtype = "bfloat16" if kind in (*GEMMA4, "gpt_oss") else "float32"  # its bridges of these always say so
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind, dtype=dtype)
     convert(source, tmp_path / "megatron", to="torch_dist")
     ours, _ = load_model_config(str(tmp_path / "megatron" / "release"))

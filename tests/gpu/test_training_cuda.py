@@ -43,6 +43,26 @@ TWO_RANKS: list[tuple[str, Way]] = [
     ("split-mlp", (Parallelism(1, 2), RECOMPUTE)),
 ]
 REPLICAS: list[tuple[str, Way]] = [("gqa", (Parallelism(), {"dp": 2}))]
+SHARDED: list[tuple[str, Way]] = [
+    ("gqa", (Parallelism(), {"dp": 2, "dp_kind": "fsdp2", **RECOMPUTE})),
+    ("qwen3_moe", (Parallelism(), {"dp": 2, "dp_kind": "fsdp2", **PACKED})),
+]
+VALUES: list[tuple[str, Way]] = [
+    ("gqa-value", (Parallelism(2), {**SP, **RECOMPUTE})),
+    ("gemma3_text-value", (Parallelism(1, 2), PACKED)),
+    ("mistral-value", (Parallelism(), {"cp": 2, **PACKED})),
+]
+LATENT: list[tuple[str, Way]] = [
+    ("deepseek_v3", (Parallelism(1, 2), PACKED)),
+    ("deepseek_v3-moonlight", (Parallelism(2), SP)),
+    ("glm4_moe", (Parallelism(ep=2), RECOMPUTE)),
+    ("glm4_moe_lite", (Parallelism(ep=2), PACKED)),
+]
+SINKS: list[tuple[str, Way]] = [
+    ("gpt_oss", (Parallelism(ep=2), PACKED)),
+    ("gpt_oss", (Parallelism(1, 2), RECOMPUTE)),
+    ("gpt_oss", (Parallelism(2), SP)),
+]
 FOUR_RANKS: list[tuple[str, Way]] = [("mixtral", (Parallelism(2, ep=2), {**SP, **PACKED}))]
 
 
@@ -70,7 +90,9 @@ def ran_on_cuda(details: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "way"), [*TWO_RANKS, *REPLICAS, *FOUR_RANKS], ids=named)
+@pytest.mark.parametrize(
+    ("kind", "way"), [*TWO_RANKS, *REPLICAS, *SHARDED, *VALUES, *LATENT, *SINKS, *FOUR_RANKS], ids=named
+)
 def test_gradients(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way, dtype: str) -> None:
     answer = gradients_of(sources[kind], tmp_path, pool, way, dtype=dtype, **CUDA)
     record(kind, way, answer)
@@ -164,18 +186,20 @@ def true_width(folder: Path, name: str, layers: int, device: str, **changes: Any
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("grid", [Parallelism(2), Parallelism(1, 2)], ids=str)
-def test_a_model_of_true_width_past_its_window(tmp_path: Path, pool: RankPool, grid: Parallelism, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [(Parallelism(2), {"cp": 1, **SP}), (Parallelism(1, 2), {"cp": 1}), (Parallelism(), {"cp": 2})],
+    ids=named,
+)
+def test_a_model_of_true_width_past_its_window(tmp_path: Path, pool: RankPool, way: Way, dtype: str) -> None:
     """Six of the 34 layers of Gemma 3 4B, one of them without a window, and a vocabulary of 32,768 of 262,208."""
     source = true_width(tmp_path / "hf", "gemma-3-4b", 6, "cuda", vocab_size=WIDE_VOCABULARY)
     lengths = [1536, 1200, 400]
     tokens = [row[:length] for row, length in zip(default_rows(WIDE_VOCABULARY, 3, 1536), lengths, strict=True)]
-    convert(source, tmp_path / "meg", to="torch", spec="local", grid=grid)
-    sides = Side(source, "hf"), Side(tmp_path / "meg", "megatron")
-    answer = verify_gradients(
-        *sides, pool=pool, tokens=tokens, dtype=dtype, packed=True, capacity=1600, sequence_parallel=grid.tp > 1, **CUDA
-    )
-    record("gemma-3-4b, 6 layers", (grid, {"packed": True, "sequence_parallel": grid.tp > 1}), answer)
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=way[0])
+    sides, how = (Side(source, "hf"), Side(tmp_path / "meg", "megatron")), {"packed": True, **way[1]}
+    answer = verify_gradients(*sides, pool=pool, tokens=tokens, dtype=dtype, capacity=1600, **how, **CUDA)
+    record("gemma-3-4b, 6 layers", (way[0], how), answer)
     assert answer.passed, answer.summary
     assert ran_on_cuda(answer.details)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.io import computed as module
 from ckptkit.io.cache import Cache
 from ckptkit.io.casts import encode
-from ckptkit.io.computed import computed, permuted
+from ckptkit.io.computed import columns_apart, columns_together, computed, permuted
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import compare, hash_tensor, read_tensor
 from ckptkit.tensors import Literal, Tensor, hstack, vstack
@@ -73,6 +74,54 @@ def test_permuted(monkeypatch: Any, axes: tuple[int, int, int], tile: int) -> No
     assert read_tensor(found.rows(1, 3)).tobytes() == expected[1:3].tobytes()
     with pytest.raises(ValueError, match="three axes"):
         permuted(tensor(array).reshape((12, 5)), axes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("tile", [1, 11, 1 << 20])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "U8"])
+def test_columns_become_rows(monkeypatch: Any, tmp_path: Path, count: int, tile: int, dtype: str) -> None:
+    monkeypatch.setattr(module, "TURNED", tile)
+    kind = DTYPES[dtype]
+    array = np.arange(70 * 5 * count, dtype=f"u{kind.itemsize}").reshape(70, 5 * count)
+    (tmp_path / "matrix").write_bytes(array.tobytes())
+    matrix = Tensor.from_file(str(tmp_path / "matrix"), 0, kind, array.shape)
+    parts = columns_apart(matrix, count)
+    for at, part in enumerate(parts):
+        expected = np.ascontiguousarray(array[:, at::count].T)
+        assert part.shape == expected.shape and read_tensor(part).tobytes() == expected.tobytes()
+        assert read_tensor(part.rows(1, 4).cols(3, 60)).tobytes() == expected[1:4, 3:60].tobytes()
+        (tmp_path / f"part{at}").write_bytes(expected.tobytes())
+    stored = [Tensor.from_file(str(tmp_path / f"part{at}"), 0, kind, (5, 70)) for at in range(count)]
+    joined = columns_together(stored)
+    assert joined.shape == array.shape and read_tensor(joined).tobytes() == array.tobytes()
+    assert read_tensor(joined.rows(60, 70).cols(2, 4)).tobytes() == array[60:, 2:4].tobytes()
+    assert (
+        read_tensor(columns_apart(matrix.rows(3, 9), count)[-1]).tobytes() == array[3:9, count - 1 :: count].T.tobytes()
+    )
+
+
+def test_columns_there_and_back_are_the_same_bytes() -> None:
+    """Nothing is computed twice over: a matrix that is only passed on is read where it lies."""
+    matrix = tensor(numbers((6, 8)))
+    parts = columns_apart(matrix, 2)
+    whole = vstack(parts)  # as they lie in another tensor, and are cut out again
+    assert columns_together([whole.rows(0, 4), whole.rows(4, 8)]).same_bytes_as(matrix)
+    assert all(map(Tensor.same_bytes_as, columns_apart(columns_together(parts[::-1]), 2), parts[::-1]))
+    swapped = columns_together(parts[::-1])
+    assert not swapped.same_bytes_as(matrix)
+    assert read_tensor(swapped).tobytes() == matrix_of(matrix)[:, [1, 0, 3, 2, 5, 4, 7, 6]].tobytes()
+    other = columns_apart(tensor(numbers((6, 8), 1)), 2)
+    assert not columns_together([parts[0], other[1]]).same_bytes_as(matrix)
+    assert not columns_together(columns_apart(matrix, 4)[:2]).same_bytes_as(matrix)
+    narrow = [part.astype(DTYPES["BF16"]) for part in parts]
+    assert columns_together(narrow).same_bytes_as(matrix.astype(DTYPES["BF16"]))
+    assert [part.cast for part in columns_apart(matrix.astype(DTYPES["BF16"]), 2)] == [DTYPES["BF16"]] * 2
+    with pytest.raises(ValueError, match="cannot join BF16"):
+        columns_together([narrow[0], parts[1]])
+
+
+def matrix_of(whole: Tensor) -> Any:
+    return read_tensor(whole).view("<f4").reshape(whole.shape)
 
 
 def test_the_cache_makes_a_value_once_and_forgets_the_oldest() -> None:

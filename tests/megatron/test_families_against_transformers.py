@@ -179,6 +179,21 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {"rope_parameters": {**MODELS["deepseek_v3"][1]["rope_parameters"], "mscale_all_dim": 0.0}},
         "layer 0 self_attention",
     ),
+    "windows on the other layers": ("gpt_oss", {"window_attn_skip_freq": [0, 1, 0, 1]}, {}, "layer 0 self_attention"),
+    "bounds of yarn rounded": (
+        "gpt_oss",
+        {},
+        {"rope_parameters": {**MODELS["gpt_oss"][1]["rope_parameters"], "truncate": True}},
+        "layer 0 self_attention",
+    ),
+    "cosines and sines of yarn not scaled": (
+        "gpt_oss",
+        {},
+        {"rope_parameters": {**MODELS["gpt_oss"][1]["rope_parameters"], "attention_factor": 1.0}},
+        "layer 0 self_attention",
+    ),
+    "clamp forgotten": ("gpt_oss", {"activation_func_clamp_value": 100.0}, {"swiglu_limit": 100.0}, "layer 0 mlp"),
+    "nothing added to the up projection": ("gpt_oss", {"glu_linear_offset": 0.0}, {}, "layer 0 mlp"),
     "one expert more": ("mixtral", {"moe_router_topk": 3}, {}, "layer 0 mlp"),
 }
 
@@ -215,6 +230,7 @@ def put(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], N
 
 
 ATTENTION, MLP = "decoder.layers.1.self_attention.", "decoder.layers.1.mlp."
+EXPERT = MLP + "experts.local_experts.0."
 HALVES = [16 + channel for pair in zip(range(4), range(4, 8), strict=True) for channel in pair]
 """The eight channels behind a latent vector of 16, as if those of a pair stood half of them apart."""
 DAMAGE: dict[str, tuple[str, Parallelism, Callable[[dict[str, Any]], None], str, str]] = {
@@ -275,6 +291,55 @@ DAMAGE: dict[str, tuple[str, Parallelism, Callable[[dict[str, Any]], None], str,
         "layer 1 self_attention",
         "linear_kv_down_proj.weight",
     ),
+    "sinks without effect": (
+        "gpt_oss",
+        Parallelism(2),
+        put(ATTENTION + "core_attention.softmax_offset", lambda sinks: sinks - 1e4),
+        "layer 1 self_attention",
+        "core_attention.softmax_offset",
+    ),
+    "sinks of other heads": (
+        "gpt_oss-plain",
+        Parallelism(),
+        put(ATTENTION + "core_attention.softmax_offset", lambda sinks: sinks.roll(1)),
+        "layer 1 self_attention",
+        "core_attention.softmax_offset",
+    ),
+    "gate and up rows taken for halves": (
+        "gpt_oss",
+        Parallelism(),
+        put(EXPERT + "linear_fc1.weight", lambda weight: weight.view(2, 96, 96).transpose(0, 1).reshape(192, 96)),
+        "layer 1 mlp",
+        "experts.local_experts.0.linear_fc1.weight",
+    ),
+    "a square matrix the other way round": (
+        "gpt_oss",
+        Parallelism(ep=2),
+        put(EXPERT + "linear_fc2.weight", lambda weight: weight.t().contiguous()),
+        "layer 1 mlp",
+        "experts.local_experts.0.linear_fc2.weight",
+    ),
+    "bias behind experts lost": (
+        "gpt_oss-plain",
+        Parallelism(2, ep=2, etp=1),
+        put(EXPERT + "linear_fc2.bias", lambda bias: bias * 0),
+        "layer 1 mlp",
+        "experts.local_experts.0.linear_fc2.bias",
+    ),
+    "bias in front of experts in turns": (
+        "gpt_oss",
+        Parallelism(),
+        put(EXPERT + "linear_fc1.bias", lambda bias: bias.view(2, 96).t().reshape(-1)),
+        "layer 1 mlp",
+        "experts.local_experts.0.linear_fc1.bias",
+    ),
+    "bias of the router lost": (
+        "gpt_oss",
+        Parallelism(),
+        put(MLP + "router.bias", lambda bias: bias * 0),
+        "layer 1 router",
+        "router.bias",
+    ),
     "experts of one rank swapped": (
         "qwen3_moe",
         Parallelism(ep=2),
@@ -334,3 +399,17 @@ def test_another_choice_of_experts_is_seen(model: Saved, tmp_path: Path, pool: R
         assert not verify(source, candidate, level="weights").passed
     report = logits_of(source, candidate, pool)
     assert not report.passed and "beyond the noise" in report.summary, report.summary
+
+
+@pytest.mark.parametrize("fault", ["sinks denied", "sinks lost"])
+def test_sinks_are_missed_by_name(model: Saved, tmp_path: Path, pool: RankPool, fault: str) -> None:
+    source, candidate, name = model("gpt_oss"), tmp_path / "meg", ATTENTION + "core_attention.softmax_offset"
+    convert(source, candidate, to="torch", spec="local", grid=Parallelism(2))
+    if fault == "sinks denied":
+        lie(candidate, {"softmax_type": "vanilla"}, {})
+        with pytest.raises(InputError, match=r"unexpected: decoder\.layers\.0\.self_attention\.core_attention"):
+            logits_of(source, candidate, pool)
+    else:
+        rewrite(shards(candidate)[0], lambda content: content["model"].pop(name))
+        with pytest.raises(InputError, match=name):
+            verify(source, candidate, pool=pool)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
+from ckptkit.io.computed import columns_apart, columns_together
 from ckptkit.megatron.in_memory import Memory
 from ckptkit.tensors import Tensor, hstack, stack, vstack
 
@@ -53,6 +54,22 @@ def test_numbers_constants_literals_and_casts() -> None:
     literal = Tensor.from_bytes(values.numpy().tobytes(), DTYPES["F32"], (2, 4))
     assert torch.equal(memory.read(literal.cols(1, 3)), values[:, 1:3])
     assert torch.equal(memory.read(literal.astype(DTYPES["BF16"])), values.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_that_are_rows_elsewhere(dtype: torch.dtype) -> None:
+    """Tensors in memory are no files: what is made of them is made there, too."""
+    matrix, parts = torch.randn(7, 6).to(dtype), torch.randn(2, 3, 7).to(dtype)
+    memory = Memory()
+    recipes = memory.add({"matrix": matrix, "gate": parts[0], "up": parts[1]}, "test")
+    gate, up = columns_apart(recipes["matrix"], 2)
+    assert torch.equal(
+        memory.read(vstack([up, gate.rows(1, 3)])), torch.cat([matrix[:, 1::2].t(), matrix[:, 2::2].t()])
+    )
+    together = columns_together([recipes["gate"], recipes["up"]])
+    expected = torch.stack([parts[0], parts[1]], dim=-1).transpose(0, 1).reshape(7, 6)
+    assert torch.equal(memory.read(together), expected)
+    assert torch.equal(memory.read(together.rows(2, 5).cols(1, 4)), expected[2:5, 1:4])
 
 
 def test_types_that_checkpoints_do_not_have() -> None:

@@ -24,7 +24,7 @@ from ckptkit.megatron.activations import activation  # noqa: E402
 from ckptkit.megatron.config import transformer_config  # noqa: E402
 from ckptkit.megatron.moe import Router  # noqa: E402
 from ckptkit.megatron.norms import RMSNorm  # noqa: E402
-from ckptkit.megatron.rotary import RotaryEmbedding, inverse_frequencies  # noqa: E402
+from ckptkit.megatron.rotary import RotaryEmbedding, attention_factor, inverse_frequencies  # noqa: E402
 
 ROPES = {
     "default": {},
@@ -73,8 +73,27 @@ def test_frequencies_are_those_of_transformers(kind: str, theta: float, head_dim
 
 
 def test_other_scalings_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="yarn"):
-        inverse_frequencies(Rope(1e4, "yarn"), 8)
+    with pytest.raises(UnsupportedError, match="longrope"):
+        inverse_frequencies(Rope(1e4, "longrope"), 8)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_yarn_is_that_of_transformers(truncate: bool, head_dim: int) -> None:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+    values = {
+        **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        **{"truncate": truncate, "original_max_position_embeddings": 4096},
+    }
+    expected = GptOssRotaryEmbedding(GptOssConfig(head_dim=head_dim, rope_parameters=dict(values)))
+    rope = Rope(150000.0, "yarn", 32.0, original_max_position=4096, truncate=truncate)
+    frequencies = expected.get_buffer("inv_freq")
+    assert torch.allclose(inverse_frequencies(rope, head_dim), frequencies, rtol=1e-6, atol=0)
+    other = inverse_frequencies(replace(rope, truncate=not truncate), head_dim)
+    assert not torch.allclose(other, frequencies, rtol=1e-3, atol=0)
+    assert attention_factor(rope) == pytest.approx(expected.attention_scaling, rel=1e-12)
 
 
 def exactly_normed(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -282,6 +301,64 @@ def test_attention_scores_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(capped(query, key, value), expected, atol=1e-5)
     uncapped = attention.ExactAttention(_Config(), **options)  # type: ignore[arg-type]
     assert not torch.allclose(uncapped(query, key, value), expected, atol=1e-2)
+
+
+def with_sinks(parts: list[torch.Tensor], window: int | None = None) -> attention.ExactAttention:
+    config = _Config(parts[0].dtype, window)
+    config.num_attention_heads, config.tensor_model_parallel_size = parts[0].size(2), 1
+    options: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "sinks": True}
+    found = attention.ExactAttention(config, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        found.softmax_offset.copy_(torch.randn(parts[0].size(2)))  # type: ignore[union-attr]
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_sinks_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    parts = [part.float() for part in inputs(11)]
+    ours = with_sinks(parts, window)
+    sinks = torch.nn.Parameter(ours.softmax_offset.detach().clone())  # type: ignore[union-attr]
+    hidden = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden |= torch.ones(11, 11, dtype=torch.bool).tril(-window)
+    module = type("Module", (), {"num_key_value_groups": 3, "sinks": sinks, "training": False})()
+    query, key, value = (part.permute(1, 2, 0, 3) for part in parts)
+    mask = torch.zeros(11, 11).masked_fill(hidden, float("-inf"))
+    expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=16**-0.5)
+    found = ours(*parts)
+    assert torch.allclose(found, expected.permute(1, 0, 2, 3).flatten(2), atol=1e-6)
+    for output in (found, expected):
+        output.square().sum().backward()
+    assert torch.allclose(ours.softmax_offset.grad, sinks.grad, rtol=1e-4)  # type: ignore[union-attr, arg-type]
+    assert sinks.grad is not None and sinks.grad.abs().min() > 1e-4
+    assert not torch.allclose(found, core(window)(*parts), atol=1e-2)
+
+
+def test_sinks_are_those_of_megatron_core(one_rank: Parallelism) -> None:
+    """Of its own attention, which knows no packed rows and makes the mask of a window on a GPU."""
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    initialize_rng_tracker(inference_rng_tracker=True)
+    cpu, layer = torch.device("cpu"), LayerConfig(6, 2, 16, 48, Rope(1e4))
+    model = replace(MOE, layers=(layer,), num_experts=0, sinks=True)
+    config = transformer_config(model, Parallelism(), dtype=torch.float32, device=cpu)
+    assert config.softmax_type == "learnable"
+    with compat.runs_on(cpu):
+        theirs = DotProductAttention(config, 1, AttnMaskType.causal, "self", attention_dropout=0.0)
+        parts = [part.float() for part in inputs(11)]
+        ours = with_sinks(parts)
+        theirs.load_state_dict(ours.state_dict())
+        hidden = torch.ones(2, 1, 11, 11, dtype=torch.bool).triu(1)
+        found, expected = ours(*parts), theirs(*parts, hidden)
+    assert torch.allclose(found, expected, atol=1e-6)
+    for output in (found, expected):
+        output.square().sum().backward()
+    own, other = ours.softmax_offset, theirs.softmax_offset
+    assert own is not None and torch.allclose(own.grad, other.grad, rtol=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -13,7 +13,18 @@ from ckptkit.families import family_of
 from ckptkit.families.llama import LLAMA
 from ckptkit.megatron_args import fields as table
 from ckptkit.megatron_args.fields import FIELDS, GRID_FIELDS, Field, fields_of, of_model, written
-from ckptkit.megatron_args.kinds import COUNT, COUNT_OR_NONE, COUNT_OR_ZERO, FACTOR, FLAG, GROUPS, NUMBER, SCORE
+from ckptkit.megatron_args.kinds import (
+    COUNT,
+    COUNT_OR_NONE,
+    COUNT_OR_ZERO,
+    FACTOR,
+    FLAG,
+    GROUPS,
+    NUMBER,
+    POSITIVE_OR_NONE,
+    SCORE,
+    SOFTMAX_TYPE,
+)
 from ckptkit.megatron_args.reading import from_args
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
@@ -41,6 +52,8 @@ OTHER: dict[Any, Any] = {
     FACTOR: 2.0,
     GROUPS: 2,
     SCORE: "softmax",
+    SOFTMAX_TYPE: False,
+    POSITIVE_OR_NONE: 3.0,
 }
 SCORED = {
     "router_score": "sigmoid",
@@ -49,7 +62,8 @@ SCORED = {
     "shared_expert_size": 16,
     "mtp_layers": 2,
 }
-"""A model whose arguments have every row."""
+"""A model whose arguments have every row, but for those of the next."""
+CLAMPED = {"sinks": True, "activation_clamp": 7.0, "up_offset": 1.0}
 
 
 def core_names(*, latent: bool = False) -> set[str]:
@@ -107,6 +121,7 @@ def changed(config: ModelConfig, row: Field) -> ModelConfig:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.args)
 def test_a_row_is_written_and_read(row: Field) -> None:
     scored = SCORED if row in (*table.SCORE_FIELDS, *table.SHARED_EXPERT_FIELDS, *table.PREDICTION_FIELDS) else {}
+    scored = CLAMPED if row in table.BEYOND_PLAIN_FIELDS else scored
     base = replace(BASE, **MOE, **scored, layers=tuple(replace(layer, moe=True) for layer in BASE.layers))
     other = changed(base, row)
     before, after = (to_args(LLAMA, config, Parallelism(), 128, 128) for config in (base, other))

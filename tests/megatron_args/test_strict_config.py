@@ -36,11 +36,14 @@ OWN = {
     "value_bias",
     "router_in_fp32",
     "latent",
+    "sinks",
+    "activation_clamp",
+    "up_offset",
 }
 """What names the model, is not of the arguments that describe it, is the precision of a step, says nothing without
-another field, or is a contradiction to a model that lacks it (latent attention)."""
+another field, or is a contradiction to a model that lacks it (latent attention, sinks, a clamp, an offset)."""
 OF_EXPERTS = ("norm_topk_prob", "parallel_dense", "router_score", "expert_bias", "routed_scaling", "router_groups")
-OF_EXPERTS += ("router_groups_chosen", "shared_expert_size")
+OF_EXPERTS += ("router_groups_chosen", "shared_expert_size", "router_bias")
 
 MODEL: dict[str, Any] = {
     "hidden_size": 64,
@@ -50,6 +53,7 @@ MODEL: dict[str, Any] = {
     "qkv_bias": True,
     "out_bias": True,
     "mlp_bias": True,
+    "router_bias": True,
     "qk_norm": True,
     "activation": "gelu",
     "gated": False,

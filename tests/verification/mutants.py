@@ -108,6 +108,11 @@ def halves(weight: Any) -> Any:
     return weight.roll(weight.shape[0] // 2, 0)
 
 
+def in_turns(weight: Any) -> Any:
+    """Rows of a first and of a second half, one of each."""
+    return weight.view(2, len(weight) // 2, -1).transpose(0, 1).reshape(weight.shape)
+
+
 def of_groups(order: Callable[[int], list[int]], width: int = 8, group: int = 5) -> Callable[[Any], Any]:
     """Reorders the heads of every query group of a fused projection; `group` counts its heads with key and value."""
 
@@ -451,6 +456,51 @@ def weights_of_experts_detached() -> dict[tuple[Any, str], Any]:
     return {(Router, "routing"): routing}
 
 
+def bias_added_by_every_rank() -> dict[tuple[Any, str], Any]:
+    """The bias behind an expert as megatron-core's own linear has it, however many ranks share the expert."""
+    from megatron.core.tensor_parallel import RowParallelLinear
+
+    from ckptkit.megatron.moe import ExpertOutput
+
+    def forward(self: Any, input_: Any) -> Any:
+        output, bias = RowParallelLinear.forward(self, input_)
+        return output.clone(), bias
+
+    return {(ExpertOutput, "forward"): forward}
+
+
+def bias_summed_over_ranks() -> dict[tuple[Any, str], Any]:
+    """The bias behind an expert with megatron-core's mark, by which its gradients are summed over tensor ranks."""
+    from ckptkit.megatron.moe import ExpertOutput
+
+    original = ExpertOutput.__init__
+
+    def marked(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        self.bias.sequence_parallel = self.sequence_parallel
+
+    return {(ExpertOutput, "__init__"): marked}
+
+
+def sinks_detached() -> dict[tuple[Any, str], Any]:
+    """Sinks that do not learn."""
+    from ckptkit.megatron.attention import ExactAttention
+
+    original = ExactAttention._block
+
+    def block(self: Any, *args: Any) -> Any:
+        learned = self.softmax_offset
+        del self.softmax_offset
+        self.softmax_offset = None if learned is None else learned.detach()
+        try:
+            return original(self, *args)
+        finally:
+            del self.softmax_offset
+            self.register_parameter("softmax_offset", learned)
+
+    return {(ExactAttention, "_block"): block}
+
+
 def padding_counted() -> dict[tuple[Any, str], Any]:
     """The rows that pad the vocabulary are part of the softmax of the loss."""
     import contextlib
@@ -475,6 +525,7 @@ def backwards(kind: str, tensor: str, patch: Any, **how: Any) -> Fault:
 QKV, PROJ = r"\d+.self_attention.linear_qkv.weight", r"\d+.self_attention.linear_proj.weight"
 FC1, FC2 = r"1.mlp.linear_fc1.weight", r"1.mlp.linear_fc2.weight"
 ROUTER = r"1.mlp.router.weight"
+SINKS, EXPERTS = ".self_attention.core_attention.softmax_offset", r"\d+.mlp.experts.local_experts.\d+."
 EXPERT = "decoder.layers.1.mlp.experts.local_experts."
 
 FAULTS: dict[str, Fault] = {
@@ -610,6 +661,33 @@ FAULTS: dict[str, Fault] = {
         "gemma4_text-moe", "logits", "layer 0 router", tensors=put(r"\d+.mlp.router.scale", ones)
     ),
     # Heads, scales, activations.
+    "sinks left out": Fault(
+        "gpt_oss", "logits", "layer 0 self_attention", tensors=put(r"\d+" + SINKS, lambda sinks: sinks - 1e4)
+    ),
+    "sinks of other heads": Fault(
+        "gpt_oss-plain", "logits", "layer 0 self_attention", tensors=put(r"\d+" + SINKS, lambda sinks: sinks.roll(1))
+    ),
+    "windows one layer later": Fault("gpt_oss", "logits", "layer 0 self_attention", config=windows_shifted),
+    "bounds of yarn rounded": Fault(
+        "gpt_oss",
+        "logits",
+        "layer 0 self_attention",
+        bf16=False,
+        config=of_rope(lambda rope: replace(rope, truncate=True)),
+    ),
+    "clamp of gate and up forgotten": Fault("gpt_oss", "logits", "layer 0 mlp", config=of_model(activation_clamp=None)),
+    "gate and up as halves for every other row": Fault(
+        "gpt_oss", "logits", "layer 0 mlp", tensors=put(EXPERTS + "linear_fc1.weight", in_turns)
+    ),
+    "bias behind experts lost": Fault(
+        "gpt_oss", "logits", "layer 0 mlp", tensors=put(EXPERTS + "linear_fc2.bias", lambda bias: bias * 0)
+    ),
+    "bias behind experts added by every rank": Fault(
+        "gpt_oss", "logits", "layer 0 mlp", patch=bias_added_by_every_rank, grid=TWO
+    ),
+    "bias of the router lost": Fault(
+        "gpt_oss", "logits", "layer 0 router", tensors=put(r"\d+.mlp.router.bias", lambda bias: bias * 0)
+    ),
     "scalars of layers left out": Fault(
         "gemma4_text-dense", "logits", "layer 0 output", tensors=put(r"\d+.layer_scalar", ones)
     ),
@@ -669,6 +747,14 @@ FAULTS: dict[str, Fault] = {
     ),
     "gradients of replicas not summed": backwards("gqa", "lm_head.weight", replicas_not_summed, run={"dp": 2}),
     "values of attention cut off": backwards("gqa", "model.layers.0.self_attn.v_proj.weight", values_detached),
+    "sinks cut off": backwards("gpt_oss", "model.layers.0.self_attn.sinks", sinks_detached),
+    "gradients of the bias behind experts summed over tensor ranks": backwards(
+        "gpt_oss",
+        "model.layers.0.mlp.experts.0.down_proj.bias",
+        bias_summed_over_ranks,
+        grid=TWO,
+        run={"sequence_parallel": True},
+    ),
     "keys and values for later layers cut off": backwards(
         "gemma4_text-e2b", "model.layers.2.self_attn.v_proj.weight", shared_detached
     ),

@@ -28,6 +28,7 @@ SAMPLE = [
     "rotary base 20000 for 10000",
     "keys and values exchanged",
     "tied gradients of first and last stage not summed",
+    "bias behind experts added by every rank",
     "window one narrower at the edge of a chunk",
     "gradients of keys and values not summed over the cut",
     "gradients of FSDP2 averaged",

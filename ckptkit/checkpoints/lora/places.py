@@ -21,7 +21,7 @@ from ckptkit.io.computed import permuted
 from ckptkit.tables.family import Family
 from ckptkit.tables.lora import A, B, Linear, linears
 from ckptkit.tables.model_config import ModelConfig
-from ckptkit.tables.spelling import HfSpelling, Stack
+from ckptkit.tables.spelling import ROWS, Form, HfSpelling, Stack
 from ckptkit.tensors import Tensor, vstack
 
 _WEIGHT = ".weight"
@@ -36,11 +36,13 @@ class Packed:
         name: Name of the parameter, as transformers has it.
         experts: For each expert its linear layers, in the order of the parameter's rows.
         old: Whether PEFT was older than 0.19; None if that is not known.
+        form: How the layers of an expert make its part of the parameter.
     """
 
     name: str
     experts: tuple[tuple[Linear, ...], ...]
     old: bool | None = None
+    form: Form = ROWS
 
     @property
     def wrapper(self) -> str:
@@ -74,6 +76,15 @@ class Packed:
             )
         if len(fits) == 1:
             return fits[0]
+        if self.form.columns and self.old:
+            return False  # `[in, out]` is what it is
+        if self.form.columns:
+            raise UnsupportedError(
+                f"{self.name} is square, and which of its axes A belongs to depends on the release of transformers that"
+                " PEFT ran with",
+                where=where,
+                hint="merge it with peft",
+            )
         if self.old is None:
             raise UnsupportedError(
                 f"{self.name} is square, and nothing says which of its axes A belongs to",
@@ -95,18 +106,16 @@ class Packed:
         found = {}
         for number, parts in enumerate(self.experts):
             one, other = (side.rows(number, number + 1).reshape(side.shape[1:]) for side in (first, second))
-            top = 0
-            for linear in parts:
-                found[linear.key(A)] = one
-                found[linear.key(B)] = other.rows(top, top + linear.shape[0])
-                top += linear.shape[0]
+            seconds = self.form.rows_apart(other, [linear.shape[0] for linear in parts])
+            for linear, its_second in zip(parts, seconds, strict=True):
+                found[linear.key(A)], found[linear.key(B)] = one, its_second
         return found
 
     def together(self, tensors: Mapping[str, Tensor], *, swapped: bool) -> tuple[Tensor, Tensor]:
         """The inverse of `apart`: A and B of all experts. That the layers of an expert share A is not checked here."""
         (rows, columns), count = self.shape, len(self.experts)
         firsts = [tensors[parts[0].key(A)] for parts in self.experts]
-        seconds = [vstack([tensors[linear.key(B)] for linear in parts]) for parts in self.experts]
+        seconds = [self.form.rows_together([tensors[one.key(B)] for one in parts]) for parts in self.experts]
         rank = firsts[0].shape[0]
         first, second = vstack(firsts), vstack(seconds)
         if swapped:
@@ -156,6 +165,8 @@ def _packed(
 ) -> Iterable[Packed]:
     for index, layer in enumerate(config.layers):
         for stack in stacks if layer.moe else ():
+            if not stack.parts[0].endswith(_WEIGHT):
+                continue
             yield Packed(
                 stack.fused.format(i=index),
                 tuple(
@@ -163,6 +174,7 @@ def _packed(
                     for expert in range(config.num_experts)
                 ),
                 old,
+                stack.form,
             )
 
 

@@ -11,14 +11,18 @@ from ckptkit.io.plan import OutputFile
 def _lay_out(target: Target) -> list[OutputFile]:
     """Unpacks every Megatron tensor. Files and header bytes are those of the original where the tensors still fit."""
     source, shard_size = target.source, target.options.shard_size
-    tensors = source.hf_tensors(source.stored_names)
-    files = lay_out_like(tensors, source.sidecar.headers if shard_size is None else {})
-    stale = set() if files is not None else {INDEX, BIN_INDEX}
-    files = files or lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
+    stale = {INDEX, BIN_INDEX}
+    if target.quantised is not None:
+        files = target.quantised.lay_out(shard_size, DEFAULT_SHARD_SIZE)
+    else:
+        tensors = source.hf_tensors(source.stored_names)
+        kept = lay_out_like(tensors, source.sidecar.headers if shard_size is None else {})
+        files = kept or lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
+        stale = set() if kept is not None else stale
     taken = {file.path for file in files} | stale
     code = {path.name: path for path in source.family.directory.code if "auto_map" in source.sidecar.config}
     small = [file for file in source.sidecar.small_outputs(code) if file.path not in taken]
     return [*files, *small, target.config_json]
 
 
-FORMAT = WritableFormat("hf", _lay_out, takes=frozenset({"shard_size"}))
+FORMAT = WritableFormat("hf", _lay_out, takes=frozenset({"shard_size", "quantise"}))

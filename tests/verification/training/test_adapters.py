@@ -49,7 +49,9 @@ EXPERT_WAYS: list[tuple[Parallelism, dict[str, Any]]] = [
 
 def slow() -> Iterator[Case]:
     """Every family in every layout, in ways that take turns; experts in two of them."""
-    for at, kind in enumerate(("gqa", "tied", "qwen2", "gemma3", "apertus", "gemma4_text-e2b", "mixtral", "qwen3_moe")):
+    for at, kind in enumerate(
+        ("gqa", "tied", "qwen2", "gemma3", "apertus", "gemma4_text-e2b", "mixtral", "qwen3_moe", "gpt_oss")
+    ):
         experts = kind in EXPERTS
         ways = EXPERT_WAYS if experts else WAYS
         for number, layout in enumerate(LAYOUTS):

@@ -1,0 +1,354 @@
+"""The arithmetic of quantised numbers on NumPy arrays: codes and scales -> numbers, and numbers -> codes and scales.
+
+Formulas, with every product in float32 and one rounding to the wanted type:
+
+- FP8: number = E4M3(code) * scale of its block. E4M3 has no infinities; codes 0x7F and 0xFF are NaN.
+- MXFP4: number = E2M1(code) * 2^(byte - 127) for 32 numbers in a row; the low four bits of a byte come first. A byte of
+  255 is NaN (Open Compute Project, Microscaling Formats 1.0).
+- INT4: number = (code - 8) * scale of its group; eight codes in an int32, the lowest four bits first
+  (compressed-tensors, `pack-quantized`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptkit.dtypes import DType
+from ckptkit.io.casts import decode, encode, rounded
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+MXFP4_GROUP = 32
+E4M3_MAX = 448.0
+"""The largest number of E4M3."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_CHUNK = 1 << 16
+"""Elements that are dequantised at a time: what this takes stays in the caches of a core."""
+_SMALL = 1 << 16
+"""Elements that are quantised at a time."""
+
+
+@lru_cache(maxsize=1)
+def e4m3() -> Floats:
+    """The numbers of the 256 codes of E4M3."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    numbers = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8.0 + mantissa, exponent - 10))
+    numbers[codes & 127 == 127] = np.nan
+    found: Floats = np.where(codes < 128, numbers, -numbers).astype(np.float32)
+    return found
+
+
+@lru_cache(maxsize=1)
+def e2m1() -> Floats:
+    """The numbers of the 16 codes of E2M1."""
+    return np.array([*_FP4, *(-number for number in _FP4)], np.float32)
+
+
+@lru_cache(maxsize=1)
+def e8m0() -> Floats:
+    """The numbers of the 256 codes of E8M0: powers of two, and NaN."""
+    numbers: Floats = np.ldexp(np.float32(1), np.arange(-127, 129).clip(max=127)).astype(np.float32)
+    numbers[255] = np.nan
+    return numbers
+
+
+def scale_numbers(data: Bytes, dtype: DType) -> Floats:
+    """Scales as float32.
+
+    Args:
+        data: Their bytes.
+        dtype: F32, F16, BF16, F8_E8M0, or U8 for E8M0.
+    """
+    if dtype.name in ("F8_E8M0", "U8"):
+        return e8m0()[data]
+    return decode(data, dtype).astype(np.float32, copy=False)
+
+
+def from_fp8(codes: Bytes, scales: Floats, block: tuple[int, int], dtype: DType, above: int = 0) -> Bytes:
+    """FP8 numbers in blocks.
+
+    Args:
+        codes: E4M3, [rows, columns].
+        scales: A scale for each block, [ceil((above + rows) / block height), ceil(columns / block width)].
+        block: Height and width of a block.
+        dtype: The type to round to.
+        above: Rows of the first blocks that are above the first row.
+
+    Returns:
+        The bytes of [rows, columns].
+    """
+    rows, columns = codes.shape
+    height, width = block
+    # A block has few different numbers: each is rounded once, and the elements are looked up.
+    with np.errstate(all="ignore"):
+        products = scales[..., None] * e4m3()
+    table = encode(products, dtype).view(_unsigned(dtype)).reshape(len(scales), -1)
+    out = np.empty((rows, columns), table.dtype)
+    across = np.arange(columns) // width * 256
+    if height == 1:  # each row has numbers of its own
+        table, down = table.reshape(1, -1), np.arange(rows)[:, None] * table.shape[1]
+    index = np.empty((max(_CHUNK // max(columns, 1), 1), columns), np.intp)
+    for top, bottom, strip in _strips(rows, columns, height, above):
+        place = index[: bottom - top]
+        np.add(codes[top:bottom], across, out=place)
+        if height == 1:
+            place += down[top:bottom]
+        np.take(table[strip], place, out=out[top:bottom], mode="wrap")
+    return out.reshape(-1).view(np.uint8)
+
+
+def from_mxfp4(codes: Bytes, scales: Bytes, dtype: DType) -> Bytes:
+    """MXFP4 numbers.
+
+    Args:
+        codes: [rows, groups * 16].
+        scales: E8M0, [rows, groups].
+        dtype: The type to round to.
+
+    Returns:
+        The bytes of [rows, groups * 32].
+    """
+    return _from_nibbles(codes, e8m0()[scales], _pairs_of_e2m1(), MXFP4_GROUP, dtype)
+
+
+def from_int4(codes: Bytes, scales: Floats, group: int, dtype: DType) -> Bytes:
+    """INT4 numbers.
+
+    Args:
+        codes: [rows, columns / 2]: the bytes of the packed int32.
+        scales: [rows, columns / group].
+        group: Numbers that share a scale.
+        dtype: The type to round to.
+
+    Returns:
+        The bytes of [rows, columns].
+    """
+    return _from_nibbles(codes, scales, _pairs_of_int4(), group, dtype)
+
+
+def _from_nibbles(codes: Bytes, scales: Floats, pairs: NDArray[np.uint64], group: int, dtype: DType) -> Bytes:
+    """Numbers of four bits, two in a byte, the low ones first."""
+    rows, groups = scales.shape
+    out = np.empty((rows, groups * group * dtype.itemsize), np.uint8)
+    step = max(_CHUNK // max(groups * group, 1), 1)
+    with np.errstate(all="ignore"):
+        for top in range(0, rows, step):
+            numbers = pairs[codes[top : top + step]].view(np.float32).reshape(-1, groups, group)
+            numbers *= scales[top : top + step, :, None]
+            out[top : top + step] = encode(numbers, dtype).reshape(len(numbers), -1)
+    return out.reshape(-1)
+
+
+@lru_cache(maxsize=1)
+def _pairs_of_e2m1() -> NDArray[np.uint64]:
+    return _pairs(e2m1())
+
+
+@lru_cache(maxsize=1)
+def _pairs_of_int4() -> NDArray[np.uint64]:
+    return _pairs(np.arange(-8, 8, dtype=np.float32))
+
+
+def _pairs(numbers: Floats) -> NDArray[np.uint64]:
+    """The two numbers of each byte, as one element."""
+    codes = np.arange(256)
+    return np.ascontiguousarray(np.stack([numbers[codes & 15], numbers[codes >> 4]], axis=1)).view(np.uint64)[:, 0]
+
+
+def _unsigned(dtype: DType) -> type[Any]:
+    return {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
+
+
+def largest_of_blocks(values: Floats, block: tuple[int, int]) -> Floats:
+    """The largest magnitude of each block, [ceil(rows / block height), ceil(columns / block width)].
+
+    Args:
+        values: [rows, columns]; the first row begins a block.
+        block: Height and width of a block.
+    """
+    height, width = block
+    across = np.arange(0, values.shape[1], width)
+    found = np.empty((-(-len(values) // height), len(across)), np.float32)
+    for number, top in enumerate(range(0, len(values), height)):
+        strip = values[top : top + height]
+        largest = np.maximum(strip.max(axis=0), -strip.min(axis=0))
+        found[number] = np.maximum.reduceat(largest, across)
+    return found
+
+
+def largest_of_groups(values: Floats, group: int) -> Floats:
+    """The largest magnitude of each group of a row, [rows, columns / group]."""
+    found: Floats = np.maximum.reduceat(np.abs(values).reshape(-1), np.arange(0, values.size, group))
+    return found.reshape(len(values), -1)
+
+
+def fp8_scales(largest: Floats, *, powers: bool = False) -> Floats:
+    """The scales of new FP8 codes: the largest magnitude of a block / 448; 1 where all is zero.
+
+    Args:
+        largest: The largest magnitude of each block.
+        powers: Whether each scale is the next power of two instead.
+    """
+    scales = np.where(largest > 0, largest / np.float32(E4M3_MAX), np.float32(1))
+    if powers:
+        mantissa, exponent = np.frexp(scales)  # 0.5 <= mantissa < 1
+        scales = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
+    return np.maximum(scales, np.finfo(np.float32).tiny)
+
+
+def to_fp8(values: Floats, scales: Floats, block: tuple[int, int], above: int = 0) -> Bytes:
+    """FP8 codes for numbers in blocks with known scales, rounded to nearest even; what is too large becomes 448.
+
+    Args:
+        values: [rows, columns].
+        scales: As of `from_fp8`, and so are the others.
+        block: Height and width of a block.
+        above: Rows of the first blocks that are above the first row.
+    """
+    rows, columns = values.shape
+    out = np.empty((rows, columns), np.uint8)
+    across = np.repeat(scales, block[1], axis=1)[:, :columns]
+    minifloat = _Minifloat(3, -6, E4M3_MAX)
+    with np.errstate(all="ignore"):
+        for top, bottom, strip in _strips(rows, columns, block[0], above, _SMALL):
+            divided = minifloat.room(bottom - top, columns)
+            np.divide(values[top:bottom], across[strip if block[0] > 1 else slice(top, bottom)], out=divided)
+            minifloat.codes(divided, out[top:bottom])
+    return out.reshape(-1)
+
+
+def mxfp4_scales(largest: Floats) -> Bytes:
+    """The scales of new MXFP4 codes, 2^(floor(log2(largest magnitude of a group)) - 2), as E8M0.
+
+    Args:
+        largest: The largest magnitude of each group, [rows, groups].
+    """
+    exponent = (largest.view(np.uint32) >> 23).astype(np.int32) - 2
+    found: Bytes = exponent.clip(0, 254).astype(np.uint8)
+    return found
+
+
+def to_mxfp4(values: Floats, scales: Bytes) -> Bytes:
+    """MXFP4 codes for numbers with known scales, rounded to nearest even; what is too large becomes 6.
+
+    Args:
+        values: [rows, groups * 32].
+        scales: E8M0, [rows, groups].
+    """
+    minifloat = _Minifloat(1, 0, _FP4[-1])
+
+    def codes(some: Floats, rows: slice) -> Bytes:
+        divided = minifloat.room(len(some), some.shape[1])
+        groups = (len(some), -1, MXFP4_GROUP)
+        np.divide(some.reshape(groups), e8m0()[scales[rows], None], out=divided.reshape(groups))
+        found = np.empty(divided.shape, np.uint8)
+        minifloat.codes(divided, found)
+        return found & np.uint8(7) | (found >> np.uint8(4)) & np.uint8(8)
+
+    return _packed(values, codes)
+
+
+def int4_scales(largest: Floats, dtype: DType) -> Floats:
+    """The scales of new INT4 codes, as compressed-tensors has them: the largest magnitude of a group / 7.5.
+
+    Args:
+        largest: The largest magnitude of each group, [rows, groups].
+        dtype: Type of the scales, to which they are rounded.
+    """
+    scales = rounded(largest / np.float32(7.5), dtype)
+    return np.where(scales == 0, np.float32(_EPS[dtype.name]), scales)
+
+
+def to_int4(values: Floats, scales: Floats, group: int) -> Bytes:
+    """INT4 codes for numbers with known scales, rounded to nearest even; what is too large becomes -8 or 7.
+
+    Args:
+        values: [rows, columns].
+        scales: [rows, columns / group].
+        group: Numbers that share a scale.
+    """
+
+    def codes(some: Floats, rows: slice) -> Bytes:
+        divided = some.reshape(len(some), -1, group) / scales[rows, :, None]
+        found: Bytes = (np.rint(divided).clip(-8, 7) + 8).astype(np.uint8)
+        return found
+
+    return _packed(values, codes)
+
+
+_EPS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
+"""The scale of a group of zeros in compressed-tensors: the step above 1 of each type."""
+
+
+def _packed(values: Floats, codes: Callable[[Floats, slice], Bytes]) -> Bytes:
+    """Codes of four bits, two in a byte, the low ones first."""
+    rows, columns = values.shape
+    out = np.empty((rows, columns // 2), np.uint8)
+    step = max(_SMALL // max(columns, 1), 1)
+    with np.errstate(all="ignore"):
+        for top in range(0, rows, step):
+            some = slice(top, min(top + step, rows))
+            found = codes(values[some], some).reshape(some.stop - top, -1)
+            out[some] = found[:, 0::2] | found[:, 1::2] << np.uint8(4)
+    return out.reshape(-1)
+
+
+class _Minifloat:
+    """Encodes in a floating-point type of at most seven bits beside the sign, which becomes bit 7.
+
+    Each number is rounded to nearest even: adding 2^(e + 23 - mantissa) to a magnitude in [2^e, 2^(e + 1)) leaves it as
+    a multiple of 2^(e - mantissa) in the lowest bits.
+
+    Args:
+        mantissa: Bits of the mantissa.
+        lowest: Exponent of the smallest normal number.
+        largest: The largest number; what is larger becomes this.
+    """
+
+    def __init__(self, mantissa: int, lowest: int, largest: float) -> None:
+        self._mantissa, self._lowest, self._largest = mantissa, (127 + lowest) << 23, np.float32(largest)
+        self._room = np.empty((3, 0), np.int32)
+
+    def room(self, rows: int, columns: int) -> Floats:
+        """A buffer for numbers to encode, which is used again and again."""
+        if self._room.shape[1] < rows * columns:
+            self._room = np.empty((3, rows * columns), np.int32)
+        return self._room[0, : rows * columns].view(np.float32).reshape(rows, columns)
+
+    def codes(self, values: Floats, out: Bytes) -> None:
+        """Puts the codes of numbers, which are in `room` and are lost, into `out`."""
+        sign = np.signbit(values)
+        magnitude = np.minimum(np.abs(values, out=values), self._largest, out=values)
+        bits = magnitude.view(np.int32)
+        exponent, step = (part[: bits.size].reshape(bits.shape) for part in self._room[1:])
+        np.bitwise_and(bits, 0x7F800000, out=exponent)
+        np.maximum(exponent, self._lowest, out=exponent)
+        np.add(exponent, (23 - self._mantissa) << 23, out=step)
+        magnitude += step.view(np.float32)
+        bits -= step
+        exponent >>= 23 - self._mantissa
+        bits += exponent
+        np.copyto(out, bits, casting="unsafe")
+        out -= np.uint8(self._lowest >> (23 - self._mantissa) & 255)
+        out |= sign.view(np.uint8) << np.uint8(7)
+
+
+def _strips(rows: int, columns: int, height: int, above: int, chunk: int = _CHUNK) -> Iterator[tuple[int, int, int]]:
+    """Rows in small numbers that lie in one row of blocks: (first, row after the last, number of the row of blocks)."""
+    step = max(chunk // max(columns, 1), 1)
+    if height == 1:
+        yield from ((top, min(top + step, rows), 0) for top in range(0, rows, step))
+        return
+    top = 0
+    while top < rows:
+        strip = (top + above) // height
+        bottom = min(top + step, (strip + 1) * height - above, rows)
+        yield top, bottom, strip
+        top = bottom
