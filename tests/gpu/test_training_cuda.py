@@ -77,6 +77,11 @@ def enough_gpus(request: pytest.FixtureRequest) -> None:
     import torch
 
     given = getattr(getattr(request.node, "callspec", None), "params", {})
+    if str(given.get("kind")).startswith("gpt_oss"):
+        from transformers import GptOssConfig
+
+        if not hasattr(GptOssConfig(), "swiglu_limit"):
+            pytest.skip("this transformers does not read the limit of GPT-OSS's activation")
     grid = given.get("grid") or given.get("way", (Parallelism(),))[0]
     adapters_alone = request.node.name.startswith("test_adapters")
     if grid.pp > 1 and not adapters_alone and torch.cuda.device_count() < grid.tp * grid.pp:
