@@ -39,6 +39,10 @@ def ranks() -> Iterator[RankProcesses]:
     ],
 )
 def test_both_ways(ranks: RankProcesses, tmp_path: Path, model: str, grid: dict[str, Any]) -> None:
+    import torch
+
+    if "dp" in grid and torch.cuda.device_count() < 4:
+        pytest.skip("needs a GPU for each of its four ranks: where they shared two, one of them died")
     check(ranks, tmp_path, Job("save_hf", "", model, **grid))
 
 
