@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-<<<<<<< HEAD
 from ckptkit.cli.choices import (
     CASTS,
     CORE_0_16,
@@ -23,10 +22,7 @@ from ckptkit.cli.choices import (
     RELEASES,
     TEXT,
 )
-=======
-from ckptkit.cli.choices import CASTS, EXPERTS, FULL, GPT, HEADS, LAYOUTS, MEGATRON_MODELS, TEXT
 from ckptkit.cli.exits import arguments_of_command
->>>>>>> main
 from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
 from ckptkit.io.world import World

@@ -167,14 +167,9 @@ def test_every_option_of_convert_arrives(convert):
         " --make-vocab-size-divisible-by 64 --hf-reference ref --strict-config"
         " --iteration 7 --vocab-size 250 --src-tp 2 --src-pp 4 --src-vpp 2 --src-ep 8 --src-etp 1"
         " --src-first-stage-layers 5 --src-last-stage-layers 3"
-<<<<<<< HEAD
         " --head value --head-init normal --megatron-model hybrid --megatron-core 0.19"
         " --dry-run --overwrite --resume --threads 3"
-        " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy"
-=======
-        " --head value --head-init normal --megatron-model hybrid --dry-run --overwrite --resume --threads 3"
         " --adapter lora --adapter-layout peft --part model --lora-alpha 16 --lossy --quantise like:q"
->>>>>>> main
     )
     assert run(*line.split()).exit_code == 0
     assert convert.options == {

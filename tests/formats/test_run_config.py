@@ -20,10 +20,6 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.sharding.grid import Parallelism
 from tests.models import save_llama, save_model
 
-<<<<<<< HEAD
-BRIDGED = ["gqa", "tied", "llama3", "biased", "qwen2", "qwen2-tied", "qwen3", "qwen3_moe", "mistral", "mistral-nemo"]
-SCORED = ["glm4_moe", "deepseek_v3", "glm4_moe_lite"]
-=======
 BRIDGED = [
     "gqa",
     "tied",
@@ -37,7 +33,7 @@ BRIDGED = [
     "mistral-nemo",
     "gpt_oss",
 ]
->>>>>>> main
+SCORED = ["glm4_moe", "deepseek_v3", "glm4_moe_lite"]
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"
@@ -211,13 +207,10 @@ def bridge_of(kind: str) -> Any:
         "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
-<<<<<<< HEAD
         "glm4_moe": ("glm.glm45_bridge", "GLM45Bridge"),
         "glm4_moe_lite": ("glm.glm47_flash_bridge", "GLM47FlashBridge"),
         "deepseek_v3": ("deepseek.deepseek_v3_bridge", "DeepSeekV3Bridge"),
-=======
         "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
->>>>>>> main
         "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
         "gemma4_text": ("gemma.gemma4_bridge", "Gemma4Bridge"),
     }
@@ -247,12 +240,13 @@ OURS_ALONE = {
     "attention_softmax_in_fp32",
 }
 
-<<<<<<< HEAD
 # Of latent attention, the width of a rotating part, which nothing uses; an order that routers with sigmoids lack.
 LATENT = {"kv_channels", "moe_router_pre_softmax"}
 BETTER: dict[str, set[str]] = {
     "gemma4_text-dense": {"share_embeddings_and_output_weights"},
     "gemma4_text-e2b": {"num_global_query_groups"},
+    # Of GPT-OSS, 0.6.2 says the same of the biases of q, k and v, and of windows, in other words.
+    "gpt_oss": {"add_qkv_bias", "window_attn_skip_freq"},
     # It does not look into rope_parameters; it counts layers of multi-token prediction by config.json.
     "glm4_moe": {"rotary_percent", "mtp_num_layers"},
     "deepseek_v3": {*LATENT, "mtp_num_layers"},
@@ -260,15 +254,6 @@ BETTER: dict[str, set[str]] = {
     "glm4_moe_lite": {*LATENT, "rope_type", "mscale_all_dim", "moe_layer_freq"},
 }
 """Kind -> fields that Megatron-Bridge's own bridge leaves at values that are not the model's, or mean the same."""
-=======
-BETTER = {
-    "gemma4_text-dense": {"share_embeddings_and_output_weights"},
-    "gemma4_text-e2b": {"num_global_query_groups"},
-    # Of GPT-OSS, 0.6.2 says the same of the biases of q, k and v, and of windows, in other words.
-    "gpt_oss": {"add_qkv_bias", "window_attn_skip_freq"},
-}
-"""Kind -> fields that Megatron-Bridge's own bridge leaves at a default that is not the model's."""
->>>>>>> main
 
 
 @pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
