@@ -70,7 +70,6 @@ class BridgeProvider:
         with_windows: Further fields that it sets for a model with windows.
         with_experts: Fields that it sets otherwise than other families' for a model with experts.
         attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
-        with_experts: Further fields that it sets for a model with experts.
         blocks: Whether it asks for the spec of a whole block, in which dense layers and others may stand together.
         when: Model -> whether the class is for it.
         other: The class for the other models of the family, or None.
@@ -82,7 +81,6 @@ class BridgeProvider:
     with_windows: Mapping[str, Any] = field(default_factory=dict)
     with_experts: Mapping[str, Any] = field(default_factory=dict)
     attention: OwnAttention | None = None
-    with_experts: Mapping[str, Any] = field(default_factory=dict)
     blocks: bool = False
     when: Callable[[ModelConfig], bool] = lambda config: True
     other: BridgeProvider | None = None
