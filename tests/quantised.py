@@ -140,6 +140,22 @@ def quantise_int4(source: Path, out: Path, *, config: Mapping[str, Any] = INT4, 
     return numbers
 
 
+def quantise_mxfp4(source: Path, out: Path, *, seed: int = 0) -> None:
+    """A directory of GPT-OSS with random MXFP4 experts. See `quantise_fp8`."""
+    import torch
+
+    rng, found = np.random.default_rng(seed), {}
+    for name, tensor in _plain(source).items():
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            found[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        groups = (experts, rows, columns // 32)
+        found[f"{name}_blocks"] = torch.from_numpy(rng.integers(0, 256, (*groups, 16), np.uint8))
+        found[f"{name}_scales"] = torch.from_numpy(rng.integers(110, 124, groups, np.uint8))
+    _write(source, out, found, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
 def rounded(numbers: Array, dtype: str) -> Any:
     """float32 numbers in a type of torch, rounded by torch."""
     import torch

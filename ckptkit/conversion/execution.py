@@ -145,7 +145,7 @@ def carry_out(
     def before_commit(directory: Path) -> None:
         nonlocal dropped, likeness
         dropped = summarise(plan.dropped, measure=True)
-        likeness = compared_with_reference(plan.likenesses) if plan.likenesses else None
+        likeness = compared_with_reference(plan.likenesses, execution.threads) if plan.likenesses else None
         if check is not None:
             check(directory)
 

@@ -165,9 +165,9 @@ def _like(source: Checkpoint, tensors: Mapping[str, Tensor], like: Quantised) ->
         what = f"the reference of --quantise has {name}, which this model has not ({len(stored):,} such tensors)"
         raise InputError(what, where=like.path, hint="name the quantised archive of this model")
     found |= like.activations
-    config = without_scheme(like.config)
-    set_dtype(config, TORCH_DTYPE_NAMES[like.dtype])
-    same = config == source.sidecar.config
+    read = without_scheme(like.config)
+    set_dtype(read, TORCH_DTYPE_NAMES[like.dtype])  # as a source has it; a reference of weights has it as it is
+    same = source.sidecar.config in (read, without_scheme(like.config))
     config = like.config if same else {**source.sidecar.config, KEY: stated(like.config)}
     notes = () if same else ("config.json is not that of the reference but for the quantised weights",)
     lossy = (f"of {count:,} tensors, those that are no longer what the reference holds are rounded ({like.scheme})",)
@@ -222,7 +222,7 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
     own = {name for item in source.items.values() for name in item.hf} - plain
     found: dict[str, Tensor] = {}
     left: list[str] = []
-    count = 0
+    count = passed_over = 0
     for name, tensor in tensors.items():
         wide = tensor.out_dtype.name in CASTABLE and len(tensor.shape) in (2, 3)
         by_columns = source.config.architecture == _GPT_OSS and name.endswith(_EXPERTS)
@@ -232,6 +232,7 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
         if (matrix and name in own) or experts:
             parts = _QUANTISERS[scheme](name, tensor)
         count += bool(parts)
+        passed_over += not parts and ((matrix and name in own) or experts or by_columns)
         found |= parts or {name: tensor}
         if matrix and not parts:
             left.append(name.removesuffix(".weight"))
@@ -240,7 +241,8 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
     about = _DESCRIPTIONS[scheme](left)
     config = {**without_scheme(source.sidecar.config), KEY: about}
     lossy = (f"{count:,} tensors are rounded ({scheme})",)
-    return QuantisedOutput(found, config, scheme, count, lossy=lossy)
+    notes = (f"{passed_over:,} matrices stay as they are: {scheme} has no groups for their shapes",) * bool(passed_over)
+    return QuantisedOutput(found, config, scheme, count, notes=notes, lossy=lossy)
 
 
 def _fp8(name: str, tensor: Tensor, *, powers: bool = False) -> dict[str, Tensor]:

@@ -119,7 +119,10 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool,
     def values(at: int, found: list[Values]) -> Values:
         total: Values = np.zeros_like(found[0])
         for value, factor in zip(found, factors, strict=True):
-            total = (total + value.astype(np.float64) * np.float64(factor)).astype(single)
+            wide = value.astype(np.float64)
+            wide *= np.float64(factor)
+            wide += total
+            total[...] = wide
         return rounded(total / whole if normalize else total)
 
     what = ("linear", tuple(weights), normalize, types)

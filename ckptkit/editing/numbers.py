@@ -28,11 +28,15 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float], dtype: DT
     whole = sum(weights)
 
     def mean(at: int, values: list[Values]) -> Values:
+        # In place: a new array for each step costs more than the step, most of it in the kernel.
+        for weight, value in zip(weights, values, strict=True):
+            if weight != 1:
+                value *= value.dtype.type(weight)
         total, *others = values
-        if weights[0] != 1:
-            total = total * total.dtype.type(weights[0])
-        for weight, value in zip(weights[1:], others, strict=True):
-            total = total + (value if weight == 1 else value * value.dtype.type(weight))
-        return total if whole == 1 else total / total.dtype.type(whole)
+        for value in others:
+            total += value
+        if whole != 1:
+            total /= total.dtype.type(whole)
+        return total
 
     return elementwise(dtype, tensors, ("mean", tuple(weights)), mean, double=double)

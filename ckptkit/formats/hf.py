@@ -44,7 +44,6 @@ class HfFiles:
         small: Relative path -> absolute path of every file that is not weights, config.json included.
         ignored: Files and folders that are not part of the model: stale shards and indices, other formats, folders that
             are links.
-        made: Relative path -> content of small files that outrank `small`.
         quantised: The quantised weights; `tensors` and `headers` are then what `formats/quantised/` makes of them.
     """
 
@@ -54,7 +53,6 @@ class HfFiles:
     headers: dict[str, Header]
     small: dict[str, Path]
     ignored: list[str] = field(default_factory=list)
-    made: dict[str, bytes] = field(default_factory=dict)
     quantised: Quantised | None = None
 
 

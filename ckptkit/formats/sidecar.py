@@ -73,7 +73,7 @@ class Sidecar:
     @classmethod
     def of_hf(cls, files: HfFiles, extras: Mapping[str, Tensor]) -> Sidecar:
         """The sidecar of a Hugging Face directory."""
-        return cls(files.config, files.small, files.headers, dict(extras), made=files.made, quantised=files.quantised)
+        return cls(files.config, files.small, files.headers, dict(extras), quantised=files.quantised)
 
     @property
     def fingerprint(self) -> str:

@@ -313,31 +313,36 @@ class _Minifloat:
     """
 
     def __init__(self, mantissa: int, lowest: int, largest: float) -> None:
-        self._mantissa, self._lowest, self._largest = mantissa, (127 + lowest) << 23, np.float32(largest)
+        self._mantissa, self._lowest, self._largest = mantissa, (127 + lowest) << 23, largest
         self._room = np.empty((3, 0), np.int32)
 
     def room(self, rows: int, columns: int) -> Floats:
         """A buffer for numbers to encode, which is used again and again."""
-        if self._room.shape[1] < rows * columns:
-            self._room = np.empty((3, rows * columns), np.int32)
-        return self._room[0, : rows * columns].view(np.float32).reshape(rows, columns)
+        size = rows * columns
+        if self._room.shape[1] < size:
+            self._room = np.empty((3, size), np.int32)
+            # NumPy compares two arrays several times as fast as an array and a number.
+            self._limits = np.full(size, self._largest, np.float32), np.full(size, self._lowest, np.int32)
+        return self._room[0, :size].view(np.float32).reshape(rows, columns)
 
     def codes(self, values: Floats, out: Bytes) -> None:
         """Puts the codes of numbers, which are in `room` and are lost, into `out`."""
-        sign = np.signbit(values)
-        magnitude = np.minimum(np.abs(values, out=values), self._largest, out=values)
-        bits = magnitude.view(np.int32)
-        exponent, step = (part[: bits.size].reshape(bits.shape) for part in self._room[1:])
+        size = values.size
+        magnitude, bits, exponent, step = values.reshape(-1), *self._room[:, :size]
+        sign = np.signbit(magnitude)
+        np.abs(magnitude, out=magnitude)
+        np.minimum(magnitude, self._limits[0][:size], out=magnitude)
         np.bitwise_and(bits, 0x7F800000, out=exponent)
-        np.maximum(exponent, self._lowest, out=exponent)
+        np.maximum(exponent, self._limits[1][:size], out=exponent)
         np.add(exponent, (23 - self._mantissa) << 23, out=step)
         magnitude += step.view(np.float32)
         bits -= step
         exponent >>= 23 - self._mantissa
         bits += exponent
-        np.copyto(out, bits, casting="unsafe")
-        out -= np.uint8(self._lowest >> (23 - self._mantissa) & 255)
-        out |= sign.view(np.uint8) << np.uint8(7)
+        codes = bits.astype(np.uint8)
+        codes -= np.uint8(self._lowest >> (23 - self._mantissa) & 255)
+        codes |= sign.view(np.uint8) << np.uint8(7)
+        out[...] = codes.reshape(values.shape)
 
 
 def _strips(rows: int, columns: int, height: int, above: int, chunk: int = _CHUNK) -> Iterator[tuple[int, int, int]]:

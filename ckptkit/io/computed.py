@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ckptkit.dtypes import DType
 from ckptkit.io.cache import Cache
-from ckptkit.io.plan import Plan, source_files
+from ckptkit.io.plan import Plan, origins_of
 from ckptkit.io.segments import origins
 from ckptkit.tensors import Literal, Made, Tensor
 
@@ -424,7 +424,7 @@ class _Computed:
     @property
     def files(self) -> tuple[str, ...]:
         """The files that they are made from."""
-        return tuple(sorted(source_files(self.inputs)))
+        return tuple(sorted(origins_of(self.inputs)))
 
     def __len__(self) -> int:
         return prod(self.shape) * self.dtype.itemsize

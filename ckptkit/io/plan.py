@@ -197,8 +197,12 @@ class Plan:
 
 def source_files(tensors: Iterable[Tensor]) -> set[str]:
     """The files that tensors read from."""
-    pieces = (piece for tensor in tensors for band in tensor.bands for piece in band.pieces)
-    return {file for piece in pieces for file in files_of(piece) if not file.startswith(MEMORY)}
+    return {file for file in origins_of(tensors) if not file.startswith(MEMORY)}
+
+
+def origins_of(tensors: Iterable[Tensor]) -> set[str]:
+    """The files, and the memory, that tensors read from."""
+    return {file for tensor in tensors for band in tensor.bands for piece in band.pieces for file in files_of(piece)}
 
 
 def files_of(piece: Piece) -> tuple[str, ...]:

@@ -214,10 +214,24 @@ class Likeness:
         return most, (squares / size) ** 0.5 if size else float(squares > 0)
 
 
-def compared_with_reference(likenesses: Sequence[Likeness]) -> dict[str, object]:
-    """The verdicts on tensors, and how far those moved that are not what the reference holds."""
-    verdicts = [(likeness, likeness()) for likeness in likenesses]
-    new = [(likeness.name, *likeness.moved()) for likeness, verdict in verdicts if verdict == Verdict.NEW]
+def compared_with_reference(likenesses: Sequence[Likeness], threads: int | None = None) -> dict[str, object]:
+    """The verdicts on tensors, and how far those moved that are not what the reference holds.
+
+    Args:
+        likenesses: The tensors.
+        threads: How many threads read, as of `read_all`.
+    """
+    from ckptkit.io.threads import read_all
+
+    def judge(_: object, likeness: Likeness) -> tuple[Verdict, tuple[float, float]]:
+        verdict = likeness()
+        return verdict, likeness.moved() if verdict == Verdict.NEW else (0.0, 0.0)
+
+    found = read_all(likenesses, judge, lambda likeness: likeness.numbers.nbytes, threads=threads)
+    verdicts = [(likeness, verdict) for likeness, (verdict, _) in zip(likenesses, found, strict=True)]
+    new = [
+        (one.name, *moved) for one, (verdict, moved) in zip(likenesses, found, strict=True) if verdict == Verdict.NEW
+    ]
     return {
         "same": sum(verdict == Verdict.SAME for _, verdict in verdicts),
         "old_scales": [likeness.name for likeness, verdict in verdicts if verdict == Verdict.FITS],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from ckptkit.io.plan import source_files
+from ckptkit.io.plan import origins_of
 from ckptkit.tensors import Region, Tensor
 
 
@@ -39,7 +39,7 @@ class _Columns:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(sorted(source_files([self.matrix])))
+        return tuple(sorted(origins_of([self.matrix])))
 
     def __len__(self) -> int:
         return self.matrix.nbytes

@@ -52,7 +52,8 @@ class CausalModel(GPTModel):
         input_width: Columns of what a stage that is not the first receives: the hidden state, and what is carried
             beside it (see `Carried`).
         value_head: Whether the output is one value per token, on every tensor parallel rank.
-        mtp: The layers of multi-token prediction, if they are on this stage.
+        mtp: The layers of multi-token prediction; only on a stage that has them, because megatron-core 0.19 looks for
+            layers in it.
     """
 
     embedding: Any
@@ -70,10 +71,10 @@ class CausalModel(GPTModel):
             self._embed_narrow(model.adapter)
         if model.adapter is not None and has_adapter:
             add_adapter(self.decoder, model.adapter, stage)
-        predicts = self.post_process and model.mtp_layers
-        self.mtp = prediction_block(self.config, model, self.pg_collection, self.vp_stage) if predicts else None
-        if self.mtp is not None and not self.pre_process:
-            self.embedding = self._embedding(self.config)
+        if self.post_process and model.mtp_layers:
+            self.mtp = prediction_block(self.config, model, self.pg_collection, self.vp_stage)
+            if not self.pre_process:
+                self.embedding = self._embedding(self.config)
         self.inputs_of = model if self.pre_process and model.per_layer_input_size else None
         if self.inputs_of is not None:
             add_per_layer_inputs(self, model, self.config)
@@ -111,7 +112,7 @@ class CausalModel(GPTModel):
                 decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
             inputs = per_layer_inputs(self, self.inputs_of, input_ids, decoder_input)
             decoder_input = torch.cat((decoder_input, inputs), dim=-1)
-        if self.mtp is not None:
+        if hasattr(self, "mtp"):
             return self._predict(input_ids, position_ids, decoder_input, **options)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input, *args, **options)
         return output

@@ -90,7 +90,7 @@ def _loaded(model: Any, count: int, state: dict[str, torch.Tensor], path: object
     import transformers
     from transformers import modeling_layers
 
-    if not hasattr(modeling_layers, "MtpModel"):
+    if not hasattr(getattr(modeling_layers, "MtpModel", None), "get_weight_conversions"):
         raise UnsupportedError(f"transformers {transformers.__version__} runs no multi-token prediction", where=path)
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig

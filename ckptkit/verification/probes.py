@@ -138,7 +138,7 @@ def megatron_sites(chunks: list[Any]) -> dict[str, Site]:
         if chunk.post_process:
             norm = chunk.decoder.final_layernorm
             sites["final_norm"] = Site(norm, take, _names(norm, "decoder.final_layernorm."))
-        if chunk.mtp is not None:
+        if hasattr(chunk, "mtp"):
             for number, layer in enumerate(chunk.mtp.layers):
                 inner = inner_layer(layer)
                 within = _layer_sites(

@@ -232,10 +232,10 @@ def check_weights(
     summary = f"{how_many}{after}: {problems[0]}" if problems else f"{equal:,} bytes equal{after}{noisy.summary()}"
     details = {
         "bytes": total,
-        "noise": {
-            name: {"relative_rms": found.relative, "largest_of_explained": found.largest}
-            for name, found in noisy.explained.items()
-        },
+        "noise": [
+            {"tensor": name, "relative_rms": found.relative, "largest_of_explained": found.largest}
+            for name, found in sorted(noisy.explained.items())
+        ],
         "tensors": len(reference.tensors),
         "casts": casts,
         "problems": problems[:20],

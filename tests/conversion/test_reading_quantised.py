@@ -146,3 +146,19 @@ def test_a_config_that_speaks_of_codes_where_there_are_none(plain: Path, tmp_pat
     config = tmp_path / "hf" / "config.json"
     config.write_text((tmp_path / "quantised" / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     assert "config.json says FP8, blocks of 32 x 32, and no tensor is quantised" in inspect(tmp_path / "hf").notes
+
+
+def test_operations_on_models_take_quantised_ones(plain: Path, tmp_path: Path) -> None:
+    """An average of two, whose files and index are those of a model that was never quantised."""
+    from ckptkit.editing.commands import Output, average
+
+    for seed in (0, 1):
+        quantise_fp8(plain, tmp_path / f"{seed}", seed=seed)
+        convert(tmp_path / f"{seed}", tmp_path / f"plain{seed}", to="hf")
+    average([tmp_path / "0", tmp_path / "1"], Output(tmp_path / "average"))
+    average([tmp_path / "plain0", tmp_path / "plain1"], Output(tmp_path / "expected"))
+    assert same(tensors_of(tmp_path / "average"), tensors_of(tmp_path / "expected"))
+    index = json.loads((tmp_path / "average" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    held = {name: file.name for file in (tmp_path / "average").glob("*.safetensors") for name in load_file(file)}
+    assert index["weight_map"] == held
+    assert "quantization_config" not in json.loads((tmp_path / "average" / "config.json").read_text(encoding="utf-8"))

@@ -58,9 +58,14 @@ def test_what_was_not_touched_comes_back_byte_for_byte(plain: Path, tmp_path: Pa
     assert result.likeness == {"same": result.target["quantised"]["tensors"], "old_scales": [], "new_scales": []}
 
 
-def test_without_a_sidecar_too(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stated", ["bfloat16", "float32", None])
+def test_without_a_sidecar_too(plain: Path, tmp_path: Path, stated: str | None) -> None:
+    """Also where config.json states no type of the numbers, or another one."""
     reference = tmp_path / "reference"
     quantise_fp8(plain, reference)
+    config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
+    del config["dtype"]
+    (reference / "config.json").write_text(json.dumps({**config, **({"dtype": stated} if stated else {})}))
     convert(reference, tmp_path / "meg", to="torch", grid=Parallelism(2, 1, ep=2))
     shutil.rmtree(tmp_path / "meg" / "ckptkit")
     convert(tmp_path / "meg", tmp_path / "back", to="hf", quantise=f"like:{reference}", hf_reference=reference)
@@ -212,6 +217,13 @@ def test_heads_routers_and_tables_are_left_out(plain: Path, tmp_path: Path) -> N
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv" in tensors_of(tmp_path / "fp8")
     # Five matrices of attention in each layer, three of the dense one, of eight experts, and of the shared one.
     assert result.target["quantised"] == {"scheme": "fp8-block", "tensors": 2 * 5 + 3 + 8 * 3 + 3}
+
+
+def test_rows_that_are_no_whole_groups_are_counted(plain: Path, tmp_path: Path) -> None:
+    result = convert(plain, tmp_path / "int4", to="hf", quantise="int4")
+    kept = {name for name, tensor in tensors_of(tmp_path / "int4").items() if name.endswith("_proj.weight")}
+    assert any(note.startswith(f"{len(kept)} matrices stay as they are: int4") for note in result.notes)
+    assert result.target["quantised"]["tensors"] + len(kept) == 2 * 5 + 3 + 8 * 3 + 3
 
 
 @pytest.mark.parametrize("quantise", ["fp8", "like:", "FP8-BLOCK"])

@@ -87,3 +87,18 @@ def eight_ranks() -> Any:
 @pytest.mark.slow
 def test_eight_ranks(eight_ranks: RankProcesses, tmp_path: Path) -> None:
     check(eight_ranks, tmp_path, Job("save_hf", "", "qwen3_moe", tp=2, pp=2, ep=2))
+
+
+def test_rows_that_are_columns_elsewhere_are_refused() -> None:
+    """GPT-OSS: no rank's memory has a run of bytes as Hugging Face's files have it."""
+    from ckptkit.dtypes import DTYPES
+    from ckptkit.errors import UnsupportedError
+    from ckptkit.io.computed import columns_together
+    from ckptkit.io.plan import MEMORY
+    from ckptkit.megatron.live.holding import owner
+    from ckptkit.tensors import Tensor
+
+    parts = [Tensor.from_file(f"{MEMORY}0,0,0/0/{name}", 0, DTYPES["BF16"], (4, 6)) for name in ("gate", "up")]
+    assert owner(parts[0].bands[0].pieces[0]) == (0, 0, 0)
+    with pytest.raises(UnsupportedError, match=r"must be computed.*GPT-OSS"):
+        owner(columns_together(parts).bands[0].pieces[0])

@@ -207,10 +207,10 @@ def bridge_of(kind: str) -> Any:
         "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
+        "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
         "glm4_moe": ("glm.glm45_bridge", "GLM45Bridge"),
         "glm4_moe_lite": ("glm.glm47_flash_bridge", "GLM47FlashBridge"),
         "deepseek_v3": ("deepseek.deepseek_v3_bridge", "DeepSeekV3Bridge"),
-        "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
         "gemma3_text": ("gemma.gemma3_bridge", "Gemma3ModelBridge"),
         "gemma4_text": ("gemma.gemma4_bridge", "Gemma4Bridge"),
     }

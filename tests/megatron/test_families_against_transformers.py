@@ -89,7 +89,13 @@ def test_the_tokens_reach_beyond_every_window() -> None:
     assert windows and all(len(row) > 2 * max(windows) for row in default_rows(250))
 
 
-BFLOAT16 = [("mixtral", Parallelism(2, ep=2)), ("gemma3", Parallelism(2, 2)), ("deepseek_v3", Parallelism(2))]
+BFLOAT16: list[Any] = [
+    ("mixtral", Parallelism(2, ep=2)),
+    ("gemma3", Parallelism(2, 2)),
+    ("deepseek_v3", Parallelism(2)),
+    pytest.param("gpt_oss", Parallelism(2, ep=2), marks=pytest.mark.slow),
+    pytest.param("gpt_oss-plain", Parallelism(1, 2, 2), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("kind", "grid"), BFLOAT16, ids=str)

@@ -327,8 +327,8 @@ def test_shards_that_do_not_fit_are_named(pool: RankPool, llama: Saved, tmp_path
 def test_what_the_runtime_lacks_is_said(pool: RankPool, llama: Saved, tmp_path: Path) -> None:
     source = llama("gqa", num_hidden_layers=2)
     candidate = write_stand_in(source, tmp_path / "meg", Parallelism())
-    edit_config(candidate, lambda config: with_rope(config, kind="yarn"))
-    with pytest.raises(UnsupportedError, match="yarn"):
+    edit_config(candidate, lambda config: with_rope(config, kind="longrope"))
+    with pytest.raises(UnsupportedError, match="longrope"):
         verify(source, candidate, pool)
     edit_config(candidate, lambda config: replace(with_rope(config, kind="default"), activation="relu9"))
     with pytest.raises(UnsupportedError, match="relu9"):

@@ -55,7 +55,9 @@ def test_a_rounded_conversion_is_the_same_model(
     assert any("rounded" in text and cast in text for text in report.levels[2].messages)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gemma3_text", "apertus"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3", "gemma3_text", "apertus", pytest.param("gpt_oss", marks=pytest.mark.slow)]
+)
 def test_families_whose_weights_transformers_arranges_anew(tmp_path: Path, pool: RankPool, kind: str) -> None:
     source = save_model(tmp_path / "hf", kind)
     convert(source, tmp_path / "narrow", to="torch", dtype="bfloat16", grid=Parallelism(2))

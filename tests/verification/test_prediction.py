@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import modeling_layers
 
 from ckptkit import Parallelism, convert, open_checkpoint, verify
 from ckptkit.errors import InputError
@@ -17,6 +18,11 @@ from ckptkit.verification.sides import Side
 from tests.megatron.test_families_against_transformers import rewrite, shards
 from tests.models import add_prediction, save_model
 from tests.precision import MANY_ROWS
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(getattr(modeling_layers, "MtpModel", None), "get_weight_conversions"),
+    reason="this transformers runs no multi-token prediction",
+)
 
 BLOCK = "mtp.layers.0."
 INNER = BLOCK + "transformer_layer."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptkit.conversion.options import DEFAULT_SHARD_SIZE
 from ckptkit.conversion.target import Target, WritableFormat
-from ckptkit.formats.hf import BIN_INDEX, INDEX, lay_out_like, lay_out_shards
+from ckptkit.formats.hf import BIN_INDEX, INDEX, index_of, lay_out_like, lay_out_shards
 from ckptkit.io.plan import OutputFile
 
 
@@ -16,9 +16,13 @@ def _lay_out(target: Target) -> list[OutputFile]:
         files = target.quantised.lay_out(shard_size, DEFAULT_SHARD_SIZE)
     else:
         tensors = source.hf_tensors(source.stored_names)
-        kept = lay_out_like(tensors, source.sidecar.headers if shard_size is None else {})
-        files = kept or lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
-        stale = set() if kept is not None else stale
+        headers = source.sidecar.headers if shard_size is None else {}
+        kept = lay_out_like(tensors, headers)
+        files = kept if kept is not None else lay_out_shards(tensors, shard_size or DEFAULT_SHARD_SIZE)
+        if kept is not None:
+            stale = set()
+            if len(headers) > 1 and INDEX not in source.sidecar.small:  # of weights that were quantised
+                files.append(OutputFile.small(INDEX, index_of(headers)))
     taken = {file.path for file in files} | stale
     code = {path.name: path for path in source.family.directory.code if "auto_map" in source.sidecar.config}
     small = [file for file in source.sidecar.small_outputs(code) if file.path not in taken]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.dtypes import DTYPES, DType
-from ckptkit.formats.hf import INDEX, HfFiles, index_of
+from ckptkit.formats.hf import INDEX, HfFiles
 from ckptkit.formats.quantised.scheme import Scheme, scheme_of, without_scheme
 from ckptkit.formats.quantised.stored import Stored, find_stored, scales_of_activations
 from ckptkit.formats.safetensors import Header, build_header
@@ -86,7 +86,7 @@ def dequantised(files: HfFiles, dtype: DType | None = None) -> HfFiles:
     """A directory as if its weights were not quantised, with the facts about those that are in `quantised`.
 
     Quantised tensors become computed ones under the names that tables have for them, and the headers are those of an
-    archive without codes. The rest stays.
+    archive without codes. The rest stays, but for the index, which describes other tensors.
 
     Args:
         files: The directory.
@@ -122,6 +122,6 @@ def dequantised(files: HfFiles, dtype: DType | None = None) -> HfFiles:
         return build_header(forms, metadata)
 
     headers = {name: header(found.entries, found.metadata) for name, found in files.headers.items()}
-    made = {INDEX: index_of(headers)} if INDEX in files.small else {}
     config = without_scheme(files.config)
-    return replace(files, config=config, tensors=tensors, headers=headers, made=made, quantised=archive)
+    small = {name: file for name, file in files.small.items() if name != INDEX}
+    return replace(files, config=config, tensors=tensors, headers=headers, small=small, quantised=archive)

@@ -80,6 +80,9 @@ def scheme_of(config: dict[str, Any], where: object) -> Scheme | None:
 def _fp8(found: dict[str, Any], where: object) -> Scheme:
     if found.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise UnsupportedError(f"quantised weights (FP8 in the form {str(found['fmt'])[:40]})", where=where, hint=_HINT)
+    if found.get("expert_dtype") not in (None, "fp8"):
+        what = f"FP8 with experts in {str(found['expert_dtype'])[:40]}"
+        raise UnsupportedError(f"quantised weights ({what})", where=where, hint=_HINT)
     block = found.get("weight_block_size")
     if block is None:
         return Scheme(FP8)

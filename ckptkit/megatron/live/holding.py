@@ -79,9 +79,10 @@ def owner(piece: Piece) -> RankKey | None:
         return pp, tp, ep
     if any(file.startswith(MEMORY) for file in files_of(piece)):
         raise UnsupportedError(
-            "a layout whose weights must be computed (experts that are grouped in one transposed tensor)",
+            "a layout whose weights must be computed: experts in one transposed tensor, in the model or in files of"
+            " Hugging Face",
             where=NAME,
-            hint="use the sequential or the grouped GEMM experts of megatron-core, with a weight for each",
+            hint="use megatron-core's experts with a weight for each; of GPT-OSS, save a checkpoint and convert it",
         )
     return None
 

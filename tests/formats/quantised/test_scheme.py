@@ -61,6 +61,7 @@ def test_what_is_read(stated: Any, scheme: Scheme | None) -> None:
             "in several ways",
         ),
         ({**FP8_BLOCK, "fmt": "e5m2"}, UnsupportedError, "e5m2"),
+        ({**FP8_BLOCK, "expert_dtype": "fp4"}, UnsupportedError, "FP8 with experts in fp4"),
         ({**FP8_BLOCK, "weight_block_size": [128]}, InputError, "two sizes"),
         ({**FP8_BLOCK, "weight_block_size": [128, 0]}, InputError, "two sizes"),
         ({**FP8_BLOCK, "weight_block_size": [128, 1.5]}, InputError, "two sizes"),

@@ -72,6 +72,7 @@ MORE_PACKED = [
     ("qwen3", Parallelism(2, 2)),
     ("mistral", Parallelism(2)),
     ("mixtral-windowed", Parallelism(2, ep=2, etp=1)),
+    ("gpt_oss", Parallelism(2, ep=2)),
     ("qwen3_moe", Parallelism(1, 2, ep=2)),
     ("apertus", Parallelism(2)),
 ]

@@ -27,8 +27,9 @@ MADE_BY_HAND = {
     "structure": {"tensors", "problems[]", "messages[]"},
     "weights": {
         *("tensors", "bytes", "casts[]", "problems[]", "messages[]"),
+        *(f"noise[].{name}" for name in ("tensor", "relative_rms", "largest_of_explained")),
         *(f"differences[].{field.name}" for field in dataclasses.fields(TensorDifference) if field.name != "ranks"),
-        "differences[].ranks[]",
+        *("differences[].ranks[]", "noise.*.relative_rms", "noise.*.largest_of_explained"),
     },
 }
 """Fields of the details that are no dataclass; a real report is held against them below."""
@@ -128,7 +129,7 @@ def test_documents_have_what_is_documented(llama: Callable[..., Path], tmp_path:
             "problems[]",
             "casts[]",
             "messages[]",
-            *(f for f in fields if f.startswith("differences[].")),
+            *(f for f in fields if f.startswith(("differences[].", "noise[]."))),
             "reference_rounded[]",
             "noise",
             *(f for f in fields if f.startswith("noise.")),

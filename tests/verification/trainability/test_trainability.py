@@ -80,6 +80,7 @@ GRIDS: list[Any] = [
     pytest.param("llama", {"cp": 2, "pp": 2}, marks=pytest.mark.slow),
     pytest.param("qwen3_moe", {"tp": 2, "ep": 2, **SP, **PACKED}, marks=pytest.mark.slow),
     pytest.param("qwen3_moe", {"pp": 2, "ep": 2, **RECOMPUTE}, marks=pytest.mark.slow),
+    pytest.param("gpt_oss", {"tp": 2, "ep": 2, **SP, **PACKED}, marks=pytest.mark.slow),
     pytest.param("mistral", {"tp": 2, "dtype": "float64"}, marks=pytest.mark.slow),
 ]
 

@@ -19,6 +19,7 @@ from ckptkit.verification.run_options import LEVELS
 from ckptkit.verification.sides import Side
 from ckptkit.verification.training.level import verify_gradients
 from tests.lora import save_adapter
+from tests.models import files_of, save_model
 from tests.verification.adapters.test_against_peft import EXPERTS, QUIET
 from tests.verification.conftest import DEVICE
 from tests.verification.training.conftest import Sources
@@ -251,3 +252,28 @@ def test_what_cannot_be_trained(
             verify_adapter(base, candidate, adapter, pool=pool, **options)
     with pytest.raises(UnsupportedError, match=r"other factors of model\.layers\.0\.mlp\.down_proj"):
         verify_gradients(*sides_of(base, other, canonical, grid), pool=pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "grid", "how"),
+    [
+        ("peft", Parallelism(2, ep=2, etp=2), SP),
+        ("fused", Parallelism(2, ep=2, etp=1), {**SP, **PACKED}),
+        ("canonical", Parallelism(1, 2, ep=2), PACKED),
+    ],
+    ids=str,
+)
+def test_experts_with_columns_for_outputs(
+    tmp_path: Path, pool: RankPool, layout: str, grid: Parallelism, how: dict[str, Any]
+) -> None:
+    """One parameter of all experts, in which gate and up outputs take turns; no matrix is square."""
+    base = save_model(tmp_path / "base", "gpt_oss", intermediate_size=40)
+    experts = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapter = save_adapter(tmp_path / "adapter", base, **{**QUIET, **experts})
+    convert(adapter, tmp_path / "meg", to="torch", adapter_layout=layout, grid=grid, hf_reference=base)
+    convert(tmp_path / "meg", tmp_path / "back", to="peft")
+    assert files_of(tmp_path / "back") == files_of(adapter)
+    sides = sides_of(base, adapter, tmp_path / "meg", grid)
+    answer = verify_gradients(*sides, pool=pool, tokens=rows(), device=DEVICE, **{"tolerance": EXACT, **how})
+    assert answer.passed, answer.summary
