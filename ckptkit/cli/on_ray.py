@@ -75,7 +75,7 @@ def run_on_ray(address: str, processes: int | None, arguments: Sequence[str]) ->
                 ray, size, arguments, {"TORCHELASTIC_RUN_ID": run, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
             )
             code = ranks.run()
-            if not ranks.lost:
+            if code == 0 or not ranks.lost:
                 return code
             say(f"{', '.join(ranks.lost)}; all ranks start again where they were", label="warning", style="yellow")
         raise StorageError(f"tasks were lost {RETRIES + 1} times", where=address, hint="run again with --resume")

@@ -34,7 +34,10 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float], dtype: DT
                 value *= value.dtype.type(weight)
         total, *others = values
         for value in others:
-            total += value
+            if value.dtype == total.dtype:
+                total += value
+            else:
+                total = total + value
         if whole != 1:
             total /= total.dtype.type(whole)
         return total

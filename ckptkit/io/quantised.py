@@ -64,21 +64,33 @@ class Coding:
         """The bytes of the scales for blocks with these largest magnitudes.
 
         Raises:
-            NotFiniteError: One is not finite: no scale serves its block.
+            NotFiniteError: One is not finite, or its scale is beyond the range of the scales' type: none serves its
+                block.
         """
         import numpy as np
 
-        from ckptkit.io.casts import encode
-        from ckptkit.io.codes import fp8_scales, int4_scales, mxfp4_scales
+        from ckptkit.io.codes import mxfp4_scales, scale_numbers
 
         if not np.isfinite(largest).all():
             raise NotFiniteError
         if self.kind == "mxfp4":
             return mxfp4_scales(largest).reshape(-1)
+        found = self._encoded_scales(largest)
+        with np.errstate(all="ignore"):
+            numbers = scale_numbers(found, self.scales).reshape(-1)
+        if not np.isfinite(numbers).all() or ((numbers == 0) & (largest.reshape(-1) > 0)).any():
+            raise NotFiniteError
+        return found
+
+    def _encoded_scales(self, largest: Floats) -> Bytes:
+        import numpy as np
+
+        from ckptkit.io.casts import encode
+        from ckptkit.io.codes import fp8_scales, int4_scales
+
         if self.kind == "int4":
             return encode(int4_scales(largest, self.scales), self.scales)
-        powers = self.powers or self.scales.itemsize == 1
-        found = fp8_scales(largest, powers=powers)
+        found = fp8_scales(largest, powers=self.powers or self.scales.itemsize == 1)
         if self.scales.itemsize == 1:
             return (np.frexp(found)[1] + 126).astype(np.uint8).reshape(-1)
         return encode(found, self.scales)
@@ -194,7 +206,10 @@ class Likeness:
         return read_tensor(self.scales.rows(start // height, -(-stop // height)))
 
     def moved(self) -> tuple[float, float]:
-        """How far the numbers moved from those of the reference: (largest difference, RMS of it / RMS of these)."""
+        """How far the numbers moved from those of the reference: (largest difference, RMS of it / RMS of these).
+
+        Elements for which the reference has no finite number are left out: its scale may be none.
+        """
         import numpy as np
 
         from ckptkit.io.casts import decode
@@ -207,6 +222,8 @@ class Likeness:
             raw = self.coding.numbers(codes, self.scales_of(start, stop), stop - start, dtype, above)
             old, new = decode(raw, dtype), decode(read_tensor(self.numbers.rows(start, stop)), dtype)
             with np.errstate(all="ignore"):
+                finite = np.isfinite(old)
+                old, new = old[finite], new[finite]
                 difference = new - old
                 most = float(np.maximum(most, np.abs(difference).max(initial=0)))
                 squares += float(np.square(difference, dtype=np.float64).sum())
@@ -269,7 +286,8 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
             size = coding.scales.itemsize * grid[1]
             return scales_of_tall()[start * size : stop * size]
         except NotFiniteError:
-            raise InputError(f"{name} has numbers that are not finite, which cannot be quantised") from None
+            what = f"{name} has numbers for which {coding.scales} has no scale: not finite, too large or too small"
+            raise InputError(what) from None
 
     scales_of_tall = Once(lambda: coding.scales_for(_largest(numbers, coding)))
 

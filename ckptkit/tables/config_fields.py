@@ -199,12 +199,18 @@ def _yarn(scaling: Mapping[str, Any], theta: float, context: int) -> Rope:
     original = _original(scaling, context)
     factor = scaling.get("factor")
     given = {name: _number(scaling[name], name) for name in _YARN if scaling.get(name) is not None}
+    stretched = context / original if factor is None else _number(factor, "rope factor")
+    truncate = scaling.get("truncate", True)
+    if theta <= 1 or min(stretched, *(given.get(name, 1.0) for name in _YARN[:2])) <= 0:
+        raise InputError("config.json: yarn needs a rope_theta above 1, and a factor and betas above 0")
+    if not isinstance(truncate, bool):
+        raise InputError(f"config.json: truncate must be true or false, not {truncate!r}")
     return Rope(
         theta,
         "yarn",
-        context / original if factor is None else _number(factor, "rope factor"),
+        stretched,
         original_max_position=original,
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=truncate,
         **given,
     )
 

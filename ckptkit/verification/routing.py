@@ -320,14 +320,14 @@ class Order:
     @property
     def scale(self) -> float:
         """The largest of these numbers."""
-        return float(self.exact[self.exact.isfinite()].abs().max()) or 1.0
+        return _largest(self.exact) or 1.0
 
     def limit(self, tolerance: float) -> float:
         """The largest margin between experts that it holds equal, over the largest number."""
         if self.low is None:
             return 2 * tolerance
         rounding = (self.low - self.exact).double()
-        return 2 * float(rounding[rounding.isfinite()].abs().max()) / self.scale
+        return 2 * _largest(rounding) / self.scale
 
 
 @dataclass(frozen=True)
@@ -421,6 +421,12 @@ def _ratio(theirs: float, own: float) -> float:
     if theirs == 0:
         return 0.0  # nothing to measure, in whatever units
     return theirs / own if own > 0 and math.isfinite(own) and math.isfinite(theirs) else math.inf
+
+
+def _largest(numbers: torch.Tensor) -> float:
+    """The largest magnitude of those that are finite; 0 if none is."""
+    finite = numbers[numbers.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _margins(logits: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

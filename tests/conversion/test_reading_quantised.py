@@ -162,3 +162,21 @@ def test_operations_on_models_take_quantised_ones(plain: Path, tmp_path: Path) -
     held = {name: file.name for file in (tmp_path / "average").glob("*.safetensors") for name in load_file(file)}
     assert index["weight_map"] == held
     assert "quantization_config" not in json.loads((tmp_path / "average" / "config.json").read_text(encoding="utf-8"))
+
+
+def test_codes_beside_plain_numbers_of_the_same_weight(plain: Path, tmp_path: Path) -> None:
+    """Two sources of one weight are never chosen between in silence."""
+    quantise_int4(plain, tmp_path / "quantised")
+    packed = next(name for name in tensors_of(tmp_path / "quantised") if name.endswith(".weight_packed"))
+    weight = packed.removesuffix("_packed")
+    for file in (tmp_path / "quantised").glob("*.safetensors"):
+        tensors = load_file(file)
+        if packed in tensors:
+            save_file({**tensors, weight: tensors_of(plain)[weight]}, file, metadata={"format": "pt"})
+    index = tmp_path / "quantised" / "model.safetensors.index.json"
+    if index.exists():
+        raw = json.loads(index.read_text())
+        raw["weight_map"][weight] = raw["weight_map"][packed]
+        index.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=f"{weight} is there twice: quantised, and as plain numbers"):
+        convert(tmp_path / "quantised", tmp_path / "out", to="hf")

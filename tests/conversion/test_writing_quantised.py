@@ -244,6 +244,37 @@ def test_what_cannot_be_quantised(plain: Path, llama: Path, tmp_path: Path) -> N
         convert(plain, tmp_path / "out", to="hf", quantise=f"like:{tmp_path / 'llama'}")
 
 
+@pytest.mark.parametrize(("quantise", "factor"), [(quantise_fp8, 1e-9), (quantise_fp8, 1e9), (quantise_int4, 1e9)])
+def test_numbers_beyond_the_scales_of_a_reference(
+    llama: Path, tmp_path: Path, quantise: Callable[..., object], factor: float
+) -> None:
+    """A scale in float16 that becomes zero or infinite would lose all numbers of its block."""
+    quantise(llama, tmp_path / "reference")
+
+    def narrow(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "_scale" in name]:
+            tensors[name] = tensors[name].half()
+
+    change(tmp_path / "reference", narrow)
+    shutil.copytree(llama, tmp_path / "trained")
+
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"] *= factor
+
+    change(tmp_path / "trained", edit)
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight has numbers for which F16 has no scale"):
+        convert(tmp_path / "trained", tmp_path / "out", to="hf", quantise=f"like:{tmp_path / 'reference'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_a_reference_that_are_no_numbers_do_not_reach_the_report(plain: Path, tmp_path: Path) -> None:
+    quantise_fp8(plain, tmp_path / "reference")
+    change(tmp_path / "reference", with_odd_values)
+    result = convert(plain, tmp_path / "out", to="hf", quantise=f"like:{tmp_path / 'reference'}")
+    assert result.likeness is not None and GATE in str(result.likeness["new_scales"])
+    json.dumps(result.likeness, allow_nan=False)
+
+
 def test_numbers_that_are_not_finite(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "broken")
 
@@ -251,6 +282,6 @@ def test_numbers_that_are_not_finite(llama: Path, tmp_path: Path) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.inf
 
     change(tmp_path / "broken", edit)
-    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight has numbers that are not finite"):
+    with pytest.raises(InputError, match=r"up_proj.weight has numbers for which F32 has no scale: not finite"):
         convert(tmp_path / "broken", tmp_path / "out", to="hf", quantise="fp8-block")
     assert not (tmp_path / "out").exists()

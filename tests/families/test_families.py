@@ -639,6 +639,17 @@ def test_inexpressible_is_listed() -> None:
         ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list"),
         ("mixtral", {"num_experts_per_tok": None}, "num_experts_per_tok must be a positive integer"),
         ("apertus", {"rope_parameters": {"rope_type": "yarn", "factor": "two"}}, "rope factor must be a number"),
+        ("apertus", {"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "a factor and betas above 0"),
+        (
+            "apertus",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 0}},
+            "a factor and betas above 0",
+        ),
+        (
+            "apertus",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": "no"}},
+            "truncate must be true or",
+        ),
         ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive"),
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern must be"),
         ("gemma3_text", {"rope_parameters": [1]}, "rope_parameters must be an object"),

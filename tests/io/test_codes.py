@@ -58,6 +58,8 @@ def test_all_codes() -> None:
         ((64, 96), (64, 96)),
         ((40, 300), (1, 128)),
         ((40, 300), (3, 7)),
+        ((4, 640), (1, 640)),
+        ((9, 5), (1, 1)),
     ],
 )
 def test_fp8(shape: tuple[int, int], block: tuple[int, int], dtype: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.dtypes import DTYPES, DType
+from ckptkit.errors import InputError
 from ckptkit.formats.hf import INDEX, HfFiles
 from ckptkit.formats.quantised.scheme import Scheme, scheme_of, without_scheme
 from ckptkit.formats.quantised.stored import Stored, find_stored, scales_of_activations
@@ -105,6 +106,8 @@ def dequantised(files: HfFiles, dtype: DType | None = None) -> HfFiles:
     archive = Quantised(files.path, scheme, dtype, files.config, files.small, files.headers, stored, activations)
     hidden = {name for item in stored.values() for name in item.parts} | activations.keys()
     kept = {name: tensor for name, tensor in files.tensors.items() if name not in hidden}
+    if twice := [item.name for item in stored.values() if item.name in kept]:
+        raise InputError(f"{twice[0]} is there twice: quantised, and as plain numbers", where=files.path)
     tensors = {
         stored[name].name if name in stored else name: stored[name].numbers(dtype) if name in stored else kept[name]
         for name in files.tensors
