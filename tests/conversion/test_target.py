@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "experts": "grouped",
     "make_vocab_size_divisible_by": 64,
     "megatron_model": "hybrid",
+    "megatron_core": "0.19",
     "shard_size": 1000,
     "adapter_layout": "canonical",
     "quantise": Quantise("int4"),

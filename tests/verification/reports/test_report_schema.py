@@ -29,7 +29,7 @@ MADE_BY_HAND = {
         *("tensors", "bytes", "casts[]", "problems[]", "messages[]"),
         *(f"noise[].{name}" for name in ("tensor", "relative_rms", "largest_of_explained")),
         *(f"differences[].{field.name}" for field in dataclasses.fields(TensorDifference) if field.name != "ranks"),
-        *("differences[].ranks[]", "noise.*.relative_rms", "noise.*.largest_of_explained"),
+        "differences[].ranks[]",
     },
 }
 """Fields of the details that are no dataclass; a real report is held against them below."""
