@@ -27,7 +27,7 @@ LAUNCHED = "CKPTKIT_ON_RAY"
 """Set for ranks that this launcher starts."""
 RETRIES = 3
 _OWN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_POLL, _LEAVING = 0.1, 90.0  # seconds; ranks notice within 60 that rank 0 is gone
+_POLL, _HEARING, _LEAVING = 0.1, 15.0, 90.0  # seconds; ranks notice within 60 that rank 0 is gone
 _PR_SET_PDEATHSIG = 1
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 _TAIL = 4096
@@ -192,7 +192,7 @@ class _Ranks:
     def _failed(self, first: subprocess.Popen[bytes], rank: int, ended: Ended) -> int | None:
         """A rank failed. It has told rank 0, unless it failed before they met."""
         try:
-            first.wait(_LEAVING / 6)
+            first.wait(_HEARING)
         except subprocess.TimeoutExpired:
             _stop(first)
             lines = ended.said.strip().splitlines()
