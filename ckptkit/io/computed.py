@@ -36,7 +36,7 @@ TURNED = 1 << 21
 """Elements of a tile of columns that become rows: for each tile, all rows of the source pass through a buffer."""
 BLOCK = 1 << 15
 """Elements of a block, in which a tile is computed element by element."""
-READ = 1 << 17
+READ = 1 << 18
 """Elements of each tensor that are read at a time for blocks, in whole rows."""
 CACHE = 64 << 20
 """Bytes of finished tiles, and of values from which tiles are made, that stay in memory."""
@@ -132,15 +132,19 @@ def elementwise(
         double: Whether the inputs come in float64.
     """
     matrices = [as_matrix(tensor) for tensor in inputs]
+    width = _width_of(matrices[0])
 
     def make(start: int, stop: int) -> Bytes:
         import numpy as np
 
         from ckptkit.io.casts import encode
 
-        return np.concatenate(
-            [encode(values(at, some), dtype) for at, some in blocks(matrices, start, stop, double=double)]
-        )
+        first, size = start * width, dtype.itemsize
+        out = np.empty((stop - start) * width * size, np.uint8)
+        for at, some in blocks(matrices, start, stop, double=double):
+            found = values(at, some)
+            out[(at - first) * size : (at - first + found.size) * size] = encode(found, dtype)
+        return out
 
     return made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make).reshape(inputs[0].shape)
 
@@ -148,7 +152,7 @@ def elementwise(
 def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
     """The tiles of a vector or matrix of this shape: (first row, row after the last)."""
     width = shape[-1] if len(shape) > 1 else 1
-    height = _tile_rows(width, 1)
+    height = tile_rows(width, 1)
     return [(row, min(row + height, shape[0])) for row in range(0, shape[0] if width else 0, height)]
 
 
@@ -168,20 +172,27 @@ def blocks(
 
     from ckptkit.io.casts import decode
     from ckptkit.io.reading import read_tensor
+    from ckptkit.io.source import Sources
 
-    width = matrices[0].shape[-1] if len(matrices[0].shape) > 1 else 1
+    width = _width_of(matrices[0])
     size = size or BLOCK
     height = max(max(size, READ) // width, 1)
-    for top in range(start, stop, height):
-        bottom = min(top + height, stop)
-        raw = [read_tensor(tensor.rows(top, bottom)) for tensor in matrices]
-        for first in range(0, (bottom - top) * width, size):
-            found = []
-            for data, tensor in zip(raw, matrices, strict=True):
-                item = tensor.out_dtype.itemsize
-                some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
-                found.append(some.astype(np.float64, copy=False) if double else some)
-            yield top * width + first, found
+    with Sources() as sources:
+        for top in range(start, stop, height):
+            bottom = min(top + height, stop)
+            raw = [read_tensor(tensor.rows(top, bottom), sources=sources) for tensor in matrices]
+            for first in range(0, (bottom - top) * width, size):
+                found = []
+                for data, tensor in zip(raw, matrices, strict=True):
+                    item = tensor.out_dtype.itemsize
+                    some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
+                    found.append(some.astype(np.float64, copy=False) if double else some)
+                yield top * width + first, found
+
+
+def _width_of(matrix: Tensor) -> int:
+    """Elements of a row of a vector or matrix."""
+    return matrix.shape[-1] if len(matrix.shape) > 1 else 1
 
 
 class Once(Generic[Found]):
@@ -386,7 +397,7 @@ def made(
     return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE), dtype, shape)
 
 
-def _tile_rows(width: int, unit: int, tile: int | None = None) -> int:
+def tile_rows(width: int, unit: int, tile: int | None = None) -> int:
     """Rows of `width` elements in a tile: a multiple of `unit`."""
     return max((tile or TILE) // (width * unit), 1) * unit
 
@@ -444,7 +455,7 @@ class _Computed:
     @cached_property
     def _rows(self) -> int:
         """Rows of a tile."""
-        return _tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
+        return tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
 
     def _tile(self, number: int) -> memoryview:
         start = number * self._rows
