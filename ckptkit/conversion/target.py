@@ -13,6 +13,7 @@ from ckptkit.checkpoints.lora.layouts import Record
 from ckptkit.checkpoints.lora.megatron import is_adapter_name
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.run_config import run_config
+from ckptkit.checkpoints.sidecar_contents import originals_of
 from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
 from ckptkit.conversion.quantising import QuantisedOutput, names_for, quantise
@@ -253,7 +254,8 @@ class Target:
             "make_vocab_size_divisible_by": self.divisible_by,
             **({"megatron_flags": self.megatron_flags} if self.format.sharded else {}),
         }
-        files = source.sidecar.lay_out(manifest, self.config_json)
+        sidecar = replace(source.sidecar, originals=originals_of(source.items, source.tensors))
+        files = sidecar.lay_out(manifest, self.config_json)
         if self.adapter is not None and self.adapter.sidecar is not None:
             files += self.adapter.sidecar.lay_out(manifest, folder=OF_ADAPTER)
         return files

@@ -179,8 +179,8 @@ class ModelConfig:
         sinks: Whether every head has a learned score of its own beside those of the keys, for which there is no value
             (Megatron's learnable softmax).
         qk_norm: Whether q and k are normalised per head; with latent attention, the latent vectors.
-        output_gate: Whether the output of attention is multiplied by the sigmoid of a gate, before its projection;
-            gates are projected beside the queries.
+        output_gate: Whether the output of attention is multiplied by the sigmoid of a gate before its projection. Gates
+            are projected beside the queries.
         latent: The sizes of latent attention, or None for plain attention.
         activation: Hugging Face's name of the MLP's activation (`silu`, `gelu_pytorch_tanh`, `xielu`, ...).
         gated: Whether the MLP is gated (`act(gate) * up`).
@@ -204,8 +204,8 @@ class ModelConfig:
         shared_expert_gate: Whether its output is multiplied by the sigmoid of one number, a projection of its input.
         mtp_layers: Layers of multi-token prediction after the last one, each with experts if that one has them. Files
             may lack those that config.json counts: a model has as many as there are tensors for.
-        zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`. On the outputs of
-            a DeltaNet, Megatron-Core's does so, too, and Hugging Face's never.
+        zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`. That of a DeltaNet's
+            outputs does so in Megatron-Core alone.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
         softmax_scale: Factor on the attention scores; None is `head_dim ** -0.5`.
