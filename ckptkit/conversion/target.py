@@ -23,12 +23,14 @@ from ckptkit.formats.json_files import read_json
 from ckptkit.formats.sidecar import OF_ADAPTER, Sidecar
 from ckptkit.formats.torch_dist import FOLDER
 from ckptkit.io.plan import OutputFile
+from ckptkit.megatron_args.fields import delta_of
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import Stage, split_layers
 from ckptkit.tables.hybrid_names import GPT, HYBRID, hybrid_args, inexpressible_as_hybrid
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import CORE_0_19
 from ckptkit.tables.spelling import Spelling
 from ckptkit.version import __version__
@@ -137,8 +139,7 @@ class Target:
         if options.megatron_model == HYBRID and self.source.config.adapter is not None:
             raise UsageError("--megatron-model hybrid has layers of one width", hint="use --megatron-model gpt")
         config = self.source.config
-        if options.megatron_model == HYBRID and (config.latent is not None or config.mtp_layers):
-            what = "latent attention" if config.latent is not None else "multi-token prediction"
+        if options.megatron_model == HYBRID and (what := _not_in_hybrid(config)):
             raise UsageError(f"--megatron-model hybrid: {what} is not in it here", hint="use --megatron-model gpt")
         spelling = self.source.family.spelling(options.spec, options.experts, text=options.layout == TEXT)
         if not self.format.fits(spelling):
@@ -259,3 +260,13 @@ class Target:
         if self.adapter is not None and self.adapter.sidecar is not None:
             files += self.adapter.sidecar.lay_out(manifest, folder=OF_ADAPTER)
         return files
+
+
+def _not_in_hybrid(config: ModelConfig) -> str | None:
+    """A feature of the model for which no HybridModel is written, or None."""
+    found = {
+        "latent attention": config.latent is not None,
+        "a DeltaNet": delta_of(config) is not None,
+        "multi-token prediction": config.mtp_layers > 0,
+    }
+    return next((feature for feature, present in found.items() if present), None)

@@ -204,8 +204,8 @@ class ModelConfig:
         shared_expert_gate: Whether its output is multiplied by the sigmoid of one number, a projection of its input.
         mtp_layers: Layers of multi-token prediction after the last one, each with experts if that one has them. Files
             may lack those that config.json counts: a model has as many as there are tensors for.
-        zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`. That of a DeltaNet's
-            outputs does so in Megatron-Core alone.
+        zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`; that of the
+            outputs of a DeltaNet in Megatron-Core alone.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
         softmax_scale: Factor on the attention scores; None is `head_dim ** -0.5`.
