@@ -63,8 +63,11 @@ def transformer_config(
         cp: Context parallel size.
 
     Raises:
-        UnsupportedError: megatron-core cannot express the biases or the router.
+        UnsupportedError: megatron-core cannot express the biases or the router, or the runtime cannot cut sequences of
+            this model.
     """
+    if cp > 1 and any(layer.delta is not None for layer in config.layers):
+        raise UnsupportedError("gated DeltaNets are not in the runtime with context parallelism")
     if config.num_experts == 0:
         grid = replace(grid, ep=1, etp=None)  # megatron-core refuses expert ranks without experts
     kind = RuntimeConfig if config.latent is None else LatentRuntimeConfig

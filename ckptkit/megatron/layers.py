@@ -71,8 +71,6 @@ def layer_spec(config: ModelConfig, number: int, stage: range, cp: int = 1) -> M
 
 def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int) -> ModuleSpec:
     if layer.delta is not None:
-        if cp > 1:
-            raise UnsupportedError("a gated DeltaNet is not in the runtime with context parallelism")
         linears = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
         return ModuleSpec(module=GatedDeltaNet, submodules=GatedDeltaNetSubmodules(out_norm=GatedNorm, **linears))
     parts = stock.submodules
