@@ -63,7 +63,6 @@ def config_of(raw: dict[str, Any], tp: int, pp: int, ep: int) -> Any:
             "moe_router_topk": raw["num_experts_per_tok"],
             "moe_router_pre_softmax": not raw.get("norm_topk_prob", True),
             "moe_token_dispatcher_type": "allgather",
-            "moe_router_dtype": "fp32",
         }
     return TransformerConfig(
         num_layers=raw["num_hidden_layers"],
@@ -138,8 +137,10 @@ def build(kind: str, tp: int, pp: int, ep: int) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.ssm import gated_delta_net
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+    moe_utils.te_general_gemm = None  # 0.16.1 forgets that there may be none
     gated_delta_net.HAVE_FLA, gated_delta_net.l2norm = True, l2norm
     raw = raw_config(kind)
     config, here = config_of(raw, tp, pp, ep), parallel_state.get_pipeline_model_parallel_rank()

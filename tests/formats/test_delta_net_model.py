@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -25,8 +26,9 @@ def ranks(kind: str, folder: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> lis
     """Runs the ranks of `delta_net_model`, and returns what the model and the checkpoint do not have in common."""
     command = [sys.executable, "-m", "tests.formats.delta_net_model", kind, str(folder)]
     sizes = [str(size) for size in (tp, pp, ep)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen([*command, str(rank), *sizes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), *sizes], **pipes, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
         for rank in range(tp * pp * ep)
     ]
     told = [process.communicate(timeout=600) for process in started]
@@ -69,7 +71,7 @@ def test_a_model_of_megatron_core_loads_and_saves(tmp_path: Path, grid: Parallel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [KIND, "qwen3_next-mixed"])
+@pytest.mark.parametrize("kind", [KIND])
 def test_logits_of_megatron_core(tmp_path: Path, kind: str) -> None:
     """Every head, gate, beta and decay is where megatron-core's own code looks for it."""
     import torch
