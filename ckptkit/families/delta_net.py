@@ -35,7 +35,6 @@ from ckptkit.tables.dims import (
     D,
     Q,
 )
-from ckptkit.tables.family import MegatronQuirks
 from ckptkit.tables.layouts import Parts, by_head, flat, interleave, stack
 from ckptkit.tables.model_config import DeltaNet, LayerConfig, ModelConfig, Rope
 from ckptkit.tables.rows import Row, layer, only, renamed, sparse
@@ -140,7 +139,6 @@ LOCAL = replace(
 )
 """The names of layers whose norms are modules of their own. Megatron-Core builds a DeltaNet only with `te`."""
 
-QUIRKS = MegatronQuirks(parallel=("in_proj", "out_proj"))
 
 
 DEFAULTS: Mapping[str, Any] = {

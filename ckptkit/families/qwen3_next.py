@@ -125,5 +125,4 @@ QWEN3_NEXT = Family(
     spellings=(TE, delta_net.LOCAL),
     hf_spellings=(HUB, stacked("fused", "mlp.")),
     marks=(*delta_net.MARKS, "decoder.layers.mlp.router.weight"),
-    quirks=delta_net.QUIRKS,
 )
