@@ -286,7 +286,7 @@ def columns_apart(matrix: Tensor, count: int) -> list[Tensor]:
     """
     height, columns = matrix.shape
     width, raw = columns // count, matrix.astype(matrix.dtype)
-    if (recipe := _whole_recipe(raw)) is not None and isinstance(recipe[0], Together) and len(recipe[1]) == count:
+    if (recipe := whole_recipe(raw)) is not None and isinstance(recipe[0], Together) and len(recipe[1]) == count:
         return [part if matrix.cast is None else part.astype(matrix.cast) for part in recipe[1]]
 
     def taking(at: int) -> Callable[[int, int], Bytes]:
@@ -321,7 +321,7 @@ def columns_together(parts: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"cannot join {', '.join(f'{part.out_dtype}{list(part.shape)}' for part in parts)}")
     width, height = parts[0].shape
     raw = [part.astype(part.dtype) for part in parts]
-    recipes = [_whole_recipe(part) for part in raw]
+    recipes = [whole_recipe(part) for part in raw]
     first = recipes[0]
     if first is not None and [recipe and recipe[0] for recipe in recipes] == [Apart(at, count) for at in range(count)]:
         sources = [recipe[1][0] for recipe in recipes if recipe is not None]
@@ -345,7 +345,7 @@ def recipe_of(data: bytes | Made) -> tuple[object, tuple[Tensor, ...]] | None:
     return (data.what, data.inputs) if isinstance(data, _Computed) else None
 
 
-def _whole_recipe(tensor: Tensor) -> tuple[object, tuple[Tensor, ...]] | None:
+def whole_recipe(tensor: Tensor) -> tuple[object, tuple[Tensor, ...]] | None:
     """`recipe_of` the bytes that a tensor consists of, if they are all of one recipe's."""
     runs = list(itertools.islice(tensor.runs(), 2))
     if len(runs) != 1 or not isinstance(runs[0], Literal):
