@@ -138,7 +138,9 @@ class CausalModel(GPTModel):
                 tokens, positions, None, decoder_input, labels=labels, packed_seq_params=packed_seq_params
             )
         # Not through the module: what is recorded of it is the model's own pass.
-        found = predicted_states(self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params)
+        found = predicted_states(
+            self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params=packed_seq_params
+        )
         if labels is None:
             logits: torch.Tensor = self.output_layer(found[-1])[0]
             return logits.transpose(0, 1).contiguous()
