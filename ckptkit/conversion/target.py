@@ -135,10 +135,9 @@ class Target:
         options = self.options
         if options.megatron_model == HYBRID and self.source.config.adapter is not None:
             raise UsageError("--megatron-model hybrid has layers of one width", hint="use --megatron-model gpt")
-        config = self.source.config
-        if options.megatron_model == HYBRID and (config.latent is not None or config.mtp_layers):
-            what = "latent attention" if config.latent is not None else "multi-token prediction"
-            raise UsageError(f"--megatron-model hybrid: {what} is not in it here", hint="use --megatron-model gpt")
+        if options.megatron_model == HYBRID and self.source.config.mtp_layers:
+            what = "--megatron-model hybrid: multi-token prediction is not in it here"
+            raise UsageError(what, hint="use --megatron-model gpt")
         spelling = self.source.family.spelling(options.spec, options.experts, text=options.layout == TEXT)
         if not self.format.fits(spelling):
             raise UsageError(f"--spec {options.spec} exists only as per-rank files", hint="use --to torch")
