@@ -64,6 +64,7 @@ QUICK = [
     ("gemma4_text-moe", EXPERT_WAYS[0]),
     ("mixtral-windowed", EXPERT_WAYS[1]),
     ("gqa", WAYS[5]),
+    ("deepseek_v3", EXPERT_WAYS[1]),
 ]
 
 
