@@ -23,6 +23,7 @@ _MODULES = {
     **dict.fromkeys(("inspect", "diff", "validate", "hash"), "looking"),
     "verify": "verify",
     "families": "families",
+    "doctor": "doctor",
     "delta": "delta",
     "adapter": "adapter",
     "surgery": "surgery",

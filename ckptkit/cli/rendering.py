@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ckptkit.inspection.hashing import Hashes
     from ckptkit.inspection.summary import Inspection
     from ckptkit.inspection.validation import Validation
+    from ckptkit.verification.environment.disk import Disk
+    from ckptkit.verification.environment.summary import Ability, Environment
     from ckptkit.verification.reports.report import VerificationReport
 
 GOOD, BAD = "bold green", "bold red"
@@ -303,6 +305,44 @@ def architectures(supported: Iterable[Architecture], console: Console) -> None:
 
 
 # verification ---------------------------------------------------------------------------------------------------------
+
+
+def environment(found: Environment, console: Console) -> None:
+    """What works here."""
+    console.print(
+        facts(
+            [
+                ("ckptkit", f"{found.ckptkit}, Python {found.python}, {found.platform}"),
+                (
+                    "devices",
+                    ", ".join(f"{one['name']} ({human_size(one['memory'])})" for one in found.devices) or "CPU",
+                ),
+                ("launchers", ", ".join(name for name, place in found.launchers.items() if place) or "none found"),
+                *_disk(found.disk),
+            ]
+        )
+    )
+    rows = [(one.name, one.version or "-", one.problem or "ok", one.purpose) for one in found.packages]
+    console.print(table(("Package", "Version", "State", "For"), rows, numbers=False))
+    answers = [(one.commands, "works" if one.works else _reasons(one)) for one in found.abilities]
+    console.print(table(("Command", "Here"), answers, numbers=False))
+    lines = dict.fromkeys(one.install for one in found.abilities if one.install)
+    sentences(console, lines, "to install", "yellow")
+
+
+def _reasons(ability: Ability) -> str:
+    """Why something does not work."""
+    missing = [f"needs {', '.join(ability.missing)}"] if ability.missing else []
+    return "; ".join([*missing, *ability.problems])
+
+
+def _disk(disk: Disk | None) -> list[tuple[str, str]]:
+    if disk is None:
+        return []
+    rates = ", ".join(
+        f"{human_size(int(rate))}/s {verb}" for rate, verb in ((disk.write, "written"), (disk.read, "read"))
+    )
+    return [("disk", f"{disk.folder} ({disk.filesystem}): {rates}, {human_size(disk.free)} free")]
 
 
 def verification(report: VerificationReport, console: Console) -> None:
