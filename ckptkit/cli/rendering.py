@@ -14,6 +14,7 @@ from ckptkit.sizes import human_size, three_digits
 
 if TYPE_CHECKING:
     from ckptkit.conversion.architectures import Architecture
+    from ckptkit.conversion.choosing import Choices
     from ckptkit.conversion.execution import ConversionResult
     from ckptkit.deltas.make import MadeDelta
     from ckptkit.inspection.delta_summary import DeltaInspection
@@ -64,6 +65,19 @@ def conversion(result: ConversionResult, console: Console) -> None:
     if flags := target.get("megatron_flags"):
         console.print(line("Megatron-LM builds this model with:"))
         megatron_flags(flags, console)
+
+
+def choices(found: Choices, console: Console) -> None:
+    """What a checkpoint is, and what it can become."""
+    layout = _layout({"format": found.format, "grid": found.grid})
+    console.print(line((f"{found.architecture} ({found.family}), {layout}", "bold")))
+    console.print(line((found.path, "dim")), soft_wrap=True)
+    for one in found.choices:
+        console.print()
+        console.print(line((f"--to {one.to}", "bold"), f": {one.what}"), soft_wrap=True)
+        console.print(line(f"  {one.command}"), soft_wrap=True)
+    console.print()
+    sentences(console, found.notes, "note", "cyan")
 
 
 def _likeness(likeness: Mapping[str, Any]) -> list[str]:
