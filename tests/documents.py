@@ -74,7 +74,7 @@ def prepare(folder: Path, page: str) -> None:
     if "Llama-70B" in text:
         for made, name in zip(save_pair(folder / "pair"), ("Llama-8B", "Llama-70B"), strict=True):
             made.rename(folder / name)
-    if " adapter " in text and "peft" in text:
+    if "ckptkit convert adapter " in text:
         save_adapter(folder / "adapter", folder / "Qwen3-8B")
 
 

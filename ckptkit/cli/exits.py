@@ -15,6 +15,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from ckptkit.cli import log_file
 from ckptkit.cli.output import SIGPIPE_EXIT, Output, say
 from ckptkit.cli.streams import prepare
 from ckptkit.errors import CkptkitError, UnsupportedError, UsageError, VerificationError
@@ -85,6 +86,20 @@ class Commands(TyperGroup):
 
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
         output = Output(_json_file(arguments) if not _rank() else None)
+        try:
+            rest, file = log_file.taken(arguments)
+            end = log_file.logged(file, rest) if file is not None and not _rank() else None
+        except CkptkitError as error:
+            return _failed(output, error)
+        code = self._ended(output, rest, prog_name, complete_var, **extra)
+        if end is not None:
+            end(code)
+        return code
+
+    def _ended(
+        self, output: Output, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any
+    ) -> int:
+        """Runs a command line. Whatever happens becomes an exit code."""
         _COMMAND.set(tuple(arguments))
         try:
             try:

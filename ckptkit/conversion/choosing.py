@@ -29,6 +29,8 @@ MEANINGS = {
 }
 """Format -> what it is for; a test compares the formats with those that can be written."""
 _LARGEST_TP = 4
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Choices:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def choices_of(path: str | Path, **source: Any) -> Choices:
