@@ -72,12 +72,12 @@ def schemas() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, (kind, version, more) in RESULTS.items():
         schema = schema_of(kind)
-        schema["properties"] = {"schema": {"const": version}, **schema["properties"]}
+        schema["properties"] = {**schema["properties"], "schema": {"const": version}}
         schema["properties"] |= {extra: schema_of(kind) for extra, kind in more.items()}
         schema["required"] = ["schema", *(one for one in schema["required"] if one != "schema"), *more]
         if name == "validate":  # a property of each check
             check = schema["properties"]["checks"]["items"]
-            check["properties"]["passed"] = schema_of(bool | None)
+            check["properties"]["passed"] = schema_of(bool)
             check["required"].append("passed")
         found[f"{name}-{version}.json"] = _titled(schema, f"ckptkit {name.replace('-', ' ')} --json, version {version}")
     found["families-1.json"] = _titled(
