@@ -14,7 +14,10 @@ sys.path.insert(0, str(ROOT))
 
 from docs_site.generated import SECTIONS  # noqa: E402  the package is beside this file
 
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {
+    "README.md": "index.md",
+    **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")},
+}
 """File at the top -> page of the site."""
 _MARKER = re.compile(r"<!-- generated: ([a-z-]+) -->")
 _TARGET = re.compile(r"(?<=\]\()(?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?(?=\))")

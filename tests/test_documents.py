@@ -18,7 +18,7 @@ from tests.documents import DOCS, ROOT, Command, commands_of, links, prepare, ru
 
 JOBS = sorted(f"jobs/{page.name}" for page in (DOCS / "jobs").glob("*.md"))
 PAGES = [*JOBS, "which-format.md"]
-EVERY = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+EVERY = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def test_a_link_to_nowhere_is_noticed(tmp_path: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
-    assert pages <= listed and listed - pages == {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+    assert pages <= listed and listed - pages == {"index.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"}
 
 
 def test_the_exit_codes_are_those_of_the_code() -> None:
