@@ -19,6 +19,8 @@ from ckptkit.conversion import choosing, execution
 from ckptkit.conversion.architectures import Architecture
 from ckptkit.deltas import make
 from ckptkit.inspection import delta_summary, differences, hashing, summary, validation
+from ckptkit.runs import watch
+from ckptkit.runs.record import Entry
 from ckptkit.verification.environment import summary as environment
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "schemas"
@@ -31,6 +33,7 @@ RESULTS: dict[str, tuple[type, int, dict[str, type]]] = {
     "validate": (validation.Validation, validation.SCHEMA, {"passed": bool}),
     "hash": (hashing.Hashes, hashing.SCHEMA, {}),
     "delta-make": (make.MadeDelta, make.SCHEMA, {}),
+    "watch": (watch.Watched, watch.SCHEMA, {}),
     "doctor": (environment.Environment, environment.SCHEMA, {}),
 }
 """Name -> the class of the result, the version of its JSON, and fields that the JSON has beside those of the class.
@@ -75,6 +78,9 @@ def schemas() -> dict[str, dict[str, Any]]:
         schema["properties"] = {**schema["properties"], "schema": {"const": version}}
         schema["properties"] |= {extra: schema_of(kind) for extra, kind in more.items()}
         schema["required"] = ["schema", *(one for one in schema["required"] if one != "schema"), *more]
+        if name == "watch":  # a list, with the numbers in it
+            schema["properties"]["iterations"] = {"type": "array", "items": schema_of(Entry)}
+            schema["properties"]["iterations"]["items"]["properties"]["iteration"] = schema_of(int)
         if name == "validate":  # a property of each check
             check = schema["properties"]["checks"]["items"]
             check["properties"]["passed"] = schema_of(bool)

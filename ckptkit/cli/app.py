@@ -23,6 +23,7 @@ _MODULES = {
     "convert": "convert",
     **dict.fromkeys(("inspect", "diff", "validate", "hash"), "looking"),
     "verify": "verify",
+    "watch": "watch",
     "families": "families",
     "doctor": "doctor",
     "delta": "delta",

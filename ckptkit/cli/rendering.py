@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ckptkit.inspection.hashing import Hashes
     from ckptkit.inspection.summary import Inspection
     from ckptkit.inspection.validation import Validation
+    from ckptkit.runs.watch import Watched
     from ckptkit.verification.environment.disk import Disk
     from ckptkit.verification.environment.summary import Ability, Environment
     from ckptkit.verification.reports.report import VerificationReport
@@ -319,6 +320,12 @@ def architectures(supported: Iterable[Architecture], console: Console) -> None:
 
 
 # verification ---------------------------------------------------------------------------------------------------------
+
+
+def watched(found: Watched, console: Console) -> None:
+    """What became of the iterations of a run."""
+    rows = [(entry.folder, entry.state, entry.said) for _, entry in sorted(found.iterations.items())]
+    console.print(table(("Iteration", "State", "Because"), rows, numbers=False))
 
 
 def environment(found: Environment, console: Console) -> None:
