@@ -327,6 +327,8 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
 
     file = path / "model.safetensors"
     tensors, config = load_file(file), json.loads((path / "config.json").read_text())
+    apart, model = "Qwen3" in config["architectures"][0], "model.language_model." if "text_config" in config else "model."
+    config = config.get("text_config") or config
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     generator = torch.Generator().manual_seed(1)
 
@@ -337,9 +339,9 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
         drawn = torch.randn(sizes, generator=generator) * size
         return (drawn.abs() + 0.5 if norm else drawn).to(like.dtype)
 
-    norm = tensors["model.norm.weight"]
+    norm = tensors[f"{model}norm.weight"]
     for number in range(layers, layers + count):
-        block, last = f"model.layers.{number}.", f"model.layers.{layers - 1}."
+        block, last = f"{model}layers.{number}.", f"{model}layers.{layers - 1}."
         own = {
             block + name.removeprefix(last): drawn(tensor, norm="norm" in name)
             for name, tensor in tensors.items()
@@ -348,12 +350,24 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
         names = ("enorm", "hnorm", "shared_head.norm")
         norms = {f"{block}{name}.weight": drawn(norm, width, norm=True) for name in names}
         own |= norms | {f"{block}eh_proj.weight": drawn(norm, width, 2 * width)}
-        if copies:
+        if copies and not apart:
             own[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
             own[f"{block}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-        tensors |= own
+        tensors |= {_apart(name, block): tensor for name, tensor in own.items()} if apart else own
     save_file(tensors, file, metadata={"format": "pt"})
     return path
+
+
+def _apart(name: str, block: str) -> str:
+    """The name of a tensor of multi-token prediction where an archive does not number it behind the others."""
+    names = {
+        "enorm.weight": "pre_fc_norm_embedding.weight",
+        "hnorm.weight": "pre_fc_norm_hidden.weight",
+        "shared_head.norm.weight": "norm.weight",
+        "eh_proj.weight": "fc.weight",
+    }
+    inside = name.removeprefix(block)
+    return f"mtp.{names[inside]}" if inside in names else f"mtp.layers.0.{inside}"
 
 
 def randomise(model: Any) -> None:

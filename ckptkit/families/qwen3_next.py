@@ -15,6 +15,7 @@ from ckptkit.tables.config_fields import Fields
 from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import APART
 from ckptkit.tables.rows import Raw, dense, only, without
 from ckptkit.tables.spelling import HUB, TE
 
@@ -80,6 +81,7 @@ def _values(config: ModelConfig) -> dict[str, Any]:
         **values_of_experts(config),
         "norm_topk_prob": config.norm_topk_prob,
         "mlp_only_layers": dense_of(config),
+        **({"num_nextn_predict_layers": config.mtp_layers} if config.mtp_layers else {}),
     }
 
 
@@ -123,6 +125,12 @@ QWEN3_NEXT = Family(
     ),
     replicas=(TIED_HEAD,),
     spellings=(TE, delta_net.LOCAL),
-    hf_spellings=(HUB, stacked("fused", "mlp.")),
+    predicts=True,
+    prediction=APART,
+    hf_spellings=(
+        HUB,
+        stacked("fused", "mlp.", apart="mtp.layers.0."),
+        stacked("fused_model", "mlp.", apart="mtp.layers.0.", stack_apart=False),
+    ),
     marks=(*delta_net.MARKS, "decoder.layers.mlp.router.weight"),
 )

@@ -209,12 +209,15 @@ class HfSpelling:
     Attributes:
         name: For the `spelling` of `Family.fuse`.
         renames: (canonical, written) pieces of names; with a leading dot anywhere in a name, else at its start.
-        stacks: The tensors that hold all experts of a layer.
+        stacks: The tensors that hold all experts of a layer; without `{i}`, of one of multi-token prediction.
+        predicted: Whether stacks with `{i}` are those of layers of multi-token prediction, too, numbered behind the
+            model's own.
     """
 
     name: str
     renames: tuple[tuple[str, str], ...] = ()
     stacks: tuple[Stack, ...] = ()
+    predicted: bool = True
 
     @property
     def canonical_as_is(self) -> bool:
@@ -282,16 +285,17 @@ class HfSpelling:
 
     def _stacked(self, config: ModelConfig) -> dict[str, tuple[Form, list[list[str]]]]:
         """Fused name -> its form, and for each expert the canonical names of its parts."""
-        layers = [number for number, layer in enumerate(config.layers) if layer.moe]
-        if config.layers[-1].moe:  # those of multi-token prediction are like the last one
-            layers += range(config.num_layers, config.num_layers + config.mtp_layers)
+        layers: list[int | None] = [number for number, layer in enumerate(config.layers) if layer.moe]
+        further = config.mtp_layers if config.layers[-1].moe else 0  # these layers are like the last one
+        if self.predicted:
+            layers += range(config.num_layers, config.num_layers + further)
         return {
             stack.fused.format(i=i): (
                 stack.form,
                 [[part.format(i=i, e=e) for part in stack.parts] for e in range(config.num_experts)],
             )
             for stack in self.stacks
-            for i in layers
+            for i in (layers if "{i}" in stack.fused else [None] * min(further, 1))
         }
 
 
