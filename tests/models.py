@@ -179,6 +179,15 @@ _GEMMA4_AUDIO: dict[str, Any] = {
     "subsampling_conv_channels": [4, 2],
 }
 
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
@@ -226,6 +235,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
         },
     ),
+    "qwen3_5_text": ("Qwen3_5Text", _DELTA),
+    "qwen3_5": ("Qwen3_5", {**_DELTA, "tie_word_embeddings": True}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**_SHARED, **_DELTA}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**_SHARED, **_DELTA, "tie_word_embeddings": False}),
     "gpt_oss": ("GptOss", _GPT_OSS),
     "gpt_oss-plain": (
         "GptOss",
@@ -253,7 +266,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Kind -> (stem of the transformers classes, what it changes; of the text model, if it is wrapped), but for Llama."""
 
-WRAPPERS = ("Gemma3", "Gemma4")
+WRAPPERS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
 """Stems of the multimodal models."""
 
 
@@ -282,6 +295,9 @@ def model_config(kind: str, **changes: Any) -> Any:
     if stem == "Gemma3":
         own, towers = {**_GEMMA3, **own}, {"vision_config": _SIGLIP, "mm_tokens_per_image": 4}
     text = {**_TINY, "model_type": f"{stem.lower()}_text", "tie_word_embeddings": tied, **own, **changes}
+    if stem.startswith("Qwen"):  # whose text model says nothing of its own, or something wrong
+        tied, towers = text.pop("tie_word_embeddings"), {"vision_config": {**_QWEN_VISION, "out_hidden_size": 96}}
+        text["model_type"] = f"{stem.replace('Moe', '_moe').lower()}_text"
     return config_class(**deepcopy({"text_config": text, **towers, "tie_word_embeddings": tied}))
 
 
@@ -327,7 +343,10 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
 
     file = path / "model.safetensors"
     tensors, config = load_file(file), json.loads((path / "config.json").read_text())
-    apart, model = "Qwen3" in config["architectures"][0], "model.language_model." if "text_config" in config else "model."
+    apart, model = (
+        "Qwen3" in config["architectures"][0],
+        "model.language_model." if "text_config" in config else "model.",
+    )
     config = config.get("text_config") or config
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     generator = torch.Generator().manual_seed(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptkit.errors import InputError
 from ckptkit.families import delta_net
-from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, QK_NORMS, experts, router, stacked
+from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
 from ckptkit.families.delta_net import DELTA_BY_HEAD, SHARED_EXPERT, values_of_delta_nets, with_delta_nets
 from ckptkit.families.llama import EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.qwen import dense_layers, dense_of
@@ -115,7 +115,7 @@ QWEN3_NEXT = Family(
     rows=(
         *EMBEDDINGS,
         *delta_net.ATTENTION,
-        *only(QK_NORMS, delta_net.attends),
+        *delta_net.QK_NORMS,
         *DELTA_BY_HEAD,
         *without(only(MLP, dense), "linear_fc1.bias", "linear_fc2.bias"),
         NORM_BEFORE_EXPERTS,

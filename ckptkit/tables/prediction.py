@@ -1,9 +1,10 @@
 """Layers of multi-token prediction: decoder layers behind the last one, with a projection in front and a norm behind.
 
 Most Hugging Face archives number them as if they followed the model's own layers (`model.layers.61.` of a model with 61
-layers), and may repeat the embedding and the head in each; others have them apart, under `mtp.`. Megatron has them in a block of their own on the last pipeline
-stage, with a copy of the embedding where that is not the first. A checkpoint may hold none although its config.json
-counts some: transformers leaves them out of what it saves, and many trainers do not train them.
+layers), and may repeat the embedding and the head in each; others have them apart, under `mtp.`. Megatron has them in a
+block of their own on the last pipeline stage, with a copy of the embedding where that is not the first. A checkpoint
+may hold none although its config.json counts some: transformers leaves them out of what it saves, and many trainers do
+not train them.
 
 Megatron-Core calls the decoder layer inside `transformer_layer` up to 0.18 and in every distributed checkpoint, and
 `mtp_model_layer` in the files of ranks since 0.19. Source: `MultiTokenPredictionLayer` of megatron-core 0.16.1 and
@@ -29,7 +30,6 @@ _HF = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.")
 _APART = re.compile(r"mtp\.(?:layers\.([0-9]{1,4})\.)?")
 _OF_0_16 = re.compile(rf"((?:^|.*\.)mtp\.layers\.[0-9]+\.){re.escape(_INNER)}")
 _OF_0_19 = re.compile(rf"((?:^|.*\.)mtp\.layers\.[0-9]+\.){re.escape(_INNER_OF_0_19)}(?!layers\.)")
-
 
 
 @dataclass(frozen=True)
