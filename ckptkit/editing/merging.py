@@ -236,7 +236,7 @@ class _Merger:
         unpacked = [item.unpack(whole) for whole in wholes]
         made = {}
         for number, (name, template) in enumerate(zip(item.hf, item.row.hf, strict=True)):
-            stack = self.stacks.get(template)
+            stack = None if item.layer is None else self.stacks.get(template)
             if stack is not None and self.recipe.method != recipes.PASSTHROUGH:
                 assert item.layer is not None
                 made[name] = self.experts(stack, item.layer)[name]
