@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError
+from ckptkit.families.blocks import QK_NORMS as PLAIN_QK_NORMS
 from ckptkit.families.blocks import SHARED_EXPERTS
 from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.sharding.rules import BY_PART, COLUMN, REPLICATED, ROW
@@ -98,6 +99,9 @@ ATTENTION = (
 )
 """Attention with an output gate, and the norm before it."""
 
+QK_NORMS = only(PLAIN_QK_NORMS, attends)
+"""Its norms of queries and keys."""
+
 
 _MEGATRON, _HF = "self_attention.", "linear_attn."
 
@@ -138,7 +142,6 @@ LOCAL = replace(
     endings=(*PLAIN_LOCAL.endings, (f".{_MEGATRON}in_proj.layer_norm_weight", ".input_layernorm.weight")),
 )
 """The names of layers whose norms are modules of their own. Megatron-Core builds a DeltaNet only with `te`."""
-
 
 
 DEFAULTS: Mapping[str, Any] = {

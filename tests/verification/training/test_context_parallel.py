@@ -68,7 +68,7 @@ QUICK = [
 ]
 
 
-REFUSED = {"q_lora_rank": "latent attention is not", "linear_key_head_dim": "gated DeltaNets are not"}
+REFUSED = {"linear_key_head_dim": "gated DeltaNets are not"}
 """A key of models whose sequences are not cut -> what says so."""
 
 
