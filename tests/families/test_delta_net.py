@@ -348,3 +348,50 @@ def test_by_args_alone(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     different = [name for name in before if not torch.equal(before[name], after[name][: len(before[name])])]
     assert all(name.endswith("linear_attn.norm.weight") for name in different)
+
+
+@pytest.mark.parametrize(
+    ("piece", "words"),
+    [
+        ("linear_attn.conv1d", "modules of transformers"),
+        ("in_proj_ba", "in two layers"),
+        ("in_proj_qkvz", "in two layers"),
+    ],
+)
+def test_layouts_of_other_trainers_are_refused_by_name(tmp_path: Path, piece: str, words: str) -> None:
+    source = save_model(tmp_path / "hf", "qwen3_next")
+    convert(source, tmp_path / "meg", to="torch")
+    path = tmp_path / "meg" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    model = content["model"]
+    model[f"decoder.layers.0.self_attention.{piece}.weight"] = model.pop(
+        "decoder.layers.0.self_attention.in_proj.weight"
+    )
+    torch.save(content, path)
+    with pytest.raises(UnsupportedError, match=words):
+        open_checkpoint(tmp_path / "meg")
+
+
+def test_run_config_of_megatron_bridge(tmp_path: Path) -> None:
+    import yaml
+
+    source = save_model(tmp_path / "hf", "qwen3_next", dtype="bfloat16")
+    convert(source, tmp_path / "meg", to="torch_dist", grid=Parallelism(2, ep=2))
+    (path,) = (tmp_path / "meg").rglob("run_config.yaml")
+    model = yaml.safe_load(path.read_text())["model"]
+    assert model["_target_"].endswith(".Qwen3NextModelProvider")
+    expected = {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": 2,
+        "linear_num_value_heads": VALUES,
+        "attention_output_gate": True,
+        "moe_shared_expert_gate": True,
+        "layernorm_zero_centered_gamma": True,
+        "hetereogenous_dist_checkpoint": True,
+    }
+    assert {name: model[name] for name in expected} == expected
+    assert "experimental_attention_variant_spec" in model["transformer_layer_spec"]["_target_"]
+    shutil.rmtree(tmp_path / "meg" / "ckptkit")
+    assert open_checkpoint(tmp_path / "meg").config.layers[0].delta is not None
+    local = convert(source, tmp_path / "local", to="torch_dist", spec="local")
+    assert any("without Transformer Engine" in note for note in local.notes)
