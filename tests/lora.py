@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TOWERS = r".*(vision|audio|multi_modal_projector|embed_vision|embed_audio).*"
+TOWERS = r".*(vision|visual|shared_expert_gate|audio|multi_modal_projector|embed_vision|embed_audio).*"
 
 
 def load(base: Path) -> Any:

@@ -23,6 +23,8 @@ from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
+from tests.lora import load as load_model
+from tests.lora import save_adapter
 from tests.models import add_prediction, files_of, raw_config, save_model
 
 LAYERS, EXPERTS, GROUPS, KEYS, VALUES, KEY_DIM, VALUE_DIM = 4, 4, 4, 4, 8, 8, 12
@@ -395,3 +397,48 @@ def test_run_config_of_megatron_bridge(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "meg").config.layers[0].delta is not None
     local = convert(source, tmp_path / "local", to="torch_dist", spec="local")
     assert any("without Transformer Engine" in note for note in local.notes)
+
+
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
+def test_an_adapter_means_what_it_means_in_peft(tmp_path: Path, kind: str, to: str) -> None:
+    """Rank by rank, B A is what PEFT adds to that rank's rows of the projection of a DeltaNet."""
+    from peft import PeftModel
+
+    base = save_model(tmp_path / "base", kind)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=r".*(in_proj_\w+|q_proj|k_proj|out_proj)")
+    PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    written = convert(adapter, tmp_path / "lora", to=to, grid=Parallelism(2), hf_reference=base, adapter_layout="fused")
+    assert written.coverage
+    record = json.loads((tmp_path / "lora" / "ckptkit" / "adapter.json").read_text())
+    if to == "torch_dist":  # whose ranks' rows are in the order of the ranks
+        shutil.rmtree(tmp_path / "lora" / "ckptkit")
+        convert(
+            tmp_path / "lora",
+            tmp_path / "ranks",
+            to="torch",
+            grid=Parallelism(2),
+            hf_reference=base,
+            lora_alpha=record["alpha"],
+        )
+    folder = tmp_path / ("lora" if to == "torch" else "ranks")
+    for name in ("base", "merged"):
+        convert(tmp_path / name, tmp_path / f"{name}-torch", to="torch", grid=Parallelism(2))
+    factors = [of_rank(folder, rank) for rank in range(2)]
+    for module in ("layers.0.self_attention.in_proj", "layers.1.self_attention.linear_qkv"):
+        first, second = (f"decoder.{module}.adapter.linear_{way}.weight" for way in ("in", "out"))
+        a = torch.cat([held[first] for held in factors]).double()
+        for rank in range(2):
+            before, after = (
+                of_rank(tmp_path / f"{name}-torch", rank)[f"decoder.{module}.weight"].double()
+                for name in ("base", "merged")
+            )
+            added = record["alpha"] / record["rank"] * factors[rank][second].double() @ a
+            assert (added - (after - before)).abs().max() < 1e-5 * (after - before).abs().max(), (module, rank)
+
+
+def test_an_adapter_of_the_gate_of_a_shared_expert_has_no_place(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "qwen3_next")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["shared_expert_gate"], exclude_modules=None)
+    with pytest.raises(InputError, match="shared_expert_gate"):
+        convert(adapter, tmp_path / "lora", to="torch", hf_reference=base)
