@@ -23,6 +23,7 @@ from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
+from tests.checkpoints.args_files import set_args
 from tests.lora import load as load_model
 from tests.lora import save_adapter
 from tests.models import add_prediction, files_of, raw_config, save_model
@@ -467,3 +468,15 @@ def test_multi_token_prediction_on_the_last_stage(tmp_path: Path, kind: str, rel
     assert torch.equal(last[f"{prefix}mtp.layers.0.eh_proj.weight"], hf["mtp.fc.weight"])
     convert(tmp_path / "meg", tmp_path / "back", to="hf")
     assert files_of(tmp_path / "back") == files_of(source)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_width_that_no_layer_has_is_no_contradiction(tmp_path: Path, alone: bool) -> None:
+    """Megatron-LM records the width of a dense MLP for a model without one, of its own making if it is not told any."""
+    source = save_model(tmp_path / "hf", "qwen3_5_moe_text", dtype="bfloat16")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2))
+    set_args(tmp_path / "meg", ffn_hidden_size=256)
+    if alone:
+        shutil.rmtree(tmp_path / "meg" / "ckptkit")
+    found = open_checkpoint(tmp_path / "meg", hf_reference=source if alone else None)
+    assert {layer.ffn_hidden_size for layer in found.config.layers} == {48} and not found.disagreements
