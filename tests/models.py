@@ -100,8 +100,9 @@ _DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
-    "linear_key_head_dim": 8,
+    "linear_key_head_dim": 16,
     "linear_value_head_dim": 12,
+    "rms_norm_eps": 1e-3,  # heads as small as these read next to nothing at times; less would make its rounding large
 }
 _SHARED = {**_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 48}
 _GPT_OSS: dict[str, Any] = {

@@ -27,17 +27,17 @@ _TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class _LessOne:
-    """The recipe of a tensor that is one less than its first input."""
+class Lessened:
+    """The recipe of a tensor that is one less than its first input; a second input is that tensor."""
 
 
 @dataclass(frozen=True)
-class _MoreOne:
-    """The recipe of the inverse."""
+class Raised:
+    """The recipe of a tensor that is one more than its input."""
 
 
 @dataclass(frozen=True)
-class _Original:
+class Restored:
     """The recipe of elements of the second input, where they are one more than those of the first, else of sums."""
 
 
@@ -49,20 +49,20 @@ class LessOne:
 
     def to_megatron(self, tensor: Tensor) -> Tensor:
         """The vector less one; of what `to_hf` gave, the vector that it was of."""
-        if (inputs := _inputs(tensor, _MoreOne())) is not None:
+        if (inputs := _inputs(tensor, Raised())) is not None:
             return inputs[0]
-        if (inputs := _inputs(tensor, _Original())) is not None:
+        if (inputs := _inputs(tensor, Restored())) is not None:
             return self.kept(*inputs)
-        return _sum(tensor, -1, _LessOne())
+        return _sum(tensor, -1, Lessened())
 
     def to_hf(self, tensor: Tensor) -> Tensor:
         """The vector plus one; of what `to_megatron` or `kept` gave, the original."""
         original = self.original(tensor)
-        return _sum(tensor, 1, _MoreOne()) if original is None else original
+        return _sum(tensor, 1, Raised()) if original is None else original
 
     def original(self, tensor: Tensor) -> Tensor | None:
         """The vector that a result of `to_megatron` or `kept` is one less than, or None for other tensors."""
-        inputs = _inputs(tensor, _LessOne())
+        inputs = _inputs(tensor, Lessened())
         return None if inputs is None else inputs[0]
 
     def kept(self, stored: Tensor, original: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class LessOne:
         if original.out_dtype != stored.out_dtype:
             return stored
         dtype = stored.out_dtype
-        less, more = _sum(original, -1, _LessOne()), _sum(stored, 1, _MoreOne())
+        less, more = _sum(original, -1, Lessened()), _sum(stored, 1, Raised())
 
         def chosen(start: int, stop: int) -> Bytes:
             import numpy as np
@@ -88,12 +88,12 @@ class LessOne:
 
             return _elements(stored, start, stop).view(np.uint8)
 
-        source = made(dtype, stored.shape, [stored, original], _Original(), chosen)
-        return made(dtype, stored.shape, [source, stored], _LessOne(), as_stored)
+        source = made(dtype, stored.shape, [stored, original], Restored(), chosen)
+        return made(dtype, stored.shape, [source, stored], Lessened(), as_stored)
 
     def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
         """The vector in another type; of what `to_megatron` gave, the original is cast."""
-        inputs = _inputs(tensor, _LessOne())
+        inputs = _inputs(tensor, Lessened())
         if inputs is None or len(inputs) > 1:
             return tensor.astype(dtype)
         return self.to_megatron(inputs[0].astype(dtype))
