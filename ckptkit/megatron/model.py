@@ -132,7 +132,8 @@ class CausalModel(GPTModel):
         state = predicted_states(
             self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params=packed_seq_params
         )
-        logits: torch.Tensor = self.output_layer(state)[0]
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits: torch.Tensor = self.output_layer(state, weight=tied)[0]
         return logits.transpose(0, 1).contiguous()
 
     def _embed_narrow(self, adapter: Adapter) -> None:

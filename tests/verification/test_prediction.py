@@ -28,6 +28,8 @@ BLOCK = "mtp.layers.0."
 INNER = BLOCK + "transformer_layer."
 MODULE = "tests.verification.test_prediction:"
 PREDICTS = ("glm4_moe", "deepseek_v3", "glm4_moe_lite")
+APART = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe")
+"""Kinds whose archives have one such layer, apart from the others."""
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +56,22 @@ def one_rank() -> Iterator[RankPool]:
 
 def predicted(reference: Path, candidate: Path, pool: RankPool, count: int = 1, **options: Any) -> Any:
     sides = Side(reference, "hf", prediction=count), Side(candidate, "megatron", prediction=count)
-    return verify_logits(*sides, greedy=0, pool=pool, device="cpu", tolerance=1e-5, **options)
+    return verify_logits(*sides, greedy=0, pool=pool, device="cpu", **{"tolerance": 1e-5, **options})
 
 
 GRIDS: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     ("deepseek_v3", 2, Parallelism(2, 2), {"sequence_parallel": True}),
     ("glm4_moe", 2, Parallelism(1, 2, 2), {"packed": True}),
     ("glm4_moe_lite", 1, Parallelism(2, ep=2), {}),
+    ("qwen3_next", 1, Parallelism(2, 2), {"sequence_parallel": True, "tolerance": 1e-4}),
+    ("qwen3_5_text", 1, Parallelism(1, 2, 2), {"packed": True, "tolerance": 1e-4}),
 ]
 SLOW: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     *((kind, 1, Parallelism(1, 2, ep=2), {}) for kind in PREDICTS),
     *((kind, 2, Parallelism(2, 2, 2), {"sequence_parallel": True, "packed": True}) for kind in PREDICTS),
+    *((kind, 1, Parallelism(2, 2), {"packed": True, "tolerance": 1e-4}) for kind in APART),
+    *((kind, 1, Parallelism(2), {"dtype": "float64"}) for kind in APART),
+    ("qwen3_5_text", 1, Parallelism(1, 2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
     ("glm4_moe", 1, Parallelism(2), {"dp": 2}),
     ("deepseek_v3", 1, Parallelism(2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
     ("glm4_moe", 1, Parallelism(1, 2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
@@ -119,9 +126,25 @@ def halves_exchanged(weight: Any) -> Any:
     return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
 
 
+def gates_exchanged(weight: Any) -> Any:
+    return weight.view(4, 8, 16, -1)[:, [3, 4, 5, 0, 1, 2, 6, 7]].reshape(weight.shape)
+
+
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     # what -> kind, change to the file, the place in the layer, tensor that must be named
     "halves exchanged": ("glm4_moe", changed(f"{BLOCK}eh_proj.weight", halves_exchanged), "projection", "eh_proj"),
+    "halves exchanged where they are apart": (
+        "qwen3_next",
+        changed(f"{BLOCK}eh_proj.weight", halves_exchanged),
+        "projection",
+        "eh_proj",
+    ),
+    "gates exchanged with queries": (
+        "qwen3_5_text",
+        changed(f"{INNER}self_attention.linear_qkv.weight", gates_exchanged),
+        "self_attention",
+        "linear_qkv",
+    ),
     "norms exchanged": (
         "deepseek_v3",
         exchanged(f"{BLOCK}enorm.weight", f"{BLOCK}hnorm.weight"),
@@ -153,7 +176,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
         "input_layernorm",
     ),
 }
-QUICK = ("halves exchanged", "norms exchanged")
+QUICK = ("halves exchanged", "norms exchanged", "halves exchanged where they are apart")
 
 
 @pytest.mark.parametrize(
