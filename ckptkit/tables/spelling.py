@@ -82,9 +82,9 @@ class Spelling:
     def canonical(self, name: str) -> str:
         """The name in this spelling -> the canonical name.
 
-        Two names are ambiguous. In `local`, the norm before a dense MLP has the name that all spellings give to the norm
-        before experts, and the norm before a DeltaNet that of the norm before attention. This function assumes a dense
-        layer and attention. Code that has the table of the model need not assume.
+        Two names are ambiguous. In `local`, the norm before a dense MLP has the name that all spellings give to the
+        norm before experts, and the norm before a DeltaNet that of the norm before attention. This function assumes a
+        dense layer and attention. Code that has the table of the model need not assume.
         """
         name = name.removeprefix(self.prefix)
         name = _SEQUENTIAL_NAME.sub(r".experts.\2.\3\1", name)
