@@ -135,6 +135,7 @@ QWEN3_5_TEXT = Family(
     spellings=(TE, delta_net.LOCAL),
     hf_spellings=_with_wrapper((HUB,)),
     marks=(*MARKS, "decoder.layers.mlp.linear_fc1.weight"),
+    quirks=delta_net.QUIRKS,
 )
 QWEN3_5_MOE_TEXT = replace(
     QWEN3_5_TEXT,

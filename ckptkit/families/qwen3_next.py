@@ -133,4 +133,6 @@ QWEN3_NEXT = Family(
         stacked("fused_model", "mlp.", apart="mtp.layers.0.", stack_apart=False),
     ),
     marks=(*delta_net.MARKS, "decoder.layers.mlp.router.weight"),
+    quirks=delta_net.QUIRKS,
+    bridge=delta_net.BRIDGE,
 )

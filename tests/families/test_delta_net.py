@@ -23,6 +23,8 @@ from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
+from tests.lora import load as load_model
+from tests.lora import save_adapter
 from tests.models import add_prediction, files_of, raw_config, save_model
 
 LAYERS, EXPERTS, GROUPS, KEYS, VALUES, KEY_DIM, VALUE_DIM = 4, 4, 4, 4, 8, 8, 12
@@ -348,3 +350,95 @@ def test_by_args_alone(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     different = [name for name in before if not torch.equal(before[name], after[name][: len(before[name])])]
     assert all(name.endswith("linear_attn.norm.weight") for name in different)
+
+
+@pytest.mark.parametrize(
+    ("piece", "words"),
+    [
+        ("linear_attn.conv1d", "modules of transformers"),
+        ("in_proj_ba", "in two layers"),
+        ("in_proj_qkvz", "in two layers"),
+    ],
+)
+def test_layouts_of_other_trainers_are_refused_by_name(tmp_path: Path, piece: str, words: str) -> None:
+    source = save_model(tmp_path / "hf", "qwen3_next")
+    convert(source, tmp_path / "meg", to="torch")
+    path = tmp_path / "meg" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    model = content["model"]
+    model[f"decoder.layers.0.self_attention.{piece}.weight"] = model.pop(
+        "decoder.layers.0.self_attention.in_proj.weight"
+    )
+    torch.save(content, path)
+    with pytest.raises(UnsupportedError, match=words):
+        open_checkpoint(tmp_path / "meg")
+
+
+def test_run_config_of_megatron_bridge(tmp_path: Path) -> None:
+    import yaml
+
+    source = save_model(tmp_path / "hf", "qwen3_next", dtype="bfloat16")
+    convert(source, tmp_path / "meg", to="torch_dist", grid=Parallelism(2, ep=2))
+    (path,) = (tmp_path / "meg").rglob("run_config.yaml")
+    model = yaml.safe_load(path.read_text())["model"]
+    assert model["_target_"].endswith(".Qwen3NextModelProvider")
+    expected = {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": 2,
+        "linear_num_value_heads": VALUES,
+        "attention_output_gate": True,
+        "moe_shared_expert_gate": True,
+        "layernorm_zero_centered_gamma": True,
+        "hetereogenous_dist_checkpoint": True,
+    }
+    assert {name: model[name] for name in expected} == expected
+    assert "experimental_attention_variant_spec" in model["transformer_layer_spec"]["_target_"]
+    shutil.rmtree(tmp_path / "meg" / "ckptkit")
+    assert open_checkpoint(tmp_path / "meg").config.layers[0].delta is not None
+    local = convert(source, tmp_path / "local", to="torch_dist", spec="local")
+    assert any("without Transformer Engine" in note for note in local.notes)
+
+
+@pytest.mark.parametrize("to", ["torch", "torch_dist"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
+def test_an_adapter_means_what_it_means_in_peft(tmp_path: Path, kind: str, to: str) -> None:
+    """Rank by rank, B A is what PEFT adds to that rank's rows of the projection of a DeltaNet."""
+    from peft import PeftModel
+
+    base = save_model(tmp_path / "base", kind)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=r".*(in_proj_\w+|q_proj|k_proj|out_proj)")
+    PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    written = convert(adapter, tmp_path / "lora", to=to, grid=Parallelism(2), hf_reference=base, adapter_layout="fused")
+    assert written.coverage
+    record = json.loads((tmp_path / "lora" / "ckptkit" / "adapter.json").read_text())
+    if to == "torch_dist":  # whose ranks' rows are in the order of the ranks
+        shutil.rmtree(tmp_path / "lora" / "ckptkit")
+        convert(
+            tmp_path / "lora",
+            tmp_path / "ranks",
+            to="torch",
+            grid=Parallelism(2),
+            hf_reference=base,
+            lora_alpha=record["alpha"],
+        )
+    folder = tmp_path / ("lora" if to == "torch" else "ranks")
+    for name in ("base", "merged"):
+        convert(tmp_path / name, tmp_path / f"{name}-torch", to="torch", grid=Parallelism(2))
+    factors = [of_rank(folder, rank) for rank in range(2)]
+    for module in ("layers.0.self_attention.in_proj", "layers.1.self_attention.linear_qkv"):
+        first, second = (f"decoder.{module}.adapter.linear_{way}.weight" for way in ("in", "out"))
+        a = torch.cat([held[first] for held in factors]).double()
+        for rank in range(2):
+            before, after = (
+                of_rank(tmp_path / f"{name}-torch", rank)[f"decoder.{module}.weight"].double()
+                for name in ("base", "merged")
+            )
+            added = record["alpha"] / record["rank"] * factors[rank][second].double() @ a
+            assert (added - (after - before)).abs().max() < 1e-5 * (after - before).abs().max(), (module, rank)
+
+
+def test_an_adapter_of_the_gate_of_a_shared_expert_has_no_place(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "qwen3_next")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["shared_expert_gate"], exclude_modules=None)
+    with pytest.raises(InputError, match="shared_expert_gate"):
+        convert(adapter, tmp_path / "lora", to="torch", hf_reference=base)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ckptkit.verification.delta_nets import rounded_once
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
-from ckptkit.verification.reference import outputs_of, use_attention, with_model
+from ckptkit.verification.reference import OTHER_ATTENTION, outputs_of, use_attention, with_model
 from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
@@ -50,6 +52,11 @@ class _ReferenceTraining:
     def run(self) -> dict[str, Any]:
         if not use_attention(self.model, self.part.attention):
             return {"losses": [], "tokens": 0, "padding": {}, "found": False, "shapes": {}}
+        # Gated DeltaNets have no other implementation: theirs is another place to round at.
+        with rounded_once(self.model) if self.part.attention == OTHER_ATTENTION else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         padding = _take_padding(self.model)
         self._freeze()
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
