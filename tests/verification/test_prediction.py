@@ -324,3 +324,74 @@ def test_the_reference_follows_the_published_formula(source: Callable[..., Path]
             if name in key and name != "gate_up_proj":
                 stored = tensors[f"model.layers.{first + 1}.{key.removeprefix('mtp_block.')}"]
                 assert torch.equal(value, stored)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
+def test_the_reference_follows_the_formula_of_a_layer_that_is_apart(source: Callable[..., Path], kind: str) -> None:
+    """The same, with norms that multiply by one plus their weight (source: `Qwen3NextMultiTokenPredictor` of vLLM)."""
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import load_file
+
+    from ckptkit.verification.prediction import Prediction
+    from ckptkit.verification.reference import load_model
+
+    path = source(kind)
+    tensors, raw = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    model = load_model(path, torch.float32)
+    found = Prediction(model, path, 1, {})
+    inner = found.model.layers[0].mtp_block
+    assert found.first is None
+    stored = {name: value for name, value in tensors.items() if name.startswith("mtp.layers.0.")}
+    loaded = {f"mtp.layers.0.{name}": value for name, value in inner.named_parameters()}
+    assert {name for name in loaded if ".experts." not in name} <= stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.items() if ".experts." not in name)
+    tokens = torch.randint(raw["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(3))
+
+    def normed(states: Any, name: str) -> Any:
+        wide = states.double()
+        weight = 1 + tensors[f"mtp.{name}.weight"].double()
+        return wide / (wide.square().mean(-1, keepdim=True) + raw["rms_norm_eps"]).sqrt() * weight
+
+    with torch.no_grad():
+        states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        embedded = tensors["model.embed_tokens.weight"][F.pad(tokens[:, 1:], (0, 1))]
+        halves = normed(embedded, "pre_fc_norm_embedding"), normed(states, "pre_fc_norm_hidden")
+        joined = (torch.cat(halves, -1) @ tensors["mtp.fc.weight"].double().T).float()
+        positions = torch.arange(12)[None]
+        angles = model.get_decoder().rotary_emb(joined, positions)
+        mask = torch.full((12, 12), -torch.inf).triu(1)[None, None]
+        output = inner(joined, attention_mask=mask, position_embeddings=angles, position_ids=positions)
+        states = normed(output[0] if isinstance(output, tuple) else output, "norm")
+        expected = states @ tensors["lm_head.weight"].double().T
+        logits = found.logits(tokens)
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_layer_apart_that_lacks_an_expert_is_named(tmp_path: Path, pool: RankPool) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from ckptkit.verification.prediction import Prediction
+    from ckptkit.verification.reference import load_model
+
+    model = add_prediction(save_model(tmp_path / "hf", "qwen3_next"))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["mtp.layers.0.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    import torch
+
+    with pytest.raises(InputError, match=r"do not fit: missing: .*experts"):
+        Prediction(load_model(model, torch.float32), model, 1, {})
+
+
+def test_a_model_whose_last_layer_has_no_attention_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    from ckptkit.errors import UnsupportedError
+    from ckptkit.verification.prediction import Prediction
+    from ckptkit.verification.reference import load_model
+
+    types = ["full_attention", "linear_attention", "full_attention", "linear_attention"]
+    model = add_prediction(save_model(tmp_path / "hf", "qwen3_5_text", layer_types=types))
+    with pytest.raises(UnsupportedError, match="like the model's last layer, which has no attention"):
+        Prediction(load_model(model, torch.float32), model, 1, {})
