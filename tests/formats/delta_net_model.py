@@ -1,7 +1,8 @@
 """megatron-core's own GPTModel with gated DeltaNets: on a few ranks it loads a distributed checkpoint and saves it.
 
 The program of a rank: `python -m tests.formats.delta_net_model KIND FOLDER RANK TP PP EP`. It loads `FOLDER/ours`,
-prints the keys that differ, and saves the model as `FOLDER/theirs`. A single rank also writes its logits.
+prints the keys that differ, and saves the model as `FOLDER/theirs`. A single rank also writes its logits, and those of
+its layer of multi-token prediction, which it has where there is a file `FOLDER/predicts`.
 
 Where there is no GPU, three things are ours: the norm, since megatron-core has zero-centred ones of Transformer Engine
 alone; the linear layers are those of the local spec; and `l2norm`, of `flash-linear-attention`, is four lines of torch.
@@ -45,7 +46,7 @@ def zero_centered_norm() -> type:
     return Norm
 
 
-def config_of(raw: dict[str, Any], tp: int, pp: int, ep: int) -> Any:
+def config_of(raw: dict[str, Any], tp: int, pp: int, ep: int, predicts: bool) -> Any:
     """megatron-core's config, whatever ckptkit makes of config.json."""
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -97,6 +98,7 @@ def config_of(raw: dict[str, Any], tp: int, pp: int, ep: int) -> Any:
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
         pipeline_dtype=torch.float32,
+        mtp_num_layers=1 if predicts else None,
         **experts,
     )
 
@@ -132,7 +134,17 @@ def layer_specs(config: Any) -> list[Any]:
     return specs
 
 
-def build(kind: str, tp: int, pp: int, ep: int) -> Any:
+def prediction_spec(config: Any, block: Any) -> Any:
+    """The spec of megatron-core's block of multi-token prediction, with norms of ours."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+    norms = dict.fromkeys(("enorm", "hnorm", "layer_norm"), zero_centered_norm())
+    layers = [replace(one, submodules=replace(one.submodules, **norms)) for one in spec.layer_specs]
+    return replace(spec, layer_specs=layers)
+
+
+def build(kind: str, tp: int, pp: int, ep: int, predicts: bool) -> Any:
     """The part of the model that this rank has."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -143,12 +155,13 @@ def build(kind: str, tp: int, pp: int, ep: int) -> Any:
     moe_utils.te_general_gemm = None  # 0.16.1 forgets that there may be none
     gated_delta_net.HAVE_FLA, gated_delta_net.l2norm = True, l2norm
     raw = raw_config(kind)
-    config, here = config_of(raw, tp, pp, ep), parallel_state.get_pipeline_model_parallel_rank()
+    config, here = config_of(raw, tp, pp, ep, predicts), parallel_state.get_pipeline_model_parallel_rank()
     each = config.num_layers // pp
+    block = TransformerBlockSubmodules(layer_specs(config)[here * each : (here + 1) * each], zero_centered_norm())
     rope = raw["rope_parameters"]
     return GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs(config)[here * each : (here + 1) * each], zero_centered_norm()),
+        block,
         vocab_size=256,
         max_sequence_length=512,
         pre_process=here == 0,
@@ -157,6 +170,7 @@ def build(kind: str, tp: int, pp: int, ep: int) -> Any:
         position_embedding_type="rope",
         rotary_base=rope["rope_theta"],
         rotary_percent=rope["partial_rotary_factor"],
+        mtp_block_spec=prediction_spec(config, block) if predicts and here == pp - 1 else None,
     ).float()
 
 
@@ -172,7 +186,7 @@ def main(kind: str, folder: Path, rank: int, tp: int, pp: int, ep: int) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size, store=store)
     parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
-    model = build(kind, tp, pp, ep)
+    model = build(kind, tp, pp, ep, (folder / "predicts").exists())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -193,8 +207,12 @@ def main(kind: str, folder: Path, rank: int, tp: int, pp: int, ep: int) -> None:
         tokens = torch.load(folder / "tokens.pt")
         places = torch.arange(tokens.shape[1]).expand_as(tokens)
         mask = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()[None, None]
+        found_logits: list[Any] = []  # those of multi-token prediction come first
+        # The loss is computed in their memory.
+        model.output_layer.register_forward_hook(lambda module, given, out: found_logits.append(out[0].clone()))
         with torch.no_grad():
-            torch.save(model.eval()(tokens, places, mask), folder / "logits.pt")
+            model.eval()(tokens, places, mask, labels=tokens)
+        torch.save([one.transpose(0, 1) for one in found_logits], folder / "logits.pt")
     torch.distributed.barrier()
 
 
