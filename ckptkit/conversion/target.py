@@ -265,7 +265,6 @@ class Target:
 def _not_in_hybrid(config: ModelConfig) -> str | None:
     """A feature of the model for which no HybridModel is written, or None."""
     found = {
-        "latent attention": config.latent is not None,
         "a DeltaNet": delta_of(config) is not None,
         "multi-token prediction": config.mtp_layers > 0,
     }

@@ -18,6 +18,9 @@ from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
 from ckptkit.tables.lora import A
 
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -46,7 +49,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 @collection_paused()

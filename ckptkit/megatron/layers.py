@@ -77,8 +77,6 @@ def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int
     core = ContextParallelAttention if cp > 1 else ExactAttention
     parts.core_attention = ModuleSpec(module=core, params={"softcap": config.attention_softcap, "sinks": config.sinks})
     if config.latent is not None:
-        if cp > 1:
-            raise UnsupportedError("latent attention is not in the runtime with context parallelism")
         parts.kv_layernorm = LatentNorm
         # megatron-core 0.19 refuses a norm that nothing uses
         parts.q_layernorm = IdentityOp if config.latent.query_rank is None else LatentNorm
