@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -66,6 +67,19 @@ class GroupedQueryAttention(SelfAttention):
             **options,
         )
         return output
+
+    def get_query_key_value_tensors(self, *args: Any, **options: Any) -> Any:
+        """Queries, keys and values of this rank's heads, and the gates of their outputs where there are such.
+
+        Of a query group that several ranks share, megatron-core takes this rank's queries, and all gates.
+        """
+        found = super().get_query_key_value_tensors(*args, **options)
+        if not options.get("output_gate") or found[0].size(2) == found[3].size(2):
+            return found
+        query, key, value, gate = found
+        heads = query.size(2)
+        first = heads * (get_tensor_model_parallel_rank() % (gate.size(2) // heads))
+        return query, key, value, gate[:, :, first : first + heads]
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """The output of the core attention, times the sigmoid of its gate, rounded as transformers rounds it.

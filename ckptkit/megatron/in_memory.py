@@ -23,8 +23,9 @@ How = Apart | Together | Lessened | Raised | Restored
 class Memory:
     """Tensors that recipes refer to, each under a name that stands for a file."""
 
-    def __init__(self) -> None:
-        self._bytes: dict[str, torch.Tensor] = {}
+    def __init__(self, known: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Starts with nothing, or with the bytes of tensors by the names that recipes have for them."""
+        self._bytes: dict[str, torch.Tensor] = dict(known or {})
 
     def add(self, tensors: Mapping[str, torch.Tensor], place: str) -> dict[str, Tensor]:
         """Recipes of whole tensors; the memory is shared, not copied, where they are contiguous.
@@ -56,7 +57,7 @@ class Memory:
         for band in recipe.bands:
             left = 0
             for piece in band.pieces:
-                rows[top : top + band.rows, left : left + piece.width] = self._piece(piece, made).to(whole.device)
+                rows[top : top + band.rows, left : left + piece.width] = self.piece(piece, made).to(whole.device)
                 left += piece.width
             top += band.rows
         return whole if recipe.cast is None else whole.to(getattr(torch, TORCH_DTYPE_NAMES[recipe.cast]))
@@ -75,7 +76,7 @@ class Memory:
         parts = [self.read(tensor) for tensor in inputs]
         return _made(how, parts).contiguous().reshape(-1).view(torch.uint8)
 
-    def _piece(self, piece: Piece, made: dict[int, torch.Tensor]) -> torch.Tensor:
+    def piece(self, piece: Piece, made: dict[int, torch.Tensor]) -> torch.Tensor:
         """The bytes of a piece, uint8 [rows, width].
 
         Args:

@@ -77,6 +77,8 @@ class CausalModel(GPTModel):
             self.mtp = prediction_block(self.config, model, self.pg_collection, self.vp_stage)
             if not self.pre_process:
                 self.embedding = self._embedding(self.config)
+                if model.tied:  # one parameter, as on a first stage: the head takes the embedding of the predictions
+                    self.output_layer.weight = self.embedding.word_embeddings.weight
         self.inputs_of = model if self.pre_process and model.per_layer_input_size else None
         if self.inputs_of is not None:
             add_per_layer_inputs(self, model, self.config)
@@ -142,7 +144,7 @@ class CausalModel(GPTModel):
             self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params=packed_seq_params
         )
         if labels is None:
-            logits: torch.Tensor = self.output_layer(found[-1])[0]
+            logits = self._logits(found[-1])
             return logits.transpose(0, 1).contiguous()
         assert counted is not None
         further = prediction_loss(found, labels, counted, packed_seq_params, self._losses)
@@ -150,8 +152,14 @@ class CausalModel(GPTModel):
 
     def _losses(self, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Losses [batch, sequence] of hidden states that the head has not seen."""
-        losses: torch.Tensor = self.compute_language_model_loss(labels, self.output_layer(states)[0])
+        losses: torch.Tensor = self.compute_language_model_loss(labels, self._logits(states))
         return losses
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [sequence, batch, vocabulary] of hidden states."""
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits: torch.Tensor = self.output_layer(states, weight=tied)[0]
+        return logits
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The weight whose gradients the first and the last stage add up: with multi-token prediction the embedding."""

@@ -1,4 +1,4 @@
-"""Double precision in code that asks for single.
+"""The precision that a run is asked for: double in code that asks for single, and no less than single.
 
 Both libraries compute norms, softmax and losses in float32 whatever the dtype of a model is. That would leave rounding
 in, which float64 is asked for to take out.
@@ -44,6 +44,24 @@ def _wide(softmax: Any) -> Any:
         return found
 
     return in_its_own_type
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """What a run in a type computes in: float64 all through, and in float32 convolutions on CUDA, too.
+
+    Left to itself, cuDNN rounds their inputs to ten bits (TF32).
+
+    Args:
+        dtype: The type, as torch names it.
+    """
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with double_precision(dtype == "float64"):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Multi-token prediction in transformers: the reference for the logits of these layers.
 
 transformers runs them while it generates. Its own loader looks for the numbers that released models give these layers,
-so a model with other numbers would get none: here they are loaded by the number of layers before them.
+so a model with other numbers would get none: here they are loaded by the number of layers before them. Where archives
+have them apart (Qwen3-Next and its successors), transformers has no loader: its layers are loaded by their numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 
 COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 """Endings of the copies of the embedding and of the head, for which transformers takes the model's own."""
+_APART = "mtp."
+"""Beginning of the names of layers that are not numbered behind the others."""
+_OUTSIDE = {
+    "fc.weight": "eh_proj.weight",
+    "pre_fc_norm_embedding.weight": "enorm.weight",
+    "pre_fc_norm_hidden.weight": "hnorm.weight",
+    "norm.weight": "shared_head.norm.weight",
+}
+"""Names there -> names inside of a layer that is numbered."""
+_PARTS = ("gate", "up", "down")
+_EXPERT = re.compile(rf"(?P<experts>.+\.experts\.)(?P<number>[0-9]{{1,6}})\.(?P<part>{'|'.join(_PARTS)})_proj\.weight")
 _BIAS = "e_score_correction_bias"
 """What transformers keeps in float32."""
 _OF_LAYER = re.compile(r"layers\.([0-9]+)\.(.+)")
@@ -40,7 +52,7 @@ class Prediction:
 
     Attributes:
         model: transformers' `MtpModel`.
-        first: The number that the directory gives the first of them.
+        first: The number that the directory gives the first of them, or None where it has them apart.
 
     Raises:
         InputError: The directory has not all of their weights.
@@ -50,17 +62,19 @@ class Prediction:
     def __init__(self, model: Any, path: str | Path, count: int, rounded: Mapping[str, str]) -> None:
         import torch
 
-        self.first = int(model.config.num_hidden_layers)
-        stored = {
-            name: value for name, value in read_shards(Path(path)).tensors.items() if count_in_hf([name], self.first)
-        }
+        layers = int(model.config.get_text_config().num_hidden_layers)
+        stored = {name: value for name, value in read_shards(Path(path)).tensors.items() if count_in_hf([name], layers)}
         state = {name: load(value) for name, value in stored.items() if not name.endswith(COPIES)}
         for name, value in state.items():
             dtype = rounded.get(name, rounded.get(EVERY))
             if dtype is not None and value.is_floating_point():
                 state[name] = value.to(getattr(torch, dtype)).to(value.dtype)
+        apart = any(name.startswith(_APART) for name in state)
+        self.first = None if apart else layers
         self._owner = model
-        self.model = _loaded(model, count, state, path)
+        if apart:
+            state = _stacked({_numbered(name, layers): value for name, value in state.items()})
+        self.model = _loaded(model, count, state, path, _attention_alone(model, count, path) if apart else {})
 
     def logits(self, batch: torch.Tensor) -> torch.Tensor:
         """Logits of the last of the layers, [batch, sequence, vocabulary].
@@ -105,8 +119,9 @@ class Prediction:
         found = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             if match := _OF_LAYER.fullmatch(name):
-                inner = match[2].replace(_POST_NORM, _POST_NORM_ON_HUB)
-                found[f"model.layers.{self.first + int(match[1])}.{inner.removeprefix(_BLOCK)}"] = value
+                inner = match[2].replace(_POST_NORM, _POST_NORM_ON_HUB).removeprefix(_BLOCK)
+                number = int(match[1])
+                found[_apart(inner) if self.first is None else f"model.layers.{self.first + number}.{inner}"] = value
         return found
 
     def use_attention(self, name: str) -> None:
@@ -114,8 +129,63 @@ class Prediction:
         self.model.set_attn_implementation(name)
 
 
-def _loaded(model: Any, count: int, state: dict[str, torch.Tensor], path: object) -> Any:
-    """A `MtpModel` of transformers with these weights, in the type of the model."""
+def _numbered(name: str, layers: int) -> str:
+    """The name of a tensor of the one layer that is apart, as if it were numbered behind the model's own."""
+    inside = name.removeprefix(_APART).removeprefix("layers.0.")
+    return f"model.layers.{layers}.{_OUTSIDE.get(inside, inside)}"
+
+
+def _apart(inside: str) -> str:
+    """The name of a tensor of the one layer that is apart, from that inside of a layer that is numbered."""
+    outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
+    return _APART + outside.get(inside, f"layers.0.{inside}")
+
+
+def _stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with all experts of a layer in one tensor, as transformers has them in memory."""
+    import torch
+
+    experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name, value in state.items():
+        if match := _EXPERT.fullmatch(name):
+            experts.setdefault(match["experts"], {}).setdefault(int(match["number"]), {})[match["part"]] = value
+    found = dict(state)
+    for prefix, parts in experts.items():
+        if sorted(parts) != list(range(len(parts))) or any(len(one) < len(_PARTS) for one in parts.values()):
+            continue  # whoever loads them names what is missing
+        gate, up, down = ([parts[number][part] for number in sorted(parts)] for part in _PARTS)
+        found[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        found[f"{prefix}down_proj"] = torch.stack(down)
+        for name in [name for name in found if _EXPERT.fullmatch(name) and name.startswith(prefix)]:
+            del found[name]
+    return found
+
+
+def _attention_alone(model: Any, count: int, path: object) -> dict[str, Any]:
+    """What config.json does not say of layers that have attention whatever the model's own have.
+
+    Raises:
+        UnsupportedError: transformers would take another norm for them.
+    """
+    last = model.get_decoder().layers[-1]
+    if hasattr(last, "linear_attn"):
+        raise UnsupportedError(
+            "transformers makes multi-token prediction like the model's last layer, which has no attention", where=path
+        )
+    without_experts = list(range(count)) if not hasattr(last.mlp, "experts") else []
+    return {"mtp_layer_types": ["full_attention"] * count, "mlp_only_layers": without_experts, "decoder_sparse_step": 1}
+
+
+def _loaded(model: Any, count: int, state: dict[str, torch.Tensor], path: object, given: Mapping[str, Any]) -> Any:
+    """A `MtpModel` of transformers with these weights, in the type of the model.
+
+    Args:
+        model: The model.
+        count: How many layers it has.
+        state: Their weights, by the names of layers that are numbered.
+        path: Where they come from.
+        given: Fields of its config that are others for these layers.
+    """
     import transformers
     from transformers import modeling_layers
 
@@ -124,9 +194,11 @@ def _loaded(model: Any, count: int, state: dict[str, torch.Tensor], path: object
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    config = model.config
-    before = {name: getattr(config, name, None) for name in ("num_mtp_layers", "mtp_mlp_layer_types")}
+    config = model.config.get_text_config(decoder=True)
+    before = {name: getattr(config, name, None) for name in ("num_mtp_layers", "mtp_mlp_layer_types", *given)}
     config.num_mtp_layers = count
+    for name, value in given.items():
+        setattr(config, name, value)
     if getattr(config, "mlp_layer_types", None) is not None:
         config.mtp_mlp_layer_types = (
             config.mlp_layer_types[-1:] * count
@@ -140,7 +212,8 @@ def _loaded(model: Any, count: int, state: dict[str, torch.Tensor], path: object
     info, _ = convert_and_load_state_dict_in_model(
         model=found, state_dict=state, load_config=LoadStateDictConfig(weight_mapping=conversions)
     )
-    shared = tuple(name for name, _ in found.named_parameters() if name.startswith(("embed_tokens.", "shared_head.")))
+    names = (name for name, _ in found.named_parameters(remove_duplicate=False))  # tied ones, too
+    shared = tuple(name for name in names if name.startswith(("embed_tokens.", "shared_head.")))
     kinds = {
         "missing": sorted(set(info.missing_keys) - set(shared)),
         "unexpected": sorted(info.unexpected_keys),

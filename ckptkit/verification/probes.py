@@ -154,6 +154,7 @@ def megatron_sites(chunks: list[Any]) -> dict[str, Site]:
 
 _AROUND_IN_MEGATRON = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
 _AROUND_IN_HF = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+_AROUND_APART = tuple(f"mtp.{name}.weight" for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"))
 MTP_INNER = "mtp.layers.{}.transformer_layer."
 
 
@@ -186,19 +187,20 @@ def _prediction_sites(
     return found | within
 
 
-def hf_prediction_sites(prediction: Any, first: int) -> dict[str, Site]:
+def hf_prediction_sites(prediction: Any, first: int | None) -> dict[str, Site]:
     """Sites of layers of multi-token prediction in transformers.
 
     Args:
         prediction: Its `MtpModel`.
-        first: Number that files give the first of these layers.
+        first: Number that files give the first of these layers, or None where they have them apart.
     """
     sites: dict[str, Site] = {}
     for number, layer in enumerate(prediction.layers):
-        prefix = f"model.layers.{first + number}."
+        prefix = f"mtp.layers.{number}." if first is None else f"model.layers.{first + number}."
         within = _layer_sites(f"prediction.{number}", layer.mtp_block, prefix, _first, layer.mtp_block.self_attn)
         around = (layer.enorm, layer.hnorm, layer.mtp_block.input_layernorm, layer.post_norm)
-        sites.update(_prediction_sites(number, around, [prefix + name for name in _AROUND_IN_HF], within, _first))
+        names = _AROUND_APART if first is None else [prefix + name for name in _AROUND_IN_HF]
+        sites.update(_prediction_sites(number, around, names, within, _first))
     return sites
 
 

@@ -72,7 +72,7 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
     import torch
     import transformers  # noqa: F401
 
-    from ckptkit.verification.double_precision import double_precision
+    from ckptkit.verification.double_precision import precision
 
     tell(Step("loading"))
     model = load_model(job.checkpoint, getattr(torch, job.run.dtype), job.run.device)
@@ -85,7 +85,7 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        with double_precision(job.run.dtype == "float64"):
+        with precision(job.run.dtype):
             answer = run(model)
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error

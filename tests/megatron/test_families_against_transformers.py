@@ -108,6 +108,14 @@ def test_bfloat16(model: Saved, tmp_path: Path, pool: RankPool, kind: str, grid:
     assert report.passed, report.levels[-1].summary
 
 
+@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_ranks_that_share_a_query_group_have_their_gates(tmp_path: Path, pool: RankPool, groups: int) -> None:
+    source = save_model(tmp_path / "hf", "qwen3_5_text", num_key_value_heads=groups)
+    convert(source, tmp_path / "meg", to="torch", spec="local", grid=Parallelism(4))
+    report = verify(source, tmp_path / "meg", pool=pool, device=DEVICE)
+    assert report.passed, report.levels[-1].summary
+
+
 SPLIT = [
     ("mixtral", Parallelism(2, ep=2)),
     ("gemma3_text", Parallelism(2)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ckptkit.sharding.grid import Parallelism
 from tests.megatron.double_precision import double_precision
 from tests.megatron.qwen3_next import CONFIG, hf_model, local_state
 from tests.megatron.test_modules import exactly_normed
+from tests.models import save_model
 from tests.precision import relative_error, settled
 
 compat.import_megatron()
@@ -24,7 +26,7 @@ from megatron.core.ssm import gated_delta_net as core  # noqa: E402
 
 from ckptkit.megatron import delta_rule  # noqa: E402
 from ckptkit.megatron.gated_delta_net import GatedNorm  # noqa: E402
-from ckptkit.megatron.model import build_chunks, load_strict  # noqa: E402
+from ckptkit.megatron.model import build_chunks, expected_tensors, load_strict  # noqa: E402
 from ckptkit.megatron.packed_inputs.batch import PackedBatch  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -174,3 +176,26 @@ def test_a_model_is_that_of_transformers(one_rank: Parallelism) -> None:
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         assert gradient is not None and relative_error(gradient, wanted[name]) < 10 * ANGLES, name
+
+
+def test_a_running_model_is_read_and_saved(one_rank: Parallelism, tmp_path: Path) -> None:
+    """Byte for byte, but for norms: Megatron has them less one, and running models hold no originals."""
+    from safetensors.torch import load_file
+
+    from ckptkit import load_hf, open_checkpoint, save_hf, state_dict_of
+
+    source = save_model(tmp_path / "hf", "qwen3_next")
+    (chunk,) = build_chunks(open_checkpoint(source).config, one_rank, 250, dtype=torch.float32, device=CPU)
+    assert load_hf([chunk], source).tensors == len(expected_tensors(chunk))
+    save_hf([chunk], tmp_path / "saved", hf_reference=source)
+    expected, saved = (load_file(path / "model.safetensors") for path in (source, tmp_path / "saved"))
+    norms = [name for name in expected if name.endswith("linear_attn.norm.weight")]
+    assert norms and not all(torch.equal((expected[name] - 1) + 1, expected[name]) for name in norms)
+    expected |= {name: (expected[name] - 1) + 1 for name in norms}
+    assert expected.keys() == saved.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    whole = {name: torch.full_like(tensor, torch.nan) for name, tensor in expected.items()}
+    for part in state_dict_of([chunk]):
+        place = tuple(slice(at, at + size) for at, size in zip(part.offsets, part.local.shape, strict=True))
+        whole[part.name][place] = part.local
+    assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import UnsupportedError
 from ckptkit.io.computed import columns_apart, columns_together
+from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.megatron.in_memory import Memory
 from ckptkit.tensors import Tensor, hstack, stack, vstack
 
@@ -70,6 +71,24 @@ def test_columns_that_are_rows_elsewhere(dtype: torch.dtype) -> None:
     expected = torch.stack([parts[0], parts[1]], dim=-1).transpose(0, 1).reshape(7, 6)
     assert torch.equal(memory.read(together), expected)
     assert torch.equal(memory.read(together.rows(2, 5).cols(1, 4)), expected[2:5, 1:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_one_less_elsewhere(dtype: torch.dtype) -> None:
+    weight = torch.tensor([0.3, 1.7, 1e-3, -0.2, 5.0]).to(dtype)
+    memory = Memory()
+    recipes = memory.add({"weight": weight, "trained": torch.tensor([0.5, 0.7, 1.0, -3.0, 4.0]).to(dtype)}, "test")
+    less = LESS_ONE.to_megatron(recipes["weight"])
+    assert torch.equal(memory.read(less), weight - 1)
+    assert torch.equal(memory.read(LESS_ONE.to_hf(less)), weight)
+    stored = memory.add({"stored": weight - 1}, "ranks")["stored"]
+    assert torch.equal(memory.read(LESS_ONE.to_hf(stored)), (weight - 1) + 1)
+    assert not torch.equal((weight - 1) + 1, weight)
+    kept = LESS_ONE.kept(stored, recipes["weight"])
+    assert torch.equal(memory.read(kept), weight - 1) and torch.equal(memory.read(LESS_ONE.to_hf(kept)), weight)
+    trained = LESS_ONE.kept(recipes["trained"], recipes["weight"])
+    found, moved = memory.read(LESS_ONE.to_hf(trained)), memory.read(recipes["trained"])
+    assert torch.equal(found, torch.where(moved == weight - 1, weight, moved + 1)) and found[4] == 5
 
 
 def test_types_that_checkpoints_do_not_have() -> None:

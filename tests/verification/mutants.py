@@ -556,6 +556,13 @@ def bias_summed_over_ranks() -> dict[tuple[Any, str], Any]:
     return {(ExpertOutput, "__init__"): marked}
 
 
+def gated_norms_not_summed() -> dict[tuple[Any, str], Any]:
+    """Each tensor parallel rank keeps the gradient of the gated norm that its own heads give."""
+    from ckptkit.megatron import gated_delta_net
+
+    return {(gated_delta_net, "copy_to_tensor_model_parallel_region"): lambda weight, group: weight}
+
+
 def decays_detached() -> dict[tuple[Any, str], Any]:
     """DeltaNets that do not learn what to forget."""
     from ckptkit.megatron import gated_delta_net
@@ -869,6 +876,9 @@ FAULTS: dict[str, Fault] = {
     ),
     "gradients of replicas not summed": backwards("gqa", "lm_head.weight", replicas_not_summed, run={"dp": 2}),
     "values of attention cut off": backwards("gqa", "model.layers.0.self_attn.v_proj.weight", values_detached),
+    "gradients of gated norms not summed": backwards(
+        "qwen3_5_text", "model.layers.0.linear_attn.norm.weight", gated_norms_not_summed, grid=TWO
+    ),
     "decays of DeltaNets cut off": backwards("qwen3_next", "model.layers.0.linear_attn.A_log", decays_detached),
     "sinks cut off": backwards("gpt_oss", "model.layers.0.self_attn.sinks", sinks_detached),
     "gradients of the bias behind experts summed over tensor ranks": backwards(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ckptkit.verification.double_precision import double_precision
+from ckptkit.verification.double_precision import double_precision, precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
@@ -33,3 +33,14 @@ def test_a_norm_of_transformers_computes_in_float64() -> None:
             found = norm(hidden)
     expected = norm.weight.detach() * hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert (found - expected).abs().max() <= 1e-14 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_convolutions_are_as_exact_as_they_are_asked_to_be(dtype: str) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with precision(dtype):
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.ones(1, dtype=torch.float64).float().dtype == (
+            torch.float64 if dtype == "float64" else torch.float32
+        )
+    assert torch.backends.cudnn.allow_tf32 == before

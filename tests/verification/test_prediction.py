@@ -28,6 +28,8 @@ BLOCK = "mtp.layers.0."
 INNER = BLOCK + "transformer_layer."
 MODULE = "tests.verification.test_prediction:"
 PREDICTS = ("glm4_moe", "deepseek_v3", "glm4_moe_lite")
+APART = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe")
+"""Kinds whose archives have one such layer, apart from the others."""
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +56,22 @@ def one_rank() -> Iterator[RankPool]:
 
 def predicted(reference: Path, candidate: Path, pool: RankPool, count: int = 1, **options: Any) -> Any:
     sides = Side(reference, "hf", prediction=count), Side(candidate, "megatron", prediction=count)
-    return verify_logits(*sides, greedy=0, pool=pool, device="cpu", tolerance=1e-5, **options)
+    return verify_logits(*sides, greedy=0, pool=pool, device="cpu", **{"tolerance": 1e-5, **options})
 
 
 GRIDS: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     ("deepseek_v3", 2, Parallelism(2, 2), {"sequence_parallel": True}),
     ("glm4_moe", 2, Parallelism(1, 2, 2), {"packed": True}),
     ("glm4_moe_lite", 1, Parallelism(2, ep=2), {"cp": 2}),
+    ("qwen3_next", 1, Parallelism(2, 2), {"sequence_parallel": True, "tolerance": 1e-4}),
+    ("qwen3_5_text", 1, Parallelism(1, 2, 2), {"packed": True, "tolerance": 1e-4}),
 ]
 SLOW: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     *((kind, 1, Parallelism(1, 2, ep=2), {}) for kind in PREDICTS),
     *((kind, 2, Parallelism(2, 2, 2), {"sequence_parallel": True, "packed": True}) for kind in PREDICTS),
+    *((kind, 1, Parallelism(2, 2), {"packed": True, "tolerance": 1e-4}) for kind in APART),
+    *((kind, 1, Parallelism(2), {"dtype": "float64"}) for kind in APART),
+    ("qwen3_5_text", 1, Parallelism(1, 2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
     ("glm4_moe", 1, Parallelism(2), {"dp": 2}),
     ("deepseek_v3", 1, Parallelism(2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
     ("glm4_moe", 1, Parallelism(1, 2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
@@ -122,9 +129,25 @@ def halves_exchanged(weight: Any) -> Any:
     return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
 
 
+def gates_exchanged(weight: Any) -> Any:
+    return weight.view(4, 8, 16, -1)[:, [3, 4, 5, 0, 1, 2, 6, 7]].reshape(weight.shape)
+
+
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     # what -> kind, change to the file, the place in the layer, tensor that must be named
     "halves exchanged": ("glm4_moe", changed(f"{BLOCK}eh_proj.weight", halves_exchanged), "projection", "eh_proj"),
+    "halves exchanged where they are apart": (
+        "qwen3_next",
+        changed(f"{BLOCK}eh_proj.weight", halves_exchanged),
+        "projection",
+        "eh_proj",
+    ),
+    "gates exchanged with queries": (
+        "qwen3_5_text",
+        changed(f"{INNER}self_attention.linear_qkv.weight", gates_exchanged),
+        "self_attention",
+        "linear_qkv",
+    ),
     "norms exchanged": (
         "deepseek_v3",
         exchanged(f"{BLOCK}enorm.weight", f"{BLOCK}hnorm.weight"),
@@ -156,7 +179,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
         "input_layernorm",
     ),
 }
-QUICK = ("halves exchanged", "norms exchanged")
+QUICK = ("halves exchanged", "norms exchanged", "halves exchanged where they are apart")
 
 
 @pytest.mark.parametrize(
@@ -304,3 +327,74 @@ def test_the_reference_follows_the_published_formula(source: Callable[..., Path]
             if name in key and name != "gate_up_proj":
                 stored = tensors[f"model.layers.{first + 1}.{key.removeprefix('mtp_block.')}"]
                 assert torch.equal(value, stored)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
+def test_the_reference_follows_the_formula_of_a_layer_that_is_apart(source: Callable[..., Path], kind: str) -> None:
+    """The same, with norms that multiply by one plus their weight (source: `Qwen3NextMultiTokenPredictor` of vLLM)."""
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import load_file
+
+    from ckptkit.verification.prediction import Prediction
+    from ckptkit.verification.reference import load_model
+
+    path = source(kind)
+    tensors, raw = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    model = load_model(path, torch.float32)
+    found = Prediction(model, path, 1, {})
+    inner = found.model.layers[0].mtp_block
+    assert found.first is None
+    stored = {name: value for name, value in tensors.items() if name.startswith("mtp.layers.0.")}
+    loaded = {f"mtp.layers.0.{name}": value for name, value in inner.named_parameters()}
+    assert {name for name in loaded if ".experts." not in name} <= stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.items() if ".experts." not in name)
+    tokens = torch.randint(raw["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(3))
+
+    def normed(states: Any, name: str) -> Any:
+        wide = states.double()
+        weight = 1 + tensors[f"mtp.{name}.weight"].double()
+        return wide / (wide.square().mean(-1, keepdim=True) + raw["rms_norm_eps"]).sqrt() * weight
+
+    with torch.no_grad():
+        states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        embedded = tensors["model.embed_tokens.weight"][F.pad(tokens[:, 1:], (0, 1))]
+        halves = normed(embedded, "pre_fc_norm_embedding"), normed(states, "pre_fc_norm_hidden")
+        joined = (torch.cat(halves, -1) @ tensors["mtp.fc.weight"].double().T).float()
+        positions = torch.arange(12)[None]
+        angles = model.get_decoder().rotary_emb(joined, positions)
+        mask = torch.full((12, 12), -torch.inf).triu(1)[None, None]
+        output = inner(joined, attention_mask=mask, position_embeddings=angles, position_ids=positions)
+        states = normed(output[0] if isinstance(output, tuple) else output, "norm")
+        expected = states @ tensors["lm_head.weight"].double().T
+        logits = found.logits(tokens)
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_layer_apart_that_lacks_an_expert_is_named(tmp_path: Path, pool: RankPool) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from ckptkit.verification.prediction import Prediction
+    from ckptkit.verification.reference import load_model
+
+    model = add_prediction(save_model(tmp_path / "hf", "qwen3_next"))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["mtp.layers.0.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    import torch
+
+    with pytest.raises(InputError, match=r"do not fit: missing: .*experts"):
+        Prediction(load_model(model, torch.float32), model, 1, {})
+
+
+def test_a_model_whose_last_layer_has_no_attention_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    from ckptkit.errors import UnsupportedError
+    from ckptkit.verification.prediction import Prediction
+    from ckptkit.verification.reference import load_model
+
+    types = ["full_attention", "linear_attention", "full_attention", "linear_attention"]
+    model = add_prediction(save_model(tmp_path / "hf", "qwen3_5_text", layer_types=types))
+    with pytest.raises(UnsupportedError, match="like the model's last layer, which has no attention"):
+        Prediction(load_model(model, torch.float32), model, 1, {})

@@ -15,9 +15,12 @@ from ckptkit.checkpoints.running import NAME, open_running
 from ckptkit.dtypes import DTYPES, DTYPES_BY_TORCH_NAME
 from ckptkit.errors import UnsupportedError
 from ckptkit.formats.torch_legacy import RankFile, RankKey
+from ckptkit.io.computed import recipe_of
 from ckptkit.io.plan import MEMORY, files_of
+from ckptkit.io.zero_centered import Raised
+from ckptkit.megatron.in_memory import Memory
 from ckptkit.megatron.live.standing import Standing
-from ckptkit.tensors import Piece, Region, Tensor
+from ckptkit.tensors import Literal, Piece, Region, Tensor
 
 Form = tuple[str, tuple[int, ...]]
 """Element type and shape of a tensor."""
@@ -37,11 +40,12 @@ class Holding:
     checkpoint: Checkpoint
     own: dict[str, torch.Tensor]
 
-    def rows(self, region: Region) -> torch.Tensor:
-        """The bytes of a region of this rank, uint8 [rows, width]; they are the model's own memory."""
-        source = self.own[region.file]
-        start = source.storage_offset() + region.offset
-        return source.as_strided((region.rows, region.width), (region.pitch, 1), start)
+    def rows(self, piece: Piece) -> torch.Tensor:
+        """The bytes of a piece of this rank, uint8 [rows, width].
+
+        They are the model's own memory, but for numbers that Hugging Face has one more.
+        """
+        return Memory(self.own).piece(piece, {})
 
     @classmethod
     def of(cls, standing: Standing, reference: str | Path) -> Holding:
@@ -78,6 +82,10 @@ def owner(piece: Piece) -> RankKey | None:
         pp, tp, ep = map(int, piece.file[len(MEMORY) :].split("/", 1)[0].split(","))
         return pp, tp, ep
     if any(file.startswith(MEMORY) for file in files_of(piece)):
+        how, inputs = (isinstance(piece, Literal) and recipe_of(piece.data)) or (None, ())
+        if isinstance(how, Raised):  # a vector, which every rank has whole
+            (key,) = {owner(one) for tensor in inputs for band in tensor.bands for one in band.pieces}
+            return key
         raise UnsupportedError(
             "a layout whose weights must be computed: experts in one transposed tensor, in the model or in files of"
             " Hugging Face",

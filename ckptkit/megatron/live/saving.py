@@ -279,9 +279,8 @@ class _Writer:
         return move.width * move.piece.rows
 
     def _from_memory(self, move: Move) -> None:
-        assert isinstance(move.piece, Region)
         rows = self._holding.rows(move.piece)
-        if move.pitch == move.width and move.piece.contiguous:
+        if move.pitch == move.width and rows.is_contiguous():
             rows = rows.reshape(1, -1)
         height, width = rows.shape
         step = max(1, _PIECE // width)

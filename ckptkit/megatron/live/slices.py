@@ -13,7 +13,7 @@ from ckptkit.megatron.live.holding import Holding, owner
 from ckptkit.megatron.live.known import reference_of
 from ckptkit.megatron.live.standing import Standing, prepare
 from ckptkit.megatron.live.together import together
-from ckptkit.tensors import Region, Tensor
+from ckptkit.tensors import Tensor
 
 
 class LocalTensor(NamedTuple):
@@ -23,7 +23,8 @@ class LocalTensor(NamedTuple):
         name: Hugging Face's name.
         shape: Shape of the whole tensor.
         offsets: The place of the part's first element in it, one number for each axis.
-        local: The part: a box of the whole tensor. It is the model's own memory, so it must not be changed.
+        local: The part: a box of the whole tensor. It is the model's own memory, so it must not be changed; of a norm
+            that Megatron has less one, it is a copy.
     """
 
     name: str
@@ -64,7 +65,6 @@ def _parts(name: str, tensor: Tensor, holding: Holding) -> Iterator[LocalTensor]
         left = 0
         for piece in band.pieces:
             if owner(piece) == holding.standing.key:
-                assert isinstance(piece, Region)
                 rows = holding.rows(piece).view(getattr(torch, TORCH_DTYPE_NAMES[tensor.dtype]))
                 yield from _boxes(name, tensor.shape, rows, top, left // item)
             left += piece.width

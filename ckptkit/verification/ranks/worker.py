@@ -67,7 +67,7 @@ def execute(
     import torch
 
     from ckptkit.megatron import parallel
-    from ckptkit.verification.double_precision import double_precision
+    from ckptkit.verification.double_precision import precision
 
     run = job.run
     device = parallel.device_of(run.device, rank)
@@ -82,7 +82,7 @@ def execute(
             replicas=run.copies,
             cp=run.cp,
         )
-        with double_precision(run.dtype == "float64"):
+        with precision(run.dtype):
             return _run(job, rank, device, nobody if rank else tell)
     except Exception as error:
         failed(error)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ckptkit.verification.delta_nets import rounded_once
 from ckptkit.verification.prediction import Prediction
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
-from ckptkit.verification.reference import outputs_of, use_attention, with_model
+from ckptkit.verification.reference import OTHER_ATTENTION, outputs_of, use_attention, with_model
 from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
@@ -56,6 +58,11 @@ class _ReferenceTraining:
             return {"losses": [], "tokens": 0, "padding": {}, "found": False, "shapes": {}}
         if self.prediction is not None:
             self.prediction.use_attention(self.part.attention)
+        # Gated DeltaNets have no other implementation: theirs is another place to round at.
+        with rounded_once(self.model) if self.part.attention == OTHER_ATTENTION else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         padding = _take_padding(self.model)
         self._freeze()
         named = {name: parameter for name, parameter in self._parameters().items() if parameter.requires_grad}
