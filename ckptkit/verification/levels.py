@@ -39,7 +39,9 @@ from ckptkit.verification.weights import check_structure, check_weights
 T = TypeVar("T")
 
 PREDICTION = "prediction"
-"""The level at which layers of multi-token prediction run, beside the level logits where both sides have such."""
+"""The level at which layers of multi-token prediction run, beside the level logits where both sides have such.
+
+Where they run they are trained, too, at the levels gradients and training."""
 OWN_GRID = ("torch", "torch_dist")
 """Formats that say which grid they are for."""
 
