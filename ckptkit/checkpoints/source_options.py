@@ -44,7 +44,7 @@ class SourceOptions:
         return given | ({"stored_grid": self.stored_grid} if self.stored_grid.sizes() else {})
 
     def words(self, prefix: str) -> list[str]:
-        """Those that are given, as words of a command line whose options begin with `prefix`."""
+        """Those that are given, as words of a command line whose options begin with `prefix`, if there is one."""
         found = {
             "hf-reference": self.hf_reference,
             "iteration": self.iteration,
@@ -56,7 +56,7 @@ class SourceOptions:
             word
             for name, value in {**found, **sizes}.items()
             if value is not None
-            for word in (f"--{prefix}-{name}", str(value))
+            for word in (f"--{prefix}-{name}" if prefix else f"--{name}", str(value))
         ]
 
     @classmethod

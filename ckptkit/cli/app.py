@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from ckptkit.cli.exits import EXIT_CODES, Commands
 from ckptkit.cli.help import GroupedCommand
+from ckptkit.cli.log_file import OPTION, VARIABLE
 from ckptkit.cli.records import with_records
 from ckptkit.version import __version__
 
@@ -22,7 +23,9 @@ _MODULES = {
     "convert": "convert",
     **dict.fromkeys(("inspect", "diff", "validate", "hash"), "looking"),
     "verify": "verify",
+    "watch": "watch",
     "families": "families",
+    "doctor": "doctor",
     "delta": "delta",
     "adapter": "adapter",
     "surgery": "surgery",
@@ -79,6 +82,15 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    log_file: Annotated[
+        str | None,
+        typer.Option(
+            OPTION,
+            metavar="FILE",
+            help="Append what the command was, said and ended with, with times. Anywhere in the line of any command.",
+            envvar=VARIABLE,
+        ),
+    ] = None,
 ) -> None:
     """Convert model checkpoints between Hugging Face and Megatron layouts, byte for byte, and verify the result."""
     if version:

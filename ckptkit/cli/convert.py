@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from ckptkit.cli.choices import ADAPTER_LAYOUTS, FORMATS, PARTS
 from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
+from ckptkit.cli.output import Output
+from ckptkit.errors import UsageError
 
 _MEGATRON = "Megatron's formats are torch (mp_rank files of Megatron-LM) and torch_dist (distributed checkpoints)"
 HINTS = {
@@ -19,6 +22,7 @@ HINTS = {
 
 EXAMPLES = """\b
 Examples:
+  ckptkit convert Llama-3.1-8B
   ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2
   ckptkit convert Llama-3.1-8B llama-tp4pp2 --to torch --tp 4 --pp 2 --dry-run
   ckptkit convert llama-tp4pp2 llama-pp3 --to torch --pp 3
@@ -32,22 +36,28 @@ def convert(
     src: Annotated[
         str, typer.Argument(metavar="SRC", help="Checkpoint directory of any format, or org/model@revision on the hub.")
     ],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="Directory to create. It appears complete or not at all.")],
-    to: Annotated[
-        str,
-        choice(
-            "--to",
-            FORMATS,
-            "Format to write: Hugging Face; packed, Megatron's names in unsharded safetensors files; Megatron-LM's"
-            " mp_rank files; Megatron-Core's distributed checkpoint; or for an adapter a directory of PEFT.",
-            panel=FORMAT,
-            hints=HINTS,
-        ),
-    ],
     grid: Grid,
     source: Source,
     execution: Execution,
     form: Form,
+    dst: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DST", help="Directory to create. It appears complete or not at all.", show_default=False
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        choice(
+            "--to",
+            FORMATS,
+            "Format to write: Hugging Face; packed, Megatron's names in unsharded safetensors files; Megatron-LM's"
+            " mp_rank files; Megatron-Core's distributed checkpoint; or for an adapter a directory of PEFT. Without it"
+            " the command says what SRC is and can become.",
+            panel=FORMAT,
+            hints=HINTS,
+        ),
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -100,7 +110,13 @@ def convert(
 
     The headers alone decide which byte goes where. The plan is checked, and then the bytes are copied: no model is
     loaded.
+
+    Without --to, nothing is written: the command says what SRC is, and gives a line for each format that it can become.
+    The exit code is then 0, or 2 if there is a DST.
     """
+    if to is None or dst is None:
+        _explain(src, dst, to, source, json)
+        return
     from ckptkit.cli import rendering
     from ckptkit.conversion import convert as conversion
 
@@ -123,6 +139,23 @@ def convert(
             **execution.keywords(),
         )
     output.result(result, rendering.conversion)
+
+
+def _explain(src: str, dst: str | None, to: str | None, source: Source, json: bool) -> None:
+    """Says what a source can become. Where a destination was named, something should have been written there.
+
+    Raises:
+        UsageError: Only one of DST and --to is given.
+    """
+    if to is not None:
+        raise UsageError("DST is missing", hint=f"ckptkit convert SRC DST --to {to}")
+    if dst is not None:
+        what = "--to is missing, nothing was converted"
+        raise UsageError(what, hint=f"{shlex.join(['ckptkit', 'convert', src])} says what it can become")
+    from ckptkit.cli import rendering
+    from ckptkit.conversion.choosing import choices_of
+
+    Output("-" if json else None).result(choices_of(src, **source.keywords()), rendering.choices)
 
 
 COMMANDS = {"convert": (convert, EXAMPLES)}

@@ -15,10 +15,12 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from ckptkit.cli import log_file
 from ckptkit.cli.output import SIGPIPE_EXIT, Output, say
 from ckptkit.cli.streams import prepare
-from ckptkit.errors import CkptkitError, UsageError
+from ckptkit.errors import CkptkitError, UnsupportedError, UsageError, VerificationError
 from ckptkit.io.world import World
+from ckptkit.requirements import MOVING, Package, missing_line, package_of
 
 EXIT_DIFFERS = 1
 EXIT_USAGE = 2
@@ -84,6 +86,20 @@ class Commands(TyperGroup):
 
     def _run(self, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any) -> int:
         output = Output(_json_file(arguments) if not _rank() else None)
+        try:
+            rest, file = log_file.taken(arguments)
+            end = log_file.logged(file, rest) if file is not None and not _rank() else None
+        except CkptkitError as error:
+            return _failed(output, error)
+        code = self._ended(output, rest, prog_name, complete_var, **extra)
+        if end is not None:
+            end(code)
+        return code
+
+    def _ended(
+        self, output: Output, arguments: list[str], prog_name: str | None, complete_var: str | None, **extra: Any
+    ) -> int:
+        """Runs a command line. Whatever happens becomes an exit code."""
         _COMMAND.set(tuple(arguments))
         try:
             try:
@@ -122,10 +138,22 @@ def _failed(output: Output, error: Exception) -> int:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return _fail(output, None, f"{where}{error.strerror or error}", EXIT_STORAGE)
+    if isinstance(error, ImportError) and (package := package_of(error.name)) is not None and not package.present:
+        return _missing(output, package)
     if hasattr(error, "format_message"):
         return _fail(output, None, _usage_message(error), EXIT_USAGE)
     bug = f"internal error: {type(error).__name__}: {error}; set {TRACEBACK_VARIABLE}=1 to see where"
     return _fail(output, None, bug, EXIT_INTERNAL)
+
+
+def _missing(output: Output, package: Package) -> int:
+    """Says which package a command needs; `verify` could not be run then, and others are not supported here."""
+    what, hint = missing_line([package])
+    if package.purpose == MOVING:
+        return _fail(output, None, f"ckptkit is not installed completely: {what}; {hint}", EXIT_INTERNAL)
+    kind = VerificationError if arguments_of_command()[:1] == ("verify",) else UnsupportedError
+    error = kind(f"this command needs {package.name}: {what}", hint=f"{hint} (ckptkit doctor lists what works here)")
+    return _fail(output, error, str(error), error.exit_code)
 
 
 @contextmanager

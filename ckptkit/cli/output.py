@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ckptkit.cli.github import MOST, error_line, in_actions, inert
+from ckptkit.cli.log_file import is_on, log
 from ckptkit.cli.streams import encodes_everything, silence
 from ckptkit.errors import CkptkitError, StorageError
 from ckptkit.io.system import write_text
@@ -33,6 +35,9 @@ KINDS = {
     130: "interrupted",
     143: "terminated",
 }
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+"""What colours text on a terminal."""
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -101,6 +106,7 @@ class Output:
         to_stdout = self.json_only or self.json_file is None
         escaped = to_stdout and not encodes_everything(sys.stdout)
         text = json.dumps(printable_json(data), indent=2, ensure_ascii=escaped) + "\n"
+        log("JSON on stdout" if to_stdout else f"JSON in {self.json_file}")
         if to_stdout:
             _write_stdout(text)
         else:
@@ -111,6 +117,7 @@ class Output:
         """A rich console whose text goes to stdout in one write, coloured only if that is a terminal."""
         buffer = _Buffer(sys.stdout)
         yield _console(sys.stdout, buffer)
+        log(_ESCAPES.sub("", buffer.getvalue()))
         _write_stdout(inert(buffer.getvalue()))
 
     def error(self, error: CkptkitError | None, message: str, exit_code: int) -> None:
@@ -168,8 +175,19 @@ class Output:
             yield nobody
             return
         terminal = sys.stderr.isatty()
-        with watching.moving_line(_console(sys.stderr, sys.stderr)) if terminal else watching.plain_lines(say) as tell:
-            yield tell
+        with ExitStack() as stack:
+            shown_at = watching.moving_line(_console(sys.stderr, sys.stderr)) if terminal else watching.plain_lines(say)
+            tell = stack.enter_context(shown_at)
+            if not (terminal and is_on()):
+                yield tell
+                return
+            kept = stack.enter_context(watching.plain_lines(log))  # a moving line leaves nothing behind
+
+            def both(step: Step) -> None:
+                tell(step)
+                kept(step)
+
+            yield both
 
 
 def bytes_of(what: str, tell: Tell) -> Progress:
@@ -181,6 +199,7 @@ def say(text: str, *, label: str = "", style: str = "") -> None:
     """Prints a message on stderr, each line made printable. A closed stderr or a full disk is no reason to fail."""
     text = "\n".join(map(printable, text.split("\n")))
     text = text if label else inert(text)
+    log(f"{label}: {text}" if label else text)
     try:
         if label and sys.stderr.isatty():
             from rich.text import Text

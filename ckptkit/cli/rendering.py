@@ -14,6 +14,7 @@ from ckptkit.sizes import human_size, three_digits
 
 if TYPE_CHECKING:
     from ckptkit.conversion.architectures import Architecture
+    from ckptkit.conversion.choosing import Choices
     from ckptkit.conversion.execution import ConversionResult
     from ckptkit.deltas.make import MadeDelta
     from ckptkit.inspection.delta_summary import DeltaInspection
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ckptkit.inspection.hashing import Hashes
     from ckptkit.inspection.summary import Inspection
     from ckptkit.inspection.validation import Validation
+    from ckptkit.runs.watch import Watched
+    from ckptkit.verification.environment.disk import Disk
+    from ckptkit.verification.environment.summary import Ability, Environment
     from ckptkit.verification.reports.report import VerificationReport
 
 GOOD, BAD = "bold green", "bold red"
@@ -62,6 +66,19 @@ def conversion(result: ConversionResult, console: Console) -> None:
     if flags := target.get("megatron_flags"):
         console.print(line("Megatron-LM builds this model with:"))
         megatron_flags(flags, console)
+
+
+def choices(found: Choices, console: Console) -> None:
+    """What a checkpoint is, and what it can become."""
+    layout = _layout({"format": found.format, "grid": found.grid})
+    console.print(line((f"{found.architecture} ({found.family}), {layout}", "bold")))
+    console.print(line((found.path, "dim")), soft_wrap=True)
+    for one in found.choices:
+        console.print()
+        console.print(line((f"--to {one.to}", "bold"), f": {one.what}"), soft_wrap=True)
+        console.print(line(f"  {one.command}"), soft_wrap=True)
+    console.print()
+    sentences(console, found.notes, "note", "cyan")
 
 
 def _likeness(likeness: Mapping[str, Any]) -> list[str]:
@@ -303,6 +320,50 @@ def architectures(supported: Iterable[Architecture], console: Console) -> None:
 
 
 # verification ---------------------------------------------------------------------------------------------------------
+
+
+def watched(found: Watched, console: Console) -> None:
+    """What became of the iterations of a run."""
+    rows = [(entry.folder, entry.state, entry.said) for _, entry in sorted(found.iterations.items())]
+    console.print(table(("Iteration", "State", "Because"), rows, numbers=False))
+
+
+def environment(found: Environment, console: Console) -> None:
+    """What works here."""
+    console.print(
+        facts(
+            [
+                ("ckptkit", f"{found.ckptkit}, Python {found.python}, {found.platform}"),
+                (
+                    "devices",
+                    ", ".join(f"{one['name']} ({human_size(one['memory'])})" for one in found.devices) or "CPU",
+                ),
+                ("launchers", ", ".join(name for name, place in found.launchers.items() if place) or "none found"),
+                *_disk(found.disk),
+            ]
+        )
+    )
+    rows = [(one.name, one.version or "-", one.problem or "ok", one.purpose) for one in found.packages]
+    console.print(table(("Package", "Version", "State", "For"), rows, numbers=False))
+    answers = [(one.commands, "works" if one.works else _reasons(one)) for one in found.abilities]
+    console.print(table(("Command", "Here"), answers, numbers=False))
+    lines = dict.fromkeys(one.install for one in found.abilities if one.install)
+    sentences(console, lines, "to install", "yellow")
+
+
+def _reasons(ability: Ability) -> str:
+    """Why something does not work."""
+    missing = [f"needs {', '.join(ability.missing)}"] if ability.missing else []
+    return "; ".join([*missing, *ability.problems])
+
+
+def _disk(disk: Disk | None) -> list[tuple[str, str]]:
+    if disk is None:
+        return []
+    rates = ", ".join(
+        f"{human_size(int(rate))}/s {verb}" for rate, verb in ((disk.write, "written"), (disk.read, "read"))
+    )
+    return [("disk", f"{disk.folder} ({disk.filesystem}): {rates}, {human_size(disk.free)} free")]
 
 
 def verification(report: VerificationReport, console: Console) -> None:

@@ -17,6 +17,8 @@ from ckptkit.steps import Tell, nobody
 
 if TYPE_CHECKING:
     from ckptkit.io.commit import Destination
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class ConversionResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def carry_out(

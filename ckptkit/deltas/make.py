@@ -51,6 +51,8 @@ Keep = Callable[[bytes], Tensor]
 
 _HELD = 1 << 20
 """Bytes of coded tiles that are held in memory before they are kept."""
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class MadeDelta:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def make_delta(

@@ -10,6 +10,9 @@ from typing import Any
 from ckptkit.formats.delta.manifest import CHANGED, counted
 from ckptkit.formats.delta.reading import open_delta
 
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
+
 
 @dataclass(frozen=True)
 class DeltaInspection:
@@ -39,7 +42,7 @@ class DeltaInspection:
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON values."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def inspect_delta(path: str | Path) -> DeltaInspection:

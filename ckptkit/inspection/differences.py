@@ -22,6 +22,9 @@ from ckptkit.tensors import Tensor
 
 SIDES = ("A", "B")
 
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -105,7 +108,7 @@ class Differences:
 
     def to_dict(self) -> dict[str, Any]:
         """The differences as JSON values."""
-        return {**asdict(self), "same": self.same}
+        return {"schema": SCHEMA, **asdict(self), "same": self.same}
 
 
 def diff(

@@ -28,6 +28,9 @@ from ckptkit.tensors import Region, Tensor
 
 PARTS = ("tensors", "files")
 
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
+
 
 @dataclass(frozen=True)
 class FileHash:
@@ -66,7 +69,7 @@ class Hashes:
 
     def to_dict(self) -> dict[str, Any]:
         """The hashes as JSON values."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def hash_checkpoint(

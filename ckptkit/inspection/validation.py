@@ -33,6 +33,9 @@ from ckptkit.io.regular import open_regular, read_bounded
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 
+SCHEMA = 1
+"""Version of the JSON; it rises when a field goes away or changes its meaning."""
+
 
 @dataclass(frozen=True)
 class SoundnessCheck:
@@ -88,7 +91,7 @@ class Validation:
     def to_dict(self) -> dict[str, Any]:
         """The validation as JSON values."""
         checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
-        return {**asdict(self), "checks": checks, "passed": self.passed}
+        return {"schema": SCHEMA, **asdict(self), "checks": checks, "passed": self.passed}
 
 
 QUESTIONS = ("files", "tensors", "checksums", "values")

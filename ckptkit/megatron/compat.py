@@ -104,6 +104,19 @@ def latent_attention_built() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def gated_delta_net_built(core: type) -> Iterator[None]:
+    """Let megatron-core build its gated DeltaNet without flash-linear-attention, whose kernels it then cannot run.
+
+    Args:
+        core: megatron-core's class.
+    """
+    modules = (sys.modules[one.__module__] for one in core.__mro__)
+    home = next(module for module in modules if hasattr(module, "HAVE_FLA"))
+    with replaced([(home, "HAVE_FLA", True)]):
+        yield
+
+
 def submodules_of(spec: Any) -> Any:
     """The submodules that a `ModuleSpec`, or a partial in its place, will build with."""
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules

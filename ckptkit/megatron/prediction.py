@@ -32,7 +32,9 @@ from ckptkit.tables.model_config import ModelConfig
 def prediction_block(
     config: TransformerConfig, model: ModelConfig, groups: ProcessGroupCollection, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlock:
-    """megatron-core's block of a model's layers of multi-token prediction, each like its last decoder layer.
+    """megatron-core's block of a model's layers of multi-token prediction.
+
+    Each is like the last decoder layer with attention.
 
     It keeps its activations in training: megatron-core 0.16 cannot compute those of packed rows again.
 
@@ -42,7 +44,8 @@ def prediction_block(
         groups: The process groups of the model.
         vp_stage: Number of the last virtual stage, where there are such.
     """
-    own, last = copy.copy(config), len(model.layers) - 1
+    own = copy.copy(config)
+    last = max(number for number, layer in enumerate(model.layers) if layer.delta is None)
     own.mtp_num_layers = model.mtp_layers
     own.recompute_granularity = None
     specs = []

@@ -259,9 +259,13 @@ def _logits(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side]
 
 
 def prediction_of(checkpoints: tuple[Checkpoint, Checkpoint], question: Question) -> int:
-    """Layers of multi-token prediction that both sides have and can run, or 0."""
+    """Layers of multi-token prediction that both sides have and can run, or 0.
+
+    transformers runs them where archives number them behind the others, and the runtime where they have a head.
+    """
     counts = {checkpoint.config.mtp_layers for checkpoint in checkpoints}
-    return counts.pop() if question.runs and len(counts) == 1 else 0
+    run = all(one.family.prediction.layer is None and not one.config.tied for one in checkpoints)
+    return counts.pop() if question.runs and run and len(counts) == 1 else 0
 
 
 def with_prediction(levels: Sequence[str]) -> list[str]:

@@ -11,8 +11,11 @@ from ckptkit.errors import UsageError
 from ckptkit.families import family_of
 from ckptkit.formats.json_files import read_json
 from ckptkit.megatron.run_config import RunConfig
+from ckptkit.requirements import MEGATRON as MEGATRON_RANKS
+from ckptkit.requirements import RUNNING
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.verification.environment.needs import require
 from ckptkit.verification.ranks.jobs import AdapterJob, find, open_model
 from ckptkit.verification.rounding import Rounding
 
@@ -101,7 +104,9 @@ def check_candidate(candidate: Side, run: RunConfig) -> None:
 
     Raises:
         UsageError: It cannot.
+        VerificationError: A package is missing that it takes.
     """
+    require(RUNNING, *([MEGATRON_RANKS] if candidate.kind == MEGATRON else []))
     if candidate.kind == HF and run.changes_candidate:
         raise UsageError(
             "packed rows, sequence and context parallelism and replicas need a candidate that megatron-core runs",

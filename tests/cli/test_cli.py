@@ -377,6 +377,11 @@ def test_families():
     assert "LlamaForCausalLM" in {item["architecture"] for item in expected}
     assert json.loads(run("families", "--json").stdout) == expected
     assert "LlamaForCausalLM" in run("families").stdout
+    for name in ("qwen3_moe", "Qwen3MoeForCausalLM"):
+        found = json.loads(run("families", name, "--json").stdout)
+        assert {item["architecture"] for item in found} == {"Qwen3MoeForCausalLM"}
+    unknown = run("families", "qwen4")
+    assert unknown.exit_code == 2 and "did you mean qwen" in unknown.stderr
 
 
 def test_verify_passes_and_differs(verify):

@@ -147,6 +147,10 @@ def test_a_wrong_format_names_the_right_ones(word: str) -> None:
         ("ckptkit conv", ["convert"]),
         ("ckptkit convert a b --to tor", ["torch", "torch_dist"]),
         ("ckptkit verify a b --le", ["--level"]),
+        ("ckptkit families glm4", ["glm4_moe", "glm4_moe_lite"]),
+        ("ckptkit watch run --verify we", ["weights"]),
+        ("ckptkit doctor --for gra", ["gradients"]),
+        ("ckptkit wat", ["watch"]),
         ("ckptkit inspect a --src-first", ["--src-first-stage-layers"]),
     ],
 )

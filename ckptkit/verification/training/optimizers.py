@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -12,8 +13,16 @@ CLASSES: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "
 
 
 def make_optimizer(options: RunOptions, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the options name, with torch's defaults but for the learning rate."""
-    return CLASSES[options.optimizer](list(parameters), lr=options.rate)  # type: ignore[call-arg]
+    """The optimizer that the options name, with torch's defaults but for the learning rate.
+
+    Vectors do not decay, as Megatron trains them: a norm that is stored less one would decay to another weight.
+    """
+    every = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in every if parameter.dim() != 1]},
+        {"params": [parameter for parameter in every if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    return CLASSES[options.optimizer](groups, lr=options.rate)  # type: ignore[call-arg]
 
 
 class Masters:

@@ -1,0 +1,1 @@
+"""Runs whose iterations are converted when they are finished: `ckptkit watch`."""
