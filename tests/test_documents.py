@@ -18,6 +18,7 @@ from tests.documents import DOCS, ROOT, Command, commands_of, links, prepare, ru
 
 JOBS = sorted(f"jobs/{page.name}" for page in (DOCS / "jobs").glob("*.md"))
 PAGES = [*JOBS, "which-format.md"]
+DOCTOR = [command for command in commands_of("start.md") if command.line.startswith("doctor")]
 EVERY = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -38,6 +39,13 @@ def test_commands_that_verify_run(page: str, tmp_path: Path, monkeypatch: pytest
     prepare(tmp_path, page)
     monkeypatch.chdir(tmp_path)
     for command in commands_of(page):
+        run(command)
+
+
+@pytest.mark.slow
+def test_the_doctor_of_the_first_page_answers() -> None:
+    assert len(DOCTOR) == 3
+    for command in DOCTOR:
         run(command)
 
 
