@@ -11,9 +11,11 @@ def main() -> None:
     """Runs the command line. A package that cannot be imported must not look like a difference, exit code 1."""
     try:
         from ckptkit.cli.app import app
+        from ckptkit.io.system import keep_freed_memory
     except Exception as error:
         print(f"error: ckptkit is not installed completely ({error}); install it again", file=sys.stderr)
         sys.exit(EXIT_INTERNAL)
+    keep_freed_memory()
     app(prog_name="ckptkit")
 
 

@@ -94,6 +94,17 @@ _LATENT = {
         "mscale_all_dim": 0.7,
     },
 }
+_DELTA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "rms_norm_eps": 1e-3,  # heads as small as these read next to nothing at times; less would make its rounding large
+}
+_SHARED = {**_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 48}
 _GPT_OSS: dict[str, Any] = {
     "intermediate_size": 96,  # as large as the hidden size, as in released models: shapes tell nothing
     "head_dim": 8,
@@ -201,6 +212,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {**_SCORED, **_LATENT, "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "rope_parameters": None},
+    ),
+    "qwen3_next": ("Qwen3Next", {**_SHARED, **_DELTA}),
+    "qwen3_next-mixed": (
+        "Qwen3Next",
+        {
+            **_SHARED,
+            **_DELTA,
+            "layer_types": None,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+        },
     ),
     "gpt_oss": ("GptOss", _GPT_OSS),
     "gpt_oss-plain": (
@@ -341,7 +366,9 @@ def randomise(model: Any) -> None:
         for name, parameter in [*model.named_parameters(), *buffers]:
             if parameter.dim() == 0:
                 continue  # a constant of the class, or a limit that is off
-            if "norm" in name or "scale" in name or "scalar" in name:
+            if name.endswith("linear_attn.norm.weight"):
+                parameter.uniform_(0.01, 1.5)  # below a half, hardly a weight survives being stored less one
+            elif "norm" in name or "scale" in name or "scalar" in name:
                 parameter.uniform_(0.5, 1.5)
             elif parameter.dim() == 1:
                 parameter.normal_(0.0, 0.3)

@@ -11,7 +11,7 @@ from typing import Any
 from ckptkit.checkpoints.config_fields import NUM_LAYERS, FieldDifference, differing_fields, in_words
 from ckptkit.checkpoints.prediction import in_megatron, notes_of_prediction, with_prediction
 from ckptkit.checkpoints.recognition import recognise
-from ckptkit.checkpoints.sidecar_contents import check_extras, check_sidecar
+from ckptkit.checkpoints.sidecar_contents import check_extras, check_originals, check_sidecar
 from ckptkit.checkpoints.vocabulary import Vocabulary
 from ckptkit.dtypes import DType
 from ckptkit.errors import CkptkitError, InputError, UsageError
@@ -83,11 +83,12 @@ class Description:
 def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given, vocabulary: Vocabulary) -> Description:
     """The family, config and sidecar of a Megatron checkpoint: reference first, then sidecar, then `args` alone."""
     reference = given.reference
-    sidecar = read_sidecar(root) if reference is None else Sidecar.of_hf(reference, read_extras(root))
+    sidecar = read_sidecar(root) if reference is None else _beside(reference, root)
     if sidecar is not None:
         family = family_of(sidecar.config, root)
         base = with_prediction(family, family.parse(sidecar.config), in_megatron, names)
         check_extras(sidecar.extras, family, base, root)
+        check_originals(sidecar.originals, family, base, root)
         tokens = check_sidecar(sidecar, family, base, root) if reference is None else None
         with located(root):
             config = from_args(family, args, base)
@@ -107,6 +108,12 @@ def describe(root: Path, args: Mapping[str, Any], names: set[str], given: Given,
         return Description(family, base, sidecar, notes, [])
     with located(root):
         return _describe_by_args(root, args, names, given, vocabulary)
+
+
+def _beside(reference: HfFiles, root: Path) -> Sidecar:
+    """A reference in place of the sidecar of a checkpoint, of which only tensors are taken."""
+    extras, originals = read_extras(root)
+    return replace(Sidecar.of_hf(reference, extras), originals=originals)
 
 
 def _compare_vocabulary(size: int, stated: int | None, vocabulary: Vocabulary) -> tuple[list[str], list[str]]:

@@ -18,9 +18,11 @@ from ckptkit.checkpoints.locating import Place
 from ckptkit.checkpoints.lora.megatron import ADAPTER, choose_part, is_adapter_name, read_megatron
 from ckptkit.checkpoints.lora.module_state import choose_part_of_state, keys_of_part, read_state_of_adapter
 from ckptkit.checkpoints.lora.peft_directory import read_peft
+from ckptkit.checkpoints.parts import join_parts
 from ckptkit.checkpoints.recognition import fused_in, refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.second_weights import check_second_weights
+from ckptkit.checkpoints.sidecar_contents import with_originals
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
@@ -207,7 +209,7 @@ def _read_torch_dist(place: Place, given: Given) -> Checkpoint:
     stored, notes = _dist_args(files, given)
     args = checked_args(stored, files.path)
     wrapping = find_wrapping(files.tensors, fit_of_megatron)
-    tensors = wrapping.removed(files.tensors, files.path)
+    tensors = join_parts(wrapping.removed(files.tensors, files.path), files.path)
     chosen, is_adapter = choose_part({(0, 0, 0): {"model": tensors}}, given, files.path)
     tensors = chosen[0, 0, 0]["model"]
     if is_adapter:
@@ -362,7 +364,8 @@ def _join(
     size, most = config.vocab_size, vocabulary.padded(config.vocab_size)
     most_rows = None if given.vocab_size == size else most
     joined = join_shards(Shards(path, table, config, items, spelling, grid, ranks, most_rows, most))
-    tensors, notes = joined.tensors, [*about.notes, *joined.notes, *rotary]
+    tensors = with_originals(items, joined.tensors, about.sidecar.originals)
+    notes = [*about.notes, *joined.notes, *rotary]
     if fused is not None:
         items, tensors = as_table(family, config, items, tensors)
         notes.append(f"its ranks fuse layers ({fused.args} of Megatron-Core 0.19), which are taken apart")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ckptkit.checkpoints.element_types import WEIGHTS
 from ckptkit.checkpoints.prediction import with_prediction
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError
 from ckptkit.formats.safetensors import Header
-from ckptkit.formats.sidecar import EXTRAS, FOLDER, HEADERS, Sidecar
+from ckptkit.formats.sidecar import EXTRAS, FOLDER, HEADERS, ORIGINALS, Sidecar
 from ckptkit.tables.bounds import check_counts
 from ckptkit.tables.family import Family
+from ckptkit.tables.items import Item
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import count_in_hf
 from ckptkit.tensors import Tensor
@@ -38,6 +40,61 @@ def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConf
     if twice is not None:
         what = f"holds {twice}, which the checkpoint has itself"
     raise InputError(what, where=root / FOLDER / EXTRAS, hint="remove the file to go without its tensors")
+
+
+def check_originals(originals: Mapping[str, Tensor], family: Family, config: ModelConfig, root: Path) -> None:
+    """Checks that the originals of a sidecar are tensors of the model that Megatron has with other numbers.
+
+    Args:
+        originals: Hugging Face name -> tensor.
+        family: The family of the model.
+        config: Its config.
+        root: The folder with the sidecar.
+
+    Raises:
+        InputError: One is none of them, or has another shape or a type without numbers.
+    """
+    if not originals:
+        return
+    parts = (item.parts for item in family.items(config) if item.row.numbers is not None)
+    known = {name: shape for own in parts for name, shape in own.items()}
+    for name, tensor in sorted(originals.items()):
+        if known.get(name) == tensor.shape and tensor.dtype.name in WEIGHTS:
+            continue
+        what = f"holds {name}, {tensor.dtype}{list(tensor.shape)}"
+        expected = f"the config says {list(known[name])}" if name in known else "which Megatron has as it is, or not"
+        raise InputError(
+            f"{what}, {expected}", where=root / FOLDER / ORIGINALS, hint="remove the file to go without its tensors"
+        )
+
+
+def with_originals(
+    items: Mapping[str, Item], tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a Megatron checkpoint, with the originals of those that have other numbers in Hugging Face.
+
+    Args:
+        items: Canonical name -> item.
+        tensors: Canonical name -> tensor.
+        originals: Hugging Face name -> tensor, checked by `check_originals`.
+    """
+    found = dict(tensors)
+    for key, item in items.items() if originals else ():
+        if item.row.numbers is not None and key in found and item.hf[0] in originals:
+            found[key] = item.row.numbers.kept(found[key], originals[item.hf[0]])
+    return found
+
+
+def originals_of(items: Mapping[str, Item], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The Hugging Face tensors that a sidecar keeps, because Megatron has them with other numbers.
+
+    Args:
+        items: Canonical name -> item.
+        tensors: Canonical name -> tensor.
+    """
+    numbered = ((item, tensors[key]) for key, item in items.items() if item.row.numbers is not None and key in tensors)
+    found = ((item.hf[0], item.row.numbers.original(tensor)) for item, tensor in numbered if item.row.numbers)
+    return {name: original for name, original in found if original is not None}
 
 
 def check_sidecar(sidecar: Sidecar, family: Family, config: ModelConfig, root: Path) -> int | None:

@@ -78,6 +78,16 @@ AcceptDifferences = Annotated[
 ]
 
 
+DropPrediction = Annotated[
+    bool,
+    typer.Option(
+        "--drop-prediction",
+        help="Leave out layers of multi-token prediction.",
+        rich_help_panel=OPERATION,
+    ),
+]
+
+
 def average(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Checkpoints of any formats, or the root of one run.")
@@ -122,6 +132,7 @@ def average(
         ),
     ] = None,
     accept_differences: AcceptDifferences = False,
+    drop_prediction: DropPrediction = False,
     json: Json = False,
 ) -> None:
     """Average models of any formats, or the iterations of one run.
@@ -140,6 +151,7 @@ def average(
         decay=decay,
         precision=precision,
         accept_differences=accept_differences,
+        drop_prediction=drop_prediction,
         output=written.output(form, grid),
         source=source,
         execution=execution,
@@ -166,6 +178,7 @@ def slice_(
         str | None,
         typer.Option(metavar="LIST", help="The layers to leave out, instead.", rich_help_panel=OPERATION),
     ] = None,
+    drop_prediction: DropPrediction = False,
     json: Json = False,
 ) -> None:
     """Keep, drop, repeat or reorder layers.
@@ -181,6 +194,7 @@ def slice_(
         model,
         layers=layers,
         drop=drop,
+        drop_prediction=drop_prediction,
         output=written.output(form, grid),
         source=source,
         execution=execution,
@@ -199,6 +213,7 @@ def stack(
     source: Source,
     execution: Execution,
     accept_differences: AcceptDifferences = False,
+    drop_prediction: DropPrediction = False,
     json: Json = False,
 ) -> None:
     """Join layers of several models of equal sizes.
@@ -213,6 +228,7 @@ def stack(
         commands.stack_layers,
         parts,
         accept_differences=accept_differences,
+        drop_prediction=drop_prediction,
         output=written.output(form, grid),
         source=source,
         execution=execution,
@@ -234,6 +250,7 @@ def merge(
         ),
     ] = 0,
     accept_differences: AcceptDifferences = False,
+    drop_prediction: DropPrediction = False,
     json: Json = False,
 ) -> None:
     """Merge models by a recipe in mergekit's YAML.
@@ -249,6 +266,7 @@ def merge(
         recipe,
         seed=seed,
         accept_differences=accept_differences,
+        drop_prediction=drop_prediction,
         output=written.output(form, grid),
         source=source,
         execution=execution,

@@ -108,17 +108,20 @@ def cast_floats(source: Checkpoint, dtype: DType) -> tuple[Checkpoint, list[str]
     """Casts the floating-point tensors to `dtype` and enters it in config.json. Narrower types round: a loss."""
     lost: Counter[str] = Counter()
 
-    def cast(tensor: Tensor) -> Tensor:
+    def cast(tensor: Tensor, to: Callable[[Tensor, DType], Tensor] = Tensor.astype) -> Tensor:
         if not tensor.dtype.is_float or tensor.dtype == dtype:
             return tensor
         check_cast(tensor.dtype, dtype)
         if not _holds(dtype, tensor.dtype):
             lost[f"{tensor.dtype} -> {dtype}"] += 1
-        return tensor.astype(dtype)
+        return to(tensor, dtype)
 
     # Both libraries keep buffers in fp32, so that they stay what they are.
-    buffers = {key for key, item in source.items.items() if item.row.buffer}
-    tensors = {key: tensor if key in buffers else cast(tensor) for key, tensor in source.tensors.items()}
+    items = source.items
+    tensors = {
+        key: tensor if items[key].row.buffer else cast(tensor, items[key].cast)
+        for key, tensor in source.tensors.items()
+    }
     extras = {name: cast(tensor) for name, tensor in source.sidecar.extras.items()}
     name = TORCH_DTYPE_NAMES[dtype]
     config = deepcopy(source.sidecar.config)

@@ -98,7 +98,7 @@ def _megatron_notes(target: Target) -> list[str]:
         UnsupportedError: There is such a feature, and `--strict-config` refuses it.
     """
     config = target.source.config
-    features = inexpressible(config)
+    features = inexpressible(config, local=target.spelling.name == "local")
     if target.spelling.hybrid:
         features += inexpressible_as_hybrid(layer.rope.kind for layer in config.layers)
     if features and target.options.strict_config:

@@ -13,6 +13,7 @@ from ckptkit.checkpoints.lora.layouts import Record
 from ckptkit.checkpoints.lora.megatron import is_adapter_name
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.run_config import run_config
+from ckptkit.checkpoints.sidecar_contents import originals_of
 from ckptkit.conversion.bridge_adapter import bridge_section
 from ckptkit.conversion.options import TEXT, Options
 from ckptkit.conversion.quantising import QuantisedOutput, names_for, quantise
@@ -22,12 +23,14 @@ from ckptkit.formats.json_files import read_json
 from ckptkit.formats.sidecar import OF_ADAPTER, Sidecar
 from ckptkit.formats.torch_dist import FOLDER
 from ckptkit.io.plan import OutputFile
+from ckptkit.megatron_args.fields import delta_of
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.writing import to_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import padded_vocab_size
 from ckptkit.sharding.stages import Stage, split_layers
 from ckptkit.tables.hybrid_names import GPT, HYBRID, hybrid_args, inexpressible_as_hybrid
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import CORE_0_19
 from ckptkit.tables.spelling import Spelling
 from ckptkit.version import __version__
@@ -136,8 +139,7 @@ class Target:
         if options.megatron_model == HYBRID and self.source.config.adapter is not None:
             raise UsageError("--megatron-model hybrid has layers of one width", hint="use --megatron-model gpt")
         config = self.source.config
-        if options.megatron_model == HYBRID and (config.latent is not None or config.mtp_layers):
-            what = "latent attention" if config.latent is not None else "multi-token prediction"
+        if options.megatron_model == HYBRID and (what := _not_in_hybrid(config)):
             raise UsageError(f"--megatron-model hybrid: {what} is not in it here", hint="use --megatron-model gpt")
         spelling = self.source.family.spelling(options.spec, options.experts, text=options.layout == TEXT)
         if not self.format.fits(spelling):
@@ -253,7 +255,17 @@ class Target:
             "make_vocab_size_divisible_by": self.divisible_by,
             **({"megatron_flags": self.megatron_flags} if self.format.sharded else {}),
         }
-        files = source.sidecar.lay_out(manifest, self.config_json)
+        sidecar = replace(source.sidecar, originals=originals_of(source.items, source.tensors))
+        files = sidecar.lay_out(manifest, self.config_json)
         if self.adapter is not None and self.adapter.sidecar is not None:
             files += self.adapter.sidecar.lay_out(manifest, folder=OF_ADAPTER)
         return files
+
+
+def _not_in_hybrid(config: ModelConfig) -> str | None:
+    """A feature of the model for which no HybridModel is written, or None."""
+    found = {
+        "a DeltaNet": delta_of(config) is not None,
+        "multi-token prediction": config.mtp_layers > 0,
+    }
+    return next((feature for feature, present in found.items() if present), None)

@@ -16,7 +16,7 @@ from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
 from ckptkit.editing import recipes, vocabulary
 from ckptkit.editing.averaging import UNIFORM, averaged, check_weights, decayed
-from ckptkit.editing.inputs import Input, Opening, check_alike
+from ckptkit.editing.inputs import Input, Opening, check_alike, left_out_of
 from ckptkit.editing.layers import Place, is_layer_list, layer_list, stacked
 from ckptkit.editing.merging import merged
 from ckptkit.editing.record import recorded
@@ -61,10 +61,17 @@ class Output:
 class _Work:
     """One operation: opens its inputs, and carries out the plan of the model that it makes."""
 
-    def __init__(self, stack: ExitStack, output: Output, source: Mapping[str, Any] | None, how: How) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        output: Output,
+        source: Mapping[str, Any] | None,
+        how: How,
+        drop_prediction: bool = False,
+    ) -> None:
         self.started, self.execution = time.monotonic(), Execution(**how)
         self.output = output
-        self.opening = Opening(stack, self.execution.dry_run, dict(source or {}))
+        self.opening = Opening(stack, self.execution.dry_run, dict(source or {}), drop_prediction)
 
     def write(
         self,
@@ -80,6 +87,8 @@ class _Work:
         """Writes the model, with a record of what was done."""
         output, execution = self.output, self.execution
         hash_inputs = output.hash_inputs and not execution.dry_run
+        if self.opening.drop_prediction:
+            lossy = (*left_out_of(inputs), *lossy)
         own = [f"{one.name}: {note}" for one in inputs for note in one.model.notes]
         disagreements = [text for one in inputs for text in one.model.disagreements]
         model = recorded(model, operation, what, inputs, hash_inputs=hash_inputs, further=further)
@@ -105,6 +114,7 @@ def average(
     decay: str | None = None,
     precision: str | None = None,
     accept_differences: bool = False,
+    drop_prediction: bool = False,
     source: Mapping[str, Any] | None = None,
     **how: Unpack[How],
 ) -> ConversionResult:
@@ -119,6 +129,7 @@ def average(
         decay: Weights by age, see `averaging.decayed`; models count as older the earlier they are named.
         precision: Type of the sums, `float32` or `float64`; the default is float64 for results of 32 bits or more.
         accept_differences: Continue if settings differ that stored bytes do not depend on.
+        drop_prediction: Leave out layers of multi-token prediction.
         source: Options of `open_checkpoint`, for models that do not describe themselves.
         how: How the plan is carried out: see `Execution`.
 
@@ -133,7 +144,7 @@ def average(
     if weights is not None and decay is not None:
         raise UsageError("--weights and --decay exclude each other", hint="pass one of them")
     with ExitStack() as stack:
-        work = _Work(stack, output, source, how)
+        work = _Work(stack, output, source, how, drop_prediction)
         if weights is None and iterations is not None:
             iterations = sorted(iterations)  # decays count from the oldest
         inputs = _averaged_inputs(work.opening, models, iterations, last)
@@ -193,6 +204,7 @@ def slice_layers(
     *,
     layers: str | None = None,
     drop: str | None = None,
+    drop_prediction: bool = False,
     source: Mapping[str, Any] | None = None,
     **how: Unpack[How],
 ) -> ConversionResult:
@@ -203,6 +215,7 @@ def slice_layers(
         output: What to write.
         layers: The new layers, in their order, as in `0-15,24-31`.
         drop: Layers to leave out, instead.
+        drop_prediction: Leave out layers of multi-token prediction.
         source: Options of `open_checkpoint`.
         how: How the plan is carried out: see `Execution`.
 
@@ -215,7 +228,7 @@ def slice_layers(
     if (layers is None) == (drop is None):
         raise UsageError("slice needs either --layers or --drop", hint="as in --layers 0-15,24-31")
     with ExitStack() as stack:
-        work = _Work(stack, output, source, how)
+        work = _Work(stack, output, source, how, drop_prediction)
         one = work.opening.open(model)
         count = one.model.config.num_layers
         if layers is not None:
@@ -236,6 +249,7 @@ def stack_layers(
     output: Output,
     *,
     accept_differences: bool = False,
+    drop_prediction: bool = False,
     source: Mapping[str, Any] | None = None,
     **how: Unpack[How],
 ) -> ConversionResult:
@@ -247,6 +261,7 @@ def stack_layers(
         parts: `MODEL:LAYERS` each, or `MODEL` for all its layers.
         output: What to write.
         accept_differences: Continue if settings differ that stored bytes do not depend on.
+        drop_prediction: Leave out layers of multi-token prediction.
         source: Options of `open_checkpoint`, for models that do not describe themselves.
         how: How the plan is carried out: see `Execution`.
 
@@ -260,7 +275,7 @@ def stack_layers(
     if not named:
         raise UsageError("nothing to stack", hint="name MODEL:LAYERS, as in A:0-15 B:8-23")
     with ExitStack() as stack:
-        work = _Work(stack, output, source, how)
+        work = _Work(stack, output, source, how, drop_prediction)
         opened = {path: work.opening.open(path) for path in dict.fromkeys(path for path, _ in named)}
         inputs = list(opened.values())
         notes = check_alike(inputs, accept_differences=accept_differences, layers=False)
@@ -327,6 +342,7 @@ def merge(
     *,
     seed: int = 0,
     accept_differences: bool = False,
+    drop_prediction: bool = False,
     source: Mapping[str, Any] | None = None,
     **how: Unpack[How],
 ) -> ConversionResult:
@@ -337,6 +353,7 @@ def merge(
         output: What to write; its type outranks that of the recipe.
         seed: Seed of the methods that draw random numbers.
         accept_differences: Continue if settings differ that stored bytes do not depend on.
+        drop_prediction: Leave out layers of multi-token prediction.
         source: Options of `open_checkpoint`, for models that do not describe themselves.
         how: How the plan is carried out: see `Execution`.
 
@@ -350,7 +367,7 @@ def merge(
     text = read_bounded(file, recipes.LARGEST)
     wanted = recipes.read_recipe(text, file)
     with ExitStack() as stack:
-        work = _Work(stack, output, source, how)
+        work = _Work(stack, output, source, how, drop_prediction)
         opened = {name: work.opening.open(recipes.model_path(name, file), name) for name in wanted.models}
         inputs = list(opened.values())
         notes = check_alike(

@@ -10,11 +10,13 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.config_fields import differing_fields, in_words
+from ckptkit.checkpoints.prediction import COUNT
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.hub import is_reference
 from ckptkit.tables.model_config import ModelConfig
 
+DROP_PREDICTION = "--drop-prediction"
 _OF_TRAINING = ("dtype", "init_std")
 """Fields that say nothing about what a model computes."""
 _OF_TENSORS = ("vocab_size", "tied")
@@ -28,10 +30,12 @@ class Input:
     Attributes:
         name: How the user names it, which is unique among the inputs of an operation.
         model: The opened checkpoint.
+        left_out: Layers of multi-token prediction that it has and the operation does not see.
     """
 
     name: str
     model: Checkpoint
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,13 @@ class Opening:
         stack: Keeps fetched files until it closes.
         headers_only: Fetch no more than a plan needs.
         options: Options of `open_checkpoint`, for the models that do not describe themselves.
+        drop_prediction: Leave out layers of multi-token prediction.
     """
 
     stack: ExitStack
     headers_only: bool
     options: dict[str, Any] = field(default_factory=dict)
+    drop_prediction: bool = False
 
     def open(self, path: str | Path, name: str | None = None, iteration: int | None = None) -> Input:
         """Opens a model. Hugging Face directories and models on the hub describe themselves.
@@ -69,7 +75,34 @@ class Opening:
         model = open_source(self.stack, path, reference, headers_only=self.headers_only, **options)
         if model.lora is not None:
             raise UsageError("an adapter, and no model", where=path, hint="give the model that it is for")
-        return Input(str(path) if name is None else name, model)
+        name = str(path) if name is None else name
+        return _without_prediction(name, model) if self.drop_prediction else Input(name, model)
+
+
+def _without_prediction(name: str, model: Checkpoint) -> Input:
+    """The model without its layers of multi-token prediction, which its config.json no longer counts either."""
+    bare = model.without_prediction()
+    if COUNT in model.sidecar.config:
+        bare = replace(bare, sidecar=replace(bare.sidecar, config={**model.sidecar.config, COUNT: 0}))
+    return Input(name, bare, model.config.mtp_layers)
+
+
+def left_out_of(inputs: Sequence[Input]) -> list[str]:
+    """A sentence for each model of which layers of multi-token prediction are left out.
+
+    Raises:
+        UsageError: No model has any.
+    """
+    if not any(one.left_out for one in inputs):
+        raise UsageError(
+            f"{DROP_PREDICTION}: no model has layers of multi-token prediction", hint=f"drop {DROP_PREDICTION}"
+        )
+    return [
+        f"{one.left_out} layer{'s' * (one.left_out > 1)} of multi-token prediction of {one.name}, left out"
+        f" ({DROP_PREDICTION})"
+        for one in inputs
+        if one.left_out
+    ]
 
 
 def check_alike(
@@ -105,6 +138,8 @@ def check_alike(
         ]
         if any(item.is_layout or item.name in _OF_TENSORS for item in found):
             hint = "resize-vocab makes vocabularies alike" if _of_vocabulary(one, two) else None
+            if [item.name for item in found] == ["mtp_layers"]:
+                hint = f"{DROP_PREDICTION} leaves out the layers of multi-token prediction"
             raise UnsupportedError(f"a model of other sizes: {'; '.join(texts)}", where=other.name, hint=hint)
         if texts and not accept_differences:
             hint = f"--accept-differences goes on with the settings of {first.name}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.config_fields import differing_fields, in_words
-from ckptkit.editing.inputs import Input
+from ckptkit.editing.inputs import DROP_PREDICTION, Input
 from ckptkit.errors import CkptkitError, InputError, UnsupportedError, UsageError
 from ckptkit.formats.hf import BIN_INDEX, INDEX
 from ckptkit.printable import printable
@@ -133,15 +133,26 @@ def restack(base: Input, places: Sequence[Place]) -> Restacked:
         raise UsageError("no layer is left", hint="keep at least one")
     if model.config.adapter is not None:
         raise UnsupportedError("a split Llama has two kinds of layers", where=base.name, hint="build it anew")
-    if model.config.mtp_layers:
-        raise UnsupportedError(
-            "layers of multi-token prediction, which predict from the last layer",
-            where=base.name,
-            hint="slices, stacks and merges take models without them",
-        )
+    check_prediction(places[-1])
     config = replace(model.config, layers=_layers(places))
     raw = _described(base, config, places)
     return Restacked(model.family, config, raw, {item.key: item for item in model.family.items(config)})
+
+
+def check_prediction(last: Place) -> None:
+    """Whether layers of multi-token prediction can follow a new last layer: they go on from their model's last one.
+
+    Raises:
+        UnsupportedError: Its model has some, and it is not that layer.
+    """
+    model = last.source.model
+    if model.config.mtp_layers and last.layer != model.config.num_layers - 1:
+        raise UnsupportedError(
+            f"layers of multi-token prediction go on from layer {model.config.num_layers - 1}, and the last one is now"
+            f" layer {last.layer}",
+            where=last.source.name,
+            hint=f"{DROP_PREDICTION} leaves them out",
+        )
 
 
 def _layers(places: Sequence[Place]) -> tuple[LayerConfig, ...]:
@@ -180,7 +191,7 @@ def _described(base: Input, config: ModelConfig, places: Sequence[Place]) -> dic
         raise UnsupportedError(
             f"config.json cannot describe these layers: {error.what}", where=where, hint=error.hint
         ) from None
-    if found := differing_fields(config, read, ignored=("dtype", "init_std")):
+    if found := differing_fields(config, read, ignored=("dtype", "init_std", "mtp_layers")):
         texts = [_difference(item.name, item.layer, item.left, item.right, places) for item in found]
         raise UnsupportedError(f"config.json cannot describe these layers: {'; '.join(texts)}", where=where)
     return raw
@@ -217,7 +228,7 @@ def stacked(base: Input, first: Input, last: Input, places: Sequence[Place]) -> 
     Args:
         base: The model that gives config.json, tokenizer and towers.
         first: The model that gives the embedding.
-        last: The model that gives the last norm and the head.
+        last: The model that gives the last norm, the head, and the layers of multi-token prediction.
         places: For each layer where it comes from. All models are alike but for their layers.
 
     Raises:

@@ -15,7 +15,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.dtypes import DType
 from ckptkit.editing import methods, recipes
 from ckptkit.editing.inputs import Input
-from ckptkit.editing.layers import Place, Restacked, extras_of, restack, tensor_of
+from ckptkit.editing.layers import Place, Restacked, check_prediction, extras_of, restack, tensor_of
 from ckptkit.editing.methods import Task, TaskOptions, Types, promoted
 from ckptkit.editing.recipes import Recipe, Settings, Slice, resolved
 from ckptkit.editing.token_rows import TokenRows
@@ -26,6 +26,7 @@ from ckptkit.io.computed import recast
 from ckptkit.io.plan import Comparison
 from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tables.items import Item
+from ckptkit.tables.prediction import generic, number_of
 from ckptkit.tables.spelling import HUB, Stack
 from ckptkit.tensors import Tensor, vstack
 
@@ -117,8 +118,10 @@ class _Merger:
         for number, one in enumerate(recipe.slices):
             self._check(one, number)
         self.layers = list(self._layers())
+        self.predicting = list(self._predicting())
         self.tokens = tokens
         self.form = self._form()
+        self.named = {name: item for item in self.form.items.values() for name in item.hf}
 
     def _form(self) -> Restacked:
         """The form of the result."""
@@ -159,6 +162,19 @@ class _Merger:
             for number in range(count):
                 t = number / (count - 1) if count > 1 else 1.0
                 yield one, t, [Place(source, at + number) for source, at in zip(sources, first, strict=True)]
+
+    def _predicting(self) -> Iterator[tuple[Slice, float, list[Place]]]:
+        """The same for each layer of multi-token prediction: they follow the last layers of the last slice."""
+        one, t, last = self.layers[-1]
+        for place in last:
+            check_prediction(place)
+        for number in range(last[0].source.model.config.mtp_layers):
+            yield one, t, [Place(place.source, place.source.model.config.num_layers + number) for place in last]
+
+    def _layer_of(self, item: Item) -> int | None:
+        """The number of the new layer that a tensor belongs to; those of multi-token prediction follow all others."""
+        number = number_of(item.key)
+        return item.layer if number is None else len(self.layers) + number
 
     def result(self) -> Merged:
         """The merged model."""
@@ -221,11 +237,12 @@ class _Merger:
         """A Megatron tensor, made part by part: recipes are about Hugging Face tensors."""
         if self.tokens is not None and has_vocabulary(item):
             return self._of_tokens(item, self.tokens)
-        if item.layer is not None:
-            one, t, places = self.layers[item.layer]
+        layer = self._layer_of(item)
+        if layer is not None:
+            one, t, places = [*self.layers, *self.predicting][layer]
             sources = [place.source for place in places]
             wholes = [tensor_of(item, place.source, [place]) for place in places]
-            keys = [item.name(place.layer, item.expert) for place in places]
+            keys = [item.key if item.layer is None else item.name(place.layer, item.expert) for place in places]
         else:
             one, t = self.recipe.slices[0 if item.row.first else -1], 0.0
             sources = [self.inputs[source.model] for source in one.sources]
@@ -236,10 +253,10 @@ class _Merger:
         unpacked = [item.unpack(whole) for whole in wholes]
         made = {}
         for number, (name, template) in enumerate(zip(item.hf, item.row.hf, strict=True)):
-            stack = self.stacks.get(template)
+            stack = self.stacks.get(template if item.layer is not None else generic(template))
             if stack is not None and self.recipe.method != recipes.PASSTHROUGH:
-                assert item.layer is not None
-                made[name] = self.experts(stack, item.layer)[name]
+                assert layer is not None
+                made[name] = self.experts(stack, layer)[name]
                 continue
             names = [source.model.items[key].hf[number] for source, key in zip(sources, keys, strict=True)]
             if stack is None:
@@ -275,22 +292,17 @@ class _Merger:
         return item.pack([self._part(self.spelling.written(name), parts, one, 0.0)])
 
     def _called(self, item: Item, name: str, stack: Stack | None) -> str:
-        return self.spelling.written(name) if stack is None else stack.fused.format(i=item.layer)
+        return self.spelling.written(name) if stack is None else stack.fused.format(i=self._layer_of(item))
 
     def _experts(self, stack: Stack, layer: int) -> dict[str, Tensor]:
         """Hugging Face name -> tensor of one expert, cut out of what all experts of a layer are merged to."""
-        one, t, places = self.layers[layer]
-        rows = {template: row for row in self.form.family.rows for template in row.hf}
-        items = [
-            self.form.items[rows[template].megatron.format(i=layer, e=expert)]
-            for expert in range(self.form.config.num_experts)
-            for template in stack.parts
-        ]
+        one, t, places = [*self.layers, *self.predicting][layer]
         names = [
             template.format(i=layer, e=expert)
             for expert in range(self.form.config.num_experts)
             for template in stack.parts
         ]
+        items = [self.named[name] for name in names]
         parts = []
         for place, given in zip(places, one.sources, strict=True):
             pieces = [

@@ -99,7 +99,8 @@ def scaled(tensor: Tensor, scale: float, types: Types) -> Tensor:
     def values(at: int, found: list[Values]) -> Values:
         return rounded(found[0] * found[0].dtype.type(scale))
 
-    return elementwise(types.out, _in_type([tensor], types), ("scaled", scale, types), values, double=types.double)
+    what, inputs = ("scaled", scale, types), _in_type([tensor], types)
+    return elementwise(types.out, inputs, what, values, double=types.double, any_rows=True)
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, types: Types) -> Tensor:
@@ -126,7 +127,7 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool,
         return rounded(total / whole if normalize else total)
 
     what = ("linear", tuple(weights), normalize, types)
-    return elementwise(types.out, _in_type(tensors, types), what, values, double=types.double)
+    return elementwise(types.out, _in_type(tensors, types), what, values, double=types.double, any_rows=True)
 
 
 def slerp(base: Tensor, other: Tensor, t: float, types: Types) -> Tensor:
@@ -156,7 +157,7 @@ def slerp(base: Tensor, other: Tensor, t: float, types: Types) -> Tensor:
         a, b = (value.astype(np.float64, copy=False) for value in found)
         return decode(encode(a * one + b * two, types.compute), types.compute)
 
-    return elementwise(types.out, inputs, ("slerp", t, types), values, double=types.double)
+    return elementwise(types.out, inputs, ("slerp", t, types), values, double=types.double, any_rows=True)
 
 
 def _arc(aa: float, bb: float, ab: float, t: float) -> tuple[float, float]:

@@ -42,4 +42,4 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float], dtype: DT
             total /= total.dtype.type(whole)
         return total
 
-    return elementwise(dtype, tensors, ("mean", tuple(weights)), mean, double=double)
+    return elementwise(dtype, tensors, ("mean", tuple(weights)), mean, double=double, any_rows=True)

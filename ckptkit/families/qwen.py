@@ -89,7 +89,7 @@ def parse_qwen3_moe(raw: Raw) -> ModelConfig:
     fields = QWEN3_MOE_CONFIG.fields(raw)
     config = QWEN3_MOE_CONFIG.decoder(raw)
     config = windowed(config, [_window(fields)] * config.num_layers)
-    moe = [number not in _dense_layers(fields, config.num_layers) for number in range(config.num_layers)]
+    moe = [number not in dense_layers(fields, config.num_layers) for number in range(config.num_layers)]
     return replace(
         config,
         layers=tuple(replace(layer, moe=has) for layer, has in zip(config.layers, moe, strict=True)),
@@ -116,7 +116,7 @@ def _window(fields: Fields) -> int | None:
     return fields.integer_or_none("sliding_window") if fields.flag("use_sliding_window") else None
 
 
-def _dense_layers(fields: Fields, num_layers: int) -> set[int]:
+def dense_layers(fields: Fields, num_layers: int) -> set[int]:
     """Layers with a dense MLP: those in `mlp_only_layers`, and those that `decoder_sparse_step` skips."""
     named = fields.get("mlp_only_layers") or []
     if not isinstance(named, list) or any(type(number) is not int for number in named):
@@ -146,11 +146,12 @@ def _values_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": config.experts_per_token,
         "moe_intermediate_size": config.moe_ffn_hidden_size,
         "norm_topk_prob": config.norm_topk_prob,
-        "mlp_only_layers": _dense_of(config),
+        "mlp_only_layers": dense_of(config),
     }
 
 
-def _dense_of(config: ModelConfig) -> list[int]:
+def dense_of(config: ModelConfig) -> list[int]:
+    """Numbers of the layers without experts."""
     return [number for number, layer in enumerate(config.layers) if not layer.moe]
 
 
@@ -160,7 +161,7 @@ _unparse_qwen3_moe = translation(QWEN3_MOE_CONFIG, parse_qwen3_moe, _values_qwen
 def unparse_qwen3_moe(config: ModelConfig, base: Raw) -> dict[str, Any]:
     """The raw config.json of `config`. If its dense layers differ from those of `base`, they are listed one by one."""
     raw = _unparse_qwen3_moe(config, base)
-    if base and _dense_of(parse_qwen3_moe(base)) != _dense_of(config):
+    if base and dense_of(parse_qwen3_moe(base)) != dense_of(config):
         raw["decoder_sparse_step"] = 1
     return raw
 

@@ -5,6 +5,7 @@
 - `headers/` holds the raw safetensors headers, so that the way back gives the same files byte for byte. Their names are
   `SHARD.header`: they hold no tensors, so `**/*.safetensors` must not find them.
 - `extras.safetensors` holds the tensors that have no place in Megatron.
+- `originals.safetensors` holds the tensors that Megatron has with other numbers, from which these were made.
 - `adapter/` is the sidecar of an adapter beside the weights of its model.
 
 Its bytes do not depend on time, paths or the number of threads.
@@ -41,6 +42,7 @@ SCHEMA = 2
 """The schema that is written. Schema 1 gave a header the name of its shard; it can still be read."""
 
 MANIFEST, SMALL, HEADERS, EXTRAS = "manifest.json", "hf", "headers", "extras.safetensors"
+ORIGINALS = "originals.safetensors"
 
 _HEADER = ".header"
 _INSTEAD = "pass --hf-reference instead"
@@ -59,6 +61,7 @@ class Sidecar:
         made: Relative path -> bytes of further small files, which an operation made; they outrank `small`.
         operation: The operation that made the model, as JSON values for the manifest; or empty.
         quantised: The quantised weights that the model was read from, or None.
+        originals: Hugging Face tensors that Megatron has with other numbers.
     """
 
     config: dict[str, Any]
@@ -69,6 +72,7 @@ class Sidecar:
     made: dict[str, bytes] = field(default_factory=dict)
     operation: dict[str, Any] = field(default_factory=dict)
     quantised: Quantised | None = None
+    originals: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_hf(cls, files: HfFiles, extras: Mapping[str, Tensor]) -> Sidecar:
@@ -113,6 +117,8 @@ class Sidecar:
             files.append(OutputFile.small(f"{folder}/{HEADERS}/{name}{_HEADER}", header.raw))
         if self.extras:
             files.append(safetensors.lay_out(f"{folder}/{EXTRAS}", self.extras))
+        if self.originals:
+            files.append(safetensors.lay_out(f"{folder}/{ORIGINALS}", self.originals))
         return files
 
 
@@ -145,26 +151,29 @@ def read_sidecar(path: Path, name: str = FOLDER) -> Sidecar | None:
     if _fingerprint(headers) != manifest.get("source_fingerprint"):
         raise InputError(f"{HEADERS}/ is not what {MANIFEST} was written with", where=folder, hint=_INSTEAD)
     small, config = _read_small(folder / SMALL, headers, manifest), read_json(folder / SMALL / "config.json")
-    return Sidecar(config, small, headers, _read_extras(folder), origin)
+    extras, originals = (_read_tensors(folder / file) for file in (EXTRAS, ORIGINALS))
+    return Sidecar(config, small, headers, extras, origin, originals=originals)
 
 
-def read_extras(path: Path) -> dict[str, Tensor]:
-    """The extras in the sidecar of a checkpoint, all that is wanted of it where a reference says the rest.
+def read_extras(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The extras and originals in the sidecar of a checkpoint, all that is wanted of it beside a reference.
 
     Raises:
         InputError: They are damaged.
         UnsupportedError: A newer ckptkit wrote them.
     """
     folder = path / FOLDER
-    if not (folder / EXTRAS).is_file():
-        return {}
+    files = [folder / name for name in (EXTRAS, ORIGINALS)]
+    if not any(file.is_file() for file in files):
+        return {}, {}
     _check_schema(read_json(folder / MANIFEST), folder)
-    return _read_extras(folder)
+    extras, originals = map(_read_tensors, files)
+    return extras, originals
 
 
 def _is_sidecar(folder: Path) -> bool:
     """Whether a folder is a sidecar, whole or not: one that lost its manifest must not pass for none."""
-    return any((folder / name).exists() for name in (MANIFEST, SMALL, HEADERS, EXTRAS))
+    return any((folder / name).exists() for name in (MANIFEST, SMALL, HEADERS, EXTRAS, ORIGINALS))
 
 
 def _check_schema(manifest: Mapping[str, Any], folder: Path) -> None:
@@ -223,8 +232,7 @@ def _describes(index: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:
     return files == {key: name for name, header in headers.items() for key in header.entries}
 
 
-def _read_extras(folder: Path) -> dict[str, Tensor]:
-    file = folder / EXTRAS
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     return safetensors.tensors_of(file, safetensors.read_header(file)) if file.is_file() else {}
 
 

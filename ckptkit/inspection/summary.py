@@ -110,7 +110,7 @@ def inspect(
         roles=list(roles.values()),
         optimizer=asdict(source.optimizer),
         megatron_flags=_megatron_flags(source),
-        inexpressible=inexpressible(source.config),
+        inexpressible=inexpressible(source.config, local=_stored_args(source).get("transformer_impl") == "local"),
         notes=[*source.notes, *source.disagreements],
         adapter=None if source.lora is None else _of_adapter(source.lora, source),
         quantised=facts_of(source).get("quantised"),
@@ -132,9 +132,12 @@ def _of_adapter(lora: Lora, source: Checkpoint) -> dict[str, Any]:
 
 def _megatron_flags(source: Checkpoint) -> list[str] | None:
     """Megatron-LM's flags for a checkpoint; one that it cannot load by itself is described as a whole."""
+    grid = source.grid if source.format == "torch" else None
+    return megatron_flags(source.family, source.config, _stored_args(source), grid)
+
+
+def _stored_args(source: Checkpoint) -> dict[str, Any]:
+    """The arguments of a checkpoint that Megatron-LM can load by itself; empty for others."""
     loadable = source.format in ("torch", "torch_dist")
     args = source.args if loadable and "num_layers" in source.args else {}
-    if args and source.spelling.name == "local":
-        args = {"transformer_impl": "local", **args}
-    grid = source.grid if source.format == "torch" else None
-    return megatron_flags(source.family, source.config, args, grid)
+    return {"transformer_impl": "local", **args} if args and source.spelling.name == "local" else args

@@ -20,6 +20,12 @@ class Cache(Generic[Value]):
         self._total = 0
         self._lock = threading.Lock()
 
+    def makes(self, key: object) -> bool:
+        """Whether a thread is making the value of a key at this moment."""
+        with self._lock:
+            found = self._found.get(key)
+        return found is not None and not found.done()
+
     def get(self, key: object, make: Callable[[], Value]) -> Value:
         """The value of a key, made by `make` if it is not at hand. An error of `make` reaches all who wait for it."""
         with self._lock:

@@ -36,8 +36,8 @@ TURNED = 1 << 21
 """Elements of a tile of columns that become rows: for each tile, all rows of the source pass through a buffer."""
 BLOCK = 1 << 15
 """Elements of a block, in which a tile is computed element by element."""
-READ = 1 << 17
-"""Elements of each tensor that are read at a time for blocks, in whole rows."""
+READ = 1 << 20
+"""Elements that are read at a time for blocks, of all tensors together, in whole rows."""
 CACHE = 64 << 20
 """Bytes of finished tiles, and of values from which tiles are made, that stay in memory."""
 
@@ -118,6 +118,7 @@ def elementwise(
     values: Callable[[int, list[Values]], Values],
     *,
     double: bool,
+    any_rows: bool = False,
 ) -> Tensor:
     """A tensor whose elements are each computed from the elements at the same place of tensors of its shape.
 
@@ -130,25 +131,32 @@ def elementwise(
         values: (index of the first element in row-major order, elements of each input from there) -> as many elements.
             Equal arguments give equal values. It may change its arguments.
         double: Whether the inputs come in float64.
+        any_rows: Whether `values` gives an element the same value in whatever block it lies. Then threads need not wait
+            for each other's tiles.
     """
     matrices = [as_matrix(tensor) for tensor in inputs]
+    width = _width_of(matrices[0])
 
     def make(start: int, stop: int) -> Bytes:
         import numpy as np
 
         from ckptkit.io.casts import encode
 
-        return np.concatenate(
-            [encode(values(at, some), dtype) for at, some in blocks(matrices, start, stop, double=double)]
-        )
+        first, size = start * width, dtype.itemsize
+        out = np.empty((stop - start) * width * size, np.uint8)
+        for at, some in blocks(matrices, start, stop, double=double):
+            found = values(at, some)
+            out[(at - first) * size : (at - first + found.size) * size] = encode(found, dtype)
+        return out
 
-    return made(dtype, matrices[0].shape, inputs, ("elementwise", what, double), make).reshape(inputs[0].shape)
+    recipe = ("elementwise", what, double)
+    return made(dtype, matrices[0].shape, inputs, recipe, make, any_rows=any_rows).reshape(inputs[0].shape)
 
 
 def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
     """The tiles of a vector or matrix of this shape: (first row, row after the last)."""
     width = shape[-1] if len(shape) > 1 else 1
-    height = _tile_rows(width, 1)
+    height = tile_rows(width, 1)
     return [(row, min(row + height, shape[0])) for row in range(0, shape[0] if width else 0, height)]
 
 
@@ -168,20 +176,27 @@ def blocks(
 
     from ckptkit.io.casts import decode
     from ckptkit.io.reading import read_tensor
+    from ckptkit.io.source import Sources
 
-    width = matrices[0].shape[-1] if len(matrices[0].shape) > 1 else 1
+    width = _width_of(matrices[0])
     size = size or BLOCK
-    height = max(max(size, READ) // width, 1)
-    for top in range(start, stop, height):
-        bottom = min(top + height, stop)
-        raw = [read_tensor(tensor.rows(top, bottom)) for tensor in matrices]
-        for first in range(0, (bottom - top) * width, size):
-            found = []
-            for data, tensor in zip(raw, matrices, strict=True):
-                item = tensor.out_dtype.itemsize
-                some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
-                found.append(some.astype(np.float64, copy=False) if double else some)
-            yield top * width + first, found
+    height = max(max(size, READ // len(matrices)) // width, 1)
+    with Sources() as sources:
+        for top in range(start, stop, height):
+            bottom = min(top + height, stop)
+            raw = [read_tensor(tensor.rows(top, bottom), sources=sources) for tensor in matrices]
+            for first in range(0, (bottom - top) * width, size):
+                found = []
+                for data, tensor in zip(raw, matrices, strict=True):
+                    item = tensor.out_dtype.itemsize
+                    some = decode(data[first * item : (first + size) * item], tensor.out_dtype)
+                    found.append(some.astype(np.float64, copy=False) if double else some)
+                yield top * width + first, found
+
+
+def _width_of(matrix: Tensor) -> int:
+    """Elements of a row of a vector or matrix."""
+    return matrix.shape[-1] if len(matrix.shape) > 1 else 1
 
 
 class Once(Generic[Found]):
@@ -271,7 +286,7 @@ def columns_apart(matrix: Tensor, count: int) -> list[Tensor]:
     """
     height, columns = matrix.shape
     width, raw = columns // count, matrix.astype(matrix.dtype)
-    if (recipe := _whole_recipe(raw)) is not None and isinstance(recipe[0], Together) and len(recipe[1]) == count:
+    if (recipe := whole_recipe(raw)) is not None and isinstance(recipe[0], Together) and len(recipe[1]) == count:
         return [part if matrix.cast is None else part.astype(matrix.cast) for part in recipe[1]]
 
     def taking(at: int) -> Callable[[int, int], Bytes]:
@@ -306,7 +321,7 @@ def columns_together(parts: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"cannot join {', '.join(f'{part.out_dtype}{list(part.shape)}' for part in parts)}")
     width, height = parts[0].shape
     raw = [part.astype(part.dtype) for part in parts]
-    recipes = [_whole_recipe(part) for part in raw]
+    recipes = [whole_recipe(part) for part in raw]
     first = recipes[0]
     if first is not None and [recipe and recipe[0] for recipe in recipes] == [Apart(at, count) for at in range(count)]:
         sources = [recipe[1][0] for recipe in recipes if recipe is not None]
@@ -330,7 +345,7 @@ def recipe_of(data: bytes | Made) -> tuple[object, tuple[Tensor, ...]] | None:
     return (data.what, data.inputs) if isinstance(data, _Computed) else None
 
 
-def _whole_recipe(tensor: Tensor) -> tuple[object, tuple[Tensor, ...]] | None:
+def whole_recipe(tensor: Tensor) -> tuple[object, tuple[Tensor, ...]] | None:
     """`recipe_of` the bytes that a tensor consists of, if they are all of one recipe's."""
     runs = list(itertools.islice(tensor.runs(), 2))
     if len(runs) != 1 or not isinstance(runs[0], Literal):
@@ -369,6 +384,7 @@ def made(
     make: Callable[[int, int], Bytes],
     unit: int = 1,
     tile: int | None = None,
+    any_rows: bool = False,
 ) -> Tensor:
     """A tensor whose bytes are made.
 
@@ -380,13 +396,15 @@ def made(
         make: (first row, row after the last) -> the bytes of rows. Equal arguments give equal bytes.
         unit: A tile has a multiple of this number of rows.
         tile: Elements of a tile, about; None for `TILE`.
+        any_rows: Whether `make` gives a row the same bytes with whatever rows it is made.
     """
     if not prod(shape):
         return Tensor.full(dtype, shape)
-    return Tensor.from_bytes(_Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE), dtype, shape)
+    found = _Computed(dtype, shape, tuple(inputs), what, make, unit, tile or TILE, any_rows)
+    return Tensor.from_bytes(found, dtype, shape)
 
 
-def _tile_rows(width: int, unit: int, tile: int | None = None) -> int:
+def tile_rows(width: int, unit: int, tile: int | None = None) -> int:
     """Rows of `width` elements in a tile: a multiple of `unit`."""
     return max((tile or TILE) // (width * unit), 1) * unit
 
@@ -403,6 +421,7 @@ class _Computed:
         make: (first row, row after the last) -> the bytes of rows.
         unit: A tile has a multiple of this number of rows.
         tile: Elements of a tile, about.
+        any_rows: Whether `make` gives a row the same bytes with whatever rows it is made.
     """
 
     dtype: DType
@@ -412,6 +431,7 @@ class _Computed:
     make: Callable[[int, int], Bytes]
     unit: int
     tile: int
+    any_rows: bool
 
     def __repr__(self) -> str:
         return f"computed {self.digest}"
@@ -432,8 +452,13 @@ class _Computed:
     def read(self, start: int, stop: int) -> bytes | memoryview:
         """Bytes `start:stop`, cut out of whole tiles; a part of one tile is not copied."""
         size = self._rows * self._width
+        if self.any_rows and stop - start >= size:
+            first, last = start // self._width, -(-stop // self._width)
+            return memoryview(self.make(first, last)).cast("B")[start - first * self._width :][: stop - start]
         tiles = range(start // size, -(-stop // size))
-        pieces = [self._tile(tile)[max(start - tile * size, 0) : stop - tile * size] for tile in tiles]
+        # Those that another thread is making come last: by then it has made them.
+        found = {tile: self._tile(tile) for tile in sorted(tiles, key=lambda tile: _tiles.makes(self._key(tile)))}
+        pieces = [found[tile][max(start - tile * size, 0) : stop - tile * size] for tile in tiles]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     @cached_property
@@ -444,9 +469,13 @@ class _Computed:
     @cached_property
     def _rows(self) -> int:
         """Rows of a tile."""
-        return _tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
+        return tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
+
+    def _key(self, tile: int) -> tuple[str, int, int]:
+        """The digest, the first row of a tile, and the row after its last."""
+        start = tile * self._rows
+        return self.digest, start, min(start + self._rows, len(self) // self._width)
 
     def _tile(self, number: int) -> memoryview:
-        start = number * self._rows
-        stop = min(start + self._rows, len(self) // self._width)
-        return _tiles.get((self.digest, start, stop), lambda: memoryview(self.make(start, stop)).cast("B"))
+        key = self._key(number)
+        return _tiles.get(key, lambda: memoryview(self.make(*key[1:])).cast("B"))

@@ -43,7 +43,7 @@ def dequantised_fp8(codes: Tensor, scales: Tensor, block: tuple[int, int], dtype
         return from_fp8(some, numbers, block, dtype, start % height)
 
     unit = height if height * codes.shape[1] <= LARGEST else 1
-    return made(dtype, codes.shape, [codes, scales], ("fp8", block), make, unit)
+    return made(dtype, codes.shape, [codes, scales], ("fp8", block), make, unit, any_rows=True)
 
 
 def dequantised_mxfp4(codes: Tensor, scales: Tensor, dtype: DType) -> Tensor:
@@ -66,7 +66,9 @@ def dequantised_mxfp4(codes: Tensor, scales: Tensor, dtype: DType) -> Tensor:
         packed, powers = (read_tensor(tensor.rows(start, stop)).reshape(rows, -1) for tensor in (wide, narrow))
         return from_mxfp4(packed, powers, dtype)
 
-    return made(dtype, (narrow.shape[0], narrow.shape[1] * 32), [codes, scales], "mxfp4", make).reshape(shape)
+    return made(dtype, (narrow.shape[0], narrow.shape[1] * 32), [codes, scales], "mxfp4", make, any_rows=True).reshape(
+        shape
+    )
 
 
 def dequantised_int4(codes: Tensor, scales: Tensor, group: int, dtype: DType) -> Tensor:
@@ -88,7 +90,7 @@ def dequantised_int4(codes: Tensor, scales: Tensor, group: int, dtype: DType) ->
         return from_int4(packed, numbers, group, dtype)
 
     shape = (codes.shape[0], codes.shape[1] * 8)
-    return made(dtype, shape, [codes, scales], ("int4", group), make)
+    return made(dtype, shape, [codes, scales], ("int4", group), make, any_rows=True)
 
 
 def slices(tensor: Tensor) -> Sequence[Tensor]:

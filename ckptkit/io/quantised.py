@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from ckptkit.dtypes import DTYPES, DType
 from ckptkit.errors import InputError
-from ckptkit.io.computed import TILE, Once, made
+from ckptkit.io.cache import Cache
+from ckptkit.io.computed import BLOCK, TILE, Once, made, tile_rows
 from ckptkit.io.dequantised import LARGEST
 from ckptkit.tensors import Tensor
 
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
+    Values = NDArray[np.float32] | NDArray[np.float64]
 
 
 CODES = {"fp8": ("F8_E4M3", 1), "mxfp4": ("U8", 2), "int4": ("I32", 8)}
 """Kind -> type of an element of codes, and the numbers in it."""
+
+
+_scales: Cache[Bytes] = Cache(8 << 20, lambda found: found.nbytes)
+"""New scales by tensor and first row of blocks of a tile of codes."""
 
 
 class NotFiniteError(Exception):
@@ -220,15 +226,26 @@ class Likeness:
         for start, stop in _tiles(self.numbers.shape, height if height * self.numbers.shape[1] <= LARGEST else 1):
             above, codes = start % self.coding.block[0], read_tensor(self.codes.rows(start, stop))
             raw = self.coding.numbers(codes, self.scales_of(start, stop), stop - start, dtype, above)
-            old, new = decode(raw, dtype), decode(read_tensor(self.numbers.rows(start, stop)), dtype)
-            with np.errstate(all="ignore"):
-                finite = np.isfinite(old)
-                old, new = old[finite], new[finite]
-                difference = new - old
-                most = float(np.maximum(most, np.abs(difference).max(initial=0)))
-                squares += float(np.square(difference, dtype=np.float64).sum())
-                size += float(np.square(old, dtype=np.float64).sum())
+            new, part = read_tensor(self.numbers.rows(start, stop)), BLOCK * dtype.itemsize
+            for at in range(0, len(raw), part):
+                found = _distance(decode(raw[at : at + part], dtype), decode(new[at : at + part], dtype))
+                most = float(np.maximum(most, found[0]))
+                squares, size = squares + found[1], size + found[2]
         return most, (squares / size) ** 0.5 if size else float(squares > 0)
+
+
+def _distance(old: Values, new: Values) -> tuple[float, float, float]:
+    """(Largest difference, sum of squared differences, sum of squares of `old`), where `old` is finite."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(old)
+        if not finite.all():
+            old, new = old[finite], new[finite]
+        difference = np.subtract(new, old, dtype=np.float64)
+        most = max(difference.max(initial=0), -difference.min(initial=0))
+        old = old.astype(np.float64, copy=False)
+        return float(most), float(np.dot(difference, difference)), float(np.dot(old, old))
 
 
 def compared_with_reference(likenesses: Sequence[Likeness], threads: int | None = None) -> dict[str, object]:
@@ -298,16 +315,27 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
             same = verdict == Verdict.SAME
             return read_tensor(likeness.codes.rows(start, stop)) if same else likeness.of_rows(start, stop)[1]
         values = _values(numbers, start, stop)
-        return coding.codes(values, new_scales(start // height, -(-stop // height), values), start % height)
+        first, last = start // height, -(-stop // height)
+        scales = new_scales(first, last) if tall else scales_of_tile(first, last, values)
+        return coding.codes(values, scales, start % height)
+
+    def scales_of_tile(start: int, stop: int, values: Floats | None = None) -> Bytes:
+        """Scales for a tile of codes. Codes and scales are written one after the other: they are found once."""
+        return _scales.get((this, start), lambda: new_scales(start, stop, values))
 
     def make_scales(start: int, stop: int) -> Bytes:
         import numpy as np
 
         if likeness is not None and likeness() != Verdict.NEW:
             return likeness.scales_of(start * height, min(stop * height, rows))
-        step = stop - start if tall else max(TILE // (height * columns), 1)
-        return np.concatenate([new_scales(row, min(row + step, stop)) for row in range(start, stop, step)])
+        if tall:
+            return new_scales(start, stop)
+        step, size = tile_rows(shape[1], height, TILE // in_element) // height, coding.scales.itemsize * grid[1]
+        first = start // step * step
+        found = [scales_of_tile(row, min(row + step, grid[0])) for row in range(first, stop, step)]
+        return np.concatenate(found)[(start - first) * size : (stop - first) * size]
 
+    this = object()
     dtype, in_element = CODES[coding.kind]
     unit = 1 if tall else height
     shape = (rows, columns // in_element)

@@ -77,16 +77,24 @@ class TensorReader:
         self.close()
 
 
-def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT) -> Bytes:
+def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT, sources: Sources | None = None) -> Bytes:
     """The row-major bytes of a tensor as written: a new, writable, one-dimensional array.
+
+    Args:
+        tensor: The tensor.
+        limits: Sizes of buffers.
+        sources: Open files of this thread, to use and to leave open.
 
     Raises:
         InputError: A source is gone or ends early.
         UnsupportedError: A cast that does not exist.
         StorageError: A source cannot be read.
     """
+    if sources is None:
+        with Sources() as sources:
+            return read_tensor(tensor, limits=limits, sources=sources)
     out = np.empty(tensor.nbytes, np.uint8)
-    with Sources() as sources:
+    if tensor.nbytes:
         gatherer = Gatherer(sources, limits.scratch)
         for unit in tensor_units(tensor, limits):
             start = unit.writes[0].offset

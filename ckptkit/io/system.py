@@ -17,6 +17,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _MADV_POPULATE_READ = 22
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT = 32 << 20
+"""Bytes: glibc takes no larger limit for blocks that it maps one by one."""
 
 _ADVICE = {
     errno.ENOSPC: ("no space left on the device", "free some space and run again with --resume"),
@@ -74,6 +77,18 @@ def _call(name: str, *arguments: object) -> bool:
             return False
         raise OSError(code, os.strerror(code))
     return True
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep up to 32 MiB that it frees in each thread, for the next array.
+
+    Computed tensors make and free the same arrays again and again. glibc would give their pages back each time, and
+    the kernel would clear new ones. A hint only: another libc has no such call.
+    """
+    mallopt: Callable[[int, int], int] | None = getattr(_libc(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def allocate(fd: int, size: int) -> None:

@@ -27,13 +27,13 @@ class GroupedQueryAttention(SelfAttention):
 
     Args:
         config: Megatron's config of this layer.
-        model: The model: which linears have a bias.
+        model: The model: which linears have a bias, and whether the output is gated.
         layer: Rotary embedding of this layer.
         options: Passed on.
     """
 
     def __init__(self, config: TransformerConfig, *, model: ModelConfig, layer: LayerConfig, **options: Any) -> None:
-        super().__init__(config=attention_config(config, model.qkv_bias, model.out_bias, layer.rope), **options)
+        super().__init__(config=attention_config(config, model, layer.rope), **options)
         self.rotary = RotaryEmbedding(layer.rope, self.hidden_size_per_attention_head)
 
     def forward(
@@ -66,6 +66,15 @@ class GroupedQueryAttention(SelfAttention):
             **options,
         )
         return output
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """The output of the core attention, times the sigmoid of its gate, rounded as transformers rounds it.
+
+        Args:
+            x: [sequence, batch, heads * head_dim].
+            gate: [sequence, batch, heads, head_dim].
+        """
+        return x * torch.sigmoid(gate.reshape(x.shape))
 
     def _angles(self, hidden_states: torch.Tensor, params: PackedSeqParams | None) -> torch.Tensor:
         """Rotary angles of the tokens.

@@ -85,16 +85,34 @@ def latent_attention_built() -> Iterator[None]:
     Without Transformer Engine, 0.16.1 takes stand-ins of its own for that library's modules, and asks whether a linear
     is one. 0.19 builds the projection of queries that have no latent vector as a linear with a norm in it, whatever the
     spec names; no archive has such a norm, and only Transformer Engine such a linear.
+
+    Its rotary embeddings are left out: ours takes their place, and that of yarn needs a GPU where there are several
+    context parallel ranks.
     """
     from megatron.core.transformer import multi_latent_attention
 
-    stand_ins: list[tuple[Any, str, Any]] = []
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (multi_latent_attention, name, lambda *args, **options: None)
+        for name in ("RotaryEmbedding", "YarnRotaryEmbedding")
+    ]
     if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
         stand_ins.append((multi_latent_attention, "HAVE_TE", False))
     resolver = getattr(multi_latent_attention, "QKNormConfigResolver", None)
     if resolver is not None:
         stand_ins.append((resolver, "_mla_fused_linear_or_default", resolver._non_fused_or_default))
     with replaced(stand_ins):
+        yield
+
+
+@contextlib.contextmanager
+def gated_delta_net_built(core: type) -> Iterator[None]:
+    """Let megatron-core build its gated DeltaNet without flash-linear-attention, whose kernels it then cannot run.
+
+    Args:
+        core: megatron-core's class.
+    """
+    home = sys.modules[core.__init__.__module__]
+    with replaced([(home, "HAVE_FLA", True)]):
         yield
 
 

@@ -15,7 +15,7 @@ from ckptkit.megatron.activations import activation
 from ckptkit.megatron.rotary import attention_factor
 from ckptkit.megatron_args.fields import core_grid, core_sizes, fields_of, written
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import SIGMOID, LayerConfig, ModelConfig, Rope
+from ckptkit.tables.model_config import SIGMOID, DeltaNet, LayerConfig, ModelConfig, Rope
 
 
 @dataclass
@@ -63,8 +63,11 @@ def transformer_config(
         cp: Context parallel size.
 
     Raises:
-        UnsupportedError: megatron-core cannot express the biases or the router.
+        UnsupportedError: megatron-core cannot express the biases or the router, or the runtime cannot cut sequences of
+            this model.
     """
+    if cp > 1 and any(layer.delta is not None for layer in config.layers):
+        raise UnsupportedError("gated DeltaNets are not in the runtime with context parallelism")
     if config.num_experts == 0:
         grid = replace(grid, ep=1, etp=None)  # megatron-core refuses expert ranks without experts
     kind = RuntimeConfig if config.latent is None else LatentRuntimeConfig
@@ -98,6 +101,7 @@ def transformer_config(
     )
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
+    base.moe_shared_expert_gate = config.shared_expert_gate
     base.mtp_num_layers = None  # `GPTModel` has only a loss for these layers; see `prediction_block`
     # megatron-core's constructor refuses biases of experts that several ranks share; `ExpertOutput` has them.
     base.add_bias_linear = config.mlp_bias
@@ -160,14 +164,24 @@ def layer_config(base: TransformerConfig, layer: LayerConfig, activation_name: s
         sized.moe_shared_expert_intermediate_size = layer.ffn_hidden_size
     # Megatron counts the tokens to the left of the current one, ckptkit and Hugging Face count that one too.
     sized.window_size = None if layer.window is None else (layer.window - 1, 0)
+    if layer.delta is not None:
+        _set_delta_sizes(sized, layer.delta)
     return sized
 
 
-def attention_config(base: TransformerConfig, qkv_bias: bool, out_bias: bool, rope: Rope) -> TransformerConfig:
+def _set_delta_sizes(sized: TransformerConfig, delta: DeltaNet) -> None:
+    """The sizes of a gated DeltaNet, which megatron-core has for all layers alike."""
+    sized.linear_num_key_heads, sized.linear_num_value_heads = delta.key_heads, delta.value_heads
+    sized.linear_key_head_dim, sized.linear_value_head_dim = delta.key_dim, delta.value_dim
+    sized.linear_conv_kernel_dim = delta.kernel
+
+
+def attention_config(base: TransformerConfig, model: ModelConfig, rope: Rope) -> TransformerConfig:
     """`base` for the attention, whose output bias megatron-core ties to that of the MLP."""
     own: Any = copy.copy(base)
-    own.add_qkv_bias = qkv_bias
-    own.add_bias_linear = out_bias
+    own.add_qkv_bias = model.qkv_bias
+    own.add_bias_linear = model.out_bias
+    own.attention_output_gate = model.output_gate
     if rope.kind == "yarn":
         # megatron-core derives its factor on cosines and sines from three numbers; these give any factor.
         own.yarn_rotary_scaling_factor = math.exp(10.0)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ckptkit.errors import VerificationError
+from ckptkit.megatron.decoder import inner_layers
 from ckptkit.megatron.replicas import fully_sharded
 
 
@@ -52,7 +53,7 @@ class FullySharded(_BaseDataParallel):
             for parameter in chunk.parameters():
                 parameter.data = parameter.data.float()
         experts = parallel_state.get_expert_data_parallel_group()
-        for layer in chunk.decoder.layers:
+        for layer in [*chunk.decoder.layers, *(inner for _, inner in inner_layers([chunk]))]:
             if (found := getattr(layer.mlp, "experts", None)) is not None:
                 fully_shard(found, mesh=_mesh(experts, device), **options)
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -13,7 +13,11 @@ import torch
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME, TORCH_DTYPE_NAMES
 from ckptkit.errors import UnsupportedError
 from ckptkit.io.computed import Apart, Together, recipe_of
+from ckptkit.io.zero_centered import Lessened, Raised, Restored
 from ckptkit.tensors import Const, Literal, Piece, Region, Tensor
+
+How = Apart | Together | Lessened | Raised | Restored
+"""What is done to tensors in memory."""
 
 
 class Memory:
@@ -62,18 +66,14 @@ class Memory:
             for piece in band.pieces:
                 if isinstance(piece, Region):
                     return self._bytes[piece.file].device
-                if isinstance(piece, Literal) and (found := _turned(piece)) is not None:
+                if isinstance(piece, Literal) and (found := _recipe(piece)) is not None:
                     return self._device(found[1][0])
         return torch.device("cpu")
 
-    def _turn(self, how: Apart | Together, inputs: tuple[Tensor, ...]) -> torch.Tensor:
-        """The bytes of a tensor whose columns are rows of others, or the other way round."""
+    def _make(self, how: How, inputs: tuple[Tensor, ...]) -> torch.Tensor:
+        """The bytes of a tensor that is made of others."""
         parts = [self.read(tensor) for tensor in inputs]
-        if isinstance(how, Apart):
-            turned = parts[0][:, how.at :: how.count].t()
-        else:
-            turned = torch.stack(parts, dim=-1).transpose(0, 1)
-        return turned.contiguous().reshape(-1).view(torch.uint8)
+        return _made(how, parts).contiguous().reshape(-1).view(torch.uint8)
 
     def _piece(self, piece: Piece, made: dict[int, torch.Tensor]) -> torch.Tensor:
         """The bytes of a piece, uint8 [rows, width].
@@ -89,18 +89,32 @@ class Memory:
         if isinstance(piece, Const):
             pattern = torch.tensor(list(piece.pattern), dtype=torch.uint8)
             return pattern.repeat(piece.rows, piece.width // len(piece.pattern))
-        if (found := _turned(piece)) is not None:
+        if (found := _recipe(piece)) is not None:
             key = id(piece.data)
             if key not in made:
-                made[key] = self._turn(*found)
+                made[key] = self._make(*found)
             return made[key].as_strided((piece.rows, piece.width), (piece.pitch, 1), piece.offset)
         return _literal(piece)
 
 
-def _turned(piece: Literal) -> tuple[Apart | Together, tuple[Tensor, ...]] | None:
+def _recipe(piece: Literal) -> tuple[How, tuple[Tensor, ...]] | None:
     """How to make what a piece is a part of from tensors in memory, which are no files to read."""
     how, inputs = recipe_of(piece.data) or (None, ())
-    return (how, inputs) if isinstance(how, Apart | Together) else None
+    return (how, inputs) if isinstance(how, How) else None
+
+
+def _made(how: How, parts: list[torch.Tensor]) -> torch.Tensor:
+    """A tensor that is made of others: turned, or one more or less than one of them."""
+    if isinstance(how, Apart):
+        return parts[0][:, how.at :: how.count].t()
+    if isinstance(how, Together):
+        return torch.stack(parts, dim=-1).transpose(0, 1)
+    if isinstance(how, Raised):
+        return parts[0] + 1
+    if isinstance(how, Lessened):
+        return parts[1] if len(parts) > 1 else parts[0] - 1
+    stored, original = parts
+    return torch.where(stored == original - 1, original, stored + 1)
 
 
 def _literal(piece: Literal) -> torch.Tensor:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.megatron.attention import segments
 from ckptkit.megatron.compat import latent_attention_built
-from ckptkit.megatron.context_parallel.plan import is_packed
+from ckptkit.megatron.context_parallel.plan import Plan, is_packed, plan_of
 from ckptkit.megatron.norms import RMSNorm
 from ckptkit.megatron.rotary import RotaryEmbedding, attention_factor, yarn_mscale
 from ckptkit.tables.model_config import LayerConfig, Rope
@@ -54,6 +54,29 @@ class LatentAttention(MLASelfAttention):
         self.core_attention.scale = self.softmax_scale
         self.linear_kv_down_proj.register_forward_hook(self._gathered)
 
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: None = None,
+        position_ids: None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **options: Any,
+    ) -> Any:
+        """Queries, keys and values of a rank's tokens, as megatron-core has them.
+
+        Under context parallelism plain rows come with a plan, and megatron-core takes all that comes so for packed.
+
+        Args:
+            hidden_states: Input of the layer after its norm, [sequence, batch, hidden].
+            key_value_states: None.
+            position_ids: Unused, the layer counts positions itself.
+            packed_seq_params: Where the sequences of a packed row begin and end, and the plan of the batch.
+            options: Passed on.
+        """
+        self.rotary_pos_emb.plan = plan_of(packed_seq_params)
+        packed = packed_seq_params if is_packed(packed_seq_params) else None
+        return super().get_query_key_value_tensors(hidden_states, key_value_states, position_ids, packed, **options)
+
     def _gathered(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         """The output of the layer that makes latent vectors, whole: [sequence, batch, latent and rotating channels].
 
@@ -81,7 +104,12 @@ class _Rotary(torch.nn.Module):
     """This layer's rotary embedding in place of megatron-core's, which asks it for a length, and then for the angles.
 
     The length is given as the angles themselves.
+
+    Attributes:
+        plan: The plan of the batch under context parallelism, or None. Set before a forward pass.
     """
+
+    plan: Plan | None = None
 
     def __init__(self, rope: Rope, width: int, config: TransformerConfig) -> None:
         super().__init__()
@@ -97,9 +125,11 @@ class _Rotary(torch.nn.Module):
         config: TransformerConfig,
         packed: PackedSeqParams | None,
     ) -> torch.Tensor:
-        """Angles of the tokens: of a packed row those of the longest sequence."""
+        """Angles of the tokens: of a packed row those of the longest sequence, of which it takes its part."""
         if packed is not None and is_packed(packed):
             length = max((end - start for start, end in segments(packed)), default=0)
+        elif self.plan is not None:
+            return self.angles.at(self.plan.positions)
         else:
             split = config.tensor_model_parallel_size if config.sequence_parallel else 1
             length = hidden_states.size(0) * split

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -13,6 +15,7 @@ from ckptkit.megatron.attention import ExactAttention, GroupedQueryAttention
 from ckptkit.megatron.compat import local_layer_spec, submodules_of, with_module
 from ckptkit.megatron.context_parallel.attention import ContextParallelAttention
 from ckptkit.megatron.decoder import DecoderLayer, NormedRowParallelLinear
+from ckptkit.megatron.gated_delta_net import GatedDeltaNet, GatedNorm
 from ckptkit.megatron.gemma4.attention import ValueNormAttention
 from ckptkit.megatron.gemma4.layer import Gemma4Layer
 from ckptkit.megatron.gemma4.moe import ParallelMoELayer, ScaledRouter
@@ -67,12 +70,13 @@ def layer_spec(config: ModelConfig, number: int, stage: range, cp: int = 1) -> M
 
 
 def _attention_spec(stock: Any, config: ModelConfig, layer: LayerConfig, cp: int) -> ModuleSpec:
+    if layer.delta is not None:
+        linears = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
+        return ModuleSpec(module=GatedDeltaNet, submodules=GatedDeltaNetSubmodules(out_norm=GatedNorm, **linears))
     parts = stock.submodules
     core = ContextParallelAttention if cp > 1 else ExactAttention
     parts.core_attention = ModuleSpec(module=core, params={"softcap": config.attention_softcap, "sinks": config.sinks})
     if config.latent is not None:
-        if cp > 1:
-            raise UnsupportedError("latent attention is not in the runtime with context parallelism")
         parts.kv_layernorm = LatentNorm
         # megatron-core 0.19 refuses a norm that nothing uses
         parts.q_layernorm = IdentityOp if config.latent.query_rank is None else LatentNorm

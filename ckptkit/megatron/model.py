@@ -22,7 +22,7 @@ from ckptkit.megatron.gemma4.carried import Carried
 from ckptkit.megatron.gemma4.per_layer_inputs import add_per_layer_inputs, per_layer_inputs
 from ckptkit.megatron.heads import ValueHead
 from ckptkit.megatron.layers import block_spec
-from ckptkit.megatron.prediction import predicted_states, prediction_block
+from ckptkit.megatron.prediction import predicted_states, prediction_block, prediction_loss
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import Stage, holds_cut, split_layers
 from ckptkit.tables.divisibility import check_divides
@@ -37,7 +37,7 @@ class CausalModel(GPTModel):
     """megatron-core's `GPTModel` with what it lacks before the first and after the last layer.
 
     With layers of multi-token prediction its logits are those of the last of these layers, and not the model's own:
-    `GPTModel` itself has nothing but a loss for them.
+    `GPTModel` itself has nothing but a loss for them. Its loss is its own with theirs added, as Megatron weighs it.
 
     A tied copy of the embedding is loaded, not copied from the first stage: that would go through CUDA, and strict
     loading overwrites it anyway.
@@ -54,6 +54,7 @@ class CausalModel(GPTModel):
         value_head: Whether the output is one value per token, on every tensor parallel rank.
         mtp: The layers of multi-token prediction; only on a stage that has them, because megatron-core 0.19 looks for
             layers in it.
+        mtp_layers: How many of them the model has, on every stage.
     """
 
     embedding: Any
@@ -62,6 +63,7 @@ class CausalModel(GPTModel):
     def __init__(self, *, model: ModelConfig, stage: Stage, has_adapter: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.value_head = model.value_head
+        self.mtp_layers = model.mtp_layers
         if self.post_process and model.value_head:
             self.output_layer = ValueHead(self.config, model.value_bias)
         carried = Carried.under(self.config, model)
@@ -95,6 +97,7 @@ class CausalModel(GPTModel):
         attention_mask: torch.Tensor | None,
         decoder_input: torch.Tensor | None = None,
         *args: Any,
+        counted: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """Logits, the loss, or, before the last stage, what the next one receives; as `GPTModel`.
@@ -105,6 +108,8 @@ class CausalModel(GPTModel):
             attention_mask: None: attention is causal by itself.
             decoder_input: Embeddings in place of those of `input_ids`, [sequence, batch, hidden].
             args: Passed on.
+            counted: Whether a position counts in the loss, bool [batch, sequence]; needed where layers of multi-token
+                prediction have a loss, too, and all that does not count is 0 then.
             options: Passed on.
         """
         if self.inputs_of is not None:
@@ -113,7 +118,7 @@ class CausalModel(GPTModel):
             inputs = per_layer_inputs(self, self.inputs_of, input_ids, decoder_input)
             decoder_input = torch.cat((decoder_input, inputs), dim=-1)
         if hasattr(self, "mtp"):
-            return self._predict(input_ids, position_ids, decoder_input, **options)
+            return self._predict(input_ids, position_ids, decoder_input, counted, **options)
         output: torch.Tensor = super().forward(input_ids, position_ids, attention_mask, decoder_input, *args, **options)
         return output
 
@@ -122,18 +127,39 @@ class CausalModel(GPTModel):
         tokens: torch.Tensor,
         positions: torch.Tensor | None,
         decoder_input: torch.Tensor | None,
+        counted: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Logits of the last layer of multi-token prediction, as `forward`."""
+        """Logits of the last layer of multi-token prediction, or the losses of the model and of all of these layers."""
         assert positions is not None
         with last_output(self.decoder) as states:
-            super().forward(tokens, positions, None, decoder_input, packed_seq_params=packed_seq_params)
+            own = super().forward(
+                tokens, positions, None, decoder_input, labels=labels, packed_seq_params=packed_seq_params
+            )
         # Not through the module: what is recorded of it is the model's own pass.
-        state = predicted_states(
+        found = predicted_states(
             self.mtp, self.embedding.forward, tokens, positions, states[0], packed_seq_params=packed_seq_params
         )
-        logits: torch.Tensor = self.output_layer(state)[0]
-        return logits.transpose(0, 1).contiguous()
+        if labels is None:
+            logits: torch.Tensor = self.output_layer(found[-1])[0]
+            return logits.transpose(0, 1).contiguous()
+        assert counted is not None
+        further = prediction_loss(found, labels, counted, packed_seq_params, self._losses)
+        return torch.where(counted, own, 0.0) + self.config.mtp_loss_scaling_factor * further
+
+    def _losses(self, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Losses [batch, sequence] of hidden states that the head has not seen."""
+        losses: torch.Tensor = self.compute_language_model_loss(labels, self.output_layer(states)[0])
+        return losses
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The weight whose gradients the first and the last stage add up: with multi-token prediction the embedding."""
+        if hasattr(self, "mtp"):
+            weight: torch.Tensor = self.embedding.word_embeddings.weight
+            return weight
+        shared: torch.Tensor = super().shared_embedding_or_output_weight()
+        return shared
 
     def _embed_narrow(self, adapter: Adapter) -> None:
         """Embeddings of the width of the first layers, where megatron-core made those of the model's."""

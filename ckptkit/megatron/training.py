@@ -6,7 +6,7 @@
 
 The loss is that of the next token, or of a value model the squared difference of its values from given targets. It is
 summed over the tokens that count, and divided by their number over all microbatches and data parallel ranks; so are the
-gradients.
+gradients. The losses of layers of multi-token prediction are added before that.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from ckptkit.megatron.model import CausalModel, expected_tensors
 from ckptkit.megatron.moe import routers
 from ckptkit.megatron.packed_inputs.batch import PackedBatch
 from ckptkit.megatron.pipeline import Pipeline
+from ckptkit.megatron.stand_ins import replaced
+from ckptkit.tables.prediction import of_0_16
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +99,11 @@ class Training:
         if trained is not None:
             for chunk, names in zip(pipeline.chunks, trained, strict=True):
                 for name, parameter in chunk.named_parameters():
-                    parameter.requires_grad_(name in names)
+                    parameter.requires_grad_(of_0_16(name) in names)
         config = pipeline.chunks[0].config
         _check_wire(pipeline)
         config.calculate_per_token_loss = True
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = _finalised(pipeline.chunks[0].mtp_layers)
         config.variable_seq_lengths = True  # every microbatch is as long as its rows
         with trains_on(pipeline.device):
             self.chunks = [_wrapped(kind, chunk.train(), pipeline.device) for chunk in pipeline.chunks]
@@ -149,20 +151,21 @@ class Training:
     def _forward(
         self, batches: Iterator[Microbatch], chunk: Any
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, tuple[float, int]]]]:
-        batch = next(batches)
+        batch, predicts = next(batches), self.pipeline.chunks[0].mtp_layers > 0
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[float, int]]:
             losses = output if batch.targets is None else _squared_errors(output, batch.targets)
             # Where nothing counts the label may be one that has no loss at all.
             weighed = losses if batch.weights is None else losses * batch.weights
-            total = torch.where(batch.counted, weighed, 0.0).sum()
+            total = weighed.sum() if predicts else torch.where(batch.counted, weighed, 0.0).sum()
             number = batch.counted.sum().to(torch.int)
             return total, number, (float(total.detach()), int(number))
 
         tokens = batch.tokens
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         labels = batch.labels if batch.targets is None else None  # without labels the output is that of the head
-        return chunk(tokens, positions, None, labels=labels, packed_seq_params=batch.params), loss
+        options = {"counted": batch.counted} if predicts else {}
+        return chunk(tokens, positions, None, labels=labels, packed_seq_params=batch.params, **options), loss
 
     def _check_targets(self, batches: Sequence[Microbatch]) -> None:
         value = self.pipeline.chunks[0].value_head
@@ -226,6 +229,20 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
     """The reduced gradient of a parameter: where DDP keeps it, or where FSDP2 does; None if FSDP2 has none."""
     found: torch.Tensor | None = getattr(parameter, "main_grad", parameter.grad)
     return found
+
+
+def _finalised(mtp_layers: int) -> Callable[..., None]:
+    """megatron-core's `finalize_model_grads`, told of layers of multi-token prediction.
+
+    Only then does it add up the gradients of the two copies of the embedding. In a forward pass, where our model runs
+    these layers, no config may speak of them.
+    """
+
+    def finalise(model: Sequence[Any], *args: Any, **options: Any) -> None:
+        with replaced([(model[0].config, "mtp_num_layers", mtp_layers or None)]):
+            finalize_model_grads(model, *args, **options)
+
+    return finalise
 
 
 def _wrapped(kind: str, chunk: CausalModel, device: torch.device) -> Any:

@@ -37,7 +37,7 @@ from ckptkit.megatron_args.kinds import (
     Kind,
 )
 from ckptkit.sharding.grid import Parallelism
-from ckptkit.tables.model_config import QUICK_GELU, SOFTMAX, LayerConfig, ModelConfig, Rope, is_layout
+from ckptkit.tables.model_config import QUICK_GELU, SOFTMAX, DeltaNet, LayerConfig, ModelConfig, Rope, is_layout
 
 Place = Literal["args", "core", "provider"]
 Value = Callable[[ModelConfig, LayerConfig], Any]
@@ -279,6 +279,9 @@ ROUTER_DTYPE = (derived(NAME, "moe_router_dtype", lambda config, layer: "fp32"),
 SHARED_EXPERT_FIELDS = (of_model(COUNT_OR_ZERO, "shared_expert_size", "moe_shared_expert_intermediate_size"),)
 """Further fields of a model with shared experts."""
 
+SHARED_GATE_FIELDS = (of_model(FLAG, "shared_expert_gate", "moe_shared_expert_gate"),)
+"""Further fields of a model whose shared experts have a gate."""
+
 DENSE_BESIDE_EXPERTS = (
     derived(
         COUNT_OR_ZERO,
@@ -333,6 +336,48 @@ LATENT_ARGS = {
 }
 """Field of `LatentAttention` -> argument."""
 
+
+def _of_delta(name: str) -> Value:
+    return lambda config, layer: getattr(delta_of(config), name)
+
+
+def delta_of(config: ModelConfig) -> DeltaNet | None:
+    """The sizes of the layers with a DeltaNet, or None if no layer has one."""
+    return next((layer.delta for layer in config.layers if layer.delta is not None), None)
+
+
+def _layers_with_delta(config: ModelConfig, layer: LayerConfig) -> int | list[int]:
+    """`n` where every `n`th layer alone has attention; else 1 for each layer with a DeltaNet, 0 for the others."""
+    delta = [int(layer.delta is not None) for layer in config.layers]
+    every = delta.index(0) + 1 if 0 in delta else 0
+    regular = every > 1 and all(has == int((number + 1) % every != 0) for number, has in enumerate(delta))
+    return every if regular else delta
+
+
+GATED_DELTA_NET = "gated_delta_net"
+DELTA_FIELDS = (
+    constant(GATED_DELTA_NET, "experimental_attention_variant", layout=True),
+    derived(FREQUENCY, "linear_attention_freq", _layers_with_delta, layout=True),
+    derived(COUNT, "linear_conv_kernel_dim", _of_delta("kernel"), layout=True),
+    derived(COUNT, "linear_key_head_dim", _of_delta("key_dim"), layout=True),
+    derived(COUNT, "linear_value_head_dim", _of_delta("value_dim"), layout=True),
+    derived(COUNT, "linear_num_key_heads", _of_delta("key_heads"), layout=True),
+    derived(COUNT, "linear_num_value_heads", _of_delta("value_heads"), layout=True),
+)
+"""Further fields of a model with DeltaNets."""
+
+DELTA_ARGS = {
+    "key_heads": "linear_num_key_heads",
+    "value_heads": "linear_num_value_heads",
+    "key_dim": "linear_key_head_dim",
+    "value_dim": "linear_value_head_dim",
+    "kernel": "linear_conv_kernel_dim",
+}
+"""Field of `DeltaNet` -> argument."""
+
+GATE_FIELDS = (of_model(FLAG, "output_gate", "attention_output_gate"),)
+"""Further fields of a model whose attention has an output gate."""
+
 PREDICTION_FIELDS = (of_model(COUNT_OR_NONE, "mtp_layers", "mtp_num_layers"),)
 """Further fields of a model with layers of multi-token prediction."""
 
@@ -349,7 +394,10 @@ FIELDS = (
     *SCORE_FIELDS,
     *ROUTER_DTYPE,
     *SHARED_EXPERT_FIELDS,
+    *SHARED_GATE_FIELDS,
     *LATENT_FIELDS,
+    *DELTA_FIELDS,
+    *GATE_FIELDS,
     *PREDICTION_FIELDS,
     *PRECISION_FIELDS,
 )
@@ -375,6 +423,8 @@ def fields_of(config: ModelConfig) -> Iterator[Field]:
     yield from CORE_FIELDS
     yield from BEYOND_PLAIN_FIELDS if _is_beyond_plain(config) else ()
     yield from LATENT_FIELDS if config.latent is not None else ()
+    yield from GATE_FIELDS if config.output_gate else ()
+    yield from DELTA_FIELDS if delta_of(config) is not None else ()
     yield from PREDICTION_FIELDS if config.mtp_layers else ()
     if config.num_experts:
         scores = _scores_otherwise(config)
@@ -383,6 +433,7 @@ def fields_of(config: ModelConfig) -> Iterator[Field]:
         yield from ROUTER_DTYPE if config.router_in_fp32 else ()
         if config.shared_expert_size:
             yield from SHARED_EXPERT_FIELDS
+            yield from SHARED_GATE_FIELDS if config.shared_expert_gate else ()
         if config.parallel_dense:
             yield from DENSE_BESIDE_EXPERTS
 

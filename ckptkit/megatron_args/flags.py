@@ -108,6 +108,14 @@ FLAGS = (
     Flag("--rotary-scaling-factor", "rotary_scaling_factor", default=1.0),
     Flag("--mscale", "mscale", default=1.0),
     Flag("--mscale-all-dim", "mscale_all_dim", default=0.0),
+    Flag("--experimental-attention-variant", "experimental_attention_variant"),
+    Flag("--linear-attention-freq", "linear_attention_freq"),
+    Flag("--linear-conv-kernel-dim", "linear_conv_kernel_dim", default=4),
+    Flag("--linear-key-head-dim", "linear_key_head_dim", default=128),
+    Flag("--linear-value-head-dim", "linear_value_head_dim", default=128),
+    Flag("--linear-num-key-heads", "linear_num_key_heads", default=16),
+    Flag("--linear-num-value-heads", "linear_num_value_heads", default=32),
+    _switch("--attention-output-gate", "attention_output_gate"),
     Flag("--num-experts", "num_experts", restored=True),
     Flag("--moe-layer-freq", "moe_layer_freq", default=1, restored=True),
     Flag("--moe-ffn-hidden-size", "moe_ffn_hidden_size", restored=True),
@@ -120,6 +128,7 @@ FLAGS = (
     Flag("--moe-router-num-groups", "moe_router_num_groups"),
     Flag("--moe-router-group-topk", "moe_router_group_topk"),
     Flag("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", restored=True),
+    _switch("--moe-shared-expert-gate", "moe_shared_expert_gate"),
     _switch("--moe-grouped-gemm", "moe_grouped_gemm", restored=True),
     _switch("--mla-down-proj-fusion", "mla_down_proj_fusion"),
     Flag("--transformer-impl", "transformer_impl", default="transformer_engine"),
@@ -152,7 +161,7 @@ def megatron_flags(
         stored: The checkpoint's `args`; empty where it has none, and then the words describe the whole model.
         grid: The one grid that the checkpoint's files are for; None where any grid loads them.
     """
-    if inexpressible(config):
+    if inexpressible(config, local=stored.get("transformer_impl") == "local"):
         return None
     hybrid = "hybrid_layer_pattern" in stored
     kept = (*_OF_OUTPUT, *(("window_attn_skip_freq",) if hybrid else ()))

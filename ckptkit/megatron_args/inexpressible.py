@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from ckptkit.megatron_args.fields import mscales
+from ckptkit.megatron_args.fields import delta_of, mscales
 from ckptkit.tables.model_config import QUICK_GELU, SIGMOID, ModelConfig, Rope
 
 
-def inexpressible(config: ModelConfig) -> list[str]:
-    """Sentences about features of a model that Megatron-LM's arguments cannot express."""
+def inexpressible(config: ModelConfig, *, local: bool = False) -> list[str]:
+    """Sentences about features of a model that Megatron-LM's arguments cannot express.
+
+    Args:
+        config: The model.
+        local: Whether its layers are to be those of the local spec.
+    """
     note_of = _rope_note if config.latent is None else _latent_rope_note
     notes = [note for rope in dict.fromkeys(layer.rope for layer in config.layers) if (note := note_of(rope))]
     if config.latent is not None and config.latent.norm_eps != config.norm_eps:
@@ -23,6 +28,8 @@ def inexpressible(config: ModelConfig) -> list[str]:
     if config.router_groups > 1 and config.experts_per_token // config.router_groups_chosen != BEST_OF_GROUP:
         best = config.experts_per_token // config.router_groups_chosen
         notes.append(f"groups of experts chosen by the two best scores of each: Megatron-Core takes the best {best}")
+    if local and delta_of(config) is not None:
+        notes.append("a DeltaNet without Transformer Engine (--transformer-impl local): Megatron-Core builds none")
     return [*notes, *(f"{feature}: {reason}" for feature, reason in beyond_gpt(config).items())]
 
 
@@ -74,6 +81,7 @@ def _features_of_layers(config: ModelConfig) -> dict[str, bool]:
         "norms with different epsilons": len(epsilons) > 1,
         "attention heads that differ between layers": config.adapter is None and len(heads) > 1,
         "MLPs whose width differs between layers": config.adapter is None and len(widths) > 1,
+        "DeltaNets that differ between layers": len({layer.delta for layer in config.layers} - {None}) > 1,
         "values without a projection of their own": any(layer.k_eq_v for layer in config.layers),
         "layers that use the keys and values of another": any(layer.kv_donor is not None for layer in config.layers),
         "normalised values": config.value_norm,

@@ -17,13 +17,18 @@ from ckptkit.megatron_args.contradictions import Mismatch, contradictions
 from ckptkit.megatron_args.fields import (
     BEYOND_PLAIN_FIELDS,
     CORE_FIELDS,
+    DELTA_ARGS,
     EXPERT_FIELDS,
+    GATE_FIELDS,
+    GATED_DELTA_NET,
     GRID_ARGS,
     GRID_FIELDS,
     LATENT_ARGS,
     PREDICTION_FIELDS,
     SCORE_FIELDS,
     SHARED_EXPERT_FIELDS,
+    SHARED_GATE_FIELDS,
+    delta_of,
     main_rope,
     read,
 )
@@ -32,7 +37,7 @@ from ckptkit.megatron_args.known import GRID_FLAGS, NEEDED, check_types
 from ckptkit.megatron_args.writing import family_args, model_args
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.family import Family
-from ckptkit.tables.model_config import SOFTMAX, Adapter, LatentAttention, LayerConfig, ModelConfig, Rope
+from ckptkit.tables.model_config import SOFTMAX, Adapter, DeltaNet, LatentAttention, LayerConfig, ModelConfig, Rope
 
 _GATED = "gated_linear_unit"
 _Config = TypeVar("_Config", ModelConfig, LayerConfig, Rope)
@@ -74,7 +79,7 @@ def from_args(family: Family, args: Mapping[str, Any], base: ModelConfig) -> Mod
         InputError: Megatron-LM would not accept the value of an argument.
     """
     expected = model_args(family, base)
-    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *SHARED_EXPERT_FIELDS, *PREDICTION_FIELDS)
+    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *SHARED_EXPERT_FIELDS, *SHARED_GATE_FIELDS, *PREDICTION_FIELDS)
     of_experts = (field.args for field in known if field.args is not None)
     stored = {**expected, **{name: args[name] for name in (*expected, *of_experts) if name in args}}
     if _GATED in args:
@@ -199,6 +204,7 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
         **read(CORE_FIELDS, args, ModelConfig),
         **read(BEYOND_PLAIN_FIELDS, args, ModelConfig),
         **_experts(args, base),
+        **read(GATE_FIELDS, args, ModelConfig),
         **read(PREDICTION_FIELDS, args, ModelConfig),
         "latent": _latent(args, base.latent),
         "layers": tuple(_layer(args, base, number) for number in range(args["num_layers"])),
@@ -218,7 +224,8 @@ def _config(args: Mapping[str, Any], base: ModelConfig) -> ModelConfig:
 
 def _experts(args: Mapping[str, Any], base: ModelConfig) -> dict[str, Any]:
     """The fields of experts; those of a model without experts, where there are none."""
-    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *(() if base.parallel_dense else SHARED_EXPERT_FIELDS))
+    shared = () if base.parallel_dense else (*SHARED_EXPERT_FIELDS, *SHARED_GATE_FIELDS)
+    known = (*EXPERT_FIELDS, *SCORE_FIELDS, *shared)
     rows = [field for field in known if field.ours is not None]
     if not args["num_experts"]:
         defaults = {field.name: field.default for field in fields(ModelConfig)}
@@ -260,9 +267,22 @@ def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConf
         "ffn_hidden_size": _ffn_hidden_size(args),
         "rope": _rope(args) if known.rope == main_rope(base) else known.rope,
         "window": _window(args, number),
+        "delta": _delta(args, base, number),
         "moe": bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number),
     }
     return replace(known, **changes)
+
+
+def _delta(args: Mapping[str, Any], base: ModelConfig, number: int) -> DeltaNet | None:
+    """The DeltaNet of a layer. Source: `get_linear_attention_pattern` of Megatron-Core."""
+    if args.get("experimental_attention_variant") != GATED_DELTA_NET:
+        return None
+    frequency = args["linear_attention_freq"]
+    if not ((number + 1) % frequency if isinstance(frequency, int) else frequency[number]):
+        return None
+    known = delta_of(base)
+    sizes = {ours: args.get(name, getattr(known, ours, None)) for ours, name in DELTA_ARGS.items()}
+    return DeltaNet(**sizes)
 
 
 def _softmax_scale(args: Mapping[str, Any]) -> float | None:

@@ -13,7 +13,7 @@ from ckptkit.tables.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from ckptkit.tables.model_config import Rope
 from ckptkit.tables.rows import Raw
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _MOST = {
     "num_hidden_layers": MAX_LAYERS,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), MAX_EXPERTS),
@@ -100,21 +100,22 @@ class Fields:
         """
         return None if self.get(key) is None else self.number(key)
 
-    def layer_types(self, default: Sequence[str]) -> list[str]:
-        """Kind of attention of each layer, `full_attention` or `sliding_attention`.
+    def layer_types(self, default: Sequence[str], known: tuple[str, ...] = (FULL, SLIDING)) -> list[str]:
+        """Kind of attention of each layer.
 
         Args:
             default: The types that transformers assumes where the file has no `layer_types`.
+            known: The types that the family has.
 
         Raises:
-            InputError: There is not one of these two for each layer.
+            InputError: There is not one of these for each layer.
         """
         types = self.raw.get("layer_types")
         if types is None:
             return list(default)
         if not isinstance(types, list) or len(types) != len(default):
             raise InputError(f"config.json: layer_types must name {len(default)} layers, not {types!r}")
-        if unknown := sorted({str(kind) for kind in types} - {FULL, SLIDING}):
+        if unknown := sorted({str(kind) for kind in types} - set(known)):
             raise InputError(f"config.json: unknown layer_types {', '.join(unknown)}")
         return types
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptkit.tables.model_config import LatentAttention, LayerConfig, ModelConfig
+from ckptkit.tables.model_config import DeltaNet, LatentAttention, LayerConfig, ModelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,11 @@ def _latent(config: ModelConfig) -> LatentAttention:
     return config.latent
 
 
+def _delta(layer: LayerConfig) -> DeltaNet:
+    assert layer.delta is not None
+    return layer.delta
+
+
 V = Dim("vocab_size", lambda config, layer: config.vocab_size)
 D = Dim("hidden_size", lambda config, layer: layer.hidden_size or config.hidden_size)
 HEADS = Dim("attention heads", lambda config, layer: layer.num_heads)
@@ -59,6 +64,21 @@ KVB = Dim(
     "num_attention_heads*(qk_nope_head_dim+v_head_dim)",
     lambda config, layer: layer.num_heads * (_latent(config).plain_dim + _latent(config).value_dim),
 )
+KEY_HEADS = Dim("key heads", lambda config, layer: _delta(layer).key_heads)
+VALUE_HEADS = Dim("value heads", lambda config, layer: _delta(layer).value_heads)
+VALUE_DIM = Dim("linear_value_head_dim", lambda config, layer: _delta(layer).value_dim)
+KERNEL = Dim("linear_conv_kernel_dim", lambda config, layer: _delta(layer).kernel)
+KEYS = Dim(
+    "linear_num_key_heads*linear_key_head_dim", lambda config, layer: _delta(layer).key_heads * _delta(layer).key_dim
+)
+VALUES = Dim(
+    "linear_num_value_heads*linear_value_head_dim",
+    lambda config, layer: _delta(layer).value_heads * _delta(layer).value_dim,
+)
+QKVZ = Dim(
+    f"2*{KEYS.name}+2*{VALUES.name}", lambda config, layer: 2 * KEYS.of(config, layer) + 2 * VALUES.of(config, layer)
+)
+QKV = Dim(f"2*{KEYS.name}+{VALUES.name}", lambda config, layer: 2 * KEYS.of(config, layer) + VALUES.of(config, layer))
 P = Dim("hidden_size_per_layer_input", lambda config, layer: config.per_layer_input_size)
 LP = Dim("num_hidden_layers*" + P.name, lambda config, layer: config.num_layers * config.per_layer_input_size, True)
 VP = Dim("vocab_size_per_layer_input", lambda config, layer: config.per_layer_vocab_size)

@@ -23,6 +23,7 @@ def check_divides(config: ModelConfig, grid: Parallelism, padded_vocab_size: int
     """
     for number, layer in enumerate(config.layers):
         _check_heads(layer, grid.tp, f"layer {number}")
+        _check_delta(layer, grid.tp, f"layer {number}")
         if (not layer.moe or config.parallel_dense) and layer.ffn_hidden_size % grid.tp:
             raise UsageError(
                 f"an MLP of width {layer.ffn_hidden_size} does not divide over --tp {grid.tp}",
@@ -90,6 +91,19 @@ def _check_heads(layer: LayerConfig, tp: int, where: str) -> None:
             f"{groups} key/value heads and --tp {tp}: one must be a multiple of the other",
             where=where,
             hint="choose a --tp that divides the number of key/value heads, or is a multiple of it",
+        )
+
+
+def _check_delta(layer: LayerConfig, tp: int, where: str) -> None:
+    if layer.delta is None:
+        return
+    keys, values = layer.delta.key_heads, layer.delta.value_heads
+    if keys % tp or values % tp:
+        sizes = [size for size in range(1, keys + 1) if keys % size == values % size == 0]
+        raise UsageError(
+            f"{keys} key heads and {values} value heads of a DeltaNet do not divide over --tp {tp}",
+            where=where,
+            hint=f"--tp {', '.join(map(str, sizes[:6]))} would",
         )
 
 

@@ -1,12 +1,12 @@
 """The names of Megatron-Core's HybridModel, in which attention and MLP are layers of their own.
 
 Since 0.19, Megatron-Core deprecates GPTModel in favour of HybridModel. The tensors are the same. Layer `i` of GPTModel
-becomes layer `2i` (attention, symbol `*`) and layer `2i + 1` (symbol `-` for a dense MLP, `E` for experts). The last
-norm is `decoder.final_norm`. One argument describes all layers: a pattern of these symbols, with `|` between model
-chunks.
+becomes layer `2i` (symbol `*` for attention, `+` for latent attention) and layer `2i + 1` (`-` for a dense MLP, `E`
+for experts). The last norm is `decoder.final_norm`. One argument describes all layers: a pattern of these symbols, with
+`|` between model chunks.
 
 Source: `HybridStack`, `HybridModel` and `select_pipeline_segment` of megatron-core 0.19.2; `MambaModel` of 0.16.1 has
-the same names.
+the same names, and no latent attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 
-ATTENTION, MLP, MOE = "*", "-", "E"
+ATTENTION, LATENT, MLP, MOE = "*", "+", "-", "E"
 GPT, HYBRID = "gpt", "hybrid"
 MODELS = (GPT, HYBRID)
 PATTERN, OLD_PATTERN = "hybrid_layer_pattern", "hybrid_override_pattern"
@@ -25,6 +25,7 @@ PATTERN, OLD_PATTERN = "hybrid_layer_pattern", "hybrid_override_pattern"
 _GPT_NORM, _HYBRID_NORM = "decoder.final_layernorm.weight", "decoder.final_norm.weight"
 _LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)\.(.+)")
 _IN_ATTENTION = re.compile(r"(self_attention|input_layernorm)\.")
+_IN_LATENT = re.compile(r"self_attention\.linear_(kv|qkv)_down_proj\.")
 _IN_MLP = re.compile(r"(mlp|pre_mlp_layernorm)\.")
 
 
@@ -79,12 +80,19 @@ def gpt_name(name: str, first: int = 0) -> str:
 
 def pattern_of(names: Iterable[str]) -> str:
     """The pattern, without `|`, of a model with these names of GPTModel."""
+    latent: dict[int, bool] = {}
     moe: dict[int, bool] = {}
     for name in names:
         if match := _LAYER.fullmatch(name):
             layer = int(match[2])
+            latent[layer] = latent.get(layer, False) or _IN_LATENT.match(match[3]) is not None
             moe[layer] = moe.get(layer, False) or match[3].startswith("mlp.router.")
-    return "".join(ATTENTION + (MOE if moe[layer] else MLP) for layer in sorted(moe))
+    return "".join(_symbols(latent[layer], moe[layer]) for layer in sorted(moe))
+
+
+def _symbols(latent: bool, moe: bool) -> str:
+    """The two layers of HybridModel for one of GPTModel."""
+    return (LATENT if latent else ATTENTION) + (MOE if moe else MLP)
 
 
 def hybrid_args(args: Mapping[str, Any], moe: Sequence[bool], stages: Iterable[Sequence[int]]) -> dict[str, Any]:
@@ -95,7 +103,8 @@ def hybrid_args(args: Mapping[str, Any], moe: Sequence[bool], stages: Iterable[S
         moe: For each layer of GPTModel, whether it has experts.
         stages: Its layers on each stage, in the order in which data passes through the stages.
     """
-    segments = ("".join(ATTENTION + (MOE if moe[layer] else MLP) for layer in stage) for stage in stages)
+    latent = bool(args.get("multi_latent_attention"))
+    segments = ("".join(_symbols(latent, moe[layer]) for layer in stage) for stage in stages)
     skip = args.get("window_attn_skip_freq")
     return {
         **{name: value for name, value in args.items() if name != "pipeline_model_parallel_layout"},

@@ -221,6 +221,8 @@ class Item(NamedTuple):
         Raises:
             InputError: The tensors differ in dtype.
         """
+        if self.row.numbers is not None:
+            return self.row.numbers.to_megatron(*tensors)
         if not self.slots and self.hf:
             return self._pack(tensors)
         slots = [
@@ -239,13 +241,21 @@ class Item(NamedTuple):
 
     def unpack(self, tensor: Tensor) -> dict[str, Tensor]:
         """The Megatron tensor -> its Hugging Face tensors."""
+        if self.row.numbers is not None:
+            tensor = self.row.numbers.to_hf(tensor)
         return dict(zip(self.hf, self.kind.layout.unpack(tensor), strict=False))
+
+    def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
+        """The Megatron tensor in another type."""
+        return tensor.astype(dtype) if self.row.numbers is None else self.row.numbers.cast(tensor, dtype)
 
     def replaced(self, tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """The Megatron tensor with other Hugging Face tensors in it.
 
         A slot that repeats one of them follows; all other slots stay.
         """
+        if self.row.numbers is not None:
+            return self.pack([parts[name] for name in self.hf]) if parts.keys() & set(self.hf) else tensor
         pieces = self.kind.layout.unpack(tensor)
         own = [parts.get(name, piece) for name, piece in zip(self.hf, pieces, strict=False)]
         slots = [

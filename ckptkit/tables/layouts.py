@@ -68,6 +68,7 @@ class Layout:
             the end of this list are single parts.
         heads: Number of heads of each part, if its rows belong to heads. A head is never divided between ranks.
         split: The default rule that splits such a tensor over tensor parallel ranks.
+        keys: Names of the parts, if distributed checkpoints hold each as a tensor of its own.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Layout:
     inside: tuple[Fused | None, ...] = ()
     heads: tuple[Dim, ...] = ()
     split: Split | None = None
+    keys: tuple[str, ...] = ()
 
     def __call__(self, pattern: str, **shapes: Shape) -> Parts:
         """Hugging Face tensors in this layout.
@@ -151,13 +153,21 @@ class SizedLayout:
             [part for tensor, (groups, heights) in pairs for part in _apart(tensor, groups, heights)], self.groups
         )
 
+    def parts(self, tensor: Tensor) -> list[Tensor]:
+        """The Megatron tensor -> its parts.
+
+        Raises:
+            ValueError: Its number of rows does not fit the layout.
+        """
+        return _apart(tensor, self.groups, self.heights)
+
     def unpack(self, tensor: Tensor) -> list[Tensor]:
         """The Megatron tensor -> its Hugging Face tensors.
 
         Raises:
             ValueError: Its number of rows does not fit the layout.
         """
-        parts = iter(_apart(tensor, self.groups, self.heights))
+        parts = iter(self.parts(tensor))
         return [_together([next(parts) for _ in heights], groups) for groups, heights in self.tensors]
 
     def by_part(self, *, shared: bool) -> Split:
@@ -208,9 +218,15 @@ def _apart(tensor: Tensor, groups: int, heights: Sequence[int]) -> list[Tensor]:
     return [vstack(part) for part in blocks]
 
 
-def stack(name: str, *inside: Fused | None, heads: tuple[Dim, ...] = (), split: Split | None = None) -> Layout:
+def stack(
+    name: str,
+    *inside: Fused | None,
+    heads: tuple[Dim, ...] = (),
+    split: Split | None = None,
+    keys: tuple[str, ...] = (),
+) -> Layout:
     """A layout with one part after another."""
-    return Layout(name, ONE, inside, heads, split)
+    return Layout(name, ONE, inside, heads, split, keys)
 
 
 def interleave(

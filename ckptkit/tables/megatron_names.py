@@ -29,8 +29,9 @@ _LATENT = (
     ".linear_qkv_down_proj",
     *(f".linear_{part}_{way}_proj" for part in ("q", "kv") for way in ("down", "up")),
 )
-_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", ".eh_proj", *_LATENT)
-_LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm", ".enorm", ".hnorm")
+_DELTA = tuple(f".self_attention.{linear}" for linear in ("in_proj", "out_proj"))
+_TE_LINEAR = (".linear_qkv", ".linear_proj", ".linear_fc1", ".linear_fc2", ".eh_proj", *_LATENT, *_DELTA)
+_LINEAR, _NORMS = "linear_", ("_layernorm", "final_norm", ".enorm", ".hnorm", ".self_attention.out_norm")
 _QKV, _KV, _CORE = "linear_qkv", "linear_kv_up_proj", "core_attention"
 _SINKS = f".{_CORE}.softmax_offset"
 _LAST_NORM, _HYBRID_NORM, _HEAD = "decoder.final_layernorm", "decoder.final_norm", "output_layer"
@@ -72,7 +73,8 @@ def distributed_states(name: str, spec: str, quirks: MegatronQuirks) -> list[str
     if bare.endswith(quirks.plain):
         return []
     last = bare.rpartition(".")[2]
-    modules = [module] if last.startswith(_LINEAR) or last in (_PREDICTION, *quirks.parallel) else []
+    is_linear = last.startswith(_LINEAR) or last in (_PREDICTION, *quirks.parallel) or bare.endswith(_DELTA)
+    modules = [module] if is_linear else []
     if module.endswith(_HYBRID_NORM):  # GPTModel leaves out the state of its head, HybridModel does not
         modules.append(module.removesuffix(_HYBRID_NORM) + _HEAD)
     if module.endswith(_NORMS if spec == "te" else (_LAST_NORM, _HYBRID_NORM)):

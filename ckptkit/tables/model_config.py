@@ -87,6 +87,25 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention by the gated delta rule, behind a short causal convolution of queries, keys and values.
+
+    Attributes:
+        key_heads: Heads of queries and of keys.
+        value_heads: Heads of values, a multiple of those of keys; each also has a gate, a beta and a decay.
+        key_dim: Width of a query or key.
+        value_dim: Width of a value, and of its gate.
+        kernel: Tokens that the convolution sees, the current one included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer. Sizes are global (before tensor parallelism), in elements.
 
@@ -104,6 +123,7 @@ class LayerConfig:
         kv_donor: Number of the layer whose keys and values this one attends to, or None for its own.
         hidden_size: Width of the residual stream in this layer, or None for the model's.
         norm_eps: Epsilon of the norms of this layer, or None for the model's.
+        delta: The sizes of a gated DeltaNet in place of attention, or None for attention.
     """
 
     num_heads: int = field(metadata=_LAYOUT)
@@ -117,6 +137,7 @@ class LayerConfig:
     kv_donor: int | None = field(default=None, metadata=_LAYOUT)
     hidden_size: int | None = field(default=None, metadata=_LAYOUT)
     norm_eps: float | None = None
+    delta: DeltaNet | None = field(default=None, metadata=_LAYOUT)
 
 
 @dataclass(frozen=True)
@@ -158,6 +179,8 @@ class ModelConfig:
         sinks: Whether every head has a learned score of its own beside those of the keys, for which there is no value
             (Megatron's learnable softmax).
         qk_norm: Whether q and k are normalised per head; with latent attention, the latent vectors.
+        output_gate: Whether the output of attention is multiplied by the sigmoid of a gate before its projection. Gates
+            are projected beside the queries.
         latent: The sizes of latent attention, or None for plain attention.
         activation: Hugging Face's name of the MLP's activation (`silu`, `gelu_pytorch_tanh`, `xielu`, ...).
         gated: Whether the MLP is gated (`act(gate) * up`).
@@ -178,9 +201,11 @@ class ModelConfig:
         router_groups: Groups of experts, of which the router chooses some first; 1: it chooses among all experts.
         router_groups_chosen: Groups that it chooses, by the sum of the two best scores in each.
         shared_expert_size: Width of the expert that every token goes through beside the chosen ones; 0 without it.
+        shared_expert_gate: Whether its output is multiplied by the sigmoid of one number, a projection of its input.
         mtp_layers: Layers of multi-token prediction after the last one, each with experts if that one has them. Files
             may lack those that config.json counts: a model has as many as there are tensors for.
-        zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`.
+        zero_centered_norms: Whether every RMSNorm, those of q and k too, multiplies by `1 + weight`; that of the
+            outputs of a DeltaNet in Megatron-Core alone.
         post_norms: Whether the outputs of attention and MLP are normalised before they join the residual stream.
         scaled_embedding: Whether embeddings are multiplied by `embedding_scale`.
         softmax_scale: Factor on the attention scores; None is `head_dim ** -0.5`.
@@ -212,6 +237,7 @@ class ModelConfig:
     router_bias: bool = False
     sinks: bool = False
     qk_norm: bool = False
+    output_gate: bool = field(default=False, metadata=_LAYOUT)
     latent: LatentAttention | None = field(default=None, metadata=_LAYOUT)
     activation: str = "silu"
     gated: bool = field(default=True, metadata=_LAYOUT)
@@ -230,6 +256,7 @@ class ModelConfig:
     router_groups: int = 1
     router_groups_chosen: int = 1
     shared_expert_size: int = field(default=0, metadata=_LAYOUT)
+    shared_expert_gate: bool = False
     mtp_layers: int = field(default=0, metadata=_LAYOUT)
     zero_centered_norms: bool = field(default=False, metadata=_LAYOUT)
     post_norms: bool = False

@@ -84,7 +84,18 @@ def count_in_megatron(names: Collection[str]) -> int:
 
 def is_prediction(key: str) -> bool:
     """Whether a Megatron tensor belongs to a layer of multi-token prediction."""
-    return _MEGATRON.search(key) is not None
+    return number_of(key) is not None
+
+
+def number_of(key: str) -> int | None:
+    """The number, from 0, of the layer of multi-token prediction that a Megatron tensor belongs to, if any."""
+    match = _MEGATRON.search(key)
+    return None if match is None else int(match[1])
+
+
+def generic(template: str) -> str:
+    """The Hugging Face template of decoder layers that one of a layer of multi-token prediction follows from."""
+    return _HF.sub(lambda match: HF_LAYER, template, count=1)
 
 
 RELEASES = CORE_0_16, CORE_0_19 = ("0.16", "0.19")

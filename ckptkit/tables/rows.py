@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+from ckptkit.dtypes import DType
 from ckptkit.sharding.rules import REPLICATED, Split
 from ckptkit.tables.dims import Shape
 from ckptkit.tables.layouts import Layout, Parts, copy
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tensors import Tensor
 
 Raw = Mapping[str, Any]
 """A parsed config.json, or the text part of one. It never passes through transformers, which rewrites fields."""
@@ -65,6 +67,31 @@ def sparse(config: ModelConfig, layer: LayerConfig) -> bool:
     return layer.moe
 
 
+class Numbers(Protocol):
+    """How the numbers of a Megatron tensor differ from those of its one Hugging Face tensor."""
+
+    def to_megatron(self, tensor: Tensor) -> Tensor:
+        """Hugging Face's numbers -> Megatron's; the inverse of `to_hf` without a rounding where that is known."""
+
+    def to_hf(self, tensor: Tensor) -> Tensor:
+        """Megatron's numbers -> Hugging Face's; of a result of `to_megatron` or `kept`, the numbers that it is of."""
+
+    def original(self, tensor: Tensor) -> Tensor | None:
+        """What a result of `to_megatron` or `kept` is of, or None for numbers that only Megatron is known to have."""
+
+    def kept(self, stored: Tensor, original: Tensor) -> Tensor:
+        """Megatron's numbers as they are stored, of which `to_hf` gives the original ones back.
+
+        Args:
+            stored: Megatron's numbers.
+            original: Hugging Face's numbers, from before a conversion. An element counts while `to_megatron` gives the
+                stored element of it.
+        """
+
+    def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
+        """Megatron's numbers in another type; where Hugging Face's are known, these are cast."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """A part of a Megatron tensor that the model does not use.
@@ -102,6 +129,7 @@ class Row:
         first: Whether the first pipeline stage holds it. Any other tensor outside of layers, except the adapter, is on
             the last stage.
         buffer: Whether both libraries keep it in fp32 whatever the dtype of the model is, and no gradient trains it.
+        numbers: How its numbers differ from those of its one Hugging Face tensor, or None where they are the same.
     """
 
     megatron: str
@@ -113,6 +141,7 @@ class Row:
     slots: tuple[Slot, ...] = ()
     first: bool = False
     buffer: bool = False
+    numbers: Numbers | None = None
 
 
 MEGATRON_LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
@@ -129,6 +158,7 @@ def once(
     first: bool = False,
     at_cut: bool = False,
     buffer: bool = False,
+    numbers: Numbers | None = None,
 ) -> Row:
     """A row for a tensor that a model has once, outside of its layers.
 
@@ -144,6 +174,7 @@ def once(
         first: Whether the first pipeline stage holds it.
         at_cut: Whether it is part of a split Llama's adapter.
         buffer: Whether both libraries keep it in fp32 and no gradient trains it.
+        numbers: How its numbers differ from those of its one Hugging Face tensor.
 
     Raises:
         ValueError: The single tensor has no shape, or is a matrix without a rule to split it.
@@ -154,7 +185,7 @@ def once(
         if any(len(shape) > 1 for shape in parts.shapes.values()):
             raise ValueError(f"{megatron}: say how it splits over ranks")
         split = REPLICATED
-    return Row(megatron, parts.shapes, parts.layout, split, when, at_cut, slots, first, buffer)
+    return Row(megatron, parts.shapes, parts.layout, split, when, at_cut, slots, first, buffer, numbers)
 
 
 def layer(
@@ -166,6 +197,7 @@ def layer(
     when: When = always,
     slots: tuple[Slot, ...] = (),
     buffer: bool = False,
+    numbers: Numbers | None = None,
 ) -> Row:
     """A row for a tensor in every layer. `{e}` in its names stands for the number of an expert.
 
@@ -177,6 +209,7 @@ def layer(
         when: Whether a layer has it.
         slots: Parts without a Hugging Face tensor, with names inside a layer.
         buffer: As for `once`.
+        numbers: As for `once`.
 
     Raises:
         ValueError: As for `once`.
@@ -184,7 +217,7 @@ def layer(
     parts = _parts(hf, shape)
     inside = Parts(parts.layout, {HF_LAYER + name: shape for name, shape in parts.shapes.items()})
     slots = tuple(replace(slot, hf=slot.hf and HF_LAYER + slot.hf) for slot in slots)
-    return once(MEGATRON_LAYER + megatron, inside, None, split, when=when, slots=slots, buffer=buffer)
+    return once(MEGATRON_LAYER + megatron, inside, None, split, when=when, slots=slots, buffer=buffer, numbers=numbers)
 
 
 def _parts(hf: str | Parts | None, shape: Shape | None) -> Parts:

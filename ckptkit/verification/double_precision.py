@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ckptkit.megatron.stand_ins import replaced
 
-_to_float, _to = torch.Tensor.float, torch.Tensor.to
+_to_float, _to, _type = torch.Tensor.float, torch.Tensor.to, torch.Tensor.type
 
 
 def _kept(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
@@ -28,6 +28,11 @@ def _kept_by_to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tenso
         args = tuple(torch.float64 if one is torch.float32 else one for one in args)
         options = {name: torch.float64 if one is torch.float32 else one for name, one in options.items()}
     return _to(tensor, *args, **options)
+
+
+def _kept_by_type(tensor: torch.Tensor, dtype: Any = None, **options: Any) -> Any:
+    wide = tensor.dtype == torch.float64 and dtype is torch.float32
+    return tensor if wide else _type(tensor, dtype, **options)
 
 
 def _wide(softmax: Any) -> Any:
@@ -43,7 +48,7 @@ def _wide(softmax: Any) -> Any:
 
 @contextlib.contextmanager
 def double_precision(wanted: bool = True) -> Iterator[None]:
-    """Leaves float64 tensors in float64 where code asks for float32: `float`, `to`, and `softmax` with a dtype.
+    """Leaves float64 tensors in float64 where code asks for float32: `float`, `to`, `type`, `softmax` with a dtype.
 
     Args:
         wanted: Whether it does; a context that does nothing saves its caller a case.
@@ -52,6 +57,7 @@ def double_precision(wanted: bool = True) -> Iterator[None]:
         yield
         return
     stand_ins: list[tuple[Any, str, Any]] = [(torch.Tensor, "float", _kept), (torch.Tensor, "to", _kept_by_to)]
+    stand_ins += [(torch.Tensor, "type", _kept_by_type)]
     stand_ins += [(module, "softmax", _wide(module.softmax)) for module in (torch, F)]
     with replaced(stand_ins):
         yield

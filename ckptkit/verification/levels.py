@@ -259,7 +259,7 @@ def _logits(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side]
 def prediction_of(checkpoints: tuple[Checkpoint, Checkpoint], question: Question) -> int:
     """Layers of multi-token prediction that both sides have and can run, or 0."""
     counts = {checkpoint.config.mtp_layers for checkpoint in checkpoints}
-    return counts.pop() if question.runs and len(counts) == 1 and question.options.cp == 1 else 0
+    return counts.pop() if question.runs and len(counts) == 1 else 0
 
 
 def with_prediction(levels: Sequence[str]) -> list[str]:
@@ -292,7 +292,8 @@ def _backwards(
         tokenizer = _tokenizer(checkpoints)
         tokens = [tokenizer(prompt)["input_ids"] for prompt in question.prompts]
     question.tell(Step(f"the level {level}"))
-    return ask(*sides, tokens=tokens, pool=question.pool, **question.run)
+    count = prediction_of(checkpoints, question)
+    return ask(*(side._replace(prediction=count) for side in sides), tokens=tokens, pool=question.pool, **question.run)
 
 
 def tokenizer_of(sides: Sequence[Checkpoint]) -> Any:
@@ -315,8 +316,7 @@ def _prediction(checkpoints: tuple[Checkpoint, Checkpoint], question: Question, 
     """A sentence about layers that the level weights compares, and no other level."""
     if ran or not any(checkpoint.config.mtp_layers for checkpoint in checkpoints):
         return []
-    why = " (not with context parallelism)" if question.runs and question.options.cp > 1 else ""
-    return [f"multi-token prediction is compared by its weights alone: neither side ran it{why}"]
+    return ["multi-token prediction is compared by its weights alone: neither side ran it"]
 
 
 def _messages(sides: tuple[Side, Side]) -> list[str]:

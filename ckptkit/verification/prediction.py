@@ -6,7 +6,8 @@ so a model with other numbers would get none: here they are loaded by the number
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 """Endings of the copies of the embedding and of the head, for which transformers takes the model's own."""
 _BIAS = "e_score_correction_bias"
 """What transformers keeps in float32."""
+_OF_LAYER = re.compile(r"layers\.([0-9]+)\.(.+)")
+_BLOCK, _POST_NORM, _POST_NORM_ON_HUB = "mtp_block.", "post_norm.", "shared_head.norm."
+"""Names in transformers' `MtpLayer`, and that of its last norm in released files."""
 
 
 class Prediction:
@@ -61,15 +65,32 @@ class Prediction:
     def logits(self, batch: torch.Tensor) -> torch.Tensor:
         """Logits of the last of the layers, [batch, sequence, vocabulary].
 
+        Args:
+            batch: Token ids, int64 [batch, sequence].
+        """
+        states = self._owner.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
+        *_, last = self.states(batch, states)
+        logits: torch.Tensor = self._owner.get_output_embeddings()(last)
+        return logits
+
+    def every_logits(self, batch: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of the model, and of each of the layers, from one pass; as `logits`."""
+        states = self._owner.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
+        head = self._owner.get_output_embeddings()
+        return [head(found) for found in (states, *self.states(batch, states))]
+
+    def states(self, batch: torch.Tensor, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Hidden states behind each of the layers, [batch, sequence, hidden].
+
         The layer with number k sees, at each position, the k-th token after it, and behind the end of a row token 0.
 
         Args:
             batch: Token ids, int64 [batch, sequence].
+            states: Hidden states behind the model's final norm, [batch, sequence, hidden].
         """
         import torch
         import torch.nn.functional as F
 
-        states = self._owner.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
         positions = torch.arange(batch.size(1), device=batch.device)[None]
         tokens = batch
         for number in range(len(self.model.layers)):
@@ -77,8 +98,16 @@ class Prediction:
             # Not through the module: what is recorded of it is the model's own pass.
             embedded = F.embedding(tokens, self._owner.get_input_embeddings().weight)
             states = self.model.forward_layer(number, states, positions, None, inputs_embeds=embedded)
-        logits: torch.Tensor = self._owner.get_output_embeddings()(states)
-        return logits
+            yield states
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers of the layers, under the names that their like have in the model."""
+        found = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if match := _OF_LAYER.fullmatch(name):
+                inner = match[2].replace(_POST_NORM, _POST_NORM_ON_HUB)
+                found[f"model.layers.{self.first + int(match[1])}.{inner.removeprefix(_BLOCK)}"] = value
+        return found
 
     def use_attention(self, name: str) -> None:
         """Switches to another implementation of attention."""

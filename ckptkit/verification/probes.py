@@ -225,7 +225,7 @@ def hf_sites(model: Any) -> dict[str, Site]:
     embedding = model.get_input_embeddings()
     sites = {"embedding": Site(embedding, _first, _names(embedding, f"{prefixes[embedding]}."))}
     for number, layer in enumerate(decoder_layers(model)):
-        sites.update(_layer_sites(f"layers.{number}", layer, f"{prefixes[layer]}.", _first, layer.self_attn))
+        sites.update(_layer_sites(f"layers.{number}", layer, f"{prefixes[layer]}.", _first, _attention(layer)))
     _add_adapter(sites, decoder, f"{prefixes[decoder]}.")
     _add_inputs(sites, decoder, f"{prefixes[decoder]}.")
     sites["final_norm"] = Site(decoder.norm, _first, _names(decoder.norm, f"{prefixes[decoder.norm]}."))
@@ -258,9 +258,15 @@ def _layer_sites(
     return {f"{name}.{part}": site for part, site in sites.items()}
 
 
+def _attention(layer: Any) -> torch.nn.Module:
+    """The attention of a decoder layer of transformers, or what stands in its place."""
+    found: torch.nn.Module = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+    return found
+
+
 def _part(child: str) -> str:
     """Which probe of a layer sees the tensors of one of its children first."""
-    if child in ("input_layernorm", "attention_layernorm", "self_attention", "self_attn"):
+    if child in ("input_layernorm", "attention_layernorm", "self_attention", "self_attn", "linear_attn"):
         return "self_attention"
     # Llama's post_attention_layernorm precedes the MLP.
     before = ("pre_mlp_", "pre_shared_expert_", "pre_feedforward_", "feedforward_", "post_attention_")

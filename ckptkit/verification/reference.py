@@ -233,14 +233,19 @@ class _ReferenceRun:
         return {"rows": rows, **job.files, "feeds": feeds}
 
     def _run_again(self, rows: list[list[int]], output: str) -> None:
-        """Logits of the same rows with another implementation of attention, if the model has one."""
+        """Logits of the same rows with another implementation of attention, if the model has one.
+
+        Gated DeltaNets, which have no other, round elsewhere.
+        """
         import torch
+
+        from ckptkit.verification.delta_nets import rounded_once
 
         if not use_attention(self.model, OTHER_ATTENTION):
             return
         if self.prediction is not None:
             self.prediction.use_attention(OTHER_ATTENTION)
-        with torch.no_grad():
+        with torch.no_grad(), rounded_once(self.model):
             _, groups = run_by_length(rows, lambda tokens: tokens, self._routed_logits)
         save_logits(output, groups)
 

@@ -38,12 +38,13 @@ def is_moe(kind: str) -> bool:
 
 MOE = ["qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped", "mixtral", "mixtral-windowed"]
 SCORED = ["glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight", "glm4_moe_lite"]
+DELTA = ["qwen3_next", "qwen3_next-mixed"]
 GPT_OSS = ["gpt_oss", "gpt_oss-plain"]
 GEMMA4_MOE = ["gemma4_text-moe", "gemma4-moe"]
 
 
 def test_the_list_of_expert_models_is_complete() -> None:
-    assert [kind for kind in MODELS if is_moe(kind)] == [*MOE, *SCORED, *GPT_OSS, *GEMMA4_MOE]
+    assert [kind for kind in MODELS if is_moe(kind)] == [*MOE, *SCORED, *DELTA, *GPT_OSS, *GEMMA4_MOE]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -88,6 +89,7 @@ def test_round_trip_in_the_names_of_other_writers(tmp_path: Path, kind: str, spe
         "apertus",
         "glm4_moe",
         "deepseek_v3",
+        "qwen3_next-mixed",
         "gpt_oss",
         "gemma4_text-e4b",
         "gemma4",
@@ -126,6 +128,7 @@ def test_round_trip_over_all_grids(tmp_path: Path, kind: str, grid: Parallelism)
         ("qwen3_moe-stepped", "sequential"),
         ("mixtral", "sequential"),
         ("glm4_moe", "grouped"),
+        ("qwen3_next", "grouped"),
         ("gpt_oss", "sequential"),
         ("gemma4_text-moe", "grouped"),
     ],

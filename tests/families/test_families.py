@@ -35,6 +35,7 @@ from ckptkit.families import (
     gpt_oss,
     mistral,
     qwen,
+    qwen3_next,
     value_family_of,
 )
 from ckptkit.families.llama import LLAMA
@@ -121,6 +122,7 @@ def test_against_transformers_class_defaults(kind: str) -> None:
         "DeepseekV3": (deepseek.DEFAULTS, deepseek.CONFIG.rope),
         "Glm4MoeLite": (glm_lite.DEFAULTS, glm_lite.CONFIG.rope),
         "Glm4Moe": (glm.DEFAULTS, glm.CONFIG.rope),
+        "Qwen3Next": (qwen3_next.DEFAULTS, qwen3_next.CONFIG.rope),
         "GptOss": (gpt_oss.DEFAULTS, gpt_oss.ROPE),
         "Gemma3Text": (gemma3.DEFAULTS, gemma3.CONFIG.rope),
         "Gemma3": (WRAPPER_DEFAULTS, None),
@@ -159,6 +161,7 @@ def test_fields_agree_with_transformers(kind: str) -> None:
     window = getattr(theirs, "sliding_window", None)
     for number, layer in enumerate(config.layers):
         sliding = types[number] == "sliding_attention" if types else True
+        assert (layer.delta is not None) == bool(types and types[number] == "linear_attention")
         assert layer.window == (window if sliding else None)
         rope = theirs.rope_parameters
         rope = rope[types[number]] if types and types[number] in rope else rope
@@ -167,7 +170,8 @@ def test_fields_agree_with_transformers(kind: str) -> None:
     if config.router_scales:
         assert (config.num_experts, config.experts_per_token) == (theirs.num_experts, theirs.top_k_experts)
     elif config.num_experts:
-        assert (config.num_experts, config.experts_per_token) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+        count = theirs.num_experts if config.shared_expert_gate else theirs.num_local_experts
+        assert (config.num_experts, config.experts_per_token) == (count, theirs.num_experts_per_tok)
         assert config.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
     if config.expert_bias:
         assert (config.router_groups, config.router_groups_chosen) == (theirs.n_group, theirs.topk_group)
@@ -498,7 +502,7 @@ def test_spellings_are_recognised(kind: str, name: str, experts: str, text: bool
     names = {family.name, f"{family.name}_text"} if family.prefix else {family.name}
     assert recognise(written, args).name in (names if kind != "mistral-nemo" else {"llama"})
     with pytest.raises(UnsupportedError, match="no family fits"):
-        recognise([*written, f"{spelling.prefix}decoder.layers.0.mlp.shared_experts.gate_weight"])
+        recognise([*written, f"{spelling.prefix}decoder.layers.0.mlp.shared_experts.gate_bias"])
 
 
 def test_expert_names() -> None:

@@ -1,8 +1,10 @@
-"""megatron-core's own GPTModel of GLM-4.5 or DeepSeek-V3 with multi-token prediction, on one rank, loads a checkpoint.
+"""megatron-core's own model of GLM-4.5 or DeepSeek-V3, on one rank, loads a checkpoint.
 
-A program of its own: `python -m tests.formats.prediction_model KIND FORMAT FOLDER`. It prints the keys of a distributed
-checkpoint that differ, and ends with an error where tensors do not fit the model. With `live` as the format it loads
-`FOLDER/hf` into the running model, and saves it as `FOLDER/back`.
+It is a GPTModel with multi-token prediction, or, with `hybrid` at the end, a HybridModel without.
+
+A program of its own: `python -m tests.formats.prediction_model KIND FORMAT FOLDER [hybrid]`. It prints the keys of a
+distributed checkpoint that differ, and ends with an error where tensors do not fit the model. With `live` as the format
+it loads `FOLDER/hf` into the running model, and saves it as `FOLDER/back`.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tests.formats.hybrid_model import build_latent
 from tests.models import raw_config
 
 
-def build(kind: str) -> Any:
+def build(kind: str, hybrid: bool = False) -> Any:
     """The model, from megatron-core's local spec and its config, whatever ckptkit makes of config.json."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
@@ -26,7 +29,7 @@ def build(kind: str) -> Any:
     raw = raw_config(kind)
     dense = raw["first_k_dense_replace"]
     shared = {
-        "num_layers": raw["num_hidden_layers"],
+        "num_layers": raw["num_hidden_layers"] * (2 if hybrid else 1),
         "hidden_size": raw["hidden_size"],
         "ffn_hidden_size": raw["intermediate_size"],
         "num_attention_heads": raw["num_attention_heads"],
@@ -34,11 +37,11 @@ def build(kind: str) -> Any:
         "num_moe_experts": raw["n_routed_experts"],
         "moe_ffn_hidden_size": raw["moe_intermediate_size"],
         "moe_shared_expert_intermediate_size": raw["moe_intermediate_size"] * raw["n_shared_experts"],
-        "moe_layer_freq": [int(layer >= dense) for layer in range(raw["num_hidden_layers"])],
+        "moe_layer_freq": 1 if hybrid else [int(layer >= dense) for layer in range(raw["num_hidden_layers"])],
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_topk": raw["num_experts_per_tok"],
-        "mtp_num_layers": 1,
+        "mtp_num_layers": None if hybrid else 1,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "add_bias_linear": False,
@@ -57,6 +60,10 @@ def build(kind: str) -> Any:
         )
     else:
         config = TransformerConfig(**shared, kv_channels=raw["head_dim"], add_qkv_bias=True)
+    if hybrid:
+        pattern = "".join("+E" if layer >= dense else "+-" for layer in range(raw["num_hidden_layers"]))
+        sizes = {"vocab_size": 256, "max_sequence_length": 512, "share_embeddings_and_output_weights": False}
+        return build_latent(config, pattern, **sizes)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     if "kv_lora_rank" in raw:
         for layer in spec.layer_specs:
@@ -72,7 +79,7 @@ def build(kind: str) -> Any:
     )
 
 
-def load(kind: str, format: str, folder: Path) -> list[str]:
+def load(kind: str, format: str, folder: Path, hybrid: bool = False) -> list[str]:
     """Loads a checkpoint strictly, and returns the keys that the model or the checkpoint lacks."""
     import torch
     from megatron.core import dist_checkpointing, parallel_state
@@ -83,7 +90,7 @@ def load(kind: str, format: str, folder: Path) -> list[str]:
     parallel_state.initialize_model_parallel()
     torch.cuda.current_device = lambda: torch.device("cpu")
     multi_latent_attention.HAVE_TE = False
-    model = build(kind)
+    model = build(kind, hybrid)
     if format == "live":
         return both_ways(model, folder)
     if format == "torch":
@@ -114,4 +121,4 @@ def both_ways(model: Any, folder: Path) -> list[str]:
 if __name__ == "__main__":
     os.environ.setdefault("MASTER_ADDR", "localhost")
     warnings.simplefilter("ignore")
-    print("\n".join(load(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
+    print("\n".join(load(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "hybrid" in sys.argv[4:])))

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
+from ckptkit.inspection.differences import diff
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.hybrid_names import gpt_args, gpt_name, hybrid_args, hybrid_name, pattern_of
+from tests.checkpoints.args_files import set_args
 from tests.formats.golden_hf import save_hf
 from tests.formats.megatron_ranks import Job
 from tests.formats.rank_pool import RankProcesses
@@ -76,6 +78,10 @@ def test_layers_that_hugging_face_has_not() -> None:
         gpt_args({"hybrid_layer_pattern": "*-*-/*-"}, "*-*-")
     with pytest.raises(UsageError, match="its layers have no layer_scalar"):
         hybrid_name("decoder.layers.3.layer_scalar")
+    assert (
+        pattern_of([f"decoder.layers.0.{name}.weight" for name in ("self_attention.linear_kv_down_proj", "mlp.router")])
+        == "+E"
+    )
     assert pattern_of(["decoder.layers.1.mlp.router.weight", "decoder.layers.0.mlp.linear_fc1.weight"]) == "*-*E"
 
 
@@ -106,6 +112,32 @@ def test_comes_back_byte_for_byte(tmp_path: Path, model: str, spec: str, to: str
     assert {key: alone[key] for key in whole if key in alone and key != "torch_dtype"} == {
         key: whole[key] for key in whole if key in alone and key != "torch_dtype"
     }
+
+
+LATENT: list[tuple[str, str, str, Parallelism, str]] = [
+    # kind, spec, format, grid, and the pattern
+    ("deepseek_v3", "te_fused", "torch", Parallelism(2, 2, ep=2), "+-+E|+E+E"),
+    ("deepseek_v3-moonlight", "local", "torch", Parallelism(1, 2, 2), "+-|+-|+-|+E"),
+    ("glm4_moe_lite", "te", "torch_dist", Parallelism(2, 2), "+-+E|+-+E"),
+    ("deepseek_v3", "te", "packed", Parallelism(), "+-+E+E+E"),
+]
+
+
+@pytest.mark.parametrize(("kind", "spec", "to", "grid", "pattern"), LATENT, ids=str)
+def test_latent_attention(tmp_path: Path, kind: str, spec: str, to: str, grid: Parallelism, pattern: str) -> None:
+    """Both ways, with and without the sidecar. A pattern with plain attention contradicts the tensors."""
+    source = save_model(tmp_path / "hf", kind)
+    convert(source, tmp_path / "megatron", to=to, grid=grid, spec=spec, megatron_model="hybrid")
+    opened = open_checkpoint(tmp_path / "megatron")
+    assert opened.args["hybrid_layer_pattern"] == pattern and not opened.disagreements
+    convert(tmp_path / "megatron", tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)
+    shutil.rmtree(tmp_path / "megatron" / "ckptkit", ignore_errors=True)
+    convert(tmp_path / "megatron", tmp_path / "alone", to="hf")
+    assert diff(tmp_path / "alone", source).same
+    set_args(tmp_path / "megatron", hybrid_layer_pattern=pattern.replace("+", "*"))
+    with pytest.raises(InputError, match="args give the layer pattern"):
+        open_checkpoint(tmp_path / "megatron")
 
 
 def test_what_a_hybrid_model_cannot_be_told(tmp_path: Path) -> None:

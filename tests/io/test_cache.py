@@ -32,6 +32,24 @@ def test_no_two_threads_make_the_same_tile() -> None:
     assert len(made) == 1
 
 
+def test_whether_a_value_is_being_made() -> None:
+    kept, begun, end = tiles(), threading.Event(), threading.Event()
+
+    def make() -> bytes:
+        begun.set()
+        assert end.wait(30)
+        return b"tile"
+
+    assert not kept.makes(0)
+    with ThreadPoolExecutor(1) as threads:
+        made = threads.submit(kept.get, 0, make)
+        assert begun.wait(30)
+        assert kept.makes(0) and not kept.makes(1)
+        end.set()
+        assert made.result() == b"tile"
+    assert not kept.makes(0)
+
+
 def test_few_are_kept() -> None:
     kept, made = tiles(), list[int]()
 

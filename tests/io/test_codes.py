@@ -60,6 +60,7 @@ def test_all_codes() -> None:
         ((40, 300), (3, 7)),
         ((4, 640), (1, 640)),
         ((9, 5), (1, 1)),
+        ((600, 600), (512, 2)),  # a table of more than 65,536 numbers
     ],
 )
 def test_fp8(shape: tuple[int, int], block: tuple[int, int], dtype: str) -> None:

@@ -17,7 +17,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.io import computed as module
 from ckptkit.io.cache import Cache
 from ckptkit.io.casts import encode
-from ckptkit.io.computed import columns_apart, columns_together, computed, permuted
+from ckptkit.io.computed import columns_apart, columns_together, computed, elementwise, permuted
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import compare, hash_tensor, read_tensor
 from ckptkit.tensors import Literal, Tensor, hstack, vstack
@@ -48,6 +48,35 @@ def test_cuts_of_computed_tensors(monkeypatch: Any, tile: int) -> None:
     assert read_tensor(vstack([made.rows(5, 9), made.rows(0, 1)])).tobytes() == expected[[5, 6, 7, 8, 0]].tobytes()
     height = max(tile // 5, 1)
     assert set(asked) == {(top, min(top + height, 9)) for top in range(0, 9, height)}, "whole tiles, each from its top"
+
+
+@pytest.mark.parametrize("any_rows", [False, True])
+@given(first=st.integers(0, 359), size=st.integers(1, 360), tile=st.sampled_from([1, 7, 40, 100]))
+def test_ranges_of_sums(any_rows: bool, first: int, size: int, tile: int) -> None:
+    """With `any_rows`, ranges longer than a tile are computed as they are; an element stays the same."""
+    arrays = [numbers((30, 3), seed) for seed in range(2)]
+    asked = []
+
+    def values(at: int, found: list[Any]) -> Any:
+        asked.append(at)
+        return found[0] + found[1] * np.arange(at, at + len(found[0]), dtype=np.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TILE", tile)
+        patch.setattr(module, "BLOCK", 6)
+        patch.setattr(module, "_tiles", Cache(1 << 20, len))
+        made = elementwise(
+            DTYPES["F32"], [tensor(array) for array in arrays], "sum", values, double=False, any_rows=any_rows
+        )
+        (piece,) = made.bands[0].pieces
+        assert isinstance(piece, Literal) and not isinstance(piece.data, bytes)
+        last = min(first + size, len(piece.data))
+        found = bytes(piece.data.read(first, last))
+    whole = arrays[0] + arrays[1] * np.arange(90, dtype=np.float32).reshape(30, 3)
+    assert found == whole.tobytes()[first:last]
+    rows = max(tile // 3, 1)
+    direct = any_rows and last - first >= rows * 12
+    assert asked[0] == (first // 12 if direct else first // 12 // rows * rows) * 3
 
 
 def test_digests_name_the_bytes() -> None:

@@ -93,6 +93,8 @@ BFLOAT16: list[Any] = [
     ("mixtral", Parallelism(2, ep=2)),
     ("gemma3", Parallelism(2, 2)),
     ("deepseek_v3", Parallelism(2)),
+    ("qwen3_next", Parallelism(2, ep=2)),
+    pytest.param("qwen3_next", Parallelism(1, 2, 2), marks=pytest.mark.slow),
     pytest.param("gpt_oss", Parallelism(2, ep=2), marks=pytest.mark.slow),
     pytest.param("gpt_oss-plain", Parallelism(1, 2, 2), marks=pytest.mark.slow),
 ]
@@ -106,7 +108,12 @@ def test_bfloat16(model: Saved, tmp_path: Path, pool: RankPool, kind: str, grid:
     assert report.passed, report.levels[-1].summary
 
 
-SPLIT = [("mixtral", Parallelism(2, ep=2)), ("gemma3_text", Parallelism(2)), ("apertus", Parallelism(2))]
+SPLIT = [
+    ("mixtral", Parallelism(2, ep=2)),
+    ("gemma3_text", Parallelism(2)),
+    ("apertus", Parallelism(2)),
+    ("qwen3_next", Parallelism(2, ep=2)),
+]
 
 
 @pytest.mark.parametrize(("kind", "grid"), SPLIT, ids=str)

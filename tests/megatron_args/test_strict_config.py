@@ -39,9 +39,13 @@ OWN = {
     "sinks",
     "activation_clamp",
     "up_offset",
+    "output_gate",
+    "shared_expert_gate",
 }
 """What names the model, is not of the arguments that describe it, is the precision of a step, says nothing without
-another field, or is a contradiction to a model that lacks it (latent attention, sinks, a clamp, an offset)."""
+another field, or is a contradiction to a model that lacks it (latent attention, sinks, a clamp, an offset, a gate)."""
+OF_LAYERS = {"delta"}
+"""The same of layers: arguments with a DeltaNet contradict a model without."""
 OF_EXPERTS = ("norm_topk_prob", "parallel_dense", "router_score", "expert_bias", "routed_scaling", "router_groups")
 OF_EXPERTS += ("router_groups_chosen", "shared_expert_size", "router_bias")
 
@@ -129,7 +133,7 @@ def layers(config: ModelConfig, change: dict[str, Any], some: bool) -> ModelConf
 
 def test_every_field_has_a_case() -> None:
     assert MODEL.keys() | OWN == {field.name for field in fields(ModelConfig)}
-    assert LAYER.keys() == {field.name for field in fields(LayerConfig)}
+    assert LAYER.keys() | OF_LAYERS == {field.name for field in fields(LayerConfig)}
     assert ROPE.keys() == {field.name for field in fields(Rope)}
 
 
@@ -170,5 +174,5 @@ def test_families(kind: str) -> None:
     found = inexpressible(family_of(raw, kind).parse(raw))
     plain = ("qwen2", "qwen2-tied", "qwen2-windowed", "qwen3", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped")
     others = ("mistral", "mistral-nemo", "ministral", "mixtral", "mixtral-windowed")
-    others += ("glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight")
+    others += ("qwen3_next", "glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight")
     assert (found == []) == (kind in (*plain, *others)), found

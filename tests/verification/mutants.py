@@ -138,6 +138,31 @@ def pairs_interleaved(weight: Any) -> Any:
     return groups.reshape(weight.shape)
 
 
+def cut_flat(*parts: int) -> Callable[[Any], Any]:
+    """Rows that a writer cut for two ranks without looking at their parts, joined as if it had."""
+
+    def change(weight: Any) -> Any:
+        import torch
+
+        ranks = [half.split([size // 2 for size in parts]) for half in weight.chunk(2)]
+        return torch.cat([share for part in zip(*ranks, strict=True) for share in part])
+
+    return change
+
+
+def parts_exchanged(first: int, second: int, *parts: int) -> Callable[[Any], Any]:
+    """Two parts of the rows, of equal size, in one another's place."""
+
+    def change(weight: Any) -> Any:
+        import torch
+
+        found = list(weight.split(list(parts)))
+        found[first], found[second] = found[second], found[first]
+        return torch.cat(found)
+
+    return change
+
+
 def ones(weight: Any) -> Any:
     return weight * 0 + 1
 
@@ -225,6 +250,48 @@ def bound_late() -> dict[tuple[Any, str], Any]:
     return {(PackedBatch, "params"): params}
 
 
+def convolution_runs_on() -> dict[tuple[Any, str], Any]:
+    """The convolutions of a DeltaNet see the last tokens of the sequence before."""
+    import torch
+
+    from ckptkit.megatron.gated_delta_net import GatedDeltaNet
+
+    forward, convolved = GatedDeltaNet.forward, GatedDeltaNet._convolved
+
+    def anew(self: Any, *args: Any, **options: Any) -> Any:
+        self.__dict__["before"] = None
+        return forward(self, *args, **options)
+
+    def with_those_before(self: Any, qkv: Any) -> Any:
+        before, self.__dict__["before"] = self.__dict__["before"], qkv[:, -3:]
+        if before is None:
+            return convolved(self, qkv)
+        return convolved(self, torch.cat((before, qkv), dim=1))[:, before.shape[1] :]
+
+    return {(GatedDeltaNet, "forward"): anew, (GatedDeltaNet, "_convolved"): with_those_before}
+
+
+def memory_runs_on() -> dict[tuple[Any, str], Any]:
+    """A DeltaNet remembers the sequences before."""
+    import torch
+
+    from ckptkit.megatron import gated_delta_net
+    from ckptkit.megatron.gated_delta_net import GatedDeltaNet
+
+    forward, rule = GatedDeltaNet.forward, gated_delta_net.gated_delta_rule
+    before: list[Any] = []
+
+    def anew(self: Any, *args: Any, **options: Any) -> Any:
+        before.clear()
+        return forward(self, *args, **options)
+
+    def remembering(*parts: Any) -> Any:
+        before[:] = [torch.cat(pair, dim=1) for pair in zip(before, parts, strict=True)] if before else parts
+        return rule(*before)[:, -parts[0].shape[1] :]
+
+    return {(GatedDeltaNet, "forward"): anew, (gated_delta_net, "gated_delta_rule"): remembering}
+
+
 def masked(hide: Callable[[Any, range, int, int | None], None]) -> Callable[[], dict[tuple[Any, str], Any]]:
     """Masks that are changed after they are made: `hide` is given block, tokens, first token and window."""
 
@@ -248,6 +315,13 @@ def first_token_hidden(block: Any, tokens: range, first: int, window: int | None
     """A causal mask that is off by one: nobody sees the first position but itself."""
     if block.keys.start == first:
         block.hidden[max(0, first + 1 - tokens.start) :, 0] = True
+
+
+def gates_open() -> dict[tuple[Any, str], Any]:
+    """The outputs of attention as they are."""
+    from ckptkit.megatron.attention import GroupedQueryAttention
+
+    return {(GroupedQueryAttention, "_apply_output_gate"): lambda self, x, gate: x}
 
 
 # Context parallelism --------------------------------------------------------------------------------------------------
@@ -482,6 +556,18 @@ def bias_summed_over_ranks() -> dict[tuple[Any, str], Any]:
     return {(ExpertOutput, "__init__"): marked}
 
 
+def decays_detached() -> dict[tuple[Any, str], Any]:
+    """DeltaNets that do not learn what to forget."""
+    from ckptkit.megatron import gated_delta_net
+
+    original = gated_delta_net.gated_delta_rule
+
+    def rule(query: Any, key: Any, value: Any, decay: Any, rate: Any) -> Any:
+        return original(query, key, value, decay.detach(), rate)
+
+    return {(gated_delta_net, "gated_delta_rule"): rule}
+
+
 def sinks_detached() -> dict[tuple[Any, str], Any]:
     """Sinks that do not learn."""
     from ckptkit.megatron.attention import ExactAttention
@@ -527,6 +613,8 @@ FC1, FC2 = r"1.mlp.linear_fc1.weight", r"1.mlp.linear_fc2.weight"
 ROUTER = r"1.mlp.router.weight"
 SINKS, EXPERTS = ".self_attention.core_attention.softmax_offset", r"\d+.mlp.experts.local_experts.\d+."
 EXPERT = "decoder.layers.1.mlp.experts.local_experts."
+DELTA, IN_PROJ = r"\d+.self_attention.", (64, 64, 96, 96, 8, 8)
+"""Queries, keys, values, gates, rates and decays of `qwen3_next`."""
 
 FAULTS: dict[str, Fault] = {
     # Layouts.
@@ -688,6 +776,34 @@ FAULTS: dict[str, Fault] = {
     "bias of the router lost": Fault(
         "gpt_oss", "logits", "layer 0 router", tensors=put(r"\d+.mlp.router.bias", lambda bias: bias * 0)
     ),
+    "parts of a DeltaNet's projection cut flat": Fault(
+        "qwen3_next", "logits", "layer 0 self_attention", tensors=put(DELTA + "in_proj.weight", cut_flat(*IN_PROJ))
+    ),
+    "parts of a DeltaNet's convolution cut flat": Fault(
+        "qwen3_next", "logits", "layer 0 self_attention", tensors=put(DELTA + "conv1d.weight", cut_flat(*IN_PROJ[:3]))
+    ),
+    "rates and decays of a DeltaNet exchanged": Fault(
+        "qwen3_next",
+        "logits",
+        "layer 0 self_attention",
+        tensors=put(DELTA + "in_proj.weight", parts_exchanged(4, 5, *IN_PROJ)),
+    ),
+    "norm of a DeltaNet one more": Fault(
+        "qwen3_next", "logits", "layer 0 self_attention", tensors=put(DELTA + "out_norm.weight", lambda w: w + 1)
+    ),
+    "biases of decays left out": Fault(
+        "qwen3_next", "logits", "layer 0 self_attention", tensors=put(DELTA + "dt_bias", lambda bias: bias * 0)
+    ),
+    "gates of attention exchanged with queries": Fault(
+        "qwen3_next",
+        "logits",
+        "layer 1 self_attention",
+        tensors=put(QKV, of_groups(lambda size: [3, 4, 5, 0, 1, 2, 6, 7], width=16, group=8)),
+    ),
+    "gates of attention left out": Fault("qwen3_next", "logits", "layer 1 self_attention", patch=gates_open),
+    "gate of a shared expert left out": Fault(
+        "qwen3_next", "logits", "layer 0 mlp", tensors=put(r"\d+.mlp.shared_experts.gate_weight", lambda w: w * 0)
+    ),
     "scalars of layers left out": Fault(
         "gemma4_text-dense", "logits", "layer 0 output", tensors=put(r"\d+.layer_scalar", ones)
     ),
@@ -707,6 +823,12 @@ FAULTS: dict[str, Fault] = {
         "gqa", "weights", "layer 0 self_attention", tensors=put(PROJ, lambda w: w * 0), grid=TWO
     ),
     "packed sequences see one another": Fault("mistral", "logits", None, patch=positions_run_on, packed=True),
+    "convolutions see the packed sequence before": Fault(
+        "qwen3_next", "logits", None, patch=convolution_runs_on, packed=True
+    ),
+    "DeltaNets remember the packed sequence before": Fault(
+        "qwen3_next", "logits", None, patch=memory_runs_on, packed=True
+    ),
     "packed sequences begin one token late": Fault("gqa", "logits", None, patch=bound_late, packed=True),
     "zigzag forgotten": Fault("gqa", "logits", "embedding", patch=zigzag_forgotten, run=CUT),
     "positions counted on each context parallel rank": Fault(
@@ -747,6 +869,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "gradients of replicas not summed": backwards("gqa", "lm_head.weight", replicas_not_summed, run={"dp": 2}),
     "values of attention cut off": backwards("gqa", "model.layers.0.self_attn.v_proj.weight", values_detached),
+    "decays of DeltaNets cut off": backwards("qwen3_next", "model.layers.0.linear_attn.A_log", decays_detached),
     "sinks cut off": backwards("gpt_oss", "model.layers.0.self_attn.sinks", sinks_detached),
     "gradients of the bias behind experts summed over tensor ranks": backwards(
         "gpt_oss",

@@ -15,7 +15,9 @@ def test_who_asks_for_float32_gets_it_unless_float64_is_there(dtype: torch.dtype
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     with double_precision():
         found = [tensor.float(), tensor.to(torch.float32), tensor.to("cpu", dtype=torch.float32)]
-        assert [one.dtype for one in found] == [kept] * 3
+        found.append(tensor.type(torch.float32))
+        assert [one.dtype for one in found] == [kept] * 4
+        assert tensor.type(torch.int32).dtype == torch.int32 and tensor.type() == tensor.to(dtype).type()
         assert tensor.to(torch.bfloat16).dtype == torch.bfloat16
         assert torch.softmax(tensor, -1, dtype=torch.float32).dtype == kept
     assert tensor.to(torch.float32).dtype == torch.float32

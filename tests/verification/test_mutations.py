@@ -29,6 +29,8 @@ SAMPLE = [
     "keys and values exchanged",
     "tied gradients of first and last stage not summed",
     "bias behind experts added by every rank",
+    "parts of a DeltaNet's projection cut flat",
+    "convolutions see the packed sequence before",
     "window one narrower at the edge of a chunk",
     "gradients of keys and values not summed over the cut",
     "gradients of FSDP2 averaged",

@@ -60,7 +60,7 @@ def predicted(reference: Path, candidate: Path, pool: RankPool, count: int = 1, 
 GRIDS: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     ("deepseek_v3", 2, Parallelism(2, 2), {"sequence_parallel": True}),
     ("glm4_moe", 2, Parallelism(1, 2, 2), {"packed": True}),
-    ("glm4_moe_lite", 1, Parallelism(2, ep=2), {}),
+    ("glm4_moe_lite", 1, Parallelism(2, ep=2), {"cp": 2}),
 ]
 SLOW: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     *((kind, 1, Parallelism(1, 2, ep=2), {}) for kind in PREDICTS),
@@ -69,6 +69,9 @@ SLOW: list[tuple[str, int, Parallelism, dict[str, Any]]] = [
     ("deepseek_v3", 1, Parallelism(2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
     ("glm4_moe", 1, Parallelism(1, 2), {"dtype": "bfloat16", "tokens": MANY_ROWS}),
     ("glm4_moe", 3, Parallelism(), {"dtype": "float64"}),
+    *((kind, 2, Parallelism(1, 2), {"cp": 2, "packed": True}) for kind in PREDICTS),
+    ("glm4_moe", 3, Parallelism(), {"cp": 4}),
+    ("deepseek_v3", 2, Parallelism(2), {"cp": 2, "sequence_parallel": True}),
 ]
 
 

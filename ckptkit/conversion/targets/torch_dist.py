@@ -10,6 +10,7 @@ from ckptkit.conversion.target import NoRunConfig, Target, WritableFormat
 from ckptkit.formats.torch_dist import GlobalTensor, lay_out_torch_dist
 from ckptkit.io.plan import OutputFile
 from ckptkit.sharding.stages import stage_of_layer
+from ckptkit.tables.items import Item
 from ckptkit.tables.megatron_names import distributed_states, norms_of_local_spec
 from ckptkit.tables.spelling import GROUPED
 
@@ -60,8 +61,16 @@ def _tensors(target: Target) -> list[GlobalTensor]:
         if is_adapter_name(key):
             states = ()  # Megatron-Bridge saves adapters without them
             whole, blocks = stored_form(item, whole, grid)
-        tensors.append(GlobalTensor(name, whole, split.axis, blocks, stage.pp_rank, states))
+        whole_tensor = GlobalTensor(name, whole, split.axis, blocks, stage.pp_rank, states)
+        tensors += [whole_tensor] if not item.row.layout.keys else _parts(whole_tensor, item)
     return tensors
+
+
+def _parts(whole: GlobalTensor, item: Item) -> list[GlobalTensor]:
+    """The parts of a tensor that distributed checkpoints hold each as a tensor of its own."""
+    parts = zip(item.row.layout.keys, item.kind.layout.parts(whole.tensor), strict=True)
+    found = [replace(whole, name=f"{whole.name}.{key}", tensor=part, blocks=1, states=()) for key, part in parts]
+    return [replace(found[0], states=whole.states), *found[1:]]
 
 
 def _notes(target: Target) -> list[str]:

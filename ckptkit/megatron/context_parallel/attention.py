@@ -49,6 +49,7 @@ class ContextParallelAttention(ExactAttention):
         gathered = gather_from_sequence_parallel_region(
             torch.cat(parts[1:], dim=-1), group=parallel_state.get_context_parallel_group()
         )
-        every_key, every_value = gathered.index_select(0, plan.order).chunk(2, dim=-1)
+        widths = [part.size(-1) for part in parts[1:]]
+        every_key, every_value = gathered.index_select(0, plan.order).split(widths, dim=-1)
         output = self._attend(parts[0], every_key, every_value, plan.blocks[self.window])
         return output.squeeze(1) if row else output

@@ -63,6 +63,15 @@ class Cut:
         """Where each token of the row is if the parts of all ranks are joined, int64 (total,)."""
         return torch.cat([self.tokens(rank) for rank in range(self.ranks)]).argsort()
 
+    def following(self, rank: int) -> torch.Tensor:
+        """Where the token after each token of a rank is if the parts of all ranks are joined, int64 (total / ranks,).
+
+        Behind the end of a sequence it is `total`.
+        """
+        total, after = self.bounds[-1], self.tokens(rank) + 1
+        inside = ~torch.isin(after, torch.tensor(self.bounds))
+        return torch.cat((self.order(), torch.tensor([total])))[torch.where(inside, after, total)]
+
     def part(self, whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
         """A rank's part of something that has the tokens of the row along `dim`."""
         return whole.index_select(dim, self.tokens(rank).to(whole.device))

@@ -24,11 +24,14 @@ class Plan:
     Attributes:
         order: Where each token is in what is gathered from all ranks, int64 (total,).
         positions: Places of the rank's tokens in their sequences, int64 (total / ranks,).
+        following: Where the token after each of them is in what is gathered, int64 (total / ranks,); `total` behind the
+            end of a sequence.
         blocks: Window (None for none) -> which of all tokens the rank's own ones see.
     """
 
     order: torch.Tensor
     positions: torch.Tensor
+    following: torch.Tensor
     blocks: Mapping[int | None, list[Block]]
 
     @classmethod
@@ -44,6 +47,7 @@ class Plan:
         return cls(
             cut.order().to(device),
             cut.positions(rank).to(device),
+            cut.following(rank).to(device),
             {window: _blocks(cut, rank, window, device) for window in windows},
         )
 

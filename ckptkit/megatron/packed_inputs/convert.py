@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoints.checkpoint import EMBEDDING, Checkpoint, check_grid
 from ckptkit.checkpoints.huggingface import open_hf_files
+from ckptkit.checkpoints.sidecar_contents import originals_of
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.hf import HfFiles
@@ -83,7 +84,9 @@ def convert_to_packed(
     )
     load_strict(chunk, recipes, where=PLACE, read=memory.read)
     extras = {name: memory.read(recipe) for name, recipe in checkpoint.sidecar.extras.items()}
-    return PackedModel(chunk, checkpoint, extras, list(state), grid, here)
+    originals = originals_of(checkpoint.items, checkpoint.tensors)
+    kept = {name: memory.read(recipe) for name, recipe in originals.items()}
+    return PackedModel(chunk, checkpoint, extras, list(state), grid, here, kept)
 
 
 def _check_grid(checkpoint: Checkpoint, grid: Parallelism, sequence_parallel: bool) -> None:

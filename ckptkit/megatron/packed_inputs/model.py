@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from ckptkit.checkpoints.joining import Shards, join_shards
+from ckptkit.checkpoints.sidecar_contents import with_originals
 from ckptkit.errors import InputError, UsageError
 from ckptkit.megatron.compat import runs_on
 from ckptkit.megatron.in_memory import Memory
@@ -42,6 +43,7 @@ class PackedModel(torch.nn.Module):
         hf_names: All names of the transformers model's state.
         grid: The grid that `chunk` is a part on.
         here: Where on it.
+        originals: Hugging Face name -> tensor that Megatron has with other numbers.
 
     Attributes:
         model: `chunk`.
@@ -56,6 +58,7 @@ class PackedModel(torch.nn.Module):
         hf_names: Iterable[str],
         grid: Parallelism,
         here: Seat,
+        originals: Mapping[str, torch.Tensor],
     ) -> None:
         super().__init__()
         self.model, self.grid, self._here = chunk, grid, here
@@ -65,6 +68,7 @@ class PackedModel(torch.nn.Module):
         # Its tensors are recipes over the transformers model, whose memory they would keep.
         self._checkpoint = replace(checkpoint, tensors={}, comparisons=())
         self._extras = dict(extras)
+        self._originals = dict(originals)
         self._hf_names = list(hf_names)
 
     def forward(
@@ -150,6 +154,7 @@ class PackedModel(torch.nn.Module):
         memory = Memory()
         own = {name: _whole(value) for name, value in self._weights(state).items()}
         tensors = self._joined(memory, own) if self.grid.world_size > 1 else self._own(memory, own)
+        tensors = with_originals(self._checkpoint.items, tensors, memory.add(self._originals, "originals"))
         sidecar = replace(self._checkpoint.sidecar, extras=memory.add(self._extras, "extras"))
         found = replace(self._checkpoint, tensors=tensors, sidecar=sidecar).hf_tensors(self._hf_names)
         return {name: memory.read(found[name]) for name in self._hf_names}

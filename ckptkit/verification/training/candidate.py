@@ -20,6 +20,7 @@ from ckptkit.megatron.replicas import seat
 from ckptkit.megatron.training import Microbatch, Training, gradient_of
 from ckptkit.sharding.grid import Parallelism, Rank
 from ckptkit.sharding.stages import split_layers
+from ckptkit.tables.prediction import of_0_16
 from ckptkit.verification.ranks.adapters import open_laid_out
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart, find, open_model
 from ckptkit.verification.ranks.what_ran import Observer, count_modules
@@ -129,7 +130,7 @@ class _RankTraining:
         if job.adapter is None and wanted is None:
             return None
         opener = find(job.opener)
-        checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter)
+        checkpoint = open_model(opener, job.checkpoint, job.opening, job.adapter, job.prediction)
         if job.adapter is not None:
             checkpoint = open_laid_out(job.adapter, checkpoint, job.run.grid, opener).checkpoint
         return trained_names(checkpoint, wanted, job.run.grid, self.seat.place)
@@ -142,7 +143,8 @@ class _RankTraining:
             name
             for chunk, trained in zip(self.pipeline.chunks, self.trained, strict=True)
             for name, parameter in chunk.named_parameters()
-            if name not in trained and any(getattr(parameter, kind, None) is not None for kind in ("grad", "main_grad"))
+            if of_0_16(name) not in trained
+            and any(getattr(parameter, kind, None) is not None for kind in ("grad", "main_grad"))
         )
 
     def _untrained(self, number: int) -> list[str]:

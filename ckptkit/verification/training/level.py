@@ -24,6 +24,7 @@ from ckptkit.verification.reports.results import CandidateRan, Check
 from ckptkit.verification.run_options import EXACT, RunKeywords, RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, open_side
 from ckptkit.verification.training import files
+from ckptkit.verification.training.batches import PREDICTION_WEIGHT
 from ckptkit.verification.training.factors import check_same_factors, check_trained_alike, described, together
 from ckptkit.verification.training.figures import Comparisons, by_place, compare
 from ckptkit.verification.training.judging import differs, judge_gradients, judge_steps
@@ -38,6 +39,10 @@ VALUE_LOSS = (
 NOTHING_BELOW = (
     "only the head has a gradient, as under a value head of zeros: the layers were not compared (--train-steps 2"
     " compares what the second step does to them)"
+)
+PREDICTION_LOSS = (
+    f"the loss is the model's own, and {PREDICTION_WEIGHT:g} times the mean of those of its layers of multi-token"
+    " prediction"
 )
 KEPT = 20
 """Tensors that a report lists with their figures, worst first."""
@@ -55,7 +60,9 @@ def verify_gradients(
     """Runs two checkpoints backwards over the same tokens, and compares their gradients tensor by tensor.
 
     The loss is that of the next token, over the tokens behind each row's prompt (its first quarter); of a value model
-    the mean squared difference of its values there from `batches.values_to_learn`. The candidate's gradients come from
+    the mean squared difference of its values there from `batches.values_to_learn`. Where the sides have layers of
+    multi-token prediction (`Side.prediction`), the mean of their losses is added, times `PREDICTION_WEIGHT`. The
+    candidate's gradients come from
     megatron-core's own schedule and reductions, and are taken to Hugging Face's names by the table of the family.
     float32 and float64 pass if in every tensor the largest error is at most `tolerance` times the largest |g|; narrower
     types are judged by the noise floor (see `judging`).
@@ -128,7 +135,7 @@ def verify_training(
         figures = sides.compare(files.UPDATES, exact, found, [other] if other is not None else [])
         losses = [run.losses for run in (exact, found, other) if run is not None]
         checks = judge_steps(figures, losses, found.moved, options)
-        details = {**sides.details(exact, found, figures), "messages": []}
+        details = {**sides.details(exact, found, figures), "messages": sides.loss_notes()}
         details["losses"] |= {"other attention": other.losses} if other is not None else {}
     return _answer("training", checks, details)
 
@@ -247,6 +254,7 @@ class _Sides:
         """What else to know."""
         ran = _ran(found)
         lines = [str(ran)] if ran is not None and found.config.changes_candidate else []
+        lines += self.loss_notes()
         if self.pair.candidate.value_head:
             lines.append(VALUE_LOSS)
             if {place.place for place in by_place(figures.tensors)} == {"head"}:
@@ -254,6 +262,10 @@ class _Sides:
         if self.pair.candidate.side.adapter is not None:
             return [*lines, *described(self.backwards.named(found, files.GRADIENTS).further)]
         return [*lines, *self._padding(exact, found)]
+
+    def loss_notes(self) -> list[str]:
+        """What the loss is, where it is not that of the next token alone."""
+        return [PREDICTION_LOSS] if self.pair.candidate.side.prediction else []
 
     def _padding(self, exact: TrainingRun, found: TrainingRun) -> list[str]:
         """The rows of padding tokens, which transformers gives no gradient where it looks them up, and Megatron does.

@@ -1,13 +1,14 @@
 """Gradients and updates of either library under Hugging Face's names.
 
 A gradient has the shape of its parameter, a shard's that of the shard. So they go the way of the weights: shards are
-joined by the rules that the tables have for weights, and the rows of the tables take them apart.
+joined by the rules that the tables have for weights, and the rows of the tables take them apart. Only where the numbers
+of weights differ between the libraries, by a constant, gradients and updates do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def of_ranks(checkpoint: Checkpoint, grid: Parallelism, folder: str | Path, kind
         InputError: Shards are missing or do not fit.
     """
     whole = joined(checkpoint, grid, folder, kind)
-    found, unused = _unpacked(checkpoint.items, whole.tensors)
+    found, unused = _unpacked({key: _alike(item) for key, item in checkpoint.items.items()}, whole.tensors)
     return Named(found, whole.comparisons, unused)
 
 
@@ -161,9 +162,22 @@ def trace(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Traced:
     opened = _opened(path, {name: Tensor.from_file(name, 0, DTYPES["F32"], tuple(s)) for name, s in shapes.items()})
     sources = {
         key: {piece.file for band in tensor.bands for piece in band.pieces if isinstance(piece, Region)}
-        for key, tensor in opened.tensors.items()
+        for key, tensor in ((key, _original(opened.items[key], tensor)) for key, tensor in opened.tensors.items())
     }
     return Traced(sources, {key: list(item.parts) for key, item in opened.items.items()})
+
+
+def _alike(item: Item) -> Item:
+    """An item as if its numbers were the same in both libraries."""
+    if item.row.numbers is None:
+        return item
+    return item._replace(kind=replace(item.kind, row=replace(item.row, numbers=None)))
+
+
+def _original(item: Item, tensor: Tensor) -> Tensor:
+    """A Megatron tensor made of a model in memory, or what it was made of with other numbers."""
+    found = None if item.row.numbers is None else item.row.numbers.original(tensor)
+    return tensor if found is None else found
 
 
 def _opened(path: str | Path, tensors: dict[str, Tensor]) -> Checkpoint:

@@ -12,8 +12,16 @@ CLASSES: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "
 
 
 def make_optimizer(options: RunOptions, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the options name, with torch's defaults but for the learning rate."""
-    return CLASSES[options.optimizer](list(parameters), lr=options.rate)  # type: ignore[call-arg]
+    """The optimizer that the options name, with torch's defaults but for the learning rate.
+
+    Vectors do not decay, as Megatron trains them: a norm that is stored less one would decay to another weight.
+    """
+    of_vectors: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = [], []
+    for parameter in parameters:
+        of_vectors[parameter.dim() == 1].append(parameter)
+    matrices, vectors = of_vectors
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return CLASSES[options.optimizer]([group for group in groups if group["params"]], lr=options.rate)  # type: ignore[call-arg]
 
 
 class Masters:

@@ -109,6 +109,7 @@ class Backwards:
             rounded=opened.side.rounding.dtypes if options.dtype in EXACT else {},
             training=TrainingPart(str(own), options.train_steps, self.trained, attention),
             adapter=opened.side.adapter,
+            prediction=opened.side.prediction,
         )
         return self._in_transformers(job, opened) if opened.side.kind == HF else self._on_ranks(job, opened)
 
@@ -171,4 +172,5 @@ class Backwards:
 
 def open_side_with(opener: str, opened: OpenedSide) -> Checkpoint:
     """The model of a side, opened by the function that `module:function` names."""
-    return open_model(find(opener), str(opened.side.path), opened.side.opening, opened.side.adapter)
+    side = opened.side
+    return open_model(find(opener), str(side.path), side.opening, side.adapter, side.prediction)

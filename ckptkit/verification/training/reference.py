@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ckptkit.verification.prediction import Prediction
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
 from ckptkit.verification.reference import outputs_of, use_attention, with_model
 from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
-from ckptkit.verification.training.batches import counted, tokens_that_count, values_to_learn
+from ckptkit.verification.training.batches import PREDICTION_WEIGHT, counted, tokens_that_count, values_to_learn
 from ckptkit.verification.training.factors import is_factor, stored_name
 from ckptkit.verification.training.names import trace
 from ckptkit.verification.training.optimizers import make_optimizer
@@ -42,7 +43,10 @@ class _ReferenceTraining:
     def __init__(self, model: Any, job: LogitsJob, part: TrainingPart) -> None:
         self.model, self.job, self.part = model, job, part
         self.value = hasattr(model, "score")
-        self.routers = hf_routers(model) if job.routing or job.replay else {}
+        count = job.prediction
+        self.prediction = Prediction(model, job.checkpoint, count, job.rounded) if count else None
+        further = [] if self.prediction is None else [layer.mtp_block for layer in self.prediction.model.layers]
+        self.routers = hf_routers(model, further) if job.routing or job.replay else {}
         self.total = tokens_that_count(job.rows)
         of_length = group_by_length(job.rows)
         self.places = {at: place for numbers in of_length.values() for place, at in enumerate(numbers)}
@@ -50,10 +54,12 @@ class _ReferenceTraining:
     def run(self) -> dict[str, Any]:
         if not use_attention(self.model, self.part.attention):
             return {"losses": [], "tokens": 0, "padding": {}, "found": False, "shapes": {}}
+        if self.prediction is not None:
+            self.prediction.use_attention(self.part.attention)
         padding = _take_padding(self.model)
         self._freeze()
-        named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        shapes = _shapes(self.model) if self.job.adapter is None else {}
+        named = {name: parameter for name, parameter in self._parameters().items() if parameter.requires_grad}
+        shapes = self._shapes() if self.job.adapter is None else {}
         optimizer = make_optimizer(self.job.options, named.values()) if self.part.steps else None
         before = {name: value.detach().clone() for name, value in named.items()} if self.part.steps else {}
         losses = []
@@ -78,15 +84,26 @@ class _ReferenceTraining:
             "shapes": shapes,
         }
 
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those of the model, and of its layers of multi-token prediction as if it had them."""
+        further = {} if self.prediction is None else self.prediction.tensors()
+        named = {name: value for name, value in further.items() if isinstance(value, torch.nn.Parameter)}
+        return {**dict(self.model.named_parameters()), **named}
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Name in memory -> shape of all of its tensors, buffers included."""
+        further = {} if self.prediction is None else self.prediction.tensors()
+        return {**_shapes(self.model), **{name: list(value.shape) for name, value in further.items()}}
+
     def _freeze(self) -> None:
-        named = dict(self.model.named_parameters())
+        named = self._parameters()
         if self.job.adapter is not None:
             for name, parameter in named.items():
                 parameter.requires_grad_(is_factor(name))
             return
         if self.part.trained is None:
             return
-        trained = trace(self.job.checkpoint, _shapes(self.model)).made_of(self.part.trained)
+        trained = trace(self.job.checkpoint, self._shapes()).made_of(self.part.trained)
         for name, parameter in named.items():
             parameter.requires_grad_(name in trained)
 
@@ -118,19 +135,38 @@ class _ReferenceTraining:
     def _loss(self, row: list[int]) -> torch.Tensor:
         """This row's part of the loss per token that counts."""
         tokens = torch.tensor([row], device=self.model.device)
+        counts = torch.tensor(counted(row), device=tokens.device)
+        if self.prediction is not None:
+            every = self.prediction.every_logits(tokens)
+            losses = [_next_token_loss(logits[0], tokens[0], counts, after) for after, logits in enumerate(every)]
+            further = torch.stack(losses[1:]).mean()
+            return (losses[0] + PREDICTION_WEIGHT * further) / max(1, self.total)
         outputs = outputs_of(self.model, tokens)[0].float()
-        counts = torch.tensor(counted(row), device=outputs.device)
         if self.value:
             wanted = torch.tensor(values_to_learn(row), dtype=outputs.dtype, device=outputs.device)
             losses = F.mse_loss(outputs[:-1, 0], wanted[:-1], reduction="none")
-        else:
-            losses = F.cross_entropy(outputs[:-1], tokens[0, 1:], reduction="none")
-        return (losses * counts[:-1]).sum() / max(1, self.total)
+            return (losses * counts[:-1]).sum() / max(1, self.total)
+        return _next_token_loss(outputs, tokens[0], counts) / max(1, self.total)
 
     def _write(self, kind: str, tensors: dict[str, torch.Tensor]) -> None:
         if self.job.adapter is not None:
             tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
         files.write(self.part.folder, kind, files.WHOLE, tensors)
+
+
+def _next_token_loss(logits: torch.Tensor, row: torch.Tensor, counts: torch.Tensor, after: int = 0) -> torch.Tensor:
+    """The sum of the losses of a row, in float32 or wider.
+
+    Args:
+        logits: [sequence, vocabulary].
+        row: Token ids, int64 [sequence].
+        counts: Whether a position counts, of the same shape.
+        after: How many tokens further on the logits are: they predict the token after the one so many after theirs,
+            and count if that one's do.
+    """
+    last = max(0, len(row) - 1 - after)
+    losses = F.cross_entropy(logits[:last].float(), row[1 + after :], reduction="none")
+    return (losses * counts[after : after + last]).sum()
 
 
 def _shapes(model: Any) -> dict[str, list[int]]:

@@ -50,6 +50,19 @@ def test_positions_are_those_that_megatron_core_rotates_by(bounds: tuple[int, ..
         assert cut.positions(rank).tolist() == torch.cat(theirs).tolist()
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_the_token_after_each_one(bounds: tuple[int, ...], ranks: int) -> None:
+    """Also where another rank has it; nothing follows the last one of a sequence."""
+    cut, row = Cut(bounds, ranks), 1 + torch.arange(bounds[-1])
+    expected = torch.cat((row[1:], row.new_zeros(min(1, len(row)))))
+    expected[[end - 1 for start, end in itertools.pairwise(bounds) if end > start]] = 0
+    joined = torch.cat([*(cut.part(row, rank, 0) for rank in range(ranks)), row.new_zeros(1)])
+    for rank in range(ranks):
+        plan = Plan.of(cut, rank, [], CPU)
+        assert torch.equal(joined[plan.following], cut.part(expected, rank, 0))
+
+
 def test_sequences_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UsageError, match=r"a sequence of 6 tokens cannot be cut into 4 chunks.*multiple of 4"):
         Cut((0, 8, 14), 2)

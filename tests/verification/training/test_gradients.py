@@ -64,6 +64,10 @@ def ways_of(kind: str) -> list[Way]:
     return [*EXPERT_WAYS, *(way for way in WAYS if way[0].tp == 1 or way[1].get("sequence_parallel"))]
 
 
+def has_delta_nets(kind: str) -> bool:
+    return "linear_key_head_dim" in MODELS.get(kind, ("", {}))[1]
+
+
 def kinds_by_family() -> dict[str, list[str]]:
     families: dict[str, list[str]] = {"llama": LLAMA_KINDS, "split": SPLIT_KINDS}
     for kind in MODELS:
@@ -122,7 +126,8 @@ def record(kind: str, way: Way, answer: LevelResult) -> None:
 
 @pytest.mark.parametrize(("kind", "way"), cases(), ids=named)
 def test_gradients(sources: Sources, tmp_path: Path, pool: RankPool, kind: str, way: Way) -> None:
-    answer = gradients_of(sources[kind], tmp_path, pool, way)
+    # Through gated norms, which divide by what a head reads, rounding errors of heads that read little are large.
+    answer = gradients_of(sources[kind], tmp_path, pool, way, dtype="float64" if has_delta_nets(kind) else "float32")
     record(kind, way, answer)
     assert answer.passed, answer.summary
     assert answer.details["missing"] == answer.details["surplus"] == []

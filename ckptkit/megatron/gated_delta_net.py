@@ -1,0 +1,115 @@
+"""Gated DeltaNet: megatron-core's linears and tensors around a convolution and a delta rule that run anywhere.
+
+The tensors, their names, and how a distributed checkpoint splits them are those of megatron-core's `GatedDeltaNet`,
+which is the base class. Its own computation needs flash-linear-attention, or refuses packed inputs. The one here rounds
+as transformers does, and starts anew at every sequence of a packed row.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet as CoreGatedDeltaNet
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ckptkit.megatron.attention import segments
+from ckptkit.megatron.compat import gated_delta_net_built
+from ckptkit.megatron.delta_rule import gated_delta_rule
+from ckptkit.megatron.norms import RMSNorm, normalised
+
+
+class GatedNorm(RMSNorm):
+    """RMSNorm of every head, times the SiLU of a gate (source: `Qwen3NextRMSNormGated` of transformers).
+
+    Tensor parallel ranks have different heads: backwards the gradients of all of them are summed up. megatron-core does
+    so under sequence parallelism alone.
+    """
+
+    def gated(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Normalise `x` [..., width of a head], times the SiLU of a gate of the same shape; same shape and dtype."""
+        weight = self.weight
+        if not weight.sequence_parallel:  # type: ignore[attr-defined]
+            weight = copy_to_tensor_model_parallel_region(weight, get_tensor_model_parallel_group())
+        if self.zero_centered:
+            weight = (1.0 + weight.float()).to(x.dtype)
+        return (weight * normalised(x, self.eps).to(x.dtype) * F.silu(gate.float())).to(x.dtype)
+
+
+class GatedDeltaNet(CoreGatedDeltaNet):
+    """megatron-core's `GatedDeltaNet`, computed in torch (source: `Qwen3NextGatedDeltaNet` of transformers).
+
+    Args:
+        config: Megatron's config of this layer.
+        options: Passed on.
+    """
+
+    out_norm: GatedNorm
+
+    def __init__(self, config: TransformerConfig, **options: Any) -> None:
+        own = copy.copy(config)
+        own.deterministic_mode = True  # megatron-core 0.19 then does not look for a kernel
+        with gated_delta_net_built(CoreGatedDeltaNet):
+            super().__init__(config=own, **options)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's output for `hidden_states` [sequence, batch, hidden] (packed: [tokens, 1, hidden]).
+
+        Args:
+            hidden_states: Input of the layer after its norm; split over the sequence under sequence parallelism.
+            attention_mask: Unused.
+            packed_seq_params: Where the sequences of a packed row begin and end.
+            options: Unused: rotary embeddings, and what inference needs.
+
+        Returns:
+            The output in the shape of the input, and None: there is no bias.
+        """
+        mixed, _ = self.in_proj(hidden_states)
+        if packed_seq_params is None:
+            states = self._sequences(mixed)
+        else:
+            bounds = [(start, end) for start, end in segments(packed_seq_params) if start < end]
+            states = torch.cat([self._sequences(mixed[start:end]) for start, end in bounds])
+        output, bias = self.out_proj(states)
+        return output, bias
+
+    def _sequences(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What this rank's heads read, normalised and gated, of sequences that begin with the first token.
+
+        Args:
+            mixed: This rank's projections, [sequence, batch, (2 * keys + 2 * values + 2 * value heads) / ranks].
+
+        Returns:
+            [sequence, batch, value heads * value dim / ranks].
+        """
+        ranks, heads = self.tp_size, self.num_value_heads // self.tp_size
+        keys, values = self.qk_dim // ranks, self.v_dim // ranks
+        qkv, gate, rate, alpha = mixed.transpose(0, 1).split([2 * keys + values, values, heads, heads], dim=-1)
+        query, key, value = self._convolved(qkv).split([keys, keys, values], dim=-1)
+        decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
+        read = gated_delta_rule(
+            query.unflatten(-1, (-1, self.key_head_dim)),
+            key.unflatten(-1, (-1, self.key_head_dim)),
+            value.unflatten(-1, (-1, self.value_head_dim)),
+            decay,
+            rate.sigmoid(),
+        )
+        states = self.out_norm.gated(read, gate.unflatten(-1, (-1, self.value_head_dim)))
+        return states.flatten(2).transpose(0, 1)
+
+    def _convolved(self, qkv: torch.Tensor) -> torch.Tensor:
+        """The activation of the convolution of every channel over its last tokens; [batch, sequence, channels]."""
+        convolved: torch.Tensor = self.act_fn(self.conv1d(qkv.transpose(1, 2))[..., : qkv.size(1)])
+        return convolved.transpose(1, 2)
