@@ -188,6 +188,40 @@ def test_generated_sections_are_made_of_the_code() -> None:
     assert "| `fsdp` | yes | no |" in SECTIONS["formats"]() and "| `torch` | yes | yes |" in SECTIONS["formats"]()
 
 
+def test_what_the_comparison_says_is_refused_is_not_there() -> None:
+    """Model in the comparison -> the beginning of its architectures."""
+    refused = {
+        "Llama 4": "Llama4",
+        "GLM-4V": "Glm4v",
+        "Kimi-VL": "KimiVL",
+        "InternVL": "InternVL",
+        "ERNIE 4.5": "Ernie4",
+        "OLMoE": "Olmoe",
+        "DeepSeek-V4": "DeepseekV4",
+        "MiniMax-M2": "MiniMax",
+        "Kimi-K2.5": "KimiK25",
+    }
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8").replace("\n", " ")
+    supported = [one.architecture for one in ckptkit.supported_architectures()]
+    assert all(name in page for name in refused)
+    assert [one for one in supported if one.startswith(tuple(refused.values()))] == []
+
+
+def test_every_family_is_in_the_lists() -> None:
+    """Families by the words of the README and of docs/families.md."""
+    words = {
+        **{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "qwen3_next": "Qwen3-Next"},
+        **{"mistral": "Mistral", "ministral": "Ministral", "mixtral": "Mixtral", "apertus": "Apertus"},
+        **{"glm4_moe": "GLM-4.5", "glm4_moe_lite": "GLM-4.5", "deepseek_v3": "DeepSeek-V3", "gpt_oss": "GPT-OSS"},
+        **dict.fromkeys(("gemma3", "gemma3_text", "gemma4", "gemma4_text"), "Gemma 3 and 4"),
+        "split_llama": "",
+    }
+    families = {one.family for one in ckptkit.supported_architectures() if not one.family.endswith("_value")}
+    assert families <= words.keys(), "add its words here, to the README and to docs/families.md"
+    for text in (README, (DOCS / "families.md").read_text(encoding="utf-8")):
+        assert [family for family in families if words[family] not in text] == []
+
+
 def test_sources_of_the_comparison_have_commits() -> None:
     page = (DOCS / "comparison.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([\w.-]+/[\w.-]+) \| ([\w./]+) \| ([0-9a-f]{12}) \|$", page, re.MULTILINE)
