@@ -140,7 +140,6 @@ LOCAL = replace(
 """The names of layers whose norms are modules of their own. Megatron-Core builds a DeltaNet only with `te`."""
 
 
-
 DEFAULTS: Mapping[str, Any] = {
     "num_attention_heads": 16,
     "num_key_value_heads": 2,
