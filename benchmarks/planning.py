@@ -122,7 +122,7 @@ class Listed:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes, in the order of the model; then the copies that its files hold."""
         family = family_of(self.raw, self.name)
-        config = replace(family.parse(self.raw), mtp_layers=self.raw.get("num_nextn_predict_layers", 0))
+        config = replace(family.parse(self.raw), mtp_layers=self.predicted)
         parts = {
             name: Tensor.full(DTYPES["BF16"], shape)
             for item in family.items(config)
@@ -133,6 +133,13 @@ class Listed:
         for copy in family.copies(config):
             if copy.hf != "lm_head.weight":
                 yield copy.hf, (config.vocab_size, config.hidden_size)
+
+    @property
+    def predicted(self) -> int:
+        """Layers of multi-token prediction."""
+        text = self.raw.get("text_config") or self.raw
+        count: int = text.get("num_nextn_predict_layers", text.get("mtp_num_hidden_layers", 0))
+        return count
 
     def config(self) -> dict[str, object]:
         """config.json."""
@@ -150,6 +157,9 @@ def large_models() -> Iterator[Listed]:
         "GLM-4.7-Flash": Parallelism(4, 1, ep=8, etp=1),
         "gpt-oss-20b": Parallelism(4, 2, ep=8, etp=1),
         "gpt-oss-120b": Parallelism(8, 4, ep=16, etp=1),
+        "Qwen3-Next-80B-A3B": Parallelism(2, 4, ep=8, etp=1),
+        "Qwen3.5-35B-A3B": Parallelism(2, 2, ep=8, etp=1),
+        "Qwen3.5-397B-A17B": Parallelism(2, 4, ep=32, etp=1),
     }
     for name, model in json.loads(FIXTURE.read_text(encoding="utf-8")).items():
         yield Listed(name, model["config"], grids[name])

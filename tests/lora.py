@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TOWERS = r".*(vision|audio|multi_modal_projector|embed_vision|embed_audio).*"
+TOWERS = r".*(vision|visual|audio|multi_modal_projector|embed_vision|embed_audio|shared_expert_gate).*"
+"""Without a linear in Megatron: towers, and the gate of a shared expert, which is one row that no module holds."""
 
 
 def load(base: Path) -> Any:

@@ -180,6 +180,15 @@ _GEMMA4_AUDIO: dict[str, Any] = {
     "subsampling_conv_channels": [4, 2],
 }
 
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
@@ -227,6 +236,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
         },
     ),
+    "qwen3_5_text": ("Qwen3_5Text", _DELTA),
+    "qwen3_5": ("Qwen3_5", {**_DELTA, "tie_word_embeddings": True}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**_SHARED, **_DELTA}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**_SHARED, **_DELTA, "tie_word_embeddings": False}),
     "gpt_oss": ("GptOss", _GPT_OSS),
     "gpt_oss-plain": (
         "GptOss",
@@ -254,7 +267,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Kind -> (stem of the transformers classes, what it changes; of the text model, if it is wrapped), but for Llama."""
 
-WRAPPERS = ("Gemma3", "Gemma4")
+WRAPPERS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
 """Stems of the multimodal models."""
 
 
@@ -283,6 +296,9 @@ def model_config(kind: str, **changes: Any) -> Any:
     if stem == "Gemma3":
         own, towers = {**_GEMMA3, **own}, {"vision_config": _SIGLIP, "mm_tokens_per_image": 4}
     text = {**_TINY, "model_type": f"{stem.lower()}_text", "tie_word_embeddings": tied, **own, **changes}
+    if stem.startswith("Qwen"):  # whose text model says nothing of its own, or something wrong
+        tied, towers = text.pop("tie_word_embeddings"), {"vision_config": {**_QWEN_VISION, "out_hidden_size": 96}}
+        text["model_type"] = f"{stem.replace('Moe', '_moe').lower()}_text"
     return config_class(**deepcopy({"text_config": text, **towers, "tie_word_embeddings": tied}))
 
 
@@ -328,6 +344,11 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
 
     file = path / "model.safetensors"
     tensors, config = load_file(file), json.loads((path / "config.json").read_text())
+    apart, model = (
+        "Qwen3" in config["architectures"][0],
+        "model.language_model." if "text_config" in config else "model.",
+    )
+    config = config.get("text_config") or config
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     generator = torch.Generator().manual_seed(1)
 
@@ -338,9 +359,9 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
         drawn = torch.randn(sizes, generator=generator) * size
         return (drawn.abs() + 0.5 if norm else drawn).to(like.dtype)
 
-    norm = tensors["model.norm.weight"]
+    norm = tensors[f"{model}norm.weight"]
     for number in range(layers, layers + count):
-        block, last = f"model.layers.{number}.", f"model.layers.{layers - 1}."
+        block, last = f"{model}layers.{number}.", f"{model}layers.{layers - 1}."
         own = {
             block + name.removeprefix(last): drawn(tensor, norm="norm" in name)
             for name, tensor in tensors.items()
@@ -349,12 +370,24 @@ def add_prediction(path: Path, count: int = 1, *, copies: bool = True) -> Path:
         names = ("enorm", "hnorm", "shared_head.norm")
         norms = {f"{block}{name}.weight": drawn(norm, width, norm=True) for name in names}
         own |= norms | {f"{block}eh_proj.weight": drawn(norm, width, 2 * width)}
-        if copies:
+        if copies and not apart:
             own[f"{block}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
             own[f"{block}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-        tensors |= own
+        tensors |= {_apart(name, block): tensor for name, tensor in own.items()} if apart else own
     save_file(tensors, file, metadata={"format": "pt"})
     return path
+
+
+def _apart(name: str, block: str) -> str:
+    """The name of a tensor of multi-token prediction where an archive does not number it behind the others."""
+    names = {
+        "enorm.weight": "pre_fc_norm_embedding.weight",
+        "hnorm.weight": "pre_fc_norm_hidden.weight",
+        "shared_head.norm.weight": "norm.weight",
+        "eh_proj.weight": "fc.weight",
+    }
+    inside = name.removeprefix(block)
+    return f"mtp.{names[inside]}" if inside in names else f"mtp.layers.0.{inside}"
 
 
 def randomise(model: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from ckptkit.errors import UnsupportedError
@@ -12,6 +12,8 @@ from ckptkit.tables.prediction import count_in_megatron
 from ckptkit.tables.rows import Raw
 
 COUNT = "num_nextn_predict_layers"
+COUNTS = (COUNT, "mtp_num_hidden_layers")
+"""Keys of config.json, or of the text model's in it, that count them."""
 
 
 def with_prediction(
@@ -26,11 +28,13 @@ def with_prediction(
         names: Names of the tensors.
 
     Raises:
-        UnsupportedError: The head of the model is its embedding, of which these layers would need two copies.
+        UnsupportedError: There are more than archives of the family hold, or the last layer has no attention.
     """
     found = count(names, config.num_layers) if family.predicts else 0
-    if found and config.tied:
-        raise UnsupportedError("multi-token prediction in a model whose head is its embedding")
+    if found > family.prediction.most:
+        raise UnsupportedError(f"{found} layers of multi-token prediction, of which {family.name} has at most one")
+    if found and config.layers[-1].delta is not None:
+        raise UnsupportedError("multi-token prediction behind a DeltaNet: Megatron-Core makes it like the last layer")
     return replace(config, mtp_layers=found)
 
 
@@ -43,10 +47,12 @@ def notes_of_prediction(family: Family, config: ModelConfig, raw: Raw) -> list[s
     """Notes that name the layers of multi-token prediction, those that are there and those that are not."""
     if not family.predicts:
         return []
-    stated = raw.get(COUNT)
+    text = raw.get("text_config")
+    places = (raw, text) if isinstance(text, Mapping) else (raw,)
+    key, stated = next(((key, place[key]) for place in places for key in COUNTS if key in place), (COUNT, None))
     if config.mtp_layers:
         count = config.mtp_layers
         return [f"{count} layer{'s' * (count > 1)} of multi-token prediction beside the {config.num_layers} layers"]
     if isinstance(stated, int) and stated > 0:
-        return [f"config.json counts {stated} of multi-token prediction (as {COUNT}), and there are no tensors of it"]
+        return [f"config.json counts {stated} of multi-token prediction (as {key}), and there are no tensors of it"]
     return []

@@ -71,7 +71,7 @@ def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
     raw = source.family.text_only(source.sidecar.config)
     family = family_of(raw, source.path)
     sidecar = replace(source.sidecar, config=raw, headers={}, extras={})
-    config = family.parse(raw)
+    config = replace(family.parse(raw), mtp_layers=source.config.mtp_layers)
     items = {item.key: item for item in family.items(config)}
     left_out = len(source.sidecar.extras)
     text = replace(source, family=family, config=config, items=items, sidecar=sidecar, spelling=family.spellings[0])

@@ -37,11 +37,12 @@ def families() -> tuple[Family, ...]:
     from ckptkit.families.llama import LLAMA
     from ckptkit.families.mistral import MINISTRAL, MISTRAL, MIXTRAL
     from ckptkit.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+    from ckptkit.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT
     from ckptkit.families.qwen3_next import QWEN3_NEXT
     from ckptkit.families.split_llama import SPLIT_LLAMA
 
     found = [LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MIXTRAL, APERTUS, GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE]
-    found += [GPT_OSS, QWEN3_NEXT]
+    found += [GPT_OSS, QWEN3_NEXT, QWEN3_5_TEXT, QWEN3_5, QWEN3_5_MOE_TEXT, QWEN3_5_MOE]
     found += [GEMMA3_TEXT, GEMMA3, GEMMA4_TEXT, GEMMA4]
     found.append(SPLIT_LLAMA)
     for point in sorted(entry_points(group=ENTRY_POINTS)):

@@ -61,6 +61,8 @@ def stacked(
     *,
     layers: str = HF_LAYER,
     fused: str | None = None,
+    apart: str | None = None,
+    stack_apart: bool = True,
 ) -> HfSpelling:
     """The spelling of files with one tensor for the gate and up projections of all experts, and one for the down ones.
 
@@ -72,13 +74,13 @@ def stacked(
         down: As for `experts`.
         layers: Hugging Face's name of a layer.
         fused: `block` as these files name it, if they name it differently.
+        apart: Hugging Face's name of a layer of multi-token prediction that is not numbered behind the others, or None.
+        stack_apart: Whether the experts of that one are stacked, too.
     """
-    expert, home = layers + block + "experts.{e}.", layers + (block if fused is None else fused) + "experts."
-    return HfSpelling(
-        name,
-        renames=() if fused is None else ((f".{block}", f".{fused}"),),
-        stacks=(
-            Stack(f"{home}gate_up_proj", (f"{expert}{gate}.weight", f"{expert}{up}.weight")),
-            Stack(f"{home}down_proj", (f"{expert}{down}.weight",)),
-        ),
-    )
+    stacks: list[Stack] = []
+    for place in (layers, apart) if apart is not None and stack_apart else (layers,):
+        expert, home = f"{place}{block}experts.{{e}}.", f"{place}{block if fused is None else fused}experts."
+        stacks.append(Stack(f"{home}gate_up_proj", (f"{expert}{gate}.weight", f"{expert}{up}.weight")))
+        stacks.append(Stack(f"{home}down_proj", (f"{expert}{down}.weight",)))
+    renames = () if fused is None else ((f".{block}", f".{fused}"),)
+    return HfSpelling(name, renames, tuple(stacks), predicted=apart is None)

@@ -15,9 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import InputError
+from ckptkit.families.blocks import QK_NORMS as PLAIN_QK_NORMS
 from ckptkit.families.blocks import SHARED_EXPERTS
 from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.sharding.rules import BY_PART, COLUMN, REPLICATED, ROW
+from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import FULL, LINEAR, Fields
 from ckptkit.tables.dims import (
     GROUPS,
@@ -35,6 +37,7 @@ from ckptkit.tables.dims import (
     D,
     Q,
 )
+from ckptkit.tables.family import MegatronQuirks
 from ckptkit.tables.layouts import Parts, by_head, flat, interleave, stack
 from ckptkit.tables.model_config import DeltaNet, LayerConfig, ModelConfig, Rope
 from ckptkit.tables.rows import Row, layer, only, renamed, sparse
@@ -98,6 +101,9 @@ ATTENTION = (
 )
 """Attention with an output gate, and the norm before it."""
 
+QK_NORMS = only(PLAIN_QK_NORMS, attends)
+"""Its norms of queries and keys."""
+
 
 _MEGATRON, _HF = "self_attention.", "linear_attn."
 
@@ -130,6 +136,33 @@ SHARED_EXPERT = (
     layer("mlp.shared_experts.gate_weight", f"{_SHARED}_gate.weight", (ONE, D), REPLICATED, when=sparse),
 )
 """The expert that every token goes through, and the gate of its output."""
+
+HF_MODULES = "DeltaNets as modules of transformers (slime, or ms-swift with USE_MCORE_GDN=0)"
+DECOUPLED = "the projection of a DeltaNet in two layers (ms-swift with --linear_decoupled_in_proj)"
+QUIRKS = MegatronQuirks(
+    foreign={
+        ".self_attention.linear_attn.": HF_MODULES,
+        ".self_attention.in_proj_qkvz.": DECOUPLED,
+        ".self_attention.in_proj_ba.": DECOUPLED,
+    }
+)
+"""Layouts of other writers, which no table reads."""
+
+BRIDGE = BridgeProvider(
+    "megatron.bridge.models.qwen.qwen_provider.Qwen3NextModelProvider",
+    ropes=("default",),
+    with_experts={
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_router_dtype": "fp32",
+        "hetereogenous_dist_checkpoint": True,  # as megatron-core spells it
+    },
+    blocks=True,
+    block_spec=(
+        "megatron.core.models.gpt.experimental_attention_variant_module_specs."
+        "get_transformer_block_with_experimental_attention_variant_spec"
+    ),
+)
+"""Source: `Qwen3NextBridge` and `Qwen3NextModelProvider` of Megatron-Bridge."""
 
 MARKS = ("decoder.layers.self_attention.in_proj.weight", "decoder.layers.self_attention.A_log")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptkit.errors import InputError
 from ckptkit.families import delta_net
-from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, QK_NORMS, experts, router, stacked
+from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
 from ckptkit.families.delta_net import DELTA_BY_HEAD, SHARED_EXPERT, values_of_delta_nets, with_delta_nets
 from ckptkit.families.llama import EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.qwen import dense_layers, dense_of
@@ -15,6 +15,7 @@ from ckptkit.tables.config_fields import Fields
 from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
+from ckptkit.tables.prediction import APART
 from ckptkit.tables.rows import Raw, dense, only, without
 from ckptkit.tables.spelling import HUB, TE
 
@@ -80,6 +81,7 @@ def _values(config: ModelConfig) -> dict[str, Any]:
         **values_of_experts(config),
         "norm_topk_prob": config.norm_topk_prob,
         "mlp_only_layers": dense_of(config),
+        **({"num_nextn_predict_layers": config.mtp_layers} if config.mtp_layers else {}),
     }
 
 
@@ -113,7 +115,7 @@ QWEN3_NEXT = Family(
     rows=(
         *EMBEDDINGS,
         *delta_net.ATTENTION,
-        *only(QK_NORMS, delta_net.attends),
+        *delta_net.QK_NORMS,
         *DELTA_BY_HEAD,
         *without(only(MLP, dense), "linear_fc1.bias", "linear_fc2.bias"),
         NORM_BEFORE_EXPERTS,
@@ -123,6 +125,14 @@ QWEN3_NEXT = Family(
     ),
     replicas=(TIED_HEAD,),
     spellings=(TE, delta_net.LOCAL),
-    hf_spellings=(HUB, stacked("fused", "mlp.")),
+    predicts=True,
+    prediction=APART,
+    hf_spellings=(
+        HUB,
+        stacked("fused", "mlp.", apart="mtp.layers.0."),
+        stacked("fused_model", "mlp.", apart="mtp.layers.0.", stack_apart=False),
+    ),
     marks=(*delta_net.MARKS, "decoder.layers.mlp.router.weight"),
+    quirks=delta_net.QUIRKS,
+    bridge=delta_net.BRIDGE,
 )

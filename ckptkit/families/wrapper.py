@@ -27,6 +27,7 @@ class Wrapper:
         text: The config.json of the text model's family.
         parse_text: The text family's translation from config.json.
         unparse_text: The text family's translation to config.json.
+        tied: Class default of `tie_word_embeddings`, the one key that counts at the top level.
     """
 
     family: str
@@ -34,6 +35,10 @@ class Wrapper:
     text: ConfigJson
     parse_text: Callable[[Raw], ModelConfig]
     unparse_text: Callable[[ModelConfig, Raw], dict[str, Any]]
+    tied: bool = WRAPPER_DEFAULTS["tie_word_embeddings"]
+
+    def _is_tied(self, raw: Raw) -> bool:
+        return Fields(raw, {"tie_word_embeddings": self.tied}).flag("tie_word_embeddings")
 
     def parse(self, raw: Raw) -> ModelConfig:
         """Translates a config.json to the text model that it holds.
@@ -47,7 +52,7 @@ class Wrapper:
             self.parse_text(text),
             family=self.family,
             architecture=self.architecture,
-            tied=Fields(raw, WRAPPER_DEFAULTS).flag("tie_word_embeddings"),
+            tied=self._is_tied(raw),
             dtype=Fields(raw, {}).dtype() or Fields(text, {}).dtype(),
         )
 
@@ -62,7 +67,7 @@ class Wrapper:
         raw["text_config"] = self.unparse_text(replace(config, tied=tied, dtype=None), text)
         if not text:
             del raw["text_config"]["architectures"]  # only the whole model has one
-        if Fields(raw, WRAPPER_DEFAULTS).flag("tie_word_embeddings") != config.tied:
+        if self._is_tied(raw) != config.tied:
             raw["tie_word_embeddings"] = config.tied
         if not base or self.parse(base).dtype != config.dtype:
             set_dtype(raw, config.dtype)

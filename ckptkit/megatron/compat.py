@@ -111,7 +111,8 @@ def gated_delta_net_built(core: type) -> Iterator[None]:
     Args:
         core: megatron-core's class.
     """
-    home = sys.modules[core.__init__.__module__]
+    modules = (sys.modules[one.__module__] for one in core.__mro__)
+    home = next(module for module in modules if hasattr(module, "HAVE_FLA"))
     with replaced([(home, "HAVE_FLA", True)]):
         yield
 

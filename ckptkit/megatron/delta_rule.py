@@ -42,8 +42,9 @@ def gated_delta_rule(
     q = q * q.size(-1) ** -0.5
     memory = v.new_zeros(*v.shape[:2], k.size(-1), v.size(-1))
     outputs = []
-    for chunk in zip(*(part.split(CHUNK, dim=2) for part in (q, k, v, d, r)), strict=True):
-        output, memory = _chunk(*chunk, memory)
+    for start in range(0, v.size(2), CHUNK):
+        at = slice(start, start + CHUNK)
+        output, memory = _chunk(q[:, :, at], k[:, :, at], v[:, :, at], d[:, :, at], r[:, :, at], memory)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype)
 

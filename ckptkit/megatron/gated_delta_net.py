@@ -33,7 +33,7 @@ class GatedNorm(RMSNorm):
 
     def gated(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Normalise `x` [..., width of a head], times the SiLU of a gate of the same shape; same shape and dtype."""
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         if not weight.sequence_parallel:  # type: ignore[attr-defined]
             weight = copy_to_tensor_model_parallel_region(weight, get_tensor_model_parallel_group())
         if self.zero_centered:

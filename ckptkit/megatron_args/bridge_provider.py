@@ -78,10 +78,10 @@ def _spec(bridge: BridgeProvider, config: ModelConfig, local: bool) -> dict[str,
     """The spec of the layers, where it is another than the class's own."""
     if bridge.blocks:
         moe = [int(layer.moe) for layer in config.layers]
-        return {
-            "transformer_layer_spec": Named(BLOCK_SPEC, {"use_transformer_engine": not local}),
-            "moe_layer_freq": moe,
-        }
+        spec = Named(BLOCK_SPEC, {"use_transformer_engine": not local})
+        if bridge.block_spec is not None:
+            spec = Named(bridge.block_spec)
+        return {"transformer_layer_spec": spec, "moe_layer_freq": moe}
     return {"transformer_layer_spec": Named(LOCAL_SPEC)} if local and bridge.attention is None else {}
 
 
@@ -89,6 +89,8 @@ def _problem(bridge: BridgeProvider, config: ModelConfig, local: bool) -> str | 
     """A feature of the model that the provider cannot build, or None."""
     if (config.qkv_bias, config.out_bias, config.mlp_bias) not in EXPRESSIBLE_BIASES:
         return "model with biases on some linear layers only"
+    if local and bridge.block_spec is not None:
+        return f"{config.architecture} without Transformer Engine"
     if config.value_head:
         return "value heads for this class"
     if len({layer.moe for layer in config.layers}) > 1 and not bridge.blocks:

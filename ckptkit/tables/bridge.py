@@ -71,6 +71,8 @@ class BridgeProvider:
         with_experts: Fields that it sets beside, or otherwise than, other families' for a model with experts.
         attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
         blocks: Whether it asks for the spec of a whole block, in which dense layers and others may stand together.
+        block_spec: Dotted name of the function that makes that spec of a config, if it is another than `BLOCK_SPEC`;
+            there is none without Transformer Engine.
         when: Model -> whether the class is for it.
         other: The class for the other models of the family, or None.
     """
@@ -82,6 +84,7 @@ class BridgeProvider:
     with_experts: Mapping[str, Any] = field(default_factory=dict)
     attention: OwnAttention | None = None
     blocks: bool = False
+    block_spec: str | None = None
     when: Callable[[ModelConfig], bool] = lambda config: True
     other: BridgeProvider | None = None
 

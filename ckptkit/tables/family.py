@@ -15,6 +15,7 @@ from ckptkit.tables import prediction
 from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.items import Item, Kind, number
 from ckptkit.tables.model_config import LayerConfig, ModelConfig
+from ckptkit.tables.prediction import NUMBERED, Archive
 from ckptkit.tables.rows import Buffer, Raw, Replica, Row
 from ckptkit.tables.spelling import GROUPED, HUB, LOCAL, SEQUENTIAL, TE, HfSpelling, Spelling, template
 from ckptkit.tensors import Tensor
@@ -132,6 +133,7 @@ class Family:
         extras: Hugging Face tensors without a place in Megatron; they go into the sidecar. `{i}` in a name stands for
             every layer, a `*` at its end for any ending.
         predicts: Whether checkpoints may hold layers of multi-token prediction (`tables/prediction.py`).
+        prediction: How Hugging Face archives hold these.
         buffers: Extras that can be made again where the source lacks them.
         marks: Canonical Megatron names (without numbers) by which a checkpoint of this family is recognised.
         spellings: Megatron names of different writers; the first is canonical.
@@ -158,6 +160,7 @@ class Family:
     replicas: tuple[Replica, ...] = ()
     extras: tuple[str, ...] = ()
     predicts: bool = False
+    prediction: Archive = NUMBERED
     buffers: tuple[Buffer, ...] = ()
     marks: tuple[str, ...] = ()
     spellings: tuple[Spelling, ...] = (TE, LOCAL)
@@ -183,9 +186,9 @@ class Family:
                 if "{i}" in row.megatron and row.when(config, layer):
                     experts = range(config.num_experts) if "{e}" in row.megatron else (None,)
                     yield from kind(at, layer).items(index, experts)
-        for row in prediction.rows_of(self.rows, config, config.mtp_layers):
+        for row in prediction.rows_of(self.rows, config, config.mtp_layers, self.prediction):
             experts = range(config.num_experts) if "{e}" in row.megatron else (None,)
-            yield from Kind(row, config.layers[-1], config).items(None, experts)
+            yield from Kind(row, prediction.inner_layer(config), config).items(None, experts)
 
     def attention_groups(self, config: ModelConfig) -> list[str]:
         """The suffix of `self_attention` in each layer's torch_dist keys; empty where all layers stack together."""
@@ -217,7 +220,7 @@ class Family:
     def copies(self, config: ModelConfig) -> tuple[Replica, ...]:
         """The redundant copies that Hugging Face files of a model may hold."""
         own = tuple(replica for replica in self.replicas if replica.when(config))
-        return (*own, *prediction.copies_of(config))
+        return (*own, *prediction.copies_of(config, self.prediction))
 
     def extra_of_layer(self, name: str, config: ModelConfig) -> int | None:
         """The number of the layer that an extra belongs to, or None: towers have layers of their own."""
@@ -324,7 +327,7 @@ class Family:
         if config is None:
             return min(self._variants(), key=lambda spelling: len(written - self._templates(spelling, self._all_rows)))
         rows = [row for row in self.rows if any(row.when(config, layer) for layer in config.layers)]
-        rows += prediction.rows_of(self.rows, config, config.mtp_layers)
+        rows += prediction.rows_of(self.rows, config, config.mtp_layers, self.prediction)
         return min(self._variants(), key=lambda spelling: len(written ^ self._templates(spelling, rows)))
 
     def fits(self, names: Iterable[str]) -> bool:

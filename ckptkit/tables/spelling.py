@@ -82,8 +82,9 @@ class Spelling:
     def canonical(self, name: str) -> str:
         """The name in this spelling -> the canonical name.
 
-        One name is ambiguous: in `local`, the norm before a dense MLP has the name that all spellings give to the norm
-        before experts. This function assumes a dense layer. Code that has the table of the model need not assume.
+        Two names are ambiguous. In `local`, the norm before a dense MLP has the name that all spellings give to the
+        norm before experts, and the norm before a DeltaNet that of the norm before attention. This function assumes a
+        dense layer and attention. Code that has the table of the model need not assume.
         """
         name = name.removeprefix(self.prefix)
         name = _SEQUENTIAL_NAME.sub(r".experts.\2.\3\1", name)
@@ -209,12 +210,15 @@ class HfSpelling:
     Attributes:
         name: For the `spelling` of `Family.fuse`.
         renames: (canonical, written) pieces of names; with a leading dot anywhere in a name, else at its start.
-        stacks: The tensors that hold all experts of a layer.
+        stacks: The tensors that hold all experts of a layer; without `{i}`, of one of multi-token prediction.
+        predicted: Whether stacks with `{i}` are those of layers of multi-token prediction, too, numbered behind the
+            model's own.
     """
 
     name: str
     renames: tuple[tuple[str, str], ...] = ()
     stacks: tuple[Stack, ...] = ()
+    predicted: bool = True
 
     @property
     def canonical_as_is(self) -> bool:
@@ -282,16 +286,17 @@ class HfSpelling:
 
     def _stacked(self, config: ModelConfig) -> dict[str, tuple[Form, list[list[str]]]]:
         """Fused name -> its form, and for each expert the canonical names of its parts."""
-        layers = [number for number, layer in enumerate(config.layers) if layer.moe]
-        if config.layers[-1].moe:  # those of multi-token prediction are like the last one
-            layers += range(config.num_layers, config.num_layers + config.mtp_layers)
+        layers: list[int | None] = [number for number, layer in enumerate(config.layers) if layer.moe]
+        further = config.mtp_layers if config.layers[-1].moe else 0  # these layers are like the last one
+        if self.predicted:
+            layers += range(config.num_layers, config.num_layers + further)
         return {
             stack.fused.format(i=i): (
                 stack.form,
                 [[part.format(i=i, e=e) for part in stack.parts] for e in range(config.num_experts)],
             )
             for stack in self.stacks
-            for i in layers
+            for i in (layers if "{i}" in stack.fused else [None] * min(further, 1))
         }
 
 

@@ -46,18 +46,20 @@ def _convolved(
     **options: object,
 ) -> torch.Tensor:
     """In place of `causal_conv1d_fn`, whose arguments these are: [batch, channels, sequence], of the same shape."""
-    wide = F.conv1d(
+    wide: torch.Tensor = F.conv1d(
         hidden_states.float(),
         weight.float().unsqueeze(1),
         None if bias is None else bias.float(),
         padding=weight.shape[-1] - 1,
         groups=weight.shape[0],
     )[..., : hidden_states.shape[-1]]
-    return (wide if activation is None else F.silu(wide)).to(hidden_states.dtype)
+    activated = wide if activation is None else F.silu(wide)
+    return activated.to(hidden_states.dtype)
 
 
 def _gated(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """In place of the gated norm's `forward`."""
     wide = hidden_states.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-    return (self.weight.float() * normed * F.silu(gate.float())).to(hidden_states.dtype)
+    output: torch.Tensor = self.weight.float() * normed * F.silu(gate.float())
+    return output.to(hidden_states.dtype)

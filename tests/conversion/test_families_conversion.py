@@ -38,7 +38,7 @@ def is_moe(kind: str) -> bool:
 
 MOE = ["qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped", "mixtral", "mixtral-windowed"]
 SCORED = ["glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight", "glm4_moe_lite"]
-DELTA = ["qwen3_next", "qwen3_next-mixed"]
+DELTA = ["qwen3_next", "qwen3_next-mixed", "qwen3_5_moe_text", "qwen3_5_moe"]
 GPT_OSS = ["gpt_oss", "gpt_oss-plain"]
 GEMMA4_MOE = ["gemma4_text-moe", "gemma4-moe"]
 

@@ -53,10 +53,9 @@ def test_dry_run_at_true_size(tmp_path: Path, name: str) -> None:
     """Every tensor of the files is used, layers of multi-token prediction included, and nothing is written."""
     model = LISTED[name]
     count = write_sparse(tmp_path / "hf", model)
-    prediction = MODELS[name]["config"].get("num_nextn_predict_layers", 0)
     for to in ("torch", "torch_dist"):
         result = convert(tmp_path / "hf", tmp_path / "meg", to=to, grid=model.parallelism, dry_run=True)
         assert result.coverage["used"] + result.coverage["replicas"] == count
-        assert any("of multi-token prediction beside" in note for note in result.notes) == bool(prediction)
+        assert any("of multi-token prediction beside" in note for note in result.notes) == bool(model.predicted)
         assert sum(file["bytes"] for file in result.files) > 1.9e9 * MODELS[name]["billions"]
     assert not (tmp_path / "meg").exists()

@@ -56,7 +56,14 @@ def written(tmp_path: Path, kind: str, grid: Parallelism) -> Path:
 
 
 KIND = "qwen3_next"
-GRIDS = [Parallelism(), Parallelism(2), Parallelism(4), Parallelism(2, 2), Parallelism(1, 2, ep=2), Parallelism(2, ep=2)]
+GRIDS = [
+    Parallelism(),
+    Parallelism(2),
+    Parallelism(4),
+    Parallelism(2, 2),
+    Parallelism(1, 2, ep=2),
+    Parallelism(2, ep=2),
+]
 
 
 @pytest.mark.slow

@@ -174,5 +174,6 @@ def test_families(kind: str) -> None:
     found = inexpressible(family_of(raw, kind).parse(raw))
     plain = ("qwen2", "qwen2-tied", "qwen2-windowed", "qwen3", "qwen3_moe", "qwen3_moe-mixed", "qwen3_moe-stepped")
     others = ("mistral", "mistral-nemo", "ministral", "mixtral", "mixtral-windowed")
-    others += ("qwen3_next", "glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight")
+    others += ("qwen3_next", "qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe")
+    others += ("glm4_moe", "glm4_moe-air", "glm4_moe-sparse", "deepseek_v3", "deepseek_v3-moonlight")
     assert (found == []) == (kind in (*plain, *others)), found

@@ -37,7 +37,7 @@ from ckptkit.tables.items import Item
 from ckptkit.tables.lora import A, B, fused, is_linear, magnitudes, part_of, single, stored_layouts
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.spelling import Spelling
-from ckptkit.tensors import Tensor, stack
+from ckptkit.tensors import Tensor, stack, vstack
 
 ADAPTER, MODEL = "adapter", "model"
 """The parts of a checkpoint that holds both."""
@@ -338,7 +338,9 @@ def stored_form(item: Item, tensor: Tensor, grid: Parallelism) -> tuple[Tensor, 
     Megatron-Core stores gate and up of a linear's weight one after the other. Of adapters not all follow:
 
     - `CanonicalLoRA` of Megatron-Bridge stores B of gate, and that of up, in two halves, as if each held gate and up;
-    - its `DoRA` stores the lengths of rows rank by rank, each rank's gate before its up; so does mcore-bridge with B.
+    - its `DoRA` stores the lengths of rows rank by rank, each rank's gate before its up; so does mcore-bridge with B;
+    - all of them store rank by rank what belongs to the projection of a DeltaNet, whose parts Megatron-Core takes apart
+      for the weight alone.
 
     Source: `ParallelLinearAdapter.sharded_state_dict`, which tests `"linear_fc1" in base_linear_name` alone, and
     `ParallelLinearDoRAAdapter.sharded_state_dict` of Megatron-Bridge (commit 067f987);
@@ -349,6 +351,9 @@ def stored_form(item: Item, tensor: Tensor, grid: Parallelism) -> tuple[Tensor, 
         return _by_half(tensor, grid.tp), 2
     if _is_rank_by_rank(item):
         return _by_rank(tensor, grid.tp), 1
+    if item.row.split.by_part:
+        split = item.kind.layout.by_part(shared=False)
+        return vstack([split.cut(tensor, rank, grid.tp) for rank in range(grid.tp)]), 1
     return tensor, item.row.split.blocks
 
 
@@ -358,6 +363,10 @@ def regular(item: Item, tensor: Tensor, grid: Parallelism | None) -> Tensor:
         return _by_rank(tensor, grid.tp)
     if grid is not None and _is_rank_by_rank(item):
         return _by_half(tensor, grid.tp)
+    if grid is not None and item.row.split.by_part:
+        share = tensor.shape[0] // grid.tp
+        shards = [tensor.rows(rank * share, (rank + 1) * share) for rank in range(grid.tp)]
+        return item.kind.layout.by_part(shared=False).join(shards)
     return tensor
 
 
@@ -377,7 +386,7 @@ def _refuse_unknown_order(wanted: Iterable[_Wanted], path: Path) -> None:
     """
     for one in wanted:
         for item in one.items:
-            if _is_halved(item) or _is_rank_by_rank(item):
+            if _is_halved(item) or _is_rank_by_rank(item) or item.row.split.by_part:
                 raise UnsupportedError(
                     f"{item.key} lies in the order of the tensor parallel ranks that wrote it, and nothing says how"
                     " many these were",

@@ -165,6 +165,8 @@ def _packed(
 ) -> Iterable[Packed]:
     for index, layer in enumerate(config.layers):
         for stack in stacks if layer.moe else ():
+            if "{i}" not in stack.fused:  # of multi-token prediction, which PEFT does not see
+                continue
             if not stack.parts[0].endswith(_WEIGHT):
                 continue
             yield Packed(

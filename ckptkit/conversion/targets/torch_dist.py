@@ -62,7 +62,8 @@ def _tensors(target: Target) -> list[GlobalTensor]:
             states = ()  # Megatron-Bridge saves adapters without them
             whole, blocks = stored_form(item, whole, grid)
         whole_tensor = GlobalTensor(name, whole, split.axis, blocks, stage.pp_rank, states)
-        tensors += [whole_tensor] if not item.row.layout.keys else _parts(whole_tensor, item)
+        in_parts = item.row.layout.keys and not is_adapter_name(key)
+        tensors += _parts(whole_tensor, item) if in_parts else [whole_tensor]
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,12 +17,12 @@ def make_optimizer(options: RunOptions, parameters: Iterable[torch.nn.Parameter]
 
     Vectors do not decay, as Megatron trains them: a norm that is stored less one would decay to another weight.
     """
-    of_vectors: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = [], []
-    for parameter in parameters:
-        of_vectors[parameter.dim() == 1].append(parameter)
-    matrices, vectors = of_vectors
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return CLASSES[options.optimizer]([group for group in groups if group["params"]], lr=options.rate)  # type: ignore[call-arg]
+    every = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in every if parameter.dim() != 1]},
+        {"params": [parameter for parameter in every if parameter.dim() == 1], "weight_decay": 0.0},
+    ]
+    return CLASSES[options.optimizer](groups, lr=options.rate)  # type: ignore[call-arg]
 
 
 class Masters:
