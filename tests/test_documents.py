@@ -213,6 +213,7 @@ def test_every_family_is_in_the_lists() -> None:
         **{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "qwen3_next": "Qwen3-Next"},
         **{"mistral": "Mistral", "ministral": "Ministral", "mixtral": "Mixtral", "apertus": "Apertus"},
         **{"glm4_moe": "GLM-4.5", "glm4_moe_lite": "GLM-4.5", "deepseek_v3": "DeepSeek-V3", "gpt_oss": "GPT-OSS"},
+        **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), "Qwen3.5 and 3.6"),
         **dict.fromkeys(("gemma3", "gemma3_text", "gemma4", "gemma4_text"), "Gemma 3 and 4"),
         "split_llama": "",
     }
