@@ -28,7 +28,7 @@ from tests.lora import load as load_model
 from tests.lora import save_adapter
 from tests.models import add_prediction, files_of, raw_config, save_model
 
-LAYERS, EXPERTS, GROUPS, KEYS, VALUES, KEY_DIM, VALUE_DIM = 4, 4, 4, 4, 8, 8, 12
+LAYERS, EXPERTS, GROUPS, KEYS, VALUES, KEY_DIM, VALUE_DIM = 4, 4, 4, 4, 8, 16, 12
 """Sizes of the tiny models."""
 TP = [1, 2, 4]
 
@@ -329,7 +329,7 @@ def test_arguments(types: str, said: str) -> None:
     expected = {
         "--experimental-attention-variant": "gated_delta_net",
         "--linear-attention-freq": said,
-        "--linear-key-head-dim": "8",
+        "--linear-key-head-dim": "16",
         "--linear-value-head-dim": "12",
         "--linear-num-key-heads": "4",
         "--linear-num-value-heads": "8",
