@@ -67,13 +67,18 @@ def prepare(folder: Path, page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     if "Qwen3-8B" in text:
         save_model(folder / "Qwen3-8B", "qwen3")
-    if " checkpoints " in text:
+    if re.search(r"^\$ ckptkit .* checkpoints ", text, re.MULTILINE):
         _trained(folder)
     if "verl-run" in text:
         _verl(folder)
     if "Llama-70B" in text:
         for made, name in zip(save_pair(folder / "pair"), ("Llama-8B", "Llama-70B"), strict=True):
             made.rename(folder / name)
+    if "merge.yml" in text:
+        for name in ("math", "code"):
+            save_llama(folder / name)
+        recipe = "merge_method: slerp\nbase_model: math\nmodels: [{model: math}, {model: code}]\nparameters: {t: 0.3}\n"
+        (folder / "merge.yml").write_text(recipe + "dtype: bfloat16\n", encoding="utf-8")
     if "ckptkit convert adapter " in text:
         save_adapter(folder / "adapter", folder / "Qwen3-8B")
 

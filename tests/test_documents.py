@@ -18,6 +18,7 @@ from tests.documents import DOCS, ROOT, Command, commands_of, links, prepare, ru
 
 JOBS = sorted(f"jobs/{page.name}" for page in (DOCS / "jobs").glob("*.md"))
 PAGES = [*JOBS, "which-format.md"]
+DOCTOR = [command for command in commands_of("start.md") if command.line.startswith("doctor")]
 EVERY = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -38,6 +39,13 @@ def test_commands_that_verify_run(page: str, tmp_path: Path, monkeypatch: pytest
     prepare(tmp_path, page)
     monkeypatch.chdir(tmp_path)
     for command in commands_of(page):
+        run(command)
+
+
+@pytest.mark.slow
+def test_the_doctor_of_the_first_page_answers() -> None:
+    assert len(DOCTOR) == 3
+    for command in DOCTOR:
         run(command)
 
 
@@ -178,6 +186,41 @@ def test_generated_sections_are_made_of_the_code() -> None:
     supported = {one.architecture for one in ckptkit.supported_architectures()}
     assert all(f"`{name}`" in SECTIONS["families"]() for name in supported)
     assert "| `fsdp` | yes | no |" in SECTIONS["formats"]() and "| `torch` | yes | yes |" in SECTIONS["formats"]()
+
+
+def test_what_the_comparison_says_is_refused_is_not_there() -> None:
+    """Model in the comparison -> the beginning of its architectures."""
+    refused = {
+        "Llama 4": "Llama4",
+        "GLM-4V": "Glm4v",
+        "Kimi-VL": "KimiVL",
+        "InternVL": "InternVL",
+        "ERNIE 4.5": "Ernie4",
+        "OLMoE": "Olmoe",
+        "DeepSeek-V4": "DeepseekV4",
+        "MiniMax-M2": "MiniMax",
+        "Kimi-K2.5": "KimiK25",
+    }
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8").replace("\n", " ")
+    supported = [one.architecture for one in ckptkit.supported_architectures()]
+    assert all(name in page for name in refused)
+    assert [one for one in supported if one.startswith(tuple(refused.values()))] == []
+
+
+def test_every_family_is_in_the_lists() -> None:
+    """Families by the words of the README and of docs/families.md."""
+    words = {
+        **{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "qwen3_next": "Qwen3-Next"},
+        **{"mistral": "Mistral", "ministral": "Ministral", "mixtral": "Mixtral", "apertus": "Apertus"},
+        **{"glm4_moe": "GLM-4.5", "glm4_moe_lite": "GLM-4.5", "deepseek_v3": "DeepSeek-V3", "gpt_oss": "GPT-OSS"},
+        **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), "Qwen3.5 and 3.6"),
+        **dict.fromkeys(("gemma3", "gemma3_text", "gemma4", "gemma4_text"), "Gemma 3 and 4"),
+        "split_llama": "",
+    }
+    families = {one.family for one in ckptkit.supported_architectures() if not one.family.endswith("_value")}
+    assert families <= words.keys(), "add its words here, to the README and to docs/families.md"
+    for text in (README, (DOCS / "families.md").read_text(encoding="utf-8")):
+        assert [family for family in families if words[family] not in text] == []
 
 
 def test_sources_of_the_comparison_have_commits() -> None:

@@ -119,12 +119,26 @@ def test_the_example_for_gitlab_is_sound() -> None:
         assert all(word in help_text for word in words if word.startswith("--"))
 
 
+def github_commands() -> list[str]:
+    steps = parsed("examples/ci/github-workflow.yml")["jobs"]["verify"]["steps"]
+    return [step["run"].strip() for step in steps if step.get("run", "").startswith("ckptkit ")]
+
+
+def test_the_example_for_github_is_sound() -> None:
+    content = parsed("examples/ci/github-workflow.yml")
+    assert content["jobs"]["verify"]["permissions"] == {"contents": "read"}
+    assert [line.split()[1] for line in github_commands()] == ["convert", "verify"]
+
+
 @pytest.mark.slow
-def test_the_commands_for_gitlab_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["github-workflow.yml", "gitlab-ci.yml"])
+def test_the_commands_of_the_examples_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_llama(tmp_path / "model")
-    variables = {"$REFERENCE": "model", "$GRID": parsed("examples/ci/gitlab-ci.yml")["variables"]["GRID"]}
-    for line in gitlab_commands():
+    content = parsed(f"examples/ci/{file}")
+    settings = content["variables"] if file == "gitlab-ci.yml" else content["env"]
+    variables = {"$REFERENCE": "model", "$GRID": settings["GRID"]}
+    for line in gitlab_commands() if file == "gitlab-ci.yml" else github_commands():
         for name, value in variables.items():
             line = line.replace(f'"{name}"', value).replace(name, value)
         words = shlex.split(line.split(" > ")[0])[1:]

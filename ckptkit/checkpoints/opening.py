@@ -103,6 +103,9 @@ def _open(place: Place, given: Given) -> Checkpoint:
 
 def _found_below(folder: Path) -> str:
     """What could be meant instead, as the end of a hint."""
+    above = folder.resolve().parent
+    if format_of(above) is not None:
+        return f"; give the folder above it: {above}"
     below = [item for item in sorted(folder.iterdir()) if item.is_dir() and format_of(item) is not None]
     return f"; give one of the folders in it: {', '.join(item.name for item in below[-4:])}" if below else ""
 

@@ -22,7 +22,7 @@ from ckptkit.checkpoints.parts import join_parts
 from ckptkit.checkpoints.recognition import fused_in, refuse_foreign, refuse_trainers_parts
 from ckptkit.checkpoints.run_config import args_of_run_config
 from ckptkit.checkpoints.second_weights import check_second_weights
-from ckptkit.checkpoints.sidecar_contents import with_originals
+from ckptkit.checkpoints.sidecar_contents import notes_of_originals, with_originals
 from ckptkit.checkpoints.vocabulary import stored_vocabulary
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.families import family_of
@@ -365,7 +365,7 @@ def _join(
     most_rows = None if given.vocab_size == size else most
     joined = join_shards(Shards(path, table, config, items, spelling, grid, ranks, most_rows, most))
     tensors = with_originals(items, joined.tensors, about.sidecar.originals)
-    notes = [*about.notes, *joined.notes, *rotary]
+    notes = [*about.notes, *joined.notes, *rotary, *notes_of_originals(items, tensors)]
     if fused is not None:
         items, tensors = as_table(family, config, items, tensors)
         notes.append(f"its ranks fuse layers ({fused.args} of Megatron-Core 0.19), which are taken apart")

@@ -85,6 +85,22 @@ def with_originals(
     return found
 
 
+def notes_of_originals(items: Mapping[str, Item], tensors: Mapping[str, Tensor]) -> list[str]:
+    """A note where the numbers of Hugging Face follow from those of Megatron alone, so that they are rounded.
+
+    Args:
+        items: Canonical name -> item.
+        tensors: Canonical name -> tensor.
+    """
+    numbered = {key for key, item in items.items() if item.row.numbers is not None and key in tensors}
+    rounded = len(numbered) - len(originals_of(items, tensors))
+    if not rounded:
+        return []
+    return [
+        f"{rounded} norms are stored less one, and there are no originals of them: in Hugging Face they are rounded"
+    ]
+
+
 def originals_of(items: Mapping[str, Item], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The Hugging Face tensors that a sidecar keeps, because Megatron has them with other numbers.
 

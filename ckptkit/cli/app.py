@@ -59,6 +59,16 @@ class _Root(Commands):
         return list(self.commands)
 
 
+def commands_called(name: str) -> list[str]:
+    """The commands of groups that have a name."""
+    found = []
+    for group, place in _MODULES.items():
+        module = import_module(f"ckptkit.cli.{place}")
+        if hasattr(module, "GROUP") and name in module.COMMANDS:
+            found.append(f"ckptkit {group} {name}")
+    return found
+
+
 def _declared(name: str, module: Any) -> Any:
     """A subcommand with its options, or a group of subcommands."""
     group = getattr(module, "GROUP", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -204,7 +205,17 @@ def _usage_message(error: Any) -> str:
     """Typer's message about a command line, with the command whose help explains it."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "ckptkit"
-    return f"{str(error.format_message()).rstrip('.')}; see {path} --help"
+    message = str(error.format_message()).rstrip(".")
+    meant = " or ".join(_meant(message)) if path == "ckptkit" else ""
+    return f"{message}; {f'did you mean {meant}' if meant else f'see {path} --help'}"
+
+
+def _meant(message: str) -> list[str]:
+    """Commands of groups that have the name which is no command, such as `ckptkit surgery merge` for `merge`."""
+    from ckptkit.cli.app import commands_called
+
+    word = re.match(r"No such command '([\w-]+)'", message)
+    return commands_called(word[1]) if word else []
 
 
 def _json_file(arguments: list[str]) -> str | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.config_fields import differing_fields, in_words
-from ckptkit.checkpoints.prediction import COUNT
+from ckptkit.checkpoints.prediction import COUNTS
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.formats.hub import is_reference
@@ -81,10 +82,11 @@ class Opening:
 
 def _without_prediction(name: str, model: Checkpoint) -> Input:
     """The model without its layers of multi-token prediction, which its config.json no longer counts either."""
-    bare = model.without_prediction()
-    if COUNT in model.sidecar.config:
-        bare = replace(bare, sidecar=replace(bare.sidecar, config={**model.sidecar.config, COUNT: 0}))
-    return Input(name, bare, model.config.mtp_layers)
+    bare, raw = model.without_prediction(), deepcopy(model.sidecar.config)
+    for place in (raw, raw.get("text_config")):
+        if isinstance(place, dict):
+            place.update({key: 0 for key in COUNTS if key in place})
+    return Input(name, replace(bare, sidecar=replace(bare.sidecar, config=raw)), model.config.mtp_layers)
 
 
 def left_out_of(inputs: Sequence[Input]) -> list[str]:

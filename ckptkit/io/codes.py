@@ -11,7 +11,7 @@ Formulas, with every product in float32 and one rounding to the wanted type:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -237,12 +237,12 @@ def to_fp8(values: Floats, scales: Floats, block: tuple[int, int], above: int = 
     rows, columns = values.shape
     out = np.empty((rows, columns), np.uint8)
     across = np.repeat(scales, block[1], axis=1)[:, :columns]
-    minifloat = _Minifloat(3, -6, E4M3_MAX)
+    encoder = _Encoder(_codes_of_e4m3())
     with np.errstate(all="ignore"):
         for top, bottom, strip in _strips(rows, columns, block[0], above, _SMALL):
-            divided = minifloat.room(bottom - top, columns)
+            divided = encoder.room(bottom - top, columns)
             np.divide(values[top:bottom], across[strip if block[0] > 1 else slice(top, bottom)], out=divided)
-            minifloat.codes(divided, out[top:bottom])
+            encoder.codes(divided, out[top:bottom])
     return out.reshape(-1)
 
 
@@ -264,17 +264,7 @@ def to_mxfp4(values: Floats, scales: Bytes) -> Bytes:
         values: [rows, groups * 32].
         scales: E8M0, [rows, groups].
     """
-    minifloat = _Minifloat(1, 0, _FP4[-1])
-
-    def codes(some: Floats, rows: slice) -> Bytes:
-        divided = minifloat.room(len(some), some.shape[1])
-        groups = (len(some), -1, MXFP4_GROUP)
-        np.divide(some.reshape(groups), e8m0()[scales[rows], None], out=divided.reshape(groups))
-        found = np.empty(divided.shape, np.uint8)
-        minifloat.codes(divided, found)
-        return found & np.uint8(7) | (found >> np.uint8(4)) & np.uint8(8)
-
-    return _packed(values, codes)
+    return _packed(values, e8m0()[scales], MXFP4_GROUP, _Encoder(_codes_of_e2m1()))
 
 
 def int4_scales(largest: Floats, dtype: DType) -> Floats:
@@ -296,75 +286,121 @@ def to_int4(values: Floats, scales: Floats, group: int) -> Bytes:
         scales: [rows, columns / group].
         group: Numbers that share a scale.
     """
-
-    def codes(some: Floats, rows: slice) -> Bytes:
-        divided = some.reshape(len(some), -1, group) / scales[rows, :, None]
-        found: Bytes = (np.rint(divided).clip(-8, 7) + 8).astype(np.uint8)
-        return found
-
-    return _packed(values, codes)
+    return _packed(values, scales, group, _Rounder())
 
 
 _EPS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
 """The scale of a group of zeros in compressed-tensors: the step above 1 of each type."""
 
 
-def _packed(values: Floats, codes: Callable[[Floats, slice], Bytes]) -> Bytes:
-    """Codes of four bits, two in a byte, the low ones first."""
+def _packed(values: Floats, scales: Floats, group: int, encoder: _Encoder | _Rounder) -> Bytes:
+    """Codes of four bits, two in a byte, the low ones first.
+
+    Args:
+        values: [rows, columns].
+        scales: [rows, columns / group].
+        group: Numbers that share a scale.
+        encoder: What finds the codes.
+    """
     rows, columns = values.shape
     out = np.empty((rows, columns // 2), np.uint8)
     step = max(_SMALL // max(columns, 1), 1)
+    found = np.empty((step, columns), np.uint8)
     with np.errstate(all="ignore"):
         for top in range(0, rows, step):
-            some = slice(top, min(top + step, rows))
-            found = codes(values[some], some).reshape(some.stop - top, -1)
-            out[some] = found[:, 0::2] | found[:, 1::2] << np.uint8(4)
+            some = values[top : top + step]
+            divided, groups = encoder.room(len(some), columns), (len(some), -1, group)
+            np.divide(some.reshape(groups), scales[top : top + step, :, None], out=divided.reshape(groups))
+            encoder.codes(divided, found[: len(some)])
+            pairs = found[: len(some)].view("<u2")
+            out[top : top + step] = pairs | pairs >> np.uint16(4)  # of which the lower byte is kept
     return out.reshape(-1)
 
 
-class _Minifloat:
-    """Encodes in a floating-point type of at most seven bits beside the sign, which becomes bit 7.
+@lru_cache(maxsize=1)
+def _codes_of_e4m3() -> Bytes:
+    return _nearest(e4m3()[:127], 7)
 
-    Each number is rounded to nearest even: adding 2^(e + 23 - mantissa) to a magnitude in [2^e, 2^(e + 1)) leaves it as
-    a multiple of 2^(e - mantissa) in the lowest bits.
+
+@lru_cache(maxsize=1)
+def _codes_of_e2m1() -> Bytes:
+    return _nearest(e2m1()[:8], 3)
+
+
+def _upper_halves() -> Floats:
+    """The 65,536 numbers of float32 whose lower 16 bits are zero, by their upper bits."""
+    return (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _nearest(numbers: Floats, sign: int) -> Bytes:
+    """The codes of `_upper_halves`: of the nearest number, of the even one of two as near, of the largest at most.
 
     Args:
-        mantissa: Bits of the mantissa.
-        lowest: Exponent of the smallest normal number.
-        largest: The largest number; what is larger becomes this.
+        numbers: The numbers without sign, ascending; each one's place is its code.
+        sign: The bit of the sign.
     """
+    halves = _upper_halves()
+    with np.errstate(all="ignore"):
+        size = np.abs(halves.astype(np.float64))
+    borders = (numbers[1:].astype(np.float64) + numbers[:-1]) / 2
+    below = np.searchsorted(borders, size)  # NaN is beyond all
+    tie = (below < len(borders)) & (borders[below.clip(max=len(borders) - 1)] == size)
+    found: Bytes = (below + (tie & (below % 2 == 1))).astype(np.uint8)
+    return found | np.signbit(halves).astype(np.uint8) << np.uint8(sign)
 
-    def __init__(self, mantissa: int, lowest: int, largest: float) -> None:
-        self._mantissa, self._lowest, self._largest = mantissa, (127 + lowest) << 23, largest
-        self._room = np.empty((3, 0), np.int32)
+
+class _Buffer:
+    """Room for numbers to encode, which is used again and again."""
+
+    def __init__(self) -> None:
+        self._numbers = np.empty(0, np.float32)
 
     def room(self, rows: int, columns: int) -> Floats:
-        """A buffer for numbers to encode, which is used again and again."""
+        """A buffer for so many numbers."""
         size = rows * columns
-        if self._room.shape[1] < size:
-            self._room = np.empty((3, size), np.int32)
-            # NumPy compares two arrays several times as fast as an array and a number.
-            self._limits = np.full(size, self._largest, np.float32), np.full(size, self._lowest, np.int32)
-        return self._room[0, :size].view(np.float32).reshape(rows, columns)
+        if len(self._numbers) < size:
+            self._numbers = np.empty(size, np.float32)
+        return self._numbers[:size].reshape(rows, columns)
+
+
+class _Rounder(_Buffer):
+    """The codes of INT4: whole numbers from -8 to 7, and 8 more."""
 
     def codes(self, values: Floats, out: Bytes) -> None:
         """Puts the codes of numbers, which are in `room` and are lost, into `out`."""
+        np.rint(values, out=values)
+        np.clip(values, -8, 7, out=values)
+        values += np.float32(8)
+        np.copyto(out, values, casting="unsafe")
+
+
+class _Encoder(_Buffer):
+    """Looks codes of few bits up by the upper 16 bits of float32 numbers.
+
+    The last of these bits is set where the lower ones are not all zero (rounding to odd). The borders between codes
+    have at least two bits fewer, so a number stays on its side of each.
+
+    Args:
+        table: The code of each of `_upper_halves`.
+    """
+
+    def __init__(self, table: Bytes) -> None:
+        super().__init__()
+        self._table = table
+        self._bits, self._index = np.empty(0, np.uint32), np.empty(0, np.intp)
+
+    def codes(self, values: Floats, out: Bytes) -> None:
+        """Puts the codes of numbers, which are in `room`, into `out`."""
         size = values.size
-        magnitude, bits, exponent, step = values.reshape(-1), *self._room[:, :size]
-        sign = np.signbit(magnitude)
-        np.abs(magnitude, out=magnitude)
-        np.minimum(magnitude, self._limits[0][:size], out=magnitude)
-        np.bitwise_and(bits, 0x7F800000, out=exponent)
-        np.maximum(exponent, self._limits[1][:size], out=exponent)
-        np.add(exponent, (23 - self._mantissa) << 23, out=step)
-        magnitude += step.view(np.float32)
-        bits -= step
-        exponent >>= 23 - self._mantissa
-        bits += exponent
-        codes = bits.astype(np.uint8)
-        codes -= np.uint8(self._lowest >> (23 - self._mantissa) & 255)
-        codes |= sign.view(np.uint8) << np.uint8(7)
-        out[...] = codes.reshape(values.shape)
+        if len(self._bits) < size:
+            self._bits, self._index = np.empty(size, np.uint32), np.empty(size, np.intp)
+        bits, upper, index = values.reshape(-1).view(np.uint32), self._bits[:size], self._index[:size]
+        np.bitwise_and(bits, np.uint32(0xFFFF), out=upper)
+        upper += np.uint32(0xFFFF)  # bit 16 says whether they were not all zero
+        upper |= bits
+        upper >>= np.uint32(16)
+        index[...] = upper
+        np.take(self._table, index.reshape(out.shape), out=out, mode="wrap")
 
 
 def _strips(rows: int, columns: int, height: int, above: int, chunk: int = _CHUNK) -> Iterator[tuple[int, int, int]]:

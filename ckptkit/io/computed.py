@@ -34,8 +34,9 @@ TILE = 1 << 20
 """Elements of a tile: about as many as this, in whole rows."""
 TURNED = 1 << 21
 """Elements of a tile of columns that become rows: for each tile, all rows of the source pass through a buffer."""
-BLOCK = 1 << 15
-"""Elements of a block, in which a tile is computed element by element."""
+BLOCK = 1 << 17
+"""Elements of a block, in which a tile is computed element by element. With smaller ones, threads that take turns at
+Python's lock wait longer; larger ones are beyond the caches of a core."""
 READ = 1 << 20
 """Elements that are read at a time for blocks, of all tensors together, in whole rows."""
 CACHE = 64 << 20

@@ -148,7 +148,8 @@ class CausalModel(GPTModel):
             return logits.transpose(0, 1).contiguous()
         assert counted is not None
         further = prediction_loss(found, labels, counted, packed_seq_params, self._losses)
-        return torch.where(counted, own, 0.0) + self.config.mtp_loss_scaling_factor * further
+        total: torch.Tensor = torch.where(counted, own, 0.0) + self.config.mtp_loss_scaling_factor * further
+        return total
 
     def _losses(self, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Losses [batch, sequence] of hidden states that the head has not seen."""

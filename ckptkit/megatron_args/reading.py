@@ -260,17 +260,24 @@ def _layer(args: Mapping[str, Any], base: ModelConfig, number: int) -> LayerConf
     heads = args["num_attention_heads"]
     grouped = args["group_query_attention"] and not args.get("multi_latent_attention")
     kv_heads = args["num_query_groups"] if grouped else heads
+    moe = bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number)
     changes = {
         **read(CORE_FIELDS, args, LayerConfig),
         "num_kv_heads": kv_heads or heads,
         "head_dim": _head_dim(args),
-        "ffn_hidden_size": _ffn_hidden_size(args),
+        "ffn_hidden_size": _unused_width(args, base, known, moe) or _ffn_hidden_size(args),
         "rope": _rope(args) if known.rope == main_rope(base) else known.rope,
         "window": _window(args, number),
         "delta": _delta(args, base, number),
-        "moe": bool(args["num_experts"]) and _has_experts(args.get("moe_layer_freq", 1), number),
+        "moe": moe,
     }
     return replace(known, **changes)
+
+
+def _unused_width(args: Mapping[str, Any], base: ModelConfig, known: LayerConfig, moe: bool) -> int | None:
+    """The width of a dense MLP that no layer of the family has (Qwen3.5), whatever width `args` say; else None."""
+    never_dense = base.shared_expert_gate and known.moe and known.ffn_hidden_size == base.moe_ffn_hidden_size
+    return (args.get("moe_ffn_hidden_size") or known.ffn_hidden_size) if moe and never_dense else None
 
 
 def _delta(args: Mapping[str, Any], base: ModelConfig, number: int) -> DeltaNet | None:

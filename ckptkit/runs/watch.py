@@ -58,7 +58,11 @@ class Wanted:
         return {
             "run": str(self.run.absolute()),
             "to": self.to,
-            **{name: str(value) for name, value in self.options.items() if name != "threads"},
+            **{
+                name: str(value)
+                for name, value in self.options.items()
+                if name != "threads" and value not in (None, False)  # what is not asked for is not recorded
+            },
             **{name: str(value) for name, value in self.source.keywords().items()},
         }
 

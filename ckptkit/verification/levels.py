@@ -39,7 +39,9 @@ from ckptkit.verification.weights import check_structure, check_weights
 T = TypeVar("T")
 
 PREDICTION = "prediction"
-"""The level at which layers of multi-token prediction run, beside the level logits where both sides have such."""
+"""The level at which layers of multi-token prediction run, beside the level logits where both sides have such.
+
+Where they run they are trained, too, at the levels gradients and training."""
 OWN_GRID = ("torch", "torch_dist")
 """Formats that say which grid they are for."""
 
@@ -257,9 +259,13 @@ def _logits(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side]
 
 
 def prediction_of(checkpoints: tuple[Checkpoint, Checkpoint], question: Question) -> int:
-    """Layers of multi-token prediction that both sides have and can run, or 0."""
+    """Layers of multi-token prediction that both sides have and can run, or 0.
+
+    transformers runs them where archives number them behind the others, and the runtime where they have a head.
+    """
     counts = {checkpoint.config.mtp_layers for checkpoint in checkpoints}
-    return counts.pop() if question.runs and len(counts) == 1 else 0
+    run = all(one.family.prediction.layer is None and not one.config.tied for one in checkpoints)
+    return counts.pop() if question.runs and run and len(counts) == 1 else 0
 
 
 def with_prediction(levels: Sequence[str]) -> list[str]:

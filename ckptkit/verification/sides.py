@@ -32,7 +32,8 @@ class Side(NamedTuple):
         grid: The grid that megatron-core runs it on; None for the checkpoint's own.
         rounding: How its weights are rounded before it runs in float32.
         adapter: The adapter that it runs with, or None.
-        prediction: Its layers of multi-token prediction, if the logits of the last of them count, or 0.
+        prediction: Its layers of multi-token prediction, if they run, or 0: the logits are then those of the last of
+            them, and the loss has theirs in it.
     """
 
     path: str | Path

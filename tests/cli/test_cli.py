@@ -364,6 +364,19 @@ def test_a_signal_names_the_command_that_resumes(monkeypatch, signum, code, kind
     assert run("convert", "a", "b", "--to", "hf", "--resume").stderr.count("--resume") == 1
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("merge", "did you mean ckptkit adapter merge or ckptkit surgery merge"),
+        ("average", "did you mean ckptkit surgery average"),
+        ("nonsense", "see ckptkit --help"),
+    ],
+)
+def test_a_command_of_a_group_is_named(word, said):
+    result = run(word, "a")
+    assert result.exit_code == 2 and result.stderr == f"error: No such command '{word}'; {said}\n"
+
+
 def test_inspect(monkeypatch):
     monkeypatch.setattr(summary, "inspect", Callee(INSPECTION))
     text = run("inspect", "a").stdout

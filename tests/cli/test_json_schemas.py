@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from ckptkit import convert
 from ckptkit.cli import app as cli
 from ckptkit.cli.output import KINDS
 from docs_site.schemas import FOLDER, schemas, text_of
@@ -54,6 +55,13 @@ def printed(*arguments: str) -> Any:
     return json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"], prog_name="ckptkit").stdout)
 
 
+def run_with_an_iteration(folder: Path) -> Path:
+    convert(HF, folder / "run", to="torch")
+    (folder / "run" / "release").rename(folder / "run" / "iter_0000007")
+    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("7", encoding="utf-8")
+    return folder / "run"
+
+
 def published(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((FOLDER / f"{name}-1.json").read_text(encoding="utf-8"))
     return content
@@ -84,6 +92,9 @@ def test_what_commands_print_fits(tmp_path: Path) -> None:
         "hash": printed("hash", out),
         "delta-make": printed("delta", "make", HF, out, "-o", delta),
         "inspect-delta": printed("inspect", delta),
+        "watch": printed(
+            "watch", str(run_with_an_iteration(tmp_path)), "--to", "hf", "-o", str(tmp_path / "o"), "--once"
+        ),
         "families": printed("families"),
         "error": printed("inspect", str(tmp_path / "gone")),
     }

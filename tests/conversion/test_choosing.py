@@ -93,3 +93,10 @@ def test_text_and_exit_codes(tmp_path: Path) -> None:
         refused = run("convert", *arguments)
         assert refused.exit_code == 2 and message in refused.stderr and refused.stdout == ""
     assert run("convert", str(tmp_path / "gone")).exit_code == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_too_deep_names_the_one_above(tmp_path: Path) -> None:
+    convert(SOUND / "hf", tmp_path / "there", to="torch", grid=Parallelism(tp=2))
+    refused = run("inspect", str(tmp_path / "there" / "release" / "mp_rank_00"))
+    assert refused.exit_code == 3
+    assert refused.stderr.endswith(f"; give the folder above it: {(tmp_path / 'there' / 'release').resolve()}\n")

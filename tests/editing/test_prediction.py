@@ -209,3 +209,24 @@ def test_numbers_of_them_that_differ(tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "mean").keys() == tensors_of(without).keys()
     with pytest.raises(UsageError, match="--drop-prediction: no model has layers of multi-token prediction"):
         average([without, without], Output(tmp_path / "none"), drop_prediction=True)
+
+
+def test_archives_that_have_them_apart(tmp_path: Path) -> None:
+    """Their names do not depend on the number of layers; another key of config.json counts them."""
+    first = add_prediction(save_model(tmp_path / "0", "qwen3_next"))
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**config, "mtp_num_hidden_layers": 1}))
+    second = tuned(first, tmp_path / "1", 1)
+    average([first, second], Output(tmp_path / "mean", options=Options(dtype=DTYPES["F32"])), precision="float64")
+    exact, found = each(lambda a, b: (a + b) / 2, first, second), tensors_of(tmp_path / "mean")
+    names = [name for name in found if name.startswith("mtp.")]
+    assert found.keys() == exact.keys() and len(names) > 15
+    for name in names:
+        share, most = ulps(found[name], exact[name])
+        assert share < 1e-3 and most <= 1, name
+    layers = open_checkpoint(first).config.num_layers
+    slice_layers(first, Output(tmp_path / "cut"), layers=f"0-{layers - 1}")
+    assert all(torch.equal(tensors_of(tmp_path / "cut")[name], tensors_of(first)[name]) for name in names)
+    slice_layers(first, Output(tmp_path / "dropped"), layers="0-3", drop_prediction=True)
+    assert not any(name.startswith("mtp.") for name in tensors_of(tmp_path / "dropped"))
+    assert json.loads((tmp_path / "dropped/config.json").read_text())["mtp_num_hidden_layers"] == 0

@@ -23,6 +23,7 @@ from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tensors import Tensor
+from tests.checkpoints.args_files import set_args
 from tests.lora import load as load_model
 from tests.lora import save_adapter
 from tests.models import add_prediction, files_of, raw_config, save_model
@@ -169,7 +170,8 @@ def test_norms_come_back_exactly_through_the_sidecar(tmp_path: Path, to: str, dt
     convert(tmp_path / "other", tmp_path / "back", to="hf", dtype=None if dtype is None else "bfloat16")
     assert torch.equal(load_file(tmp_path / "back" / "model.safetensors")[name], hf[name])
     (tmp_path / "other" / "ckptkit" / "originals.safetensors").unlink()
-    convert(tmp_path / "other", tmp_path / "without", to="hf")
+    without = convert(tmp_path / "other", tmp_path / "without", to="hf")
+    assert any("2 norms are stored less one, and there are no originals" in note for note in without.notes)
     found = load_file(tmp_path / "without" / "model.safetensors")[name]
     wide = hf[name] if dtype is None else hf[name].float()
     assert torch.equal(found, wide - 1 + 1)
@@ -442,3 +444,39 @@ def test_an_adapter_of_the_gate_of_a_shared_expert_has_no_place(tmp_path: Path) 
     adapter = save_adapter(tmp_path / "adapter", base, target_modules=["shared_expert_gate"], exclude_modules=None)
     with pytest.raises(InputError, match="shared_expert_gate"):
         convert(adapter, tmp_path / "lora", to="torch", hf_reference=base)
+
+
+@pytest.mark.parametrize("release", ["0.16", "0.19"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5"])
+def test_multi_token_prediction_on_the_last_stage(tmp_path: Path, kind: str, release: str) -> None:
+    """It has a copy of the embedding there, beside the one that serves as head if the two are tied."""
+    source = add_prediction(save_model(tmp_path / "hf", kind, dtype="bfloat16"))
+    result = convert(source, tmp_path / "meg", to="torch", grid=Parallelism(1, 2), megatron_core=release)
+    assert any("1 layer of multi-token prediction" in note for note in result.notes)
+    folder = tmp_path / "meg" / "release"
+    first, last = (
+        torch.load(folder / f"mp_rank_00_{stage:03}" / "model_optim_rng.pt", weights_only=False)["model"]
+        for stage in range(2)
+    )
+    prefix, inner = "language_model." * (kind == "qwen3_5"), {"0.16": "transformer_layer", "0.19": "mtp_model_layer"}
+    assert f"{prefix}mtp.layers.0.{inner[release]}.self_attention.linear_qkv.weight" in last
+    embedding = f"{prefix}embedding.word_embeddings.weight"
+    assert torch.equal(first[embedding], last[embedding])
+    head = last[f"{prefix}output_layer.weight"]
+    assert torch.equal(head, first[embedding]) == (kind == "qwen3_5")
+    hf = load_file(source / "model.safetensors")
+    assert torch.equal(last[f"{prefix}mtp.layers.0.eh_proj.weight"], hf["mtp.fc.weight"])
+    convert(tmp_path / "meg", tmp_path / "back", to="hf")
+    assert files_of(tmp_path / "back") == files_of(source)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_width_that_no_layer_has_is_no_contradiction(tmp_path: Path, alone: bool) -> None:
+    """Megatron-LM records the width of a dense MLP for a model without one, of its own making if it is not told any."""
+    source = save_model(tmp_path / "hf", "qwen3_5_moe_text", dtype="bfloat16")
+    convert(source, tmp_path / "meg", to="torch", grid=Parallelism(2))
+    set_args(tmp_path / "meg", ffn_hidden_size=256)
+    if alone:
+        shutil.rmtree(tmp_path / "meg" / "ckptkit")
+    found = open_checkpoint(tmp_path / "meg", hf_reference=source if alone else None)
+    assert {layer.ffn_hidden_size for layer in found.config.layers} == {48} and not found.disagreements

@@ -145,6 +145,27 @@ def nearest(value: float) -> int:
     return code + 8 * bool(np.signbit(value))
 
 
+def at_borders(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers, the borders between neighbours, and the float32 next to each on both sides, with both signs."""
+    borders = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / np.float32(2), numbers[-1:] * np.float32(1.5)])
+    around = [borders, np.nextafter(borders, np.float32(np.inf)), np.nextafter(borders, np.float32(-np.inf))]
+    found = np.concatenate(around).astype(np.float32)
+    return np.concatenate([found, -found])
+
+
+def test_numbers_next_to_a_border() -> None:
+    """Codes are looked up by a part of the bits of a number: the others still say on which side of a border it is."""
+    values = at_borders(e4m3()[:127])
+    theirs = torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    scale = np.ones((1, 1), np.float32)
+    np.testing.assert_array_equal(to_fp8(values[None].copy(), scale, (1, len(values))), theirs.numpy())
+    values = at_borders(e2m1()[:8])
+    values = np.concatenate([values, np.zeros(-len(values) % 32, np.float32)])
+    packed = to_mxfp4(values[None].copy(), np.full((1, len(values) // 32), 127, np.uint8))
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)
+    assert codes.tolist() == [nearest(float(value)) for value in values]
+
+
 def test_new_mxfp4() -> None:
     values = weights((24, 96))
     values[0, :32] = 0.0

@@ -346,3 +346,19 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
     words = ["watch", str(tmp_path), "--to", "hf", "-o", str(tmp_path.parent / "out"), "--once", "--iteration", "3"]
     done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 2 and "--first" in done.stderr
+
+
+@pytest.mark.slow
+def test_outputs_are_run(tmp_path: Path) -> None:
+    """The iteration in megatron-core on its grid, against the output in transformers."""
+    from ckptkit.checkpoints.source_options import SourceOptions
+    from tests.models import save_llama
+
+    model = save_llama(tmp_path / "model")
+    convert(model, tmp_path / "saved", to="torch", grid=Parallelism(tp=2))
+    run = tmp_path / "run"
+    run.mkdir()
+    save(run, 10, tmp_path / "saved" / "release")
+    source = SourceOptions(hf_reference=str(model))
+    found = watch_run(wanted(run, tmp_path / "out", verify="logits", source=source), once=True)
+    assert states(found) == {10: "same"} and found.iterations[10].said.startswith("logits: ")

@@ -112,6 +112,14 @@ def test_verify_runs_them(source: Callable[..., Path], tmp_path: Path, pool: Ran
     assert [level.name for level in below.levels] == ["structure", "weights"]
 
 
+def test_where_transformers_runs_none_of_them(source: Callable[..., Path], tmp_path: Path, pool: RankPool) -> None:
+    model = source("qwen3_next")
+    convert(model, tmp_path / "meg", to="torch")
+    report = verify(model, tmp_path / "meg", device="cpu", pool=pool)
+    assert report.passed and [level.name for level in report.levels] == ["structure", "weights", "logits"]
+    assert any("by its weights alone" in message for message in report.messages)
+
+
 def exchanged(first: str, second: str) -> Callable[[dict[str, Any]], None]:
     def change(model: dict[str, Any]) -> None:
         model[first], model[second] = model[second], model[first]

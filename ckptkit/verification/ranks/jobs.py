@@ -101,7 +101,7 @@ class LogitsJob:
         training: What to do instead, if the sides run backwards, or None.
         trainability: What to do instead, if it is to learn, or None.
         adapter: The adapter that the model runs with, or None.
-        prediction: Layers of multi-token prediction, if the logits are those of the last of these, or 0.
+        prediction: Layers of multi-token prediction, if they run, or 0 (see `Side`).
         scored: Inverse temperatures, if not logits are kept but what `rollouts.scores` makes of them; or empty.
     """
 

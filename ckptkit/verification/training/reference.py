@@ -145,9 +145,10 @@ class _ReferenceTraining:
         counts = torch.tensor(counted(row), device=tokens.device)
         if self.prediction is not None:
             every = self.prediction.every_logits(tokens)
-            losses = [_next_token_loss(logits[0], tokens[0], counts, after) for after, logits in enumerate(every)]
-            further = torch.stack(losses[1:]).mean()
-            return (losses[0] + PREDICTION_WEIGHT * further) / max(1, self.total)
+            own, *further = (
+                _next_token_loss(logits[0], tokens[0], counts, after) for after, logits in enumerate(every)
+            )
+            return (own + PREDICTION_WEIGHT * torch.stack(further).mean()) / max(1, self.total)
         outputs = outputs_of(self.model, tokens)[0].float()
         if self.value:
             wanted = torch.tensor(values_to_learn(row), dtype=outputs.dtype, device=outputs.device)

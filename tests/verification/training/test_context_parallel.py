@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from ckptkit import convert, verify
+from ckptkit import convert, open_checkpoint, verify
 from ckptkit.errors import UnsupportedError
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.verification.adapters.verify import verify_adapter
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.reports.report import VerificationReport
+from ckptkit.verification.sides import Side
+from ckptkit.verification.training.level import verify_gradients
 from tests.lora import save_adapter
 from tests.megatron.test_families_against_transformers import EXPERTS
 from tests.models import MODELS, save_model
@@ -37,6 +39,7 @@ from tests.verification.training.test_gradients import (
     rows,
     some_slow,
 )
+from tests.verification.training.test_training import in_this_job
 
 WAYS: list[Way] = [
     (Parallelism(), {"cp": 2}),
@@ -217,3 +220,36 @@ def test_steps_of_training(sources: Sources, tmp_path: Path, pool: RankPool) -> 
     way: Way = (Parallelism(2), {"cp": 2, **SP, **PACKED})
     report = verified(sources["gemma3_text"], tmp_path, pool, way, level="training", train_steps=2, tolerance=1e-4)
     assert report.passed, report.levels[-1].summary
+
+
+def own_positions(path: str, **options: Any) -> Any:
+    """Latent attention on ranks that count positions from their own first token."""
+
+    def stand_in(original: Any) -> Any:
+        from ckptkit.megatron.latent_attention import _Rotary
+        from ckptkit.megatron.stand_ins import replaced
+
+        right = _Rotary.get_rotary_seq_len
+
+        def counted(self: Any, *args: Any) -> Any:
+            self.plan = None
+            return right(self, *args)
+
+        class Training(original):  # type: ignore[misc]
+            def run(self, *args: Any, **options: Any) -> Any:
+                with replaced([(_Rotary, "get_rotary_seq_len", counted)]):
+                    return super().run(*args, **options)
+
+        return Training
+
+    in_this_job("Training", stand_in)
+    return open_checkpoint(path, **options)
+
+
+def test_positions_of_latent_attention(sources: Sources, tmp_path: Path, pool: RankPool) -> None:
+    convert(sources["glm4_moe_lite"], tmp_path / "meg", to="torch", spec="local")
+    sides = Side(sources["glm4_moe_lite"], "hf"), Side(tmp_path / "meg", "megatron")
+    opener = f"{__name__}:{own_positions.__name__}"
+    answer = verify_gradients(*sides, tokens=rows(), pool=pool, device=DEVICE, cp=2, opener=opener)
+    assert not answer.passed
+    assert {"loss", "gradients"} <= {check.name for check in answer.checks if not check.passed}
