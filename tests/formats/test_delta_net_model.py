@@ -127,7 +127,9 @@ def predicted(source: Path, tokens: Any, *, swapped: bool) -> Any:
     layer.load_state_dict(state)
 
     def norm(name: str, x: Any) -> Any:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + stored[f"mtp.{name}.weight"])
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=model.config.rms_norm_eps) * (
+            1 + stored[f"mtp.{name}.weight"]
+        )
 
     following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
     states = model.model(tokens).last_hidden_state
