@@ -261,10 +261,10 @@ def _logits(checkpoints: tuple[Checkpoint, Checkpoint], sides: tuple[Side, Side]
 def prediction_of(checkpoints: tuple[Checkpoint, Checkpoint], question: Question) -> int:
     """Layers of multi-token prediction that both sides have and can run, or 0.
 
-    transformers runs them where archives number them behind the others, and the runtime where they have a head.
+    Where archives have them apart, transformers makes them like the last layer of the model, which must have attention.
     """
     counts = {checkpoint.config.mtp_layers for checkpoint in checkpoints}
-    run = all(one.family.prediction.layer is None and not one.config.tied for one in checkpoints)
+    run = all(one.family.prediction.layer is None or one.config.layers[-1].delta is None for one in checkpoints)
     return counts.pop() if question.runs and run and len(counts) == 1 else 0
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import modeling_layers
 
 from ckptkit import Parallelism, convert, open_checkpoint, verify
 from ckptkit.errors import InputError
+from ckptkit.verification.levels import prediction_of
 from ckptkit.verification.logits import verify_logits
 from ckptkit.verification.ranks.pool import RankPool
 from ckptkit.verification.sides import Side
@@ -102,8 +105,11 @@ def test_logits(
     assert report.routing is None or report.routing.layers[-1].layer == 4 + count - 1
 
 
-def test_verify_runs_them(source: Callable[..., Path], tmp_path: Path, pool: RankPool) -> None:
-    model = source("glm4_moe")
+@pytest.mark.parametrize(
+    "kind", ["glm4_moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3_next", "qwen3_5"))]
+)
+def test_verify_runs_them(source: Callable[..., Path], tmp_path: Path, pool: RankPool, kind: str) -> None:
+    model = source(kind)
     convert(model, tmp_path / "meg", to="torch")
     report = verify(model, tmp_path / "meg", device="cpu", pool=pool)
     assert report.passed and [level.name for level in report.levels][-2:] == ["logits", "prediction"]
@@ -112,12 +118,14 @@ def test_verify_runs_them(source: Callable[..., Path], tmp_path: Path, pool: Ran
     assert [level.name for level in below.levels] == ["structure", "weights"]
 
 
-def test_where_transformers_runs_none_of_them(source: Callable[..., Path], tmp_path: Path, pool: RankPool) -> None:
-    model = source("qwen3_next")
-    convert(model, tmp_path / "meg", to="torch")
-    report = verify(model, tmp_path / "meg", device="cpu", pool=pool)
-    assert report.passed and [level.name for level in report.levels] == ["structure", "weights", "logits"]
-    assert any("by its weights alone" in message for message in report.messages)
+def test_where_transformers_runs_none_of_them(source: Callable[..., Path]) -> None:
+    """It makes a layer that is apart like the last one of the model, which then must have attention."""
+    found = open_checkpoint(source("qwen3_next"))
+    *first, last = found.config.layers
+    other = replace(found, config=replace(found.config, layers=(*first, replace(last, delta=first[0].delta))))
+    question: Any = SimpleNamespace(runs=True)
+    assert prediction_of((found, found), question) == 1
+    assert prediction_of((other, found), question) == prediction_of((found, other), question) == 0
 
 
 def exchanged(first: str, second: str) -> Callable[[dict[str, Any]], None]:

@@ -97,6 +97,31 @@ def test_gradients(
         assert any(check.name == "copies" and check.passed for check in answer.checks)
 
 
+APART: list[tuple[str, Way]] = [
+    ("qwen3_5", (Parallelism(1, 2), PACKED)),
+    ("qwen3_5", (Parallelism(2, 2), SP)),
+    ("qwen3_next", (Parallelism(2, ep=2), {**SP, **RECOMPUTE})),
+    ("qwen3_5_text", (Parallelism(1, 2, 2), {})),
+    ("qwen3_5_moe", (Parallelism(ep=2), PACKED)),
+]
+"""Archives have one such layer apart; the head of `qwen3_5` is its embedding."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [APART[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in APART[1:])], ids=named_case
+)
+def test_gradients_of_a_layer_that_is_apart(
+    source: Callable[..., Path], tmp_path: Path, pool: RankPool, kind: str, way: Way
+) -> None:
+    answer = gradients_of(source(kind, 1), tmp_path, pool, way, 1, dtype="float64", tolerance=1e-5)
+    assert answer.passed, answer.summary
+    assert answer.details["missing"] == answer.details["surplus"] == []
+    assert PREDICTION_LOSS in answer.details["messages"]
+    sides = sides_of(source(kind, 1), tmp_path / "meg", 0)
+    plain = verify_gradients(*sides, pool=pool, device=DEVICE, **way[1]).details
+    assert answer.details["tensors"] > plain["tensors"] and PREDICTION_LOSS not in plain["messages"]
+
+
 SLOW_TYPES: list[tuple[str, Way, dict[str, Any]]] = [
     ("deepseek_v3", (Parallelism(1, 2), {"cp": 2}), {"dtype": "float64", "tolerance": 1e-7}),
     ("glm4_moe", (Parallelism(1, 2, ep=2), PACKED), {"dtype": "float64", "tolerance": 1e-7}),
