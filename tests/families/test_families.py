@@ -447,7 +447,8 @@ def test_layouts_pack_and_unpack(kind: str, groups: int, share: int, head_dim: i
     for spelling in family.hf_spellings:
         fused = family.fuse(tensors, config, spelling.name)
         again, found = family.unfuse(fused, config)
-        assert found == spelling.name or not any(layer.moe for layer in layers)
+        # Spellings differ in experts, and in those of multi-token prediction, which this model has not.
+        assert found == spelling.name or family.fuse(tensors, config, found).keys() == fused.keys()
         assert all(again[name].same_bytes_as(tensor) for name, tensor in tensors.items())
 
 

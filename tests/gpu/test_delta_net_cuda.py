@@ -64,7 +64,7 @@ def test_the_rule_is_that_of_the_cpu(length: int) -> None:
     decay = -F.softplus(torch.randn(1, length, 4, dtype=torch.float64))
     found: dict[str, list[torch.Tensor]] = {}
     for device in ("cpu", "cuda"):
-        parts = [part.to(device).requires_grad_() for part in (query, key, value, decay, rate)]
+        parts = [part.detach().clone().to(device).requires_grad_() for part in (query, key, value, decay, rate)]
         with double_precision():
             output = gated_delta_rule(*parts)
             output.square().sum().backward()
