@@ -70,7 +70,7 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
     start = time.monotonic()
     tell(Step("importing transformers"))
     import torch
-    import transformers  # noqa: F401
+    import transformers
 
     from ckptkit.verification.double_precision import precision
 
@@ -85,7 +85,7 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        with precision(job.run.dtype):
+        with _quiet(transformers), precision(job.run.dtype):  # it warns of kernels that are not installed
             answer = run(model)
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
