@@ -36,5 +36,6 @@ def set_args(path: Path, **changes: object) -> Path:
 
 def code_of(*words: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code of a command and what it says."""
+    capsys.readouterr()  # whatever wrote the model may have drawn a progress bar
     code = get_command(app).main([str(word) for word in words], "ckptkit", standalone_mode=False)
     return code, capsys.readouterr().err
