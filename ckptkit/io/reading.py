@@ -20,7 +20,7 @@ from ckptkit.io.regular import open_regular
 from ckptkit.io.schedule import Limits, tensor_units
 from ckptkit.io.source import Sources
 from ckptkit.io.system import storage_error
-from ckptkit.tensors import Tensor
+from ckptkit.tensors import Region, Tensor
 
 Bytes = NDArray[np.uint8]
 
@@ -94,7 +94,9 @@ def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT, sources: Sources |
         with Sources() as sources:
             return read_tensor(tensor, limits=limits, sources=sources)
     out = np.empty(tensor.nbytes, np.uint8)
-    if tensor.nbytes:
+    if (run := _one_run(tensor)) is not None:
+        sources.read(run.file, out.data, run.offset)
+    elif tensor.nbytes:
         gatherer = Gatherer(sources, limits.scratch)
         for unit in tensor_units(tensor, limits):
             start = unit.writes[0].offset
@@ -106,6 +108,14 @@ def read_tensor(tensor: Tensor, *, limits: Limits = _DEFAULT, sources: Sources |
             data = convert(staging, *unit.cast)
             out[start : start + len(data)] = data
     return out
+
+
+def _one_run(tensor: Tensor) -> Region | None:
+    """The run of bytes of a file that a tensor is, if it is one: a plan for it would take longer than to read it."""
+    if tensor.cast is not None or len(tensor.bands) != 1 or len(tensor.bands[0].pieces) != 1:
+        return None
+    piece = tensor.bands[0].pieces[0]
+    return piece if isinstance(piece, Region) and piece.contiguous else None
 
 
 def hash_tensor(tensor: Tensor) -> str:
