@@ -23,6 +23,9 @@ DEVICES = ("cpu", "cuda")
 EXACT = ("float32", "float64")
 """Types that are judged absolutely."""
 DTYPES = (*EXACT, "bfloat16", "float16")
+PREDICTION_WEIGHT = 0.1
+"""What the mean loss of layers of multi-token prediction counts beside the model's own: `mtp_loss_scaling_factor` of
+megatron-core, whose default it is."""
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 """Optimizer -> its learning rate by default."""
 OPTIMIZERS = tuple(LEARNING_RATES)

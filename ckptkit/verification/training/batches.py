@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 _LINES = 5
 """What is known of each position of a sequence: see `Sharing._part`."""
-PREDICTION_WEIGHT = 0.1
-"""What the mean loss of layers of multi-token prediction counts beside the model's own: `mtp_loss_scaling_factor` of
-megatron-core, whose default it is."""
 PROMPT = 4
 """The first 1 / PROMPT of a row is a prompt, which is no target."""
 Row = Sequence[int]

@@ -21,10 +21,9 @@ from ckptkit.verification.ranks.pool import Ranks
 from ckptkit.verification.reference import OTHER_ATTENTION
 from ckptkit.verification.reports.report import LevelResult, jsonable
 from ckptkit.verification.reports.results import CandidateRan, Check
-from ckptkit.verification.run_options import EXACT, RunKeywords, RunOptions
+from ckptkit.verification.run_options import EXACT, PREDICTION_WEIGHT, RunKeywords, RunOptions
 from ckptkit.verification.sides import HF, MEGATRON, Side, check_backwards, open_side
 from ckptkit.verification.training import files
-from ckptkit.verification.training.batches import PREDICTION_WEIGHT
 from ckptkit.verification.training.factors import check_same_factors, check_trained_alike, described, together
 from ckptkit.verification.training.figures import Comparisons, by_place, compare
 from ckptkit.verification.training.judging import differs, judge_gradients, judge_steps

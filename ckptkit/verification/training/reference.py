@@ -13,9 +13,10 @@ from ckptkit.verification.prediction import Prediction
 from ckptkit.verification.ranks.jobs import LogitsJob, TrainingPart
 from ckptkit.verification.reference import OTHER_ATTENTION, outputs_of, use_attention, with_model
 from ckptkit.verification.routing import Record, hf_routers, hf_routing, read_experts
+from ckptkit.verification.run_options import PREDICTION_WEIGHT
 from ckptkit.verification.tokens import group_by_length
 from ckptkit.verification.training import files
-from ckptkit.verification.training.batches import PREDICTION_WEIGHT, counted, tokens_that_count, values_to_learn
+from ckptkit.verification.training.batches import counted, tokens_that_count, values_to_learn
 from ckptkit.verification.training.factors import is_factor, stored_name
 from ckptkit.verification.training.names import trace
 from ckptkit.verification.training.optimizers import make_optimizer
