@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ckptkit.dtypes import DType
 from ckptkit.io.cache import Cache
-from ckptkit.io.plan import Plan, origins_of
+from ckptkit.io.plan import Plan, origins_of, source_files
 from ckptkit.io.segments import origins
 from ckptkit.tensors import Literal, Made, Tensor
 
@@ -58,7 +59,21 @@ def operand(tensor: Tensor, digest: str, *, double: bool = False) -> Values:
         digest: `digest_of` it.
         double: Whether to give float64.
     """
-    return _operands.get((digest, double), lambda: numbers(tensor, double=double))
+    key = (digest, _state_of(source_files([tensor])), double)
+    return _operands.get(key, lambda: numbers(tensor, double=double))
+
+
+def _state_of(files: Iterable[str]) -> tuple[tuple[int, ...] | None, ...]:
+    """What tells whether files were written anew: what is kept of a path is not for the next file there."""
+    found: list[tuple[int, ...] | None] = []
+    for file in sorted(files):
+        try:
+            state = os.stat(file)
+        except OSError:
+            found.append(None)  # whoever reads it says so
+        else:
+            found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return tuple(found)
 
 
 def numbers(tensor: Tensor, *, double: bool = False) -> Values:
@@ -472,11 +487,16 @@ class _Computed:
         """Rows of a tile."""
         return tile_rows(self._width // self.dtype.itemsize, self.unit, self.tile)
 
-    def _key(self, tile: int) -> tuple[str, int, int]:
-        """The digest, the first row of a tile, and the row after its last."""
+    @cached_property
+    def _state(self) -> tuple[tuple[int, ...] | None, ...]:
+        """The state of the files. A plan notices by itself if they change while it is carried out."""
+        return _state_of(source_files(self.inputs))
+
+    def _key(self, tile: int) -> tuple[int, int, str, object]:
+        """The first row of a tile, the row after its last, the digest, and the state of the files."""
         start = tile * self._rows
-        return self.digest, start, min(start + self._rows, len(self) // self._width)
+        return start, min(start + self._rows, len(self) // self._width), self.digest, self._state
 
     def _tile(self, number: int) -> memoryview:
         key = self._key(number)
-        return _tiles.get(key, lambda: memoryview(self.make(*key[1:])).cast("B"))
+        return _tiles.get(key, lambda: memoryview(self.make(*key[:2])).cast("B"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def watch(
 
 
 def _check(wanted: Wanted, once: bool) -> None:
-    if once and not wanted.run.is_dir():
+    if not wanted.run.is_dir() and (once or wanted.run.exists()):
         raise InputError("no such directory", where=wanted.run)
     if wanted.source.iteration is not None:
         raise UsageError("--iteration is about one iteration", hint="use --first, or ckptkit convert")
@@ -192,6 +193,9 @@ class _Watcher:
                 self._put(number, Entry(SKIPPED, source.name, "the run removed it first"))
             elif isinstance(error, InputError | UnsupportedError):
                 self._put(number, Entry(FAILED, source.name, str(error), code=error.exit_code))
+            elif isinstance(error, UsageError) and os.path.lexists(wanted.out / source.name):
+                said = f"{wanted.out / source.name} is there and was not made by this command"
+                self._put(number, Entry(FAILED, source.name, said, code=error.exit_code))
             else:
                 raise  # it would be the same for every iteration
             return

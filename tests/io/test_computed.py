@@ -214,3 +214,22 @@ def test_rounding_twice_would_differ() -> None:
     value = np.array([1 + 2.0**-8 + 2.0**-40])
     assert encode(value, DTYPES["BF16"]).view(np.uint16)[0] == 0x3F81
     assert encode(value.astype(np.float32), DTYPES["BF16"]).view(np.uint16)[0] == 0x3F80
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_written_anew_is_computed_anew(tmp_path: Path, replaced: bool) -> None:
+    """One process may convert the same paths again and again, with other weights each time."""
+    file = tmp_path / "weights"
+
+    def raised(values: list[float]) -> list[float]:
+        new = tmp_path / "new" if replaced else file
+        new.write_bytes(np.array(values, np.float32).tobytes())
+        new.replace(file)
+        tensor = Tensor.from_file(str(file), 0, DTYPES["F32"], (3,))
+        found = elementwise(DTYPES["F32"], [tensor], "one more", lambda at, some: some[0] + 1, double=False)
+        small = module.operand(tensor, module.digest_of([tensor]))
+        assert small.tolist() == values
+        return read_tensor(found).view(np.float32).tolist()
+
+    assert raised([1, 2, 3]) == [2, 3, 4]
+    assert raised([5, 6, 7]) == [6, 7, 8]

@@ -219,6 +219,24 @@ def test_a_damaged_iteration_does_not_stop_the_others(
     assert_is(out, 30, models)
 
 
+def test_a_foreign_folder_does_not_stop_the_others(saved: dict[int, Path], tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for number in (10, 20):
+        save(run, number, saved[number])
+    (out / "iter_0000010").mkdir(parents=True)
+    (out / "iter_0000010" / "own").write_text("mine", encoding="utf-8")
+    found = watch_run(wanted(run, out), once=True)
+    assert (found.iterations[10].state, found.iterations[20].state) == (record.FAILED, record.CONVERTED)
+    assert "was not made by this command" in found.iterations[10].said and found.exit_code == UsageError.exit_code
+    assert [file.name for file in (out / "iter_0000010").iterdir()] == ["own"]
+
+
+def test_a_run_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="no such directory"):
+        watch_run(wanted(tmp_path / "run", tmp_path / "out"), wait=lambda seconds: pytest.fail("it waits"))
+
+
 def test_old_outputs_are_removed_and_nothing_else(
     models: dict[int, Path], saved: dict[int, Path], tmp_path: Path
 ) -> None:
