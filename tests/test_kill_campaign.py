@@ -38,7 +38,7 @@ def careless(clear: str, last: str) -> Case:
 
 def test_a_few_kills(tmp_path: Path) -> None:
     report = Campaign(conversions(SOUND / "hf", tmp_path)[1:2], tmp_path / "work", seed=1).run(4)
-    assert (report.kills, report.details) == (4, [])
+    assert report.kills in (4, 5) and not report.details  # the last trial may kill the resuming run, too
 
 
 @pytest.mark.slow
