@@ -70,9 +70,7 @@ def parse(raw: Raw) -> ModelConfig:
         raise InputError(f"config.json: swiglu_limit must be positive, not {limit:g}")
     if (alpha := fields.number("swiglu_alpha")) != QUICK_GELU_ALPHA:
         raise UnsupportedError(f"config.json: swiglu_alpha is {alpha:g}, and Megatron-Core has {QUICK_GELU_ALPHA}")
-    count, chosen = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
-    if chosen > count:
-        raise InputError(f"config.json: num_experts_per_tok {chosen} of num_local_experts {count}")
+    count, chosen = fields.experts("num_local_experts")
     config = _with_windows(config, fields)
     return replace(
         config,

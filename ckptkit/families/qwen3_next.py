@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ckptkit.errors import InputError
 from ckptkit.families import delta_net
 from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
 from ckptkit.families.delta_net import DELTA_BY_HEAD, SHARED_EXPERT, values_of_delta_nets, with_delta_nets
@@ -60,9 +59,7 @@ def with_experts(config: ModelConfig, fields: Fields, moe: list[bool]) -> ModelC
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
     """
-    count, chosen = fields.integer("num_experts"), fields.integer("num_experts_per_tok")
-    if chosen > count:
-        raise InputError(f"config.json: num_experts_per_tok {chosen} of num_experts {count}")
+    count, chosen = fields.experts("num_experts")
     return replace(
         config,
         layers=tuple(replace(one, moe=has) for one, has in zip(config.layers, moe, strict=True)),

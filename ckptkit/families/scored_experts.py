@@ -69,10 +69,8 @@ def with_experts(config: ModelConfig, fields: Fields, moe: Sequence[bool]) -> Mo
         UnsupportedError: It is another router.
     """
     _refuse_other_routers(fields)
-    count, chosen = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    count, chosen = fields.experts("n_routed_experts")
     groups, of_groups = fields.integer("n_group"), fields.integer("topk_group")
-    if chosen > count:
-        raise InputError(f"config.json: num_experts_per_tok {chosen} of n_routed_experts {count}")
     if count % groups or of_groups > groups:
         raise InputError(f"config.json: topk_group {of_groups} of n_group {groups} of n_routed_experts {count}")
     if chosen > (there := count // groups * of_groups):

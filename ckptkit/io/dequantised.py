@@ -66,9 +66,8 @@ def dequantised_mxfp4(codes: Tensor, scales: Tensor, dtype: DType) -> Tensor:
         packed, powers = (read_tensor(tensor.rows(start, stop)).reshape(rows, -1) for tensor in (wide, narrow))
         return from_mxfp4(packed, powers, dtype)
 
-    return made(dtype, (narrow.shape[0], narrow.shape[1] * 32), [codes, scales], "mxfp4", make, any_rows=True).reshape(
-        shape
-    )
+    flat = (narrow.shape[0], narrow.shape[1] * 32)
+    return made(dtype, flat, [codes, scales], "mxfp4", make, any_rows=True).reshape(shape)
 
 
 def dequantised_int4(codes: Tensor, scales: Tensor, group: int, dtype: DType) -> Tensor:

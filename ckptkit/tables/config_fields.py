@@ -70,6 +70,20 @@ class Fields:
         """
         return None if self.get(key) is None else self.integer(key)
 
+    def experts(self, key: str) -> tuple[int, int]:
+        """(Experts of a layer, experts that a token is sent to).
+
+        Args:
+            key: The key of the first number; that of the second is `num_experts_per_tok`.
+
+        Raises:
+            InputError: One is no such integer, or a token is sent to more experts than there are.
+        """
+        count, chosen = self.integer(key), self.integer("num_experts_per_tok")
+        if chosen > count:
+            raise InputError(f"config.json: num_experts_per_tok {chosen} of {key} {count}")
+        return count, chosen
+
     def number(self, key: str) -> float:
         """A number.
 
