@@ -1,0 +1,83 @@
+"""A server that speaks S3 on loopback, for tests: moto's, in a thread of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUCKET = "models"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "hidden-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+class Server:
+    """A running server with one bucket.
+
+    Attributes:
+        url: Its address.
+        environment: The variables by which programs find it.
+        client: botocore's client for it.
+    """
+
+    def __init__(self, url: str) -> None:
+        import botocore.session
+
+        self.url = url
+        self.environment = {"AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true", **CREDENTIALS}
+        self.client: Any = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=url,
+            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        )
+        self.client.create_bucket(Bucket=BUCKET)
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Puts a folder into the bucket and gives its address."""
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                key = f"{prefix}/{file.relative_to(folder).as_posix()}"
+                self.client.put_object(Bucket=BUCKET, Key=key, Body=file.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
+
+    def keys(self, prefix: str) -> list[str]:
+        """Names below a prefix, relative to it."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
+        return [item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", ())]
+
+    def contents(self, prefix: str) -> Mapping[str, bytes]:
+        """Bytes by name below a prefix."""
+        get = self.client.get_object
+        return {name: get(Bucket=BUCKET, Key=f"{prefix}/{name}")["Body"].read() for name in self.keys(prefix)}
+
+    def uploads(self) -> list[str]:
+        """Keys of multipart uploads that are neither complete nor aborted."""
+        found = self.client.list_multipart_uploads(Bucket=BUCKET)
+        return [item["Key"] for item in found.get("Uploads", ())]
+
+
+@contextmanager
+def running() -> Iterator[Server]:
+    """A server of its own; its objects are gone with it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield Server(f"http://{host}:{port}")
+    finally:
+        server.stop()
+
+
+@pytest.fixture(name="s3")
+def s3_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that this process and its children find by their environment."""
+    with running() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
