@@ -2,7 +2,8 @@
 
 The tensors, their names, and how a distributed checkpoint splits them are those of megatron-core's `GatedDeltaNet`,
 which is the base class. Its own computation needs flash-linear-attention, or refuses packed inputs. The one here rounds
-as transformers does, and starts anew at every sequence of a packed row.
+as transformers does, and starts anew at every sequence of a packed row. In 16 bits on a GPU the rule itself is the
+kernel of flash-linear-attention where that is installed, as in training with megatron-core.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ckptkit.megatron.attention import segments
 from ckptkit.megatron.compat import gated_delta_net_built
-from ckptkit.megatron.delta_rule import gated_delta_rule
+from ckptkit.megatron.delta_kernel import rule_for
 from ckptkit.megatron.norms import RMSNorm, normalised
 
 
@@ -99,7 +100,7 @@ class GatedDeltaNet(CoreGatedDeltaNet):
         qkv, gate, rate, alpha = mixed.transpose(0, 1).split([2 * keys + values, values, heads, heads], dim=-1)
         query, key, value = self._convolved(qkv).split([keys, keys, values], dim=-1)
         decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
-        read = gated_delta_rule(
+        read = rule_for(value)(
             query.unflatten(-1, (-1, self.key_head_dim)),
             key.unflatten(-1, (-1, self.key_head_dim)),
             value.unflatten(-1, (-1, self.value_head_dim)),

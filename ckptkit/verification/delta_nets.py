@@ -1,9 +1,12 @@
-"""Gated DeltaNets of transformers that round elsewhere: a second sample of what rounding does to the reference.
+"""Gated DeltaNets of transformers: computed in torch where a kernel would be a poor reference, or rounded elsewhere.
 
-Another implementation of attention leaves these layers as they are. What is computed here is the same, rounded as the
-kernels of causal-conv1d and flash-linear-attention round it: once, behind the activation of the convolution, and once
-behind the gated norm. The functions of transformers for any device round before the activation, and before the weight
-of the norm.
+With flash-linear-attention and causal-conv1d installed, transformers takes their kernels for every type and device. On
+a CPU they do not run, and in fp32 they multiply as TF32 does, with 10 bits of mantissa.
+
+Another implementation of attention leaves these layers as they are. So a second sample of what rounding does to the
+reference is the same computation, rounded as those kernels round it: once, behind the activation of the convolution,
+and once behind the gated norm. The functions of transformers for any device round before the activation, and before
+the weight of the norm.
 """
 
 from __future__ import annotations
@@ -19,11 +22,34 @@ import torch.nn.functional as F
 from ckptkit.megatron.stand_ins import replaced
 
 _CONVOLUTION = "causal_conv1d_fn"
+_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
 
 def delta_nets(model: torch.nn.Module) -> list[Any]:
     """The gated DeltaNets of a transformers model; in all of its classes the name says so."""
     return [module for module in model.modules() if type(module).__name__.endswith("GatedDeltaNet")]
+
+
+@contextmanager
+def without_kernels(model: torch.nn.Module, dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Lets the DeltaNets of a transformers model compute in torch, unless they round to 16 bits on a GPU.
+
+    Args:
+        model: Any model; one without DeltaNets stays as it is.
+        dtype: What it computes in.
+        device: Where: `cpu`, or a CUDA device.
+    """
+    kernels = device != "cpu" and dtype.itemsize == 2
+    with replaced([] if kernels else _torch_functions(model)):
+        yield
+
+
+def _torch_functions(model: torch.nn.Module) -> list[tuple[Any, str, Any]]:
+    """(Module of transformers, name of a function, what it falls back to without kernels)."""
+    homes = {sys.modules[type(module).__module__] for module in delta_nets(model)}
+    places = [(home, name) for home in homes for name in (*_RULES, _CONVOLUTION)]
+    plain = [(home, name, getattr(getattr(home, name, None), "__wrapped__", None)) for home, name in places]
+    return [(home, name, function) for home, name, function in plain if function is not None]
 
 
 @contextmanager

@@ -72,21 +72,23 @@ def with_model(job: LogitsJob, run: Callable[[Any], dict[str, Any]], tell: Tell 
     import torch
     import transformers
 
+    from ckptkit.verification.delta_nets import without_kernels
     from ckptkit.verification.double_precision import precision
 
     tell(Step("loading"))
-    model = load_model(job.checkpoint, getattr(torch, job.run.dtype), job.run.device)
+    dtype = getattr(torch, job.run.dtype)
+    model = load_model(job.checkpoint, dtype, job.run.device)
     rounds = job.rounded if job.adapter is None or not job.adapter.merged else {}
     if rounds:
         round_model(model, rounds, job.checkpoint)
     if job.adapter is not None:
-        model = with_peft(model, job.adapter, getattr(torch, job.run.dtype))
+        model = with_peft(model, job.adapter, dtype)
     if job.rounded and not rounds:  # what the candidate stores was rounded with the adapter in it
         round_model(model, job.rounded, job.checkpoint)
     loaded = time.monotonic()
     try:
-        with _quiet(transformers), precision(job.run.dtype):  # it warns of kernels that are not installed
-            answer = run(model)
+        with _quiet(transformers), precision(job.run.dtype), without_kernels(model, dtype, job.run.device):
+            answer = run(model)  # quiet: it warns of kernels that are not installed
     except (MemoryError, RuntimeError) as error:
         raise VerificationError(f"transformers could not run it ({_line(error)})", where=job.checkpoint) from error
     finally:

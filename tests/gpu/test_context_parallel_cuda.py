@@ -25,7 +25,17 @@ from tests.verification.training.test_gradients import PACKED, RECOMPUTE, SP, Wa
 pytestmark = pytest.mark.gpu
 
 EXACT = 2e-5
-KINDS = ["gqa", "mistral", "gemma3_text", "gemma4_text-dense", "gemma4_text-e2b", "gemma4_text-moe", "mixtral-windowed"]
+KINDS = [
+    "gqa",
+    "mistral",
+    "gemma3_text",
+    "gemma4_text-dense",
+    "gemma4_text-e2b",
+    "gemma4_text-moe",
+    "mixtral-windowed",
+    "deepseek_v3",
+    "glm4_moe_lite",
+]
 TWO_RANKS: list[Way] = [
     (Parallelism(2), {"cp": 1, **SP, **PACKED}),
     (Parallelism(), {"cp": 2}),

@@ -1,7 +1,7 @@
 """Gated DeltaNets on CUDA ranks: the rule itself, multi-token prediction, gradients, and faults that must be seen.
 
-`test_cuda` and `test_packed_cuda` have the logits of Qwen3-Next and Qwen3.5 among those of all families. Nothing here
-needs flash-linear-attention: the rule is torch's on both sides.
+`test_cuda` and `test_packed_cuda` have the logits of Qwen3-Next and Qwen3.5 among those of all families. Where
+flash-linear-attention is installed, both sides run its kernel in bfloat16, and torch's rule in other types.
 """
 
 from __future__ import annotations
@@ -74,6 +74,37 @@ def test_the_rule_is_that_of_the_cpu(length: int) -> None:
         assert relative_error(ours, theirs) < 1e-10 or not theirs.any()
     single = gated_delta_rule(*(part.float().cuda() for part in (query, key, value, decay, rate)))
     assert relative_error(single.cpu(), found["cpu"][0]) < 1e-4
+
+
+@pytest.mark.parametrize("length", [1, 64, 200, 4096])
+def test_the_kernel_is_the_rule(length: int) -> None:
+    """In bfloat16 the kernel of flash-linear-attention; its error is not many times that of torch's rule."""
+    import torch
+    import torch.nn.functional as F
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("fla.ops.gated_delta_rule")
+    from ckptkit.megatron.delta_kernel import rule_for
+    from ckptkit.megatron.delta_rule import gated_delta_rule
+
+    torch.manual_seed(length)
+    heads = {"dtype": torch.bfloat16, "device": "cuda"}
+    query, key = (torch.randn(1, length, 2, 128, **heads) for _ in range(2))
+    value, rate = torch.randn(1, length, 4, 128, **heads), torch.rand(1, length, 4, **heads)
+    decay = -F.softplus(torch.randn(1, length, 4, device="cuda"))
+    assert rule_for(value) is not gated_delta_rule
+    assert rule_for(value.float()) is rule_for(value.cpu()) is gated_delta_rule
+    found: list[list[torch.Tensor]] = []
+    for rule, wide in ((rule_for(value), False), (gated_delta_rule, False), (gated_delta_rule, True)):
+        parts = [part.detach().float() if wide else part.detach().clone() for part in (query, key, value, decay, rate)]
+        output = rule(*(part.requires_grad_() for part in parts))
+        output.float().square().sum().backward()
+        found.append([output.detach(), *(part.grad for part in parts if part.grad is not None)])
+    for number, (kernel, plain, exact) in enumerate(zip(*found, strict=True)):
+        assert kernel.isfinite().all()
+        allowed = 4 * relative_error(plain.float(), exact) + 1e-2
+        assert relative_error(kernel.float(), exact) < allowed or not exact.any(), number
 
 
 CASES = [*((*case, "float64") for case in GRADIENTS), ("qwen3_5_text", GRADIENTS[3][1], "bfloat16")]

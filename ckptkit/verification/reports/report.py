@@ -23,7 +23,7 @@ from ckptkit.verification.reports.results import (
 from ckptkit.version import __version__
 
 DISTRIBUTION = "ckptkit-megatron"
-PACKAGES = ("torch", "transformers", "megatron-core")
+PACKAGES = ("torch", "transformers", "megatron-core", "flash-linear-attention")
 TRAINABILITY = "trainability"
 """The level that has one side only: its verdict is other words."""
 SCHEMA = 1
