@@ -134,7 +134,8 @@ HEAD = (
 def main() -> int:
     """Runs what the options ask for; the exit code is 0 if the models are the same."""
     options = _options()
-    config = shrink(released(options.name), options.layers, options.set)
+    released_one = released(options.name)
+    config = shrink(text_alone(released_one) if options.text else released_one, options.layers, options.set)
     source, target = options.workdir / "hf", (options.out or options.workdir) / "megatron"
     for path in (source, target):
         if path.exists():
@@ -236,6 +237,12 @@ def shrink(config: dict[str, Any], layers: int | None, changes: dict[str, Any]) 
     return dict(shrunk)
 
 
+def text_alone(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the text model inside of a model with towers."""
+    names = [name.replace("ForConditionalGeneration", "ForCausalLM") for name in config["architectures"]]
+    return {**_text(config), "architectures": names, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+
+
 def _text(config: dict[str, Any]) -> dict[str, Any]:
     text: dict[str, Any] = config.get("text_config") or config
     return text
@@ -332,13 +339,17 @@ def draw(name: str, shape: tuple[int, ...], model: ModelConfig, generator: torch
         return values.mul_(std).add_(mean)
 
     if len(shape) < 2:
+        if name.endswith("A_log"):  # of a DeltaNet: with the next one, memories of a few to some hundred tokens
+            return normal(0.0, 1.0)
+        if name.endswith("dt_bias"):
+            return normal(-3.0, 1.0)
         if name.endswith("bias"):
             return normal(0.0, 0.02)
         if "alpha" in name:
             return normal(0.0, 0.3)
         if "act_fn" in name:  # constants of Apertus's activation
             return torch.full(shape, 0.5 if name.endswith("beta") else -1e-6, dtype=torch.bfloat16)
-        zero = model.zero_centered_norms and "norm" in name
+        zero = model.zero_centered_norms and "norm" in name and "linear_attn" not in name
         return normal(0.0 if zero else 1.0, 0.1)
     if "embed_tokens" in name:
         return normal(0.0, 1.0 if not model.tied else 4.0 * shape[-1] ** -0.5)
@@ -401,6 +412,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write verify's page")
+    parser.add_argument("--text", action="store_true", help="the text model alone, of one with towers")
     parser.add_argument("--keep", action="store_true", help="leave both checkpoints where they are")
     options = parser.parse_args()
     options.set = dict(options.set)
