@@ -14,14 +14,16 @@ Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 
 
 def rule_for(value: torch.Tensor) -> Rule:
-    """What computes the rule for values such as these: the kernel in 16 bits on a GPU, else torch.
+    """What computes the rule for values such as these: the kernel in 16 bits on a GPU and forwards alone, else torch.
 
-    In fp32 the kernel multiplies as TF32 does, with 10 bits of mantissa; on a CPU it does not run.
+    In fp32 the kernel multiplies as TF32 does, with 10 bits of mantissa; on a CPU it does not run. On some GPUs it
+    refuses to go backwards, because some releases of its compiler make wrong gradients (issue 640 there).
 
     Args:
         value: A tensor of the dtype and on the device in question.
     """
-    kernel = _kernel() if value.is_cuda and value.element_size() == 2 else None
+    fits = value.is_cuda and value.element_size() == 2 and not torch.is_grad_enabled()
+    kernel = _kernel() if fits else None
     if kernel is None:
         return gated_delta_rule
 

@@ -2,8 +2,8 @@
 
 The tensors, their names, and how a distributed checkpoint splits them are those of megatron-core's `GatedDeltaNet`,
 which is the base class. Its own computation needs flash-linear-attention, or refuses packed inputs. The one here rounds
-as transformers does, and starts anew at every sequence of a packed row. In 16 bits on a GPU the rule itself is the
-kernel of flash-linear-attention where that is installed, as in training with megatron-core.
+as transformers does, and starts anew at every sequence of a packed row. In 16 bits on a GPU, and forwards alone, the
+rule is the kernel of flash-linear-attention where that is installed.
 """
 
 from __future__ import annotations

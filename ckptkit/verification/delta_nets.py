@@ -1,7 +1,8 @@
 """Gated DeltaNets of transformers: computed in torch where a kernel would be a poor reference, or rounded elsewhere.
 
 With flash-linear-attention and causal-conv1d installed, transformers takes their kernels for every type and device. On
-a CPU they do not run, and in fp32 they multiply as TF32 does, with 10 bits of mantissa.
+a CPU they do not run, in fp32 they multiply as TF32 does, with 10 bits of mantissa, and on some GPUs the first refuses
+to go backwards, because some releases of its compiler make wrong gradients (issue 640 of flash-linear-attention).
 
 Another implementation of attention leaves these layers as they are. So a second sample of what rounding does to the
 reference is the same computation, rounded as those kernels round it: once, behind the activation of the convolution,
@@ -12,7 +13,7 @@ the weight of the norm.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,24 +33,28 @@ def delta_nets(model: torch.nn.Module) -> list[Any]:
 
 @contextmanager
 def without_kernels(model: torch.nn.Module, dtype: torch.dtype, device: str) -> Iterator[None]:
-    """Lets the DeltaNets of a transformers model compute in torch, unless they round to 16 bits on a GPU.
+    """Lets the DeltaNets of a transformers model compute in torch, unless they round to 16 bits on a GPU, and forwards.
 
     Args:
         model: Any model; one without DeltaNets stays as it is.
         dtype: What it computes in.
         device: Where: `cpu`, or a CUDA device.
     """
-    kernels = device != "cpu" and dtype.itemsize == 2
-    with replaced([] if kernels else _torch_functions(model)):
+    allowed = device != "cpu" and dtype.itemsize == 2
+    homes = {sys.modules[type(module).__module__] for module in delta_nets(model)}
+    places = [(home, name, getattr(home, name, None)) for home in homes for name in (*_RULES, _CONVOLUTION)]
+    with replaced([(home, name, _chosen(one, allowed)) for home, name, one in places if hasattr(one, "__wrapped__")]):
         yield
 
 
-def _torch_functions(model: torch.nn.Module) -> list[tuple[Any, str, Any]]:
-    """(Module of transformers, name of a function, what it falls back to without kernels)."""
-    homes = {sys.modules[type(module).__module__] for module in delta_nets(model)}
-    places = [(home, name) for home in homes for name in (*_RULES, _CONVOLUTION)]
-    plain = [(home, name, getattr(getattr(home, name, None), "__wrapped__", None)) for home, name in places]
-    return [(home, name, function) for home, name, function in plain if function is not None]
+def _chosen(function: Any, allowed: bool) -> Callable[..., Any]:
+    """What transformers falls back to without kernels; or, if that is allowed and nobody goes backwards, `function`."""
+
+    def called(*args: Any, **options: Any) -> Any:
+        kernel = allowed and not torch.is_grad_enabled()
+        return (function if kernel else function.__wrapped__)(*args, **options)
+
+    return called
 
 
 @contextmanager

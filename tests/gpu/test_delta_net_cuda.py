@@ -1,7 +1,7 @@
 """Gated DeltaNets on CUDA ranks: the rule itself, multi-token prediction, gradients, and faults that must be seen.
 
 `test_cuda` and `test_packed_cuda` have the logits of Qwen3-Next and Qwen3.5 among those of all families. Where
-flash-linear-attention is installed, both sides run its kernel in bfloat16, and torch's rule in other types.
+flash-linear-attention is installed, both sides run its kernel for logits in bfloat16, and else the rule in torch.
 """
 
 from __future__ import annotations
@@ -93,18 +93,15 @@ def test_the_kernel_is_the_rule(length: int) -> None:
     query, key = (torch.randn(1, length, 2, 128, **heads) for _ in range(2))
     value, rate = torch.randn(1, length, 4, 128, **heads), torch.rand(1, length, 4, **heads)
     decay = -F.softplus(torch.randn(1, length, 4, device="cuda"))
-    assert rule_for(value) is not gated_delta_rule
-    assert rule_for(value.float()) is rule_for(value.cpu()) is gated_delta_rule
-    found: list[list[torch.Tensor]] = []
-    for rule, wide in ((rule_for(value), False), (gated_delta_rule, False), (gated_delta_rule, True)):
-        parts = [part.detach().float() if wide else part.detach().clone() for part in (query, key, value, decay, rate)]
-        output = rule(*(part.requires_grad_() for part in parts))
-        output.float().square().sum().backward()
-        found.append([output.detach(), *(part.grad for part in parts if part.grad is not None)])
-    for number, (kernel, plain, exact) in enumerate(zip(*found, strict=True)):
-        assert kernel.isfinite().all()
-        allowed = 4 * relative_error(plain.float(), exact) + 1e-2
-        assert relative_error(kernel.float(), exact) < allowed or not exact.any(), number
+    parts = query, key, value, decay, rate
+    assert rule_for(value) is gated_delta_rule, "backwards it may be wrong"
+    with torch.no_grad():
+        assert rule_for(value) is not gated_delta_rule
+        assert rule_for(value.float()) is rule_for(value.cpu()) is gated_delta_rule
+        kernel, plain = rule_for(value)(*parts), gated_delta_rule(*parts)
+        exact = gated_delta_rule(*(part.float() for part in parts))
+    assert kernel.dtype == plain.dtype == torch.bfloat16
+    assert relative_error(kernel.float(), exact) < 4 * relative_error(plain.float(), exact) + 1e-2
 
 
 CASES = [*((*case, "float64") for case in GRADIENTS), ("qwen3_5_text", GRADIENTS[3][1], "bfloat16")]

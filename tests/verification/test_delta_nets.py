@@ -65,10 +65,13 @@ def test_torch_computes_what_a_reference_needs(model: Any, kernels: list[str], d
     assert torch.equal(logits(model), other), "the kernels are there again"
 
 
-def test_kernels_run_in_16_bits_on_a_gpu(model: Any, kernels: list[str]) -> None:
+def test_kernels_run_in_16_bits_on_a_gpu_forwards(model: Any, kernels: list[str]) -> None:
     with without_kernels(model, torch.bfloat16, "cuda"):
         logits(model)
-    assert kernels
+        assert kernels
+        kernels.clear()
+        model(torch.arange(24)[None]).logits.sum().backward()
+    assert not kernels
 
 
 def test_other_models_stay_as_they_are(tmp_path: Path) -> None:
