@@ -83,16 +83,21 @@ def choices(found: Choices, console: Console) -> None:
 
 def _likeness(likeness: Mapping[str, Any]) -> list[str]:
     """What became of the tensors of a reference, those that moved most first."""
-    new = sorted(likeness["new_scales"], key=lambda record: -float(record["relative_rms"]))
+    new = sorted(likeness["new_scales"], key=lambda record: -float(record["relative_rms"] or 0))
     found = [
         f"{likeness['same']:,} tensors keep codes and scales, {len(likeness['old_scales']):,} keep scales,"
         f" {len(new):,} have new ones"
     ]
-    found += [
-        f"{one['tensor']} moved by {one['relative_rms']:.3g} of its RMS, at most {one['max_abs_difference']:.3g}"
-        for one in new[:5]
-    ]
+    found += [_moved(one) for one in new[:5]]
     return [*found, f"{len(new) - 5:,} more are in --json"] if len(new) > 5 else found
+
+
+def _moved(record: Mapping[str, Any]) -> str:
+    """How far a tensor moved that got new scales."""
+    if record["relative_rms"] is None:
+        return f"{record['tensor']} has new scales; how far it moved, only the original's codes tell"
+    moved, most = record["relative_rms"], record["max_abs_difference"]
+    return f"{record['tensor']} moved by {moved:.3g} of its RMS, at most {most:.3g}"
 
 
 def _layout(side: dict[str, Any]) -> str:

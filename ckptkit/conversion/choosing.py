@@ -167,8 +167,9 @@ def _notes(path: str | Path, source: Checkpoint, described: bool, quantised: boo
         )
     if quantised:
         yield (
-            "its weights become bfloat16 on the way; afterwards `--to hf --quantise"
-            f" like:{shlex.quote(str(path))}` quantises as they were"
+            "its weights become bfloat16 on the way; Megatron's formats keep the scales beside them, and `--to hf"
+            " --quantise original` gives the codes back (without the folder"
+            f" {FOLDER}/: `like:{shlex.quote(str(path))}`)"
         )
     if source.lora is not None:
         yield (

@@ -24,7 +24,7 @@ from ckptkit.io.quantised import Coding, Likeness, quantised
 from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tensors import Tensor, vstack
 
-LIKE = "like:"
+LIKE, ORIGINAL = "like:", "original"
 FP8_BLOCK, FP8_POWERS = "fp8-block", "fp8-block-ue8m0"
 SCHEMES = (FP8_BLOCK, FP8_POWERS, MXFP4, INT4)
 _BLOCK, _GROUP = (128, 128), 32
@@ -42,7 +42,7 @@ class Quantise:
 
     Attributes:
         text: As it was given.
-        like: The reference, or None for a scheme.
+        like: The reference, which may be what a sidecar keeps of it; None for a scheme.
     """
 
     text: str
@@ -65,10 +65,10 @@ def quantise_called(text: str | None, stack: ExitStack, *, headers_only: bool) -
         InputError: The reference is damaged, or not quantised.
         UnsupportedError: The reference is quantised in another way than is read here.
     """
-    if text is None or text in SCHEMES:
+    if text is None or text in (*SCHEMES, ORIGINAL):
         return None if text is None else Quantise(text)
     if not text.startswith(LIKE) or text == LIKE:
-        raise UsageError(f"--quantise {text}", hint=f"one of {', '.join(SCHEMES)}, or {LIKE}REFERENCE")
+        raise UsageError(f"--quantise {text}", hint=f"one of {', '.join(SCHEMES)}, {ORIGINAL}, or {LIKE}REFERENCE")
     place = stack.enter_context(locate(text.removeprefix(LIKE), headers_only=headers_only)).path
     found = dequantised(open_hf(place)).quantised
     if found is None or not found.stored:
@@ -182,6 +182,7 @@ def _as_stored(
         what = f"{item.name} is {tensor.out_dtype}{list(tensor.shape)}, and in the reference {list(item.shape)}"
         raise InputError(what, where=like.path, hint="name the quantised archive of this model")
     codes, scales = item.parts[item.codes], item.parts[item.scales]
+    held = item.codes not in like.absent
     powers = isinstance(about := stated(like.config), dict) and about.get("scale_fmt") == "ue8m0"
     coding = Coding(item.kind, item.block, scales.dtype, powers)
     parts: list[tuple[str, Tensor, Tensor, Tensor]] = []
@@ -198,7 +199,7 @@ def _as_stored(
         parts = [(item.name, as_matrix(numbers), wide, as_matrix(scales))]
     made: list[tuple[Tensor, Tensor]] = []
     for name, numbers, old_codes, old_scales in parts:
-        likeness = Likeness(name, numbers, coding, old_codes, old_scales)
+        likeness = Likeness(name, numbers, coding, old_codes if held else None, old_scales)
         compared(likeness)
         made.append(quantised(name, numbers, coding, likeness))
     new = {item.codes: vstack([pair[0] for pair in made]).reshape(codes.shape)}

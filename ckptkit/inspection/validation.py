@@ -24,7 +24,7 @@ from ckptkit.formats.hf import BIN_INDEX, HF, INDEX, is_weights, read_shard, wei
 from ckptkit.formats.hub import locate
 from ckptkit.formats.json_files import LARGEST, JsonError, decode
 from ckptkit.formats.registry import format_of
-from ckptkit.formats.sidecar import FOLDER
+from ckptkit.formats.sidecar import FOLDER, TENSORS
 from ckptkit.formats.torch_file.zipfiles import Member, open_archive
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
@@ -165,7 +165,7 @@ def _files(place: Place, format: Format | None) -> SoundnessCheck:
     errors = [error for check in _weight_checks(place, format) if (error := _caught(check))]
     warnings = _total_size(place.folder) if format is HF and not errors else []
     files = files_in(place)
-    headers = f"{FOLDER}/headers/"  # copies of the headers alone
+    headers = (f"{FOLDER}/headers/", f"{FOLDER}/quantised/headers/")  # copies of the headers alone
     small = {name: file for name, file in files.items() if not is_weights(name) or name.startswith(headers)}
     errors += [error for name, file in small.items() if (error := _caught(partial(_check_small, name, file)))]
     summary = f"{len(files) - len(small):,} files with weights, {len(small):,} others"
@@ -192,9 +192,9 @@ def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[],
     """A check for each part that holds weights, those in the sidecar included."""
     if format is not None:
         yield from format.checks(place.folder)
-    extras = place.root / FOLDER / "extras.safetensors"
-    if extras.is_file():
-        yield partial(read_shard, extras)
+    for name in TENSORS:
+        if (file := place.root / FOLDER / name).is_file():
+            yield partial(read_shard, file)
 
 
 def _check_small(name: str, file: Path) -> None:
