@@ -28,7 +28,8 @@ from ckptkit.formats.sidecar import FOLDER, TENSORS
 from ckptkit.formats.torch_file.zipfiles import Member, open_archive
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
-from ckptkit.io.reading import compare
+from ckptkit.io.plan import Comparison
+from ckptkit.io.reading import compare, difference
 from ckptkit.io.regular import open_regular, read_bounded
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
@@ -138,7 +139,7 @@ def validate(
         checkpoint: Checkpoint | None = None
         if checks[0].passed:
             opening = partial(open_checkpoint, folder, hf_reference=hf_reference, iteration=iteration, **source)
-            checkpoint, answer = _tensors(opening)
+            checkpoint, answer = _tensors(opening, reads)
             checks.append(answer)
         if checksums and checks[0].passed:
             checks.append(_checksums(place.folder, format, reads))
@@ -221,8 +222,8 @@ def _total_size(folder: Path) -> list[str]:
     return [] if stated == found else [f"{name} says total_size {stated:,}, the tensors have {found:,} bytes"]
 
 
-def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, SoundnessCheck]:
-    """Index against shards, config and args against tensors, through the family's table."""
+def _tensors(opening: Callable[[], Checkpoint], reads: Reads) -> tuple[Checkpoint | None, SoundnessCheck]:
+    """Index against shards, config and args against tensors, through the family's table; stated shapes of codes."""
     try:
         checkpoint = opening()
         check_element_types(checkpoint)
@@ -230,7 +231,21 @@ def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, Soun
         return None, SoundnessCheck("tensors", "they do not make up the model", [str(error)])
     covered = ", ".join(f"{count:,} {what}" for what, count in checkpoint.coverage.items())
     summary = f"{len(checkpoint.tensors):,} tensors of {checkpoint.config.architecture} ({covered})"
-    return checkpoint, SoundnessCheck("tensors", summary, list(checkpoint.disagreements))
+    return checkpoint, SoundnessCheck(
+        "tensors", summary, [*checkpoint.disagreements, *_stated_shapes(checkpoint, reads)]
+    )
+
+
+def _stated_shapes(checkpoint: Checkpoint, reads: Reads) -> list[str]:
+    """What is wrong with the shapes that a quantised archive states beside its codes, each of two numbers."""
+    quantised = checkpoint.sidecar.quantised
+    stated = [] if quantised is None else list(quantised.comparisons())
+
+    def look(readers: Readers, one: Comparison) -> list[str]:
+        same = difference(one.left, one.right, readers=(readers.first, readers.second)) is None
+        return [] if same else [f"{checkpoint.path}: {one.what}"]
+
+    return [problem for found in reads(stated, look, lambda one: one.left.nbytes) for problem in found]
 
 
 def _checksums(folder: Path, format: Format | None, reads: Reads) -> SoundnessCheck:

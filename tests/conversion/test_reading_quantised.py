@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError
 from ckptkit.inspection.summary import inspect
+from ckptkit.inspection.validation import validate
 from ckptkit.sharding.grid import Parallelism
 from tests.models import files_of, save_model
 from tests.quantised import FP8_PLAIN, Array, quantise_fp8, quantise_int4, rounded
@@ -134,7 +135,11 @@ def test_scales_that_are_dropped_or_transposed(
 
 def test_a_shape_that_is_not_that_of_the_codes(plain: Path, tmp_path: Path) -> None:
     quantise_int4(plain, tmp_path / "quantised")
+    assert validate(tmp_path / "quantised").passed
     damage(tmp_path / "quantised", lambda tensors: tensors["model.layers.0.mlp.gate_proj.weight_shape"].add_(8))
+    tensors = next(check for check in validate(tmp_path / "quantised").checks if check.name == "tensors")
+    (problem,) = tensors.problems
+    assert problem.endswith("model.layers.0.mlp.gate_proj.weight_shape is not [144, 96], the shape of the codes")
     with pytest.raises(InputError, match=r"gate_proj.weight_shape is not \[144, 96\]"):
         convert(tmp_path / "quantised", tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
