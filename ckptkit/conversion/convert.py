@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Unpack
 
 from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL
 from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import FULL, Options, dtype_called
 from ckptkit.conversion.original import of_original, with_scales_read
 from ckptkit.conversion.planning import make_plan
-from ckptkit.conversion.quantising import ORIGINAL, quantise_called
+from ckptkit.conversion.quantising import quantise_called
 from ckptkit.conversion.targets import format_called
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.conversion.quantising import ORIGINAL, Quantise
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL, notes_of_scales
+from ckptkit.conversion.quantising import Quantise
 from ckptkit.errors import InputError
-from ckptkit.formats.hf import HF
 from ckptkit.formats.quantised.archive import Quantised
 from ckptkit.formats.sidecar import FOLDER
+from ckptkit.sizes import human_size
 
 _UNREAD = "0" * 64
 """In place of a SHA-256 in the plan of a dry run, which reads no scales."""
@@ -83,10 +84,9 @@ def notes_of_kept(source: Checkpoint, *, megatron: bool, wanted: Quantise | None
     if archive is None or not archive.stored or wanted is not None:
         return []
     if not megatron:
-        again = f"--quantise {ORIGINAL} quantises as the original was ({archive.scheme})"
-        return [] if source.format == HF.name else [again]
+        return notes_of_scales(source.sidecar)
     if kept is None:
         return ["the scales of the quantised original are not kept: the model has other tensors by now"]
-    size = sum(tensor.nbytes for tensor in kept.scales.values())
+    size = human_size(sum(tensor.nbytes for tensor in kept.scales.values()))
     codes = f", and {len(kept.apart):,} of the tensors of codes, which do not follow from them" if kept.apart else ""
-    return [f"{FOLDER}/ keeps its scales ({size:,} bytes){codes}: --to hf --quantise {ORIGINAL} gives the codes back"]
+    return [f"{FOLDER}/ keeps its scales ({size}){codes}: --to hf --quantise {ORIGINAL} gives the codes back"]

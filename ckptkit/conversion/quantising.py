@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL
 from ckptkit.dtypes import DTYPES, TORCH_DTYPE_NAMES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.hf import INDEX, lay_out_like, lay_out_shards, open_hf
@@ -24,7 +25,7 @@ from ckptkit.io.quantised import Coding, Likeness, quantised
 from ckptkit.tables.config_fields import set_dtype
 from ckptkit.tensors import Tensor, vstack
 
-LIKE, ORIGINAL = "like:", "original"
+LIKE = "like:"
 FP8_BLOCK, FP8_POWERS = "fp8-block", "fp8-block-ue8m0"
 SCHEMES = (FP8_BLOCK, FP8_POWERS, MXFP4, INT4)
 _BLOCK, _GROUP = (128, 128), 32
@@ -170,7 +171,7 @@ def _like(source: Checkpoint, tensors: Mapping[str, Tensor], like: Quantised) ->
     same = source.sidecar.config in (read, without_scheme(like.config))
     config = like.config if same else {**source.sidecar.config, KEY: stated(like.config)}
     notes = () if same else ("config.json is not that of the reference but for the quantised weights",)
-    lossy = (f"of {count:,} tensors, those that are no longer what the reference holds are rounded ({like.scheme})",)
+    lossy = (f"of {count:,} quantised tensors, those that were changed are rounded anew ({like.scheme})",)
     return QuantisedOutput(found, config, str(like.scheme), count, like, tuple(likenesses), notes, lossy)
 
 
@@ -242,7 +243,8 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
     about = _DESCRIPTIONS[scheme](left)
     config = {**without_scheme(source.sidecar.config), KEY: about}
     lossy = (f"{count:,} tensors are rounded ({scheme})",)
-    notes = (f"{passed_over:,} matrices stay as they are: {scheme} has no groups for their shapes",) * bool(passed_over)
+    why = f"takes rows of whole groups of {_GROUP}" if scheme == INT4 else "has no form for experts that are transposed"
+    notes = (f"{passed_over:,} matrices stay as they are: {scheme} {why}",) * bool(passed_over)
     return QuantisedOutput(found, config, scheme, count, notes=notes, lossy=lossy)
 
 

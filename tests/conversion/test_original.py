@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ckptkit.conversion.choosing import choices_of
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UsageError
 from ckptkit.inspection.summary import inspect
@@ -208,6 +209,7 @@ def test_plans_read_nothing(made: Path, tmp_path: Path) -> None:
         done = convert(source, tmp_path / source.name, **options)
         assert plan.files == done.files and plan.likeness is None
         assert ("--quantise original" in str(plan.notes)) == (source.name == "archive")
+    assert all("--quantise original" in str(ask(made / "meg").notes) for ask in (inspect, choices_of))
     assert "--quantise original" in str(convert(made / "meg", tmp_path / "plain", to="hf", dry_run=True).notes)
 
 

@@ -16,6 +16,7 @@ from ckptkit.errors import InputError
 from ckptkit.inspection.summary import inspect
 from ckptkit.inspection.validation import validate
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.sizes import human_size
 from tests.models import files_of, save_model
 from tests.quantised import FP8_PLAIN, Array, quantise_fp8, quantise_int4, rounded
 
@@ -89,7 +90,8 @@ def test_what_is_said(plain: Path, tmp_path: Path) -> None:
     result = convert(tmp_path / "quantised", tmp_path / "out", to="hf", dry_run=True)
     assert result.source["quantised"] == facts
     assert any(
-        "FP8, blocks of 32 x 32" in note and f"{facts['bytes_added']:,} bytes more" in note for note in result.notes
+        "FP8, blocks of 32 x 32" in note and f"takes {human_size(facts['bytes_added'])} more" in note
+        for note in result.notes
     )
     written = sum(file["bytes"] for file in result.files if file["path"].endswith(".safetensors"))
     assert abs(written - stored - facts["bytes_added"]) < 40_000  # headers

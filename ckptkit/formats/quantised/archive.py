@@ -15,6 +15,7 @@ from ckptkit.formats.quantised.scheme import Scheme, scheme_of, without_scheme
 from ckptkit.formats.quantised.stored import Stored, find_stored, scales_of_activations
 from ckptkit.formats.safetensors import Header, build_header
 from ckptkit.io.plan import Comparison
+from ckptkit.sizes import human_size
 from ckptkit.tensors import Tensor
 
 BF16 = DTYPES["BF16"]
@@ -98,9 +99,10 @@ class Quantised:
         facts = self.facts()
         if not self.stored:
             return [f"config.json says {self.scheme}, and no tensor is quantised"]
+        stored, added = (human_size(facts[name]) for name in ("bytes_stored", "bytes_added"))
         found = [
-            f"{facts['tensors']:,} tensors are quantised ({self.scheme}) and are read as {self.dtype}, which takes"
-            f" {facts['bytes_added']:,} bytes more"
+            f"{facts['tensors']:,} tensors are quantised ({self.scheme}, {stored}) and are read as {self.dtype}, which"
+            f" takes {added} more"
         ]
         if self.activations:
             found.append(f"{len(self.activations):,} scales of activations are left out")
