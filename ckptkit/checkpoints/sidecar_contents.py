@@ -18,6 +18,17 @@ from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import count_in_hf
 from ckptkit.tensors import Tensor
 
+ORIGINAL = "original"
+"""What `--quantise` calls the quantised source that a sidecar keeps the scales of."""
+
+
+def notes_of_scales(sidecar: Sidecar) -> list[str]:
+    """A note where a sidecar was read that keeps the scales of a quantised original."""
+    archive = sidecar.quantised
+    if archive is None or not archive.absent:
+        return []
+    return [f"{FOLDER}/ keeps the scales of the original: --to hf --quantise {ORIGINAL} gives {archive.scheme} again"]
+
 
 def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConfig, root: Path) -> None:
     """Checks that the tensors of a sidecar are those of the model that have no place in Megatron.

@@ -98,9 +98,10 @@ def convert(
         str | None,
         typer.Option(
             "--quantise",
-            metavar="fp8-block|fp8-block-ue8m0|mxfp4|int4|like:REFERENCE",
-            help="Quantise the weights of a Hugging Face output. With like:REFERENCE as a quantised directory has them:"
-            " what it still holds keeps its codes and scales.",
+            metavar="fp8-block|fp8-block-ue8m0|mxfp4|int4|original|like:REFERENCE",
+            help="Quantise the weights of a Hugging Face output. With original as they were before Megatron, by the"
+            " scales that the sidecar keeps, and with like:REFERENCE as a quantised directory has them: what was not"
+            " changed keeps its codes and scales.",
             rich_help_panel=FORMAT,
         ),
     ] = None,

@@ -83,16 +83,24 @@ def choices(found: Choices, console: Console) -> None:
 
 def _likeness(likeness: Mapping[str, Any]) -> list[str]:
     """What became of the tensors of a reference, those that moved most first."""
-    new = sorted(likeness["new_scales"], key=lambda record: -float(record["relative_rms"]))
+    new = sorted(likeness["new_scales"], key=lambda record: -float(record["relative_rms"] or 0))
+    same, fitting = likeness["same"], len(likeness["old_scales"])
+    if not new and not fitting:
+        return [f"all {same:,} quantised tensors are unchanged, and keep their codes and scales"]
     found = [
-        f"{likeness['same']:,} tensors keep codes and scales, {len(likeness['old_scales']):,} keep scales,"
-        f" {len(new):,} have new ones"
+        f"of {same + fitting + len(new):,} quantised tensors {same:,} are unchanged, and keep their codes and scales;"
+        f" {fitting:,} have new codes for their old scales; {len(new):,} have new scales"
     ]
-    found += [
-        f"{one['tensor']} moved by {one['relative_rms']:.3g} of its RMS, at most {one['max_abs_difference']:.3g}"
-        for one in new[:5]
-    ]
+    found += [_moved(one) for one in new[:5]]
     return [*found, f"{len(new) - 5:,} more are in --json"] if len(new) > 5 else found
+
+
+def _moved(record: Mapping[str, Any]) -> str:
+    """How far a tensor moved that got new scales."""
+    if record["relative_rms"] is None:
+        return f"{record['tensor']} has new scales; how far it moved, only the original's codes tell"
+    moved, most = record["relative_rms"], record["max_abs_difference"]
+    return f"{record['tensor']} moved by {moved:.3g} of its RMS, at most {most:.3g}"
 
 
 def _layout(side: dict[str, Any]) -> str:
@@ -190,7 +198,7 @@ def inspection(result: Inspection, console: Console) -> None:
     console.print(table(("Role", "Tensors", "Parameters", "Size"), rows))
     about = [
         ("parameters", f"{result.parameters:,} ({human_count(result.parameters)})"),
-        ("size", human_size(result.bytes)),
+        ("size", human_size(result.bytes) + (", as read" if result.quantised is not None else "")),
         ("dtypes", ", ".join(f"{name} {human_size(size)}" for name, size in result.dtypes.items())),
     ]
     if result.quantised is not None:
@@ -220,7 +228,8 @@ def delta(result: DeltaInspection, console: Console) -> None:
 def _quantised(quantised: Mapping[str, Any]) -> str:
     """What is quantised, how, and the size as numbers."""
     stored, read = human_size(quantised["bytes_stored"]), human_size(quantised["bytes_read"])
-    return f"{quantised['tensors']:,} tensors, {quantised['scheme']}: {stored}, {read} as {quantised['read_as']}"
+    sizes = f"{stored} stored, {read} read as {quantised['read_as']}"
+    return f"{quantised['tensors']:,} tensors, {quantised['scheme']}: {sizes}"
 
 
 def _counted(value: Any) -> str:

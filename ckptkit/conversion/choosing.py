@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL, notes_of_scales
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.checkpoints.sources import open_source
 from ckptkit.errors import UsageError
@@ -167,9 +168,11 @@ def _notes(path: str | Path, source: Checkpoint, described: bool, quantised: boo
         )
     if quantised:
         yield (
-            "its weights become bfloat16 on the way; afterwards `--to hf --quantise"
-            f" like:{shlex.quote(str(path))}` quantises as they were"
+            "its weights become bfloat16 on the way; Megatron's formats keep the scales beside them, and `--to hf"
+            f" --quantise {ORIGINAL}` gives the codes back; where these got lost, `--quantise"
+            f" like:{shlex.quote(str(path))}` does"
         )
+    yield from notes_of_scales(source.sidecar)
     if source.lora is not None:
         yield (
             "an adapter of a model: `--hf-reference BASE` names it where it is needed, and `ckptkit adapter merge BASE"

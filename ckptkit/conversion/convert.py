@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Unpack
 
 from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL
 from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import FULL, Options, dtype_called
+from ckptkit.conversion.original import of_original, with_scales_read
 from ckptkit.conversion.planning import make_plan
 from ckptkit.conversion.quantising import quantise_called
+from ckptkit.conversion.targets import format_called
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tables.hybrid_names import GPT
@@ -88,8 +91,9 @@ def convert(
         lossy: Whether the factors of an adapter may be rounded, where their scales differ by other ratios than powers
             of two.
         quantise: How a Hugging Face output is quantised: `fp8-block`, `fp8-block-ue8m0` (scales are powers of two),
-            `mxfp4`, `int4`, or `like:REFERENCE`, as a quantised directory is. There, a tensor that is still what the
-            reference holds keeps its codes and scales.
+            `mxfp4`, `int4`; `like:REFERENCE`, as a quantised directory is; or `original`, as the directory was from
+            which the sidecar keeps the scales. With these two, a tensor that is still what it was keeps its codes and
+            scales.
         how: How the plan is carried out (`dry_run`, `overwrite`, `resume`, `threads`, `hash`, `progress`): see
             `Execution`.
 
@@ -121,7 +125,6 @@ def convert(
         raise UsageError("--part adapter and --adapter exclude each other", hint="the source gives its model")
     with ExitStack() as stack:
         wanted = quantise_called(quantise, stack, headers_only=execution.dry_run)
-        options = replace(options, quantise=wanted)
         source = open_source(
             stack,
             src,
@@ -134,6 +137,9 @@ def convert(
             part=part if adapter is None else MODEL,
             dtype=options.dtype,
         )
+        if quantise == ORIGINAL or format_called(to).megatron:
+            source = with_scales_read(source, headers_only=execution.dry_run, threads=execution.threads)
+        options = replace(options, quantise=of_original(wanted, source))
         added = None
         if adapter is not None:
             added = open_source(

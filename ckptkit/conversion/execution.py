@@ -72,7 +72,8 @@ class ConversionResult:
     `seconds` is the time of the whole command; `seconds_fitting` is the part of it in which an adapter was fitted.
     With `--quantise like:REFERENCE`, `likeness` counts the tensors that are what the reference holds (`same`), and
     lists those that its scales still represent without loss (`old_scales`) and those with new scales (`new_scales`):
-    `tensor`, `max_abs_difference` from the reference's numbers, and `relative_rms`. A dry run has None.
+    `tensor`, `max_abs_difference` from the reference's numbers, and `relative_rms`. With `--quantise original` the last
+    two are None where the sidecar has no codes. A dry run has None in place of it all.
     """
 
     source: dict[str, Any]

@@ -7,6 +7,7 @@ from ckptkit.checkpoints.element_types import check_element_types
 from ckptkit.conversion.adapters import PEFT_FORMAT, make_adapter_plan
 from ckptkit.conversion.changes import changes
 from ckptkit.conversion.options import Options, check_options
+from ckptkit.conversion.original import notes_of_kept
 from ckptkit.conversion.target import Target, WritableFormat
 from ckptkit.conversion.targets import format_called
 from ckptkit.conversion.with_adapter import check_adapter_options, with_adapter
@@ -59,6 +60,7 @@ def make_plan(source: Checkpoint, to: str, options: Options, adapter: Checkpoint
         target, beside, lost = with_adapter(target, adapter)
         lossy += lost
     notes = [*target.source.notes, *(_megatron_notes(target) if format.megatron else ()), *format.notes(target)]
+    notes += notes_of_kept(target.source, megatron=format.megatron, wanted=options.quantise)
     if format.sharded and (problem := sharing_problem(source.config, target.grid)):
         notes.append(f"a runtime that keeps keys and values within a stage cannot run this: {problem}")
     files = [*format.lay_out(target), *beside]

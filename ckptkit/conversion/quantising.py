@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL
 from ckptkit.dtypes import DTYPES, TORCH_DTYPE_NAMES
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.formats.hf import INDEX, lay_out_like, lay_out_shards, open_hf
@@ -42,7 +43,7 @@ class Quantise:
 
     Attributes:
         text: As it was given.
-        like: The reference, or None for a scheme.
+        like: The reference, which may be what a sidecar keeps of it; None for a scheme.
     """
 
     text: str
@@ -65,10 +66,10 @@ def quantise_called(text: str | None, stack: ExitStack, *, headers_only: bool) -
         InputError: The reference is damaged, or not quantised.
         UnsupportedError: The reference is quantised in another way than is read here.
     """
-    if text is None or text in SCHEMES:
+    if text is None or text in (*SCHEMES, ORIGINAL):
         return None if text is None else Quantise(text)
     if not text.startswith(LIKE) or text == LIKE:
-        raise UsageError(f"--quantise {text}", hint=f"one of {', '.join(SCHEMES)}, or {LIKE}REFERENCE")
+        raise UsageError(f"--quantise {text}", hint=f"one of {', '.join(SCHEMES)}, {ORIGINAL}, or {LIKE}REFERENCE")
     place = stack.enter_context(locate(text.removeprefix(LIKE), headers_only=headers_only)).path
     found = dequantised(open_hf(place)).quantised
     if found is None or not found.stored:
@@ -170,7 +171,7 @@ def _like(source: Checkpoint, tensors: Mapping[str, Tensor], like: Quantised) ->
     same = source.sidecar.config in (read, without_scheme(like.config))
     config = like.config if same else {**source.sidecar.config, KEY: stated(like.config)}
     notes = () if same else ("config.json is not that of the reference but for the quantised weights",)
-    lossy = (f"of {count:,} tensors, those that are no longer what the reference holds are rounded ({like.scheme})",)
+    lossy = (f"of {count:,} quantised tensors, those that were changed are rounded anew ({like.scheme})",)
     return QuantisedOutput(found, config, str(like.scheme), count, like, tuple(likenesses), notes, lossy)
 
 
@@ -182,6 +183,7 @@ def _as_stored(
         what = f"{item.name} is {tensor.out_dtype}{list(tensor.shape)}, and in the reference {list(item.shape)}"
         raise InputError(what, where=like.path, hint="name the quantised archive of this model")
     codes, scales = item.parts[item.codes], item.parts[item.scales]
+    held = item.codes not in like.absent
     powers = isinstance(about := stated(like.config), dict) and about.get("scale_fmt") == "ue8m0"
     coding = Coding(item.kind, item.block, scales.dtype, powers)
     parts: list[tuple[str, Tensor, Tensor, Tensor]] = []
@@ -198,7 +200,7 @@ def _as_stored(
         parts = [(item.name, as_matrix(numbers), wide, as_matrix(scales))]
     made: list[tuple[Tensor, Tensor]] = []
     for name, numbers, old_codes, old_scales in parts:
-        likeness = Likeness(name, numbers, coding, old_codes, old_scales)
+        likeness = Likeness(name, numbers, coding, old_codes if held else None, old_scales)
         compared(likeness)
         made.append(quantised(name, numbers, coding, likeness))
     new = {item.codes: vstack([pair[0] for pair in made]).reshape(codes.shape)}
@@ -241,7 +243,8 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
     about = _DESCRIPTIONS[scheme](left)
     config = {**without_scheme(source.sidecar.config), KEY: about}
     lossy = (f"{count:,} tensors are rounded ({scheme})",)
-    notes = (f"{passed_over:,} matrices stay as they are: {scheme} has no groups for their shapes",) * bool(passed_over)
+    why = f"takes rows of whole groups of {_GROUP}" if scheme == INT4 else "has no form for experts that are transposed"
+    notes = (f"{passed_over:,} matrices stay as they are: {scheme} {why}",) * bool(passed_over)
     return QuantisedOutput(found, config, scheme, count, notes=notes, lossy=lossy)
 
 

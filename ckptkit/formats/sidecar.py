@@ -6,6 +6,7 @@
   `SHARD.header`: they hold no tensors, so `**/*.safetensors` must not find them.
 - `extras.safetensors` holds the tensors that have no place in Megatron.
 - `originals.safetensors` holds the tensors that Megatron has with other numbers, from which these were made.
+- `quantised/` keeps the scales of a quantised source (`formats/quantised/kept.py`).
 - `adapter/` is the sidecar of an adapter beside the weights of its model.
 
 Its bytes do not depend on time, paths or the number of threads.
@@ -13,23 +14,22 @@ Its bytes do not depend on time, paths or the number of threads.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats import safetensors
+from ckptkit.formats.header_copies import INSTEAD, describes, fingerprint, lay_out_headers, read_headers
 from ckptkit.formats.hf import BIN_INDEX, INDEX, HfFiles, small_files
 from ckptkit.formats.json_files import read_json
 from ckptkit.formats.links import is_linked_folder
+from ckptkit.formats.quantised.kept import CODES, KEPT, SCALES, can_be_kept, lay_out_kept, read_kept
 from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
-from ckptkit.io.regular import read_bounded
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ SCHEMA = 2
 
 MANIFEST, SMALL, HEADERS, EXTRAS = "manifest.json", "hf", "headers", "extras.safetensors"
 ORIGINALS = "originals.safetensors"
-
-_HEADER = ".header"
-_INSTEAD = "pass --hf-reference instead"
+TENSORS = (EXTRAS, ORIGINALS, f"{KEPT}/{SCALES}", f"{KEPT}/{CODES}")
+"""Its files of tensors."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,13 @@ class Sidecar:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the source's tensor names, types, shapes and places, in hexadecimal."""
-        return _fingerprint(self.headers)
+        return fingerprint(self.headers)
+
+    @property
+    def kept(self) -> Quantised | None:
+        """The quantised archive whose scales it keeps, or None: there is none, or the model is another one by now."""
+        archive = self.quantised
+        return archive if archive is not None and can_be_kept(archive, self.headers) else None
 
     def small_outputs(self, further: Mapping[str, Path] = MappingProxyType({})) -> list[OutputFile]:
         """Its small files, without config.json, sorted by name.
@@ -113,20 +118,14 @@ class Sidecar:
             config = OutputFile.copy("config.json", str(path := self.small["config.json"]), path.stat().st_size)
         for file in (*self.small_outputs(), config):
             files.append(replace(file, path=f"{folder}/{SMALL}/{file.path}"))
-        for name, header in sorted(self.headers.items()):
-            files.append(OutputFile.small(f"{folder}/{HEADERS}/{name}{_HEADER}", header.raw))
+        files += lay_out_headers(f"{folder}/{HEADERS}", self.headers)
         if self.extras:
             files.append(safetensors.lay_out(f"{folder}/{EXTRAS}", self.extras))
+        if (kept := self.kept) is not None:
+            files += lay_out_kept(f"{folder}/{KEPT}", kept)
         if self.originals:
             files.append(safetensors.lay_out(f"{folder}/{ORIGINALS}", self.originals))
         return files
-
-
-def _fingerprint(headers: Mapping[str, Header]) -> str:
-    digest = hashlib.sha256()
-    for name, header in sorted(headers.items()):
-        digest.update(name.encode() + b"\0" + header.raw)
-    return digest.hexdigest()
 
 
 def read_sidecar(path: Path, name: str = FOLDER) -> Sidecar | None:
@@ -147,12 +146,14 @@ def read_sidecar(path: Path, name: str = FOLDER) -> Sidecar | None:
         return None
     manifest = read_json(folder / MANIFEST)
     _check_schema(manifest, folder)
-    origin, headers = _read_origin(manifest, folder), _read_headers(folder / HEADERS, manifest)
-    if _fingerprint(headers) != manifest.get("source_fingerprint"):
-        raise InputError(f"{HEADERS}/ is not what {MANIFEST} was written with", where=folder, hint=_INSTEAD)
+    origin = _read_origin(manifest, folder)
+    headers = read_headers(folder / HEADERS, named_as_shards=manifest["schema"] == 1)
+    if fingerprint(headers) != manifest.get("source_fingerprint"):
+        raise InputError(f"{HEADERS}/ is not what {MANIFEST} was written with", where=folder, hint=INSTEAD)
     small, config = _read_small(folder / SMALL, headers, manifest), read_json(folder / SMALL / "config.json")
     extras, originals = (_read_tensors(folder / file) for file in (EXTRAS, ORIGINALS))
-    return Sidecar(config, small, headers, extras, origin, originals=originals)
+    quantised = read_kept(folder / KEPT, headers) if (folder / KEPT).exists() else None
+    return Sidecar(config, small, headers, extras, origin, quantised=quantised, originals=originals)
 
 
 def read_extras(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -173,7 +174,7 @@ def read_extras(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _is_sidecar(folder: Path) -> bool:
     """Whether a folder is a sidecar, whole or not: one that lost its manifest must not pass for none."""
-    return any((folder / name).exists() for name in (MANIFEST, SMALL, HEADERS, EXTRAS, ORIGINALS))
+    return any((folder / name).exists() for name in (MANIFEST, SMALL, HEADERS, EXTRAS, ORIGINALS, KEPT))
 
 
 def _check_schema(manifest: Mapping[str, Any], folder: Path) -> None:
@@ -183,24 +184,6 @@ def _check_schema(manifest: Mapping[str, Any], folder: Path) -> None:
             where=folder / MANIFEST,
             hint="update ckptkit, or pass --hf-reference",
         )
-
-
-def _read_headers(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Header]:
-    headers: dict[str, Header] = {}
-    known: set[str] = set()
-    older = manifest["schema"] == 1
-    for file in _files(folder):
-        raw = read_bounded(file, safetensors.MAX_HEADER + 8)
-        if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
-            raise InputError("damaged header copy", where=file, hint=_INSTEAD)
-        name = file.relative_to(folder).as_posix()
-        if not older and not name.endswith(_HEADER):
-            raise InputError(f"a header copy whose name does not end in {_HEADER}", where=file, hint="remove it")
-        header = headers[name if older else name.removesuffix(_HEADER)] = safetensors.parse_header(raw, file)
-        if twice := sorted(header.entries.keys() & known):
-            raise InputError(f"another header copy describes {twice[0]}, too", where=file, hint=_INSTEAD)
-        known |= header.entries.keys()
-    return headers
 
 
 def _read_small(folder: Path, headers: Mapping[str, Header], manifest: Mapping[str, Any]) -> dict[str, Path]:
@@ -213,7 +196,7 @@ def _read_small(folder: Path, headers: Mapping[str, Header], manifest: Mapping[s
     for name in (INDEX, BIN_INDEX):
         if name not in small:
             continue
-        if name == INDEX and headers and _describes(read_json(small[name]), headers):
+        if name == INDEX and headers and describes(read_json(small[name]), headers):
             continue
         # Until schema 2, the index of weights in another format came along.
         if manifest["schema"] == 1 and (name == BIN_INDEX or not headers):
@@ -223,15 +206,6 @@ def _read_small(folder: Path, headers: Mapping[str, Header], manifest: Mapping[s
     return small
 
 
-def _describes(index: Mapping[str, Any], headers: Mapping[str, Header]) -> bool:
-    """Whether an index is that of the files with these headers."""
-    listed = index.get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        return False
-    files = {key: PurePosixPath(name).as_posix() for key, name in listed.items()}
-    return files == {key: name for name, header in headers.items() for key in header.entries}
-
-
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     return safetensors.tensors_of(file, safetensors.read_header(file)) if file.is_file() else {}
 
@@ -239,10 +213,5 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _read_origin(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
     origin = manifest.get("origin") or {}
     if not isinstance(origin, dict) or not all(isinstance(value, str) for value in origin.values()):
-        raise InputError("its origin is no repository and revision", where=folder / MANIFEST, hint=_INSTEAD)
+        raise InputError("its origin is no repository and revision", where=folder / MANIFEST, hint=INSTEAD)
     return dict(origin)
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files below a folder; links to folders are not followed."""
-    return sorted(Path(here, name) for here, _, names in os.walk(folder) for name in names)

@@ -24,11 +24,12 @@ from ckptkit.formats.hf import BIN_INDEX, HF, INDEX, is_weights, read_shard, wei
 from ckptkit.formats.hub import locate
 from ckptkit.formats.json_files import LARGEST, JsonError, decode
 from ckptkit.formats.registry import format_of
-from ckptkit.formats.sidecar import FOLDER
+from ckptkit.formats.sidecar import FOLDER, TENSORS
 from ckptkit.formats.torch_file.zipfiles import Member, open_archive
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
-from ckptkit.io.reading import compare
+from ckptkit.io.plan import Comparison
+from ckptkit.io.reading import compare, difference
 from ckptkit.io.regular import open_regular, read_bounded
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
@@ -138,7 +139,7 @@ def validate(
         checkpoint: Checkpoint | None = None
         if checks[0].passed:
             opening = partial(open_checkpoint, folder, hf_reference=hf_reference, iteration=iteration, **source)
-            checkpoint, answer = _tensors(opening)
+            checkpoint, answer = _tensors(opening, reads)
             checks.append(answer)
         if checksums and checks[0].passed:
             checks.append(_checksums(place.folder, format, reads))
@@ -165,7 +166,7 @@ def _files(place: Place, format: Format | None) -> SoundnessCheck:
     errors = [error for check in _weight_checks(place, format) if (error := _caught(check))]
     warnings = _total_size(place.folder) if format is HF and not errors else []
     files = files_in(place)
-    headers = f"{FOLDER}/headers/"  # copies of the headers alone
+    headers = (f"{FOLDER}/headers/", f"{FOLDER}/quantised/headers/")  # copies of the headers alone
     small = {name: file for name, file in files.items() if not is_weights(name) or name.startswith(headers)}
     errors += [error for name, file in small.items() if (error := _caught(partial(_check_small, name, file)))]
     summary = f"{len(files) - len(small):,} files with weights, {len(small):,} others"
@@ -192,9 +193,9 @@ def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[],
     """A check for each part that holds weights, those in the sidecar included."""
     if format is not None:
         yield from format.checks(place.folder)
-    extras = place.root / FOLDER / "extras.safetensors"
-    if extras.is_file():
-        yield partial(read_shard, extras)
+    for name in TENSORS:
+        if (file := place.root / FOLDER / name).is_file():
+            yield partial(read_shard, file)
 
 
 def _check_small(name: str, file: Path) -> None:
@@ -221,8 +222,8 @@ def _total_size(folder: Path) -> list[str]:
     return [] if stated == found else [f"{name} says total_size {stated:,}, the tensors have {found:,} bytes"]
 
 
-def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, SoundnessCheck]:
-    """Index against shards, config and args against tensors, through the family's table."""
+def _tensors(opening: Callable[[], Checkpoint], reads: Reads) -> tuple[Checkpoint | None, SoundnessCheck]:
+    """Index against shards, config and args against tensors, through the family's table; stated shapes of codes."""
     try:
         checkpoint = opening()
         check_element_types(checkpoint)
@@ -230,7 +231,21 @@ def _tensors(opening: Callable[[], Checkpoint]) -> tuple[Checkpoint | None, Soun
         return None, SoundnessCheck("tensors", "they do not make up the model", [str(error)])
     covered = ", ".join(f"{count:,} {what}" for what, count in checkpoint.coverage.items())
     summary = f"{len(checkpoint.tensors):,} tensors of {checkpoint.config.architecture} ({covered})"
-    return checkpoint, SoundnessCheck("tensors", summary, list(checkpoint.disagreements))
+    return checkpoint, SoundnessCheck(
+        "tensors", summary, [*checkpoint.disagreements, *_stated_shapes(checkpoint, reads)]
+    )
+
+
+def _stated_shapes(checkpoint: Checkpoint, reads: Reads) -> list[str]:
+    """What is wrong with the shapes that a quantised archive states beside its codes, each of two numbers."""
+    quantised = checkpoint.sidecar.quantised
+    stated = [] if quantised is None else list(quantised.comparisons())
+
+    def look(readers: Readers, one: Comparison) -> list[str]:
+        same = difference(one.left, one.right, readers=(readers.first, readers.second)) is None
+        return [] if same else [f"{checkpoint.path}: {one.what}"]
+
+    return [problem for found in reads(stated, look, lambda one: one.left.nbytes) for problem in found]
 
 
 def _checksums(folder: Path, format: Format | None, reads: Reads) -> SoundnessCheck:

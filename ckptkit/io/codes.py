@@ -2,7 +2,7 @@
 
 Formulas, with every product in float32 and one rounding to the wanted type:
 
-- FP8: number = E4M3(code) * scale of its block. E4M3 has no infinities; codes 0x7F and 0xFF are NaN.
+- FP8: number = E4M3(code) * scale of its block. E4M3 has no infinities; codes 0x7F and 0xFF are NaN, of either sign.
 - MXFP4: number = E2M1(code) * 2^(byte - 127) for 32 numbers in a row; the low four bits of a byte come first. A byte of
   255 is NaN (Open Compute Project, Microscaling Formats 1.0).
 - INT4: number = (code - 8) * scale of its group; eight codes in an int32, the lowest four bits first
@@ -93,7 +93,10 @@ def from_fp8(codes: Bytes, scales: Floats, block: tuple[int, int], dtype: DType,
     # A block has few different numbers: each is rounded once, and the elements are looked up.
     with np.errstate(all="ignore"):
         products = scales[..., None] * e4m3()
-    table = encode(products, dtype).view(_unsigned(dtype)).reshape(len(scales), -1)
+    table = encode(products, dtype).view(_unsigned(dtype)).reshape(products.shape)
+    table[..., 255] |= _sign(dtype)  # so that numbers tell the two codes of NaN apart
+    table[..., 127] &= ~_sign(dtype)
+    table = table.reshape(len(scales), -1)
     out = np.empty((rows, columns), table.dtype)
     narrow = np.uint16 if table.shape[1] <= 1 << 16 else np.uint32  # sums in `intp` take twice as long
     across = (np.arange(columns) // width * 256).astype(narrow)
@@ -119,7 +122,10 @@ def _each_product(codes: Bytes, scales: Floats, block: tuple[int, int], dtype: D
     for top in range(0, rows, height):
         with np.errstate(all="ignore"):
             numbers = e4m3()[codes[top : top + height]] * scales[down[top : top + height]][:, across]
-        made.append(encode(numbers, dtype))
+        found = encode(numbers, dtype).view(_unsigned(dtype)).reshape(numbers.shape)
+        found[codes[top : top + height] == 255] |= _sign(dtype)
+        found[codes[top : top + height] == 127] &= ~_sign(dtype)
+        made.append(found.reshape(-1).view(np.uint8))
     return np.concatenate(made) if made else np.empty(0, np.uint8)
 
 
@@ -188,6 +194,11 @@ def _unsigned(dtype: DType) -> type[Any]:
     return {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
 
 
+def _sign(dtype: DType) -> Any:
+    """The bit of the sign in a floating-point type."""
+    return _unsigned(dtype)(1 << 8 * dtype.itemsize - 1)
+
+
 def largest_of_blocks(values: Floats, block: tuple[int, int]) -> Floats:
     """The largest magnitude of each block, [ceil(rows / block height), ceil(columns / block width)].
 
@@ -227,6 +238,8 @@ def fp8_scales(largest: Floats, *, powers: bool = False) -> Floats:
 
 def to_fp8(values: Floats, scales: Floats, block: tuple[int, int], above: int = 0) -> Bytes:
     """FP8 codes for numbers in blocks with known scales, rounded to nearest even; what is too large becomes 448.
+
+    NaN stays NaN, with its sign.
 
     Args:
         values: [rows, columns].
@@ -319,7 +332,9 @@ def _packed(values: Floats, scales: Floats, group: int, encoder: _Encoder | _Rou
 
 @lru_cache(maxsize=1)
 def _codes_of_e4m3() -> Bytes:
-    return _nearest(e4m3()[:127], 7)
+    found = _nearest(e4m3()[:127], 7)
+    found[np.isnan(_upper_halves())] |= np.uint8(127)
+    return found
 
 
 @lru_cache(maxsize=1)

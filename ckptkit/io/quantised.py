@@ -143,17 +143,19 @@ class Verdict(IntEnum):
 
 
 class Likeness:
-    """A matrix of numbers beside the codes and scales of a reference.
+    """A matrix of numbers beside the codes and scales of a reference, or beside its scales alone.
+
+    Without codes it is the same if requantising it with the scales and dequantising gives its bits back.
 
     Args:
         name: Its name, for messages.
         numbers: The numbers.
         coding: How the reference is quantised.
-        codes: The codes of the reference, as many rows of bytes as `numbers` has rows.
+        codes: The codes of the reference, as many rows of bytes as `numbers` has rows; None if only scales are known.
         scales: Its scales, as rows for rows of blocks.
     """
 
-    def __init__(self, name: str, numbers: Tensor, coding: Coding, codes: Tensor, scales: Tensor) -> None:
+    def __init__(self, name: str, numbers: Tensor, coding: Coding, codes: Tensor | None, scales: Tensor) -> None:
         self.name, self.numbers, self.coding, self.codes, self.scales = name, numbers, coding, codes, scales
         height = coding.block[0]
         self._tiles = iter(_tiles(numbers.shape, height if height * numbers.shape[1] <= LARGEST else 1))
@@ -195,14 +197,24 @@ class Likeness:
         from ckptkit.io.reading import read_tensor
 
         coding, dtype, above = self.coding, self.numbers.out_dtype, start % self.coding.block[0]
-        found = read_tensor(self.numbers.rows(start, stop))
-        codes, scales = read_tensor(self.codes.rows(start, stop)), self.scales_of(start, stop)
-        if np.array_equal(found, coding.numbers(codes, scales, stop - start, dtype, above)):
-            return Verdict.SAME, codes
+        found, scales = read_tensor(self.numbers.rows(start, stop)), self.scales_of(start, stop)
+        if self.codes is not None:
+            codes = read_tensor(self.codes.rows(start, stop))
+            if np.array_equal(found, coding.numbers(codes, scales, stop - start, dtype, above)):
+                return Verdict.SAME, codes
         values = decode(found, dtype).astype(np.float32).reshape(stop - start, -1)
         codes = coding.codes(values, scales, above)
         fits = np.array_equal(found, coding.numbers(codes, scales, stop - start, dtype, above))
-        return Verdict.FITS if fits else Verdict.NEW, codes
+        return (Verdict.FITS if self.codes is not None else Verdict.SAME) if fits else Verdict.NEW, codes
+
+    def old_codes(self, verdict: Verdict, start: int, stop: int) -> Bytes:
+        """The codes of rows for the scales of the reference, after a verdict that these serve."""
+        from ckptkit.io.reading import read_tensor
+
+        if verdict == Verdict.SAME and self.codes is not None:
+            return read_tensor(self.codes.rows(start, stop))
+        above = start % self.coding.block[0]
+        return self.coding.codes(_values(self.numbers, start, stop), self.scales_of(start, stop), above)
 
     def scales_of(self, start: int, stop: int) -> Bytes:
         """The bytes of the reference's scales for rows."""
@@ -211,16 +223,19 @@ class Likeness:
         height = self.coding.block[0]
         return read_tensor(self.scales.rows(start // height, -(-stop // height)))
 
-    def moved(self) -> tuple[float, float]:
+    def moved(self) -> tuple[float, float] | tuple[None, None]:
         """How far the numbers moved from those of the reference: (largest difference, RMS of it / RMS of these).
 
-        Elements for which the reference has no finite number are left out: its scale may be none.
+        None where the codes of the reference are not known. Elements for which it has no finite number are left out:
+        its scale may be none.
         """
         import numpy as np
 
         from ckptkit.io.casts import decode
         from ckptkit.io.reading import read_tensor
 
+        if self.codes is None:
+            return None, None
         most, squares, size, dtype = 0.0, 0.0, 0.0, self.numbers.out_dtype
         height = self.coding.block[0]
         for start, stop in _tiles(self.numbers.shape, height if height * self.numbers.shape[1] <= LARGEST else 1):
@@ -257,7 +272,7 @@ def compared_with_reference(likenesses: Sequence[Likeness], threads: int | None 
     """
     from ckptkit.io.threads import read_all
 
-    def judge(_: object, likeness: Likeness) -> tuple[Verdict, tuple[float, float]]:
+    def judge(_: object, likeness: Likeness) -> tuple[Verdict, tuple[float, float] | tuple[None, None]]:
         verdict = likeness()
         return verdict, likeness.moved() if verdict == Verdict.NEW else (0.0, 0.0)
 
@@ -290,8 +305,9 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
     rows, columns = numbers.shape
     height, width = coding.block
     grid = (-(-rows // height), -(-columns // width))
-    inputs = [numbers] if likeness is None else [numbers, likeness.codes, likeness.scales]
-    what = ("quantised", coding, likeness is not None)
+    inputs = [numbers] if likeness is None else [numbers, likeness.scales]
+    inputs += [] if likeness is None or likeness.codes is None else [likeness.codes]
+    what = ("quantised", coding, likeness is not None, len(inputs))
 
     tall = height * columns > LARGEST
 
@@ -310,10 +326,7 @@ def quantised(name: str, numbers: Tensor, coding: Coding, likeness: Likeness | N
 
     def make_codes(start: int, stop: int) -> Bytes:
         if likeness is not None and (verdict := likeness()) != Verdict.NEW:
-            from ckptkit.io.reading import read_tensor
-
-            same = verdict == Verdict.SAME
-            return read_tensor(likeness.codes.rows(start, stop)) if same else likeness.of_rows(start, stop)[1]
+            return likeness.old_codes(verdict, start, stop)
         values = _values(numbers, start, stop)
         first, last = start // height, -(-stop // height)
         scales = new_scales(first, last) if tall else scales_of_tile(first, last, values)

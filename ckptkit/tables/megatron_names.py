@@ -7,7 +7,8 @@ Transformer Engine in every spec, wherever that is installed (but for one way of
 local spec, where the key is one too many). Attention has one in a distributed checkpoint only with a learnable softmax,
 and there only Transformer Engine's.
 
-Source: `get_extra_state` of Transformer Engine's modules, and `sharded_state_dict` of Megatron-Core's
+Source: `get_extra_state` of Transformer Engine's modules, `DotProductAttention` of it (`softmax_offset` is a parameter
+of [heads / tensor parallel size] beside that state), and `sharded_state_dict` of Megatron-Core's
 `ColumnParallelLinear`, `RowParallelLinear`, `TEDotProductAttention` and `TransformerLayer`, 0.16.1 and 0.19.2.
 """
 

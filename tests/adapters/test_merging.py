@@ -122,9 +122,34 @@ def test_square_experts_with_columns_for_outputs(tmp_path: Path) -> None:
         assert relative_error(tensor, expected[name]) < 1e-6, name
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_square_experts_beside_others_that_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """Of releases of transformers that tell PEFT which axis is which, and of those that do not."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    base, both = save_model(tmp_path / "base", "gpt_oss"), ["experts.gate_up_proj", "experts.down_proj"]
+    if not told:
+        silent = property(lambda self: False, lambda self, value: None)
+        monkeypatch.setattr(GptOssExperts, "is_transposed", silent, raising=False)
+    adapter = save_adapter(tmp_path / "adapter", base, target_parameters=both)
+    expected = merged_by_peft(base, adapter, tmp_path / "peft")
+    merge_adapters(base, [(adapter, 1.0)], tmp_path / "merged", to="hf")
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        assert relative_error(tensor, expected[name]) < 1e-6, name
+    factors = tensors_of(adapter)
+    shapes = {tuple(tensor.shape) for name, tensor in factors.items() if "base_layer.lora_B" in name}
+    assert shapes == {(192 if told else 96, 16)}, shapes
+    convert(adapter, tmp_path / "meg", to="torch_dist", grid=Parallelism(2, 1, ep=2), hf_reference=base)
+    convert(tmp_path / "meg", tmp_path / "back", to="peft")
+    assert files_of(tmp_path / "back") == files_of(adapter)
+
+
 def test_square_experts_need_the_version_of_peft(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "qwen3_moe", moe_intermediate_size=48)
     unknown = save_old_adapter(tmp_path / "unknown", base, 48, None)
+    merge_adapters(base, [(unknown, 1.0)], tmp_path / "by-unknown", to="hf")  # down_proj tells
+    tensors = {key: value for key, value in tensors_of(unknown).items() if "base_layer" in key}
+    save_file(tensors, unknown / "adapter_model.safetensors")
     with pytest.raises(UnsupportedError, match=r"gate_up_proj is square.*peft_version"):
         merge_adapters(base, [(unknown, 1.0)], tmp_path / "out", to="hf")
     old = save_old_adapter(tmp_path / "old", base, 48, "0.18.1")
@@ -134,7 +159,8 @@ def test_square_experts_need_the_version_of_peft(tmp_path: Path) -> None:
             tensors = {key: value for key, value in tensors_of(adapter).items() if "base_layer" in key}
             save_file(tensors, adapter / "adapter_model.safetensors")
         merge_adapters(base, [(adapter, 1.0)], tmp_path / f"by-{name}", to="hf")
-    one, other = (tensors_of(tmp_path / f"by-{name}") for name in ("old", "new"))
+    one, other, third = (tensors_of(tmp_path / f"by-{name}") for name in ("old", "new", "unknown"))
+    assert all(torch.equal(one[name], third[name]) for name in one)
     gate = "model.layers.0.mlp.experts.0.gate_proj.weight"
     assert relative_error(one[gate], other[gate]) > 0.01
 

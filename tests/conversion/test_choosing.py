@@ -79,7 +79,7 @@ def test_adapters_and_quantised_models(tmp_path: Path, monkeypatch: pytest.Monke
     assert run(*shlex.split(found.choices[0].command)[1:]).exit_code == 0
     assert any("ckptkit adapter merge BASE adapter" in note for note in found.notes)
     assert run("convert", "model", "fp8", "--to", "hf", "--quantise", "fp8-block").exit_code == 0
-    assert any("--quantise like:fp8" in note for note in choices_of("fp8").notes)
+    assert any("--quantise original" in note and "`--quantise like:fp8`" in note for note in choices_of("fp8").notes)
 
 
 def test_text_and_exit_codes(tmp_path: Path) -> None:

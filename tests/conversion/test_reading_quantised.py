@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError
 from ckptkit.inspection.summary import inspect
+from ckptkit.inspection.validation import validate
 from ckptkit.sharding.grid import Parallelism
+from ckptkit.sizes import human_size
 from tests.models import files_of, save_model
 from tests.quantised import FP8_PLAIN, Array, quantise_fp8, quantise_int4, rounded
 
@@ -88,7 +90,8 @@ def test_what_is_said(plain: Path, tmp_path: Path) -> None:
     result = convert(tmp_path / "quantised", tmp_path / "out", to="hf", dry_run=True)
     assert result.source["quantised"] == facts
     assert any(
-        "FP8, blocks of 32 x 32" in note and f"{facts['bytes_added']:,} bytes more" in note for note in result.notes
+        "FP8, blocks of 32 x 32" in note and f"takes {human_size(facts['bytes_added'])} more" in note
+        for note in result.notes
     )
     written = sum(file["bytes"] for file in result.files if file["path"].endswith(".safetensors"))
     assert abs(written - stored - facts["bytes_added"]) < 40_000  # headers
@@ -134,7 +137,11 @@ def test_scales_that_are_dropped_or_transposed(
 
 def test_a_shape_that_is_not_that_of_the_codes(plain: Path, tmp_path: Path) -> None:
     quantise_int4(plain, tmp_path / "quantised")
+    assert validate(tmp_path / "quantised").passed
     damage(tmp_path / "quantised", lambda tensors: tensors["model.layers.0.mlp.gate_proj.weight_shape"].add_(8))
+    tensors = next(check for check in validate(tmp_path / "quantised").checks if check.name == "tensors")
+    (problem,) = tensors.problems
+    assert problem.endswith("model.layers.0.mlp.gate_proj.weight_shape is not [144, 96], the shape of the codes")
     with pytest.raises(InputError, match=r"gate_proj.weight_shape is not \[144, 96\]"):
         convert(tmp_path / "quantised", tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ class Job:
             `megatron_lm` (see the module of that name).
         folder: The checkpoint, without the tracker file (but with it for `megatron_lm`).
         model: `dense`, `tied` or `moe`; `mixed` is a `moe` whose first layer is dense. `qwen3`, `qwen3_tied` and
-            `qwen3_moe` are models that exist at Hugging Face, too (see `golden_hf`).
+            `qwen3_moe` are models that exist at Hugging Face, too, and so is `gpt_oss` (see `golden_hf`).
         schema: `gpt`, or `hybrid` for the real HybridModel.
         strict: What `dist_checkpointing.load` gets. By default it returns every difference of keys, and a job that
             loads allows none but `LAST_NORMS`.
@@ -108,6 +108,9 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
         sizes["output_layer.weight"] = (VOCAB, HIDDEN)
     rows = (HEADS + 2 * GROUPS) * WIDTH
     for layer in range(LAYERS):
+        if is_gpt_oss(model):
+            sizes.update({f"decoder.layers.{layer}.{name}": shape for name, shape in _gpt_oss(rows).items()})
+            continue
         block = {
             "self_attention.linear_qkv.layer_norm_weight": (HIDDEN,),
             "self_attention.linear_qkv.weight": (rows, HIDDEN),
@@ -131,8 +134,13 @@ That norm is Transformer Engine's where it is installed, in the local spec, too;
 """
 
 
+def is_gpt_oss(model: str) -> bool:
+    """Whether heads have sinks, every linear layer has a bias, and tensor parallel ranks share no expert."""
+    return model == "gpt_oss"
+
+
 def is_moe(model: str, layer: int) -> bool:
-    return model in ("moe", "qwen3_moe") or (model == "mixed" and layer > 0)
+    return model in ("moe", "qwen3_moe", "gpt_oss") or (model == "mixed" and layer > 0)
 
 
 def is_tied(model: str) -> bool:
@@ -141,7 +149,7 @@ def is_tied(model: str) -> bool:
 
 def has_extras(model: str) -> bool:
     """Whether a model has what Qwen3 has not: biases of q, k and v, and shared experts beside the others."""
-    return not model.startswith("qwen3")
+    return not model.startswith(("qwen3", "gpt_oss"))
 
 
 def _mlp(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
@@ -161,6 +169,22 @@ def _moe(shared: bool) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _gpt_oss(rows: int) -> dict[str, tuple[int, ...]]:
+    experts = _moe(shared=False)
+    biases = {name.replace("weight", "bias"): shape[:1] for name, shape in experts.items() if "linear_fc" in name}
+    return {
+        "self_attention.linear_qkv.layer_norm_weight": (HIDDEN,),
+        "self_attention.linear_qkv.weight": (rows, HIDDEN),
+        "self_attention.linear_qkv.bias": (rows,),
+        "self_attention.linear_proj.weight": (HIDDEN, HEADS * WIDTH),
+        "self_attention.linear_proj.bias": (HIDDEN,),
+        "self_attention.core_attention.softmax_offset": (HEADS,),
+        "mlp.router.bias": (EXPERTS,),
+        **experts,
+        **biases,
+    }
+
+
 def weights(model: str, dtype: str = "float32") -> dict[str, Any]:
     """Canonical name -> values of every tensor of a model."""
     return {name: golden(name, shape, dtype) for name, shape in shapes(model).items()}
@@ -170,9 +194,11 @@ def shard(name: str, tensor: Any, rank: int, size: int) -> Any:
     """What tensor parallel rank `rank` holds of a tensor, by Megatron's partition rules."""
     import torch
 
+    if re.search(r"\.bias\d+$", name):
+        return tensor
     if re.search(r"linear_fc1\.weight\d*$", name):
         return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
-    if re.search(r"(linear_qkv\.(weight|bias)|word_embeddings\.weight|output_layer\.weight)$", name):
+    if re.search(r"(linear_qkv\.(weight|bias)|softmax_offset|word_embeddings\.weight|output_layer\.weight)$", name):
         return tensor.chunk(size)[rank]
     if re.search(r"(linear_proj\.weight|linear_fc2\.weight\d*)$", name):
         return tensor.chunk(size, dim=-1)[rank]
@@ -214,7 +240,7 @@ def cuda_is_cpu(replace: Callable[[Any, str, Any], object]) -> None:
 
 def is_replicated(name: str) -> bool:
     """Whether tensor parallel ranks hold a tensor of Hugging Face alike."""
-    return "norm" in name or name.endswith("mlp.gate.weight")
+    return "norm" in name or name.endswith(("mlp.gate.weight", "o_proj.bias")) or ".router." in name
 
 
 class Ranks:
@@ -243,7 +269,11 @@ class Ranks:
             return
         torch.distributed.init_process_group("gloo", store=store, rank=self.rank, world_size=job.world_size)
         parallel_state.initialize_model_parallel(
-            job.tp, job.pp, job.vpp if job.vpp > 1 else None, expert_model_parallel_size=job.ep
+            job.tp,
+            job.pp,
+            job.vpp if job.vpp > 1 else None,
+            expert_model_parallel_size=job.ep,
+            expert_tensor_parallel_size=1 if is_gpt_oss(job.model) else None,
         )
         tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
         try:
@@ -266,7 +296,13 @@ class Ranks:
             "moe_token_dispatcher_type": "allgather",
             "moe_layer_freq": [0, *[1] * (LAYERS - 1)] if job.model == "mixed" else 1,
         }
-        config = TransformerConfig(
+        gpt_oss = {
+            "add_bias_linear": True,
+            "qk_layernorm": False,
+            "softmax_type": "learnable",
+            "expert_tensor_parallel_size": 1,
+        }
+        options: dict[str, Any] = dict(
             num_layers=2 * LAYERS if job.schema == "hybrid" else LAYERS,
             hidden_size=HIDDEN,
             num_attention_heads=HEADS,
@@ -293,8 +329,9 @@ class Ranks:
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            **(moe if is_moe(job.model, LAYERS - 1) else {}),
         )
+        options |= moe if is_moe(job.model, LAYERS - 1) else {}
+        config = TransformerConfig(**options | (gpt_oss if is_gpt_oss(job.model) else {}))
         return self.hybrid_chunks(job, config) if job.schema == "hybrid" else self.chunks(job, config)
 
     def hybrid_chunks(self, job: Job, config: Any) -> list[Any]:
@@ -353,7 +390,8 @@ class Ranks:
         result = {}
         for name, _ in chunk.named_parameters():
             key = canonical(name, layers, job, ep_rank)
-            result[name] = shard(key, whole[key], tp_rank, job.tp)
+            cut = not (is_gpt_oss(job.model) and ".experts." in name)
+            result[name] = shard(key, whole[key], tp_rank, job.tp) if cut else whole[key]
         return result
 
     def sharded(self, job: Job, chunks: list[Any]) -> dict[str, Any]:
@@ -489,7 +527,8 @@ class Ranks:
         self.fill(job, chunks)
         mine = list(ckptkit.state_dict_of(self.wrapped(job, chunks), **job.metadata))
         memory = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
-        assert all(part.local.untyped_storage().data_ptr() in memory for part in mine)  # nothing is copied
+        copied = {part.name for part in mine if part.local.untyped_storage().data_ptr() not in memory}
+        assert all(is_gpt_oss(job.model) and "experts." in name for name in copied), copied
         everyone: list[Any] = [None] * job.world_size
         parts = [(part.name, part.shape, part.offsets, part.local.cpu().clone()) for part in mine]
         torch.distributed.all_gather_object(everyone, parts)

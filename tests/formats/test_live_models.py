@@ -10,14 +10,14 @@ import pytest
 
 from ckptkit.conversion.convert import convert
 from tests.formats.golden_hf import save_hf
-from tests.formats.megatron_ranks import Job, run
+from tests.formats.megatron_ranks import Job, is_moe, run
 from tests.formats.rank_pool import RankProcesses
 from tests.formats.round_trip import label
 from tests.models import files_of
 
 pytest.importorskip("megatron.core")
 
-FAST = [Job("save_hf", "", "qwen3_moe", tp=2, pp=2)]
+FAST = [Job("save_hf", "", "qwen3_moe", tp=2, pp=2), Job("save_hf", "", "gpt_oss", ep=2)]
 GRIDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("qwen3", {"tp": 2, "pp": 2, "vpp": 2}),
@@ -28,6 +28,8 @@ GRIDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"ep": 4}),
     ("qwen3", {"tp": 2, "dp": 2}),
     ("qwen3_moe", {"ep": 2, "dp": 2}),
+    ("gpt_oss", {"tp": 2, "pp": 2}),
+    ("gpt_oss", {"pp": 2, "ep": 2}),
 ]
 SLOW = [Job("save_hf", "", model, **grid) for model, grid in GRIDS]
 
@@ -61,10 +63,12 @@ def test_slices(megatron_ranks: RankProcesses, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [{"tp": 4}, {"ep": 2, "tp": 2}, {"pp": 2, "dp": 2}], ids=str)
-@pytest.mark.parametrize("model", ["qwen3", "qwen3_tied", "qwen3_moe"])
+@pytest.mark.parametrize("model", ["qwen3", "qwen3_tied", "qwen3_moe", "gpt_oss"])
 def test_slices_of_grids(megatron_ranks: RankProcesses, tmp_path: Path, model: str, grid: dict[str, Any]) -> None:
-    if model != "qwen3_moe" and "ep" in grid:
+    if not is_moe(model, 0) and "ep" in grid:
         pytest.skip("it has no experts")
+    if model == "gpt_oss" and len(grid) > 1 and "ep" in grid:
+        grid = {"ep": 4}  # its tensor parallel ranks share no expert
     given = {"hf_reference": str(save_hf(tmp_path / "hf", model))}
     assert run(megatron_ranks, [Job("slices", "", model, metadata=given, **grid)]) == [""]
 
@@ -89,16 +93,20 @@ def test_eight_ranks(eight_ranks: RankProcesses, tmp_path: Path) -> None:
     check(eight_ranks, tmp_path, Job("save_hf", "", "qwen3_moe", tp=2, pp=2, ep=2))
 
 
-def test_rows_that_are_columns_elsewhere_are_refused() -> None:
-    """GPT-OSS: no rank's memory has a run of bytes as Hugging Face's files have it."""
+def test_columns_of_several_ranks_are_refused() -> None:
+    """An expert of GPT-OSS that tensor parallel ranks share: no rank's memory has what its columns are made of."""
     from ckptkit.dtypes import DTYPES
     from ckptkit.errors import UnsupportedError
     from ckptkit.io.computed import columns_together
     from ckptkit.io.plan import MEMORY
     from ckptkit.megatron.live.holding import owner
-    from ckptkit.tensors import Tensor
+    from ckptkit.tensors import Tensor, vstack
 
-    parts = [Tensor.from_file(f"{MEMORY}0,0,0/0/{name}", 0, DTYPES["BF16"], (4, 6)) for name in ("gate", "up")]
-    assert owner(parts[0].bands[0].pieces[0]) == (0, 0, 0)
-    with pytest.raises(UnsupportedError, match=r"must be computed.*GPT-OSS"):
-        owner(columns_together(parts).bands[0].pieces[0])
+    def part(rank: int, name: str) -> Tensor:
+        return Tensor.from_file(f"{MEMORY}0,{rank},0/0/{name}", 0, DTYPES["BF16"], (4, 6))
+
+    whole = columns_together([part(1, "gate"), part(1, "up")])
+    assert owner(part(1, "gate").bands[0].pieces[0]) == owner(whole.bands[0].pieces[0]) == (0, 1, 0)
+    shared = [vstack([part(rank, name) for rank in range(2)]) for name in ("gate", "up")]
+    with pytest.raises(UnsupportedError, match=r"several ranks hold.*GPT-OSS"):
+        owner(columns_together(shared).bands[0].pieces[0])

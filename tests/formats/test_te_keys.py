@@ -14,6 +14,7 @@ from ckptkit.conversion.convert import convert
 from ckptkit.formats.dcp.reading import open_dcp
 from ckptkit.formats.torch_file.pickles import read_torch_file
 from fixtures.make_te_keys import FILE, collapsed, differences
+from tests.models import save_model
 from tests.te.models import EXPERTS, KINDS, save
 
 RECORDED: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
@@ -48,6 +49,37 @@ def test_keys(tmp_path: Path, kind: str, spec: str) -> None:
     content = read_torch_file(tmp_path / "torch" / "release" / "mp_rank_00" / "model_optim_rng.pt")
     ours = collapsed([*content["model"]])
     assert ours == {key: count for key, count in recorded["torch"].items() if not FILLED_IN[spec].fullmatch(key)}
+
+
+def test_keys_of_a_learnable_softmax(tmp_path: Path) -> None:
+    """No model with sinks is recorded. By the sources of both it has the keys of another with experts, and these.
+
+    `TEDotProductAttention.sharded_state_dict` of megatron-core returns nothing but with a learnable softmax, and then
+    all that `DotProductAttention` of Transformer Engine has: its state and `softmax_offset`. Files of ranks have the
+    state of every attention. Biases have none; norms of q and k are not there.
+    """
+    convert(save_model(tmp_path / "hf", "gpt_oss"), tmp_path / "dist", to="torch_dist")
+    convert(tmp_path / "hf", tmp_path / "torch", to="torch")
+    files = open_dcp(tmp_path / "dist" / "release")
+    content = read_torch_file(tmp_path / "torch" / "release" / "mp_rank_00" / "model_optim_rng.pt")
+    ours = {
+        "torch_dist": collapsed([key for key in (*files.tensors, *files.objects) if not key.startswith(KEPT_APART)]),
+        "torch": collapsed([*content["model"]]),
+    }
+    core = "self_attention.core_attention"
+    more = {
+        "torch_dist": {f"{core}.softmax_offset": 1, f"{core}._extra_state/shard_#_#": 4},
+        "torch": {f"{core}.softmax_offset": 4},
+    }
+    for to, keys in ours.items():
+        layers = "decoder.layers." if to == "torch_dist" else "decoder.layers.#."
+        recorded = {
+            key: count
+            for key, count in RECORDED["models"]["qwen3_moe"]["te"][to].items()
+            if not FILLED_IN["te"].fullmatch(key) and ".q_layernorm." not in key and ".k_layernorm." not in key
+        }
+        expected = {**recorded, **{layers + key: count for key, count in more[to].items()}}
+        assert {key: count for key, count in keys.items() if not re.search(r"\.bias\d*$", key)} == expected
 
 
 def test_a_key_too_many_or_too_few_is_seen() -> None:

@@ -4,7 +4,9 @@ A file may hold a pair of factors for each expert, or one for all experts of a l
 is `[experts * rank, in]`, expert by expert, and B is `[out, rank * experts]`, where the experts of one rank are
 neighbours.
 Before 0.19, PEFT took the last two axes of such a weight for `[in, out]`, whatever they were; then A is `[experts *
-rank, out]` and B is `[in, rank * experts]`.
+rank, out]` and B is `[in, rank * experts]`. Since 0.19 it takes them for `[out, in]` unless the class of the experts
+says `is_transposed`, which those of GPT-OSS do since a release of transformers 5 that no adapter records.
+A square weight does not tell its orientation. All parameters of an adapter have the same one, so another one tells it.
 
 Source: `ParamWrapper` of peft 0.17.1, 0.18.1, 0.19.0 and 0.21.2.
 """
@@ -12,7 +14,7 @@ Source: `ParamWrapper` of peft 0.17.1, 0.18.1, 0.19.0 and 0.21.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ckptkit.errors import InputError, UnsupportedError
@@ -37,12 +39,14 @@ class Packed:
         experts: For each expert its linear layers, in the order of the parameter's rows.
         old: Whether PEFT was older than 0.19; None if that is not known.
         form: How the layers of an expert make its part of the parameter.
+        told: Whether A and B of other parameters of the adapter are swapped; None if there are none that tell.
     """
 
     name: str
     experts: tuple[tuple[Linear, ...], ...]
     old: bool | None = None
     form: Form = ROWS
+    told: bool | None = None
 
     @property
     def wrapper(self) -> str:
@@ -55,12 +59,11 @@ class Packed:
         first = self.experts[0]
         return sum(linear.shape[0] for linear in first), first[0].shape[1]
 
-    def is_swapped(self, a: Tensor, b: Tensor, where: object) -> bool:
-        """Whether A and B take `[in, out]` for the shape of an expert's weight.
+    def by_shapes(self, a: Tensor, b: Tensor, where: object) -> bool | None:
+        """Whether A and B take `[in, out]` for the shape of an expert's weight; None if that is square.
 
         Raises:
             InputError: They have the shapes of neither.
-            UnsupportedError: The weight is square, so their shapes do not tell.
         """
         (rows, columns), count = self.shape, len(self.experts)
         rank, rest = divmod(a.shape[0], count)
@@ -74,16 +77,29 @@ class Packed:
                 f"the factors of {self.name} are {list(a.shape)} and {list(b.shape)}, an expert is [{rows}, {columns}]",
                 where=where,
             )
-        if len(fits) == 1:
-            return fits[0]
+        return fits[0] if len(fits) == 1 else None
+
+    def is_swapped(self, a: Tensor, b: Tensor, where: object) -> bool:
+        """Whether A and B take `[in, out]` for the shape of an expert's weight.
+
+        Raises:
+            InputError: They have the shapes of neither.
+            UnsupportedError: The weight is square, and nothing else tells.
+        """
+        found = self.by_shapes(a, b, where)
+        if found is not None:
+            return found
         if self.form.columns and self.old:
             return False  # `[in, out]` is what it is
+        if self.told is not None and (self.form.columns or self.old is None):
+            return self.told
         if self.form.columns:
             raise UnsupportedError(
-                f"{self.name} is square, and which of its axes A belongs to depends on the release of transformers that"
-                " PEFT ran with",
+                f"{self.name} is square: which of its axes A belongs to depends on the release of transformers that"
+                " PEFT ran with, which no adapter records, and no other parameter of these experts is adapted that"
+                " would tell",
                 where=where,
-                hint="merge it with peft",
+                hint="merge it with the peft and transformers that trained it",
             )
         if self.old is None:
             raise UnsupportedError(
@@ -229,7 +245,17 @@ def assign(
             found[module, depth] = fitting[0]
         else:
             unknown.append(factor_name(module, A, depth))
-    return found, unknown
+    shapes = [
+        (one.form.columns, one.by_shapes(*factors[key], where)) for key, one in found.items() if isinstance(one, Packed)
+    ]
+
+    def told(packed: Packed) -> bool | None:
+        ways = {way for columns, way in shapes if way is not None and columns == packed.form.columns}
+        return ways.pop() if len(ways) == 1 else None
+
+    return {
+        key: replace(one, told=told(one)) if isinstance(one, Packed) else one for key, one in found.items()
+    }, unknown
 
 
 def _fits(packed: Packed, pair: Pair, where: object) -> bool:

@@ -15,6 +15,7 @@ from ckptkit.formats.quantised.scheme import Scheme, scheme_of, without_scheme
 from ckptkit.formats.quantised.stored import Stored, find_stored, scales_of_activations
 from ckptkit.formats.safetensors import Header, build_header
 from ckptkit.io.plan import Comparison
+from ckptkit.sizes import human_size
 from ckptkit.tensors import Tensor
 
 BF16 = DTYPES["BF16"]
@@ -33,6 +34,9 @@ class Quantised:
         headers: Shard file -> header.
         stored: Name of codes -> quantised tensor.
         activations: Scales of activations, which are not read.
+        absent: Names of codes that are described but not there: a sidecar keeps scales.
+        apart: Names of codes that do not follow from numbers and scales, so that a sidecar keeps them, too.
+        digest: SHA-256 of the scales, as of `ckptkit.io.scales`; None where it is not known.
     """
 
     path: Path
@@ -43,6 +47,32 @@ class Quantised:
     headers: Mapping[str, Header] = field(repr=False)
     stored: Mapping[str, Stored] = field(repr=False)
     activations: Mapping[str, Tensor] = field(repr=False)
+    absent: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
+    digest: str | None = None
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """Stored name -> tensor of all that belongs to codes: scales, shapes, and scales of activations."""
+        parts = {name: part for item in self.stored.values() for name, part in item.parts.items() if name != item.codes}
+        return parts | dict(self.activations)
+
+    @property
+    def plain_headers(self) -> dict[str, Header]:
+        """Shard file -> header, of the archive as it would be without codes."""
+        hidden = {name for item in self.stored.values() for name in item.parts} | self.activations.keys()
+
+        def header(found: Header) -> Header:
+            forms: dict[str, Tensor] = {}
+            for name, entry in found.entries.items():
+                if name in self.stored:
+                    plain, shape = self.stored[name].plain
+                    forms[plain] = Tensor.full(self.dtype, shape)
+                elif name not in hidden:
+                    forms[name] = Tensor.full(entry.dtype, entry.shape)
+            return build_header(forms, found.metadata)
+
+        return {name: header(found) for name, found in self.headers.items()}
 
     @property
     def names(self) -> set[str]:
@@ -69,9 +99,10 @@ class Quantised:
         facts = self.facts()
         if not self.stored:
             return [f"config.json says {self.scheme}, and no tensor is quantised"]
+        stored, added = (human_size(facts[name]) for name in ("bytes_stored", "bytes_added"))
         found = [
-            f"{facts['tensors']:,} tensors are quantised ({self.scheme}) and are read as {self.dtype}, which takes"
-            f" {facts['bytes_added']:,} bytes more"
+            f"{facts['tensors']:,} tensors are quantised ({self.scheme}, {stored}) and are read as {self.dtype}, which"
+            f" takes {added} more"
         ]
         if self.activations:
             found.append(f"{len(self.activations):,} scales of activations are left out")
@@ -114,17 +145,6 @@ def dequantised(files: HfFiles, dtype: DType | None = None) -> HfFiles:
         if name in stored or name in kept
     }
 
-    def header(names: Mapping[str, object], metadata: Mapping[str, str]) -> Header:
-        forms: dict[str, Tensor] = {}
-        for name in names:
-            if name in stored:
-                plain, shape = stored[name].plain
-                forms[plain] = Tensor.full(dtype, shape)
-            elif name in kept:
-                forms[name] = kept[name]
-        return build_header(forms, metadata)
-
-    headers = {name: header(found.entries, found.metadata) for name, found in files.headers.items()}
     config = without_scheme(files.config)
     small = {name: file for name, file in files.small.items() if name != INDEX}
-    return replace(files, config=config, tensors=tensors, headers=headers, small=small, quantised=archive)
+    return replace(files, config=config, tensors=tensors, headers=archive.plain_headers, small=small, quantised=archive)

@@ -15,7 +15,7 @@ from ckptkit.checkpoints.running import NAME, open_running
 from ckptkit.dtypes import DTYPES, DTYPES_BY_TORCH_NAME
 from ckptkit.errors import UnsupportedError
 from ckptkit.formats.torch_legacy import RankFile, RankKey
-from ckptkit.io.computed import recipe_of
+from ckptkit.io.computed import Together, recipe_of
 from ckptkit.io.plan import MEMORY, files_of
 from ckptkit.io.zero_centered import Raised
 from ckptkit.megatron.in_memory import Memory
@@ -43,7 +43,8 @@ class Holding:
     def rows(self, piece: Piece) -> torch.Tensor:
         """The bytes of a piece of this rank, uint8 [rows, width].
 
-        They are the model's own memory, but for numbers that Hugging Face has one more.
+        They are the model's own memory, but for numbers that Hugging Face has one more, and experts that it has
+        transposed.
         """
         return Memory(self.own).piece(piece, {})
 
@@ -83,14 +84,15 @@ def owner(piece: Piece) -> RankKey | None:
         return pp, tp, ep
     if any(file.startswith(MEMORY) for file in files_of(piece)):
         how, inputs = (isinstance(piece, Literal) and recipe_of(piece.data)) or (None, ())
-        if isinstance(how, Raised):  # a vector, which every rank has whole
-            (key,) = {owner(one) for tensor in inputs for band in tensor.bands for one in band.pieces}
-            return key
+        # A vector, which every rank has whole; or an expert whose rows are columns in files, in no other's memory.
+        if isinstance(how, Raised | Together):
+            keys = {owner(one) for tensor in inputs for band in tensor.bands for one in band.pieces}
+            if len(keys) == 1:
+                return keys.pop()
         raise UnsupportedError(
-            "a layout whose weights must be computed: experts in one transposed tensor, in the model or in files of"
-            " Hugging Face",
+            "a layout whose weights must be computed of what several ranks hold, or from experts in one tensor",
             where=NAME,
-            hint="use megatron-core's experts with a weight for each; of GPT-OSS, save a checkpoint and convert it",
+            hint="use megatron-core's experts with a weight for each, for GPT-OSS with expert_tensor_parallel_size 1",
         )
     return None
 

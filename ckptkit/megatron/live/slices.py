@@ -24,7 +24,7 @@ class LocalTensor(NamedTuple):
         shape: Shape of the whole tensor.
         offsets: The place of the part's first element in it, one number for each axis.
         local: The part: a box of the whole tensor. It is the model's own memory, so it must not be changed; of a norm
-            that Megatron has less one, it is a copy.
+            that Megatron has less one, and of an expert that Hugging Face has transposed, it is a copy.
     """
 
     name: str
@@ -37,8 +37,8 @@ def state_dict_of(model: Any, *, hf_reference: str | Path | None = None) -> Iter
     """What this rank holds of the model's Hugging Face tensors; all ranks call this.
 
     Together the ranks of one data parallel replica yield every element of the model once; towers, which it does not
-    hold, are yielded by none. No weights are copied or sent, so whoever pushes them to an engine decides how they
-    travel.
+    hold, are yielded by none. No weights are sent, so whoever pushes them to an engine decides how they travel. None
+    are copied but experts that Hugging Face has transposed, one at a time.
 
     Args:
         model: A GPTModel of megatron-core or the list of its chunks, in whatever Megatron wraps them.
@@ -55,8 +55,8 @@ def state_dict_of(model: Any, *, hf_reference: str | Path | None = None) -> Iter
     holding = together(lambda: Holding.of(standing, reference))
     checkpoint = holding.checkpoint
     tensors = together(lambda: checkpoint.hf_tensors(checkpoint.stored_names))
-    parts = together(lambda: [part for name, tensor in tensors.items() for part in _parts(name, tensor, holding)])
-    return iter(parts)
+    together(lambda: [owner(piece) for whole in tensors.values() for band in whole.bands for piece in band.pieces])
+    return (part for name, tensor in tensors.items() for part in _parts(name, tensor, holding))
 
 
 def _parts(name: str, tensor: Tensor, holding: Holding) -> Iterator[LocalTensor]:
