@@ -29,7 +29,7 @@ from ckptkit.formats.torch_file.zipfiles import Member, open_archive
 from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
 from ckptkit.io.reading import compare
-from ckptkit.io.regular import open_regular, read_bounded
+from ckptkit.io.regular import open_header, read_bounded
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 
@@ -199,7 +199,7 @@ def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[],
 
 def _check_small(name: str, file: Path) -> None:
     """Checks that the start of a small file fits the kind in its name."""
-    with open(open_regular(file), "rb") as stream:
+    with open_header(file) as stream:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise InputError("a Git-LFS pointer instead of the file", where=file, hint="run `git lfs pull`")

@@ -388,7 +388,7 @@ class _Mover:
         output, done = self._outputs[write.file], 0
         first, last = output.clip(write.offset, write.offset + unit.size)
         size, start = last - first, region.offset + first - write.offset
-        if self._kernel_copies:
+        if self._kernel_copies and self._sources.remote(region.file) is None:
             done = output.copy(self._sources.fd(region.file), start, size, first)
             self._kernel_copies = done == size
         while done < size:
