@@ -59,7 +59,8 @@ def locate(text: str | Path, *, headers_only: bool = False) -> Iterator[Located]
     """A local directory for a path, a hub reference or a folder in a store, as long as the context lives.
 
     Args:
-        text: A directory, `s3://bucket/prefix`, `https://host/folder`, or `org/model` with an optional `@revision` (branch, tag or commit).
+        text: A directory, `s3://bucket/prefix`, `https://host/folder`, or `org/model` with an optional `@revision`
+            (branch, tag or commit).
         headers_only: Fetch config, index and safetensors headers only; the directory then holds sparse files of the
             true sizes, all that a plan needs.
 

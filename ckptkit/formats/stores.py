@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ckptkit.formats.web_files import find_files
 from ckptkit.io.stores.address import parse
 from ckptkit.io.stores.mirror import mirror_of
 from ckptkit.io.stores.opening import store_at
+from ckptkit.io.stores.web import Web
 
 
 @contextmanager
@@ -25,5 +27,6 @@ def mirrored_folder(text: str | Path) -> Iterator[Path]:
         UnsupportedError: Another store, or the packages for stores are missing.
     """
     store = store_at(parse(text))
-    with mirror_of(store, store.list()) as mirror:
+    files = find_files(store) if isinstance(store, Web) else store.list()
+    with mirror_of(store, files) as mirror:
         yield mirror.folder

@@ -13,6 +13,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.formats.garbage import collection_paused
+from ckptkit.io.stores.mirror import shown
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
@@ -111,7 +112,7 @@ def inspect(
         optimizer=asdict(source.optimizer),
         megatron_flags=_megatron_flags(source),
         inexpressible=inexpressible(source.config, local=_stored_args(source).get("transformer_impl") == "local"),
-        notes=[*source.notes, *source.disagreements],
+        notes=[shown(note) for note in (*source.notes, *source.disagreements)],
         adapter=None if source.lora is None else _of_adapter(source.lora, source),
         quantised=facts_of(source).get("quantised"),
     )

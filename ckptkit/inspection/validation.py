@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
 from ckptkit.io.reading import compare
 from ckptkit.io.regular import open_header, read_bounded
+from ckptkit.io.stores.mirror import shown
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 
@@ -150,14 +151,19 @@ def validate(
         format=checkpoint.format if checkpoint else None,
         architecture=checkpoint.config.architecture if checkpoint else None,
         grid=str(checkpoint.grid) if checkpoint else None,
-        checks=checks,
+        checks=[_shown(check) for check in checks],
         not_asked=[name for name in QUESTIONS if name not in asked],
-        notes=list(checkpoint.notes) if checkpoint else [],
+        notes=[shown(note) for note in checkpoint.notes] if checkpoint else [],
         seconds=time.monotonic() - started,
     )
 
 
 Reads = Callable[..., list[Any]]
+
+
+def _shown(check: SoundnessCheck) -> SoundnessCheck:
+    """A check whose sentences name stores by their addresses."""
+    return replace(check, problems=list(map(shown, check.problems)), warnings=list(map(shown, check.warnings)))
 
 
 def _files(place: Place, format: Format | None) -> SoundnessCheck:

@@ -31,6 +31,7 @@ from ckptkit.io.reading import compare, first_difference, hash_file, hash_tensor
 from ckptkit.io.schedule import Limits, Schedule, Unit, Write
 from ckptkit.io.shares import Share, Window, whole
 from ckptkit.io.source import Sources
+from ckptkit.io.twice import keep_what_is_read_twice
 from ckptkit.tensors import Region
 
 __all__ = [
@@ -151,6 +152,7 @@ def run(
         StorageError: The disk is full or answers with an error.
     """
     plan.check()
+    keep_what_is_read_twice(plan)
     started = time.monotonic()
     count = threads or moving_threads()
     tell = progress or (lambda count: None)

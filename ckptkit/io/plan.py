@@ -236,8 +236,8 @@ def _check_spans(file: OutputFile) -> None:
 def _recipe(piece: Piece, known: dict[int | str, str]) -> tuple[object, ...]:
     """A description of a piece for the digest of the plan.
 
-    Many pieces share the same file, or the same bytes in memory, so `known` keeps the absolute paths (or addresses) of files, and the
-    digests of bytes by identity.
+    Many pieces share the same file, or the same bytes in memory, so `known` keeps the absolute paths or addresses of
+    files, and the digests of bytes by identity.
     """
     match piece:
         case Region(path, offset, rows, pitch, width):

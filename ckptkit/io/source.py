@@ -116,14 +116,13 @@ class Fingerprint:
         now = Fingerprint.of(self.path) if remote is None else self._now(remote)
         if now == self:
             return
-        if remote is not None:
+        if remote is not None or now is None:
             raise changed(self.path)
         what = "source changed while converting"
         if (now.size, now.mtime_ns) == (self.size, self.mtime_ns):
             hint = "run again with --resume: the tensors of this file are copied again"
             raise TouchedError(what, where=self.path, hint=hint)
         raise InputError(what, where=self.path, hint="run again once it is complete")
-
 
     def _now(self, remote: MirroredFile) -> Fingerprint | None:
         about = remote.now()

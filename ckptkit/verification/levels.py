@@ -16,8 +16,10 @@ from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions, options_called
 from ckptkit.errors import CkptkitError, UnsupportedError, UsageError
+from ckptkit.formats.hf import is_weights
 from ckptkit.formats.hub import locate
 from ckptkit.inspection.hashing import hash_checkpoint
+from ckptkit.io.stores.mirror import fetch_folder
 from ckptkit.io.threads import Progress
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
@@ -308,7 +310,9 @@ def tokenizer_of(sides: Sequence[Checkpoint]) -> Any:
 
     for side in sides:
         if any(name in side.sidecar.small for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-            return AutoTokenizer.from_pretrained(side.sidecar.small["config.json"].parent, local_files_only=True)
+            folder = side.sidecar.small["config.json"].parent
+            fetch_folder(folder, lambda name: not is_weights(name))
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return None
 
 

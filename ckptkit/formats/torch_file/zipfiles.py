@@ -18,8 +18,8 @@ from ckptkit.errors import InputError, StorageError, UnsupportedError
 from ckptkit.io.crc import crc32
 from ckptkit.io.plan import literal
 from ckptkit.io.regular import open_regular
-from ckptkit.io.stores.mirror import mirrored, prepare
 from ckptkit.io.segments import Checksum, Segment
+from ckptkit.io.stores.mirror import mirrored, prepare
 from ckptkit.tensors import Tensor
 
 ALIGNMENT = 64
@@ -143,7 +143,7 @@ class _Window:
         self.path = path
         self._remote = mirrored(path)
         try:
-            self._fd: int | None = open_regular(path) if self._remote is None else None
+            self._fd = open_regular(path) if self._remote is None else -1
         except FileNotFoundError:
             raise InputError("no such file", where=path) from None
         except OSError as error:
@@ -167,7 +167,7 @@ class _Window:
 
     def close(self) -> None:
         """Closes the file."""
-        if self._fd is not None:
+        if self._remote is None:
             os.close(self._fd)
 
     def expect(self, spans: Iterable[tuple[int, int]]) -> None:
@@ -181,7 +181,6 @@ class _Window:
             raise self.damage(f"{what} ends beyond the end of the archive")
         if self._remote is not None:
             return self._remote.header(self.start + offset, size)
-        assert self._fd is not None
         try:
             data = os.pread(self._fd, size, self.start + offset)
             while len(data) < size and (more := os.pread(self._fd, size - len(data), self.start + offset + len(data))):

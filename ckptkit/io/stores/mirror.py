@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from ckptkit.errors import CkptkitError, InputError
 from ckptkit.io.crew import Crew
-from ckptkit.io.stores.address import Address, parse
+from ckptkit.io.stores.address import parse
 from ckptkit.io.stores.objects import Object, Store, checked
 from ckptkit.io.stores.ranges import Ranges
 from ckptkit.io.system import storage_error
@@ -36,8 +36,6 @@ _GRAIN = 16 << 10
 """Bytes: reads of headers are rounded to these, because the next one is near."""
 PIECE = 4 << 20
 """Bytes: the most that is asked for at once where a file is fetched whole."""
-_KEPT = 1 << 30
-"""Bytes that may stay of what several outputs take."""
 _THREADS = 8
 _FRESH = 5.0
 """Seconds for which a list counts as what is there now."""
@@ -102,7 +100,8 @@ class MirroredFile:
         """Has some ranges in the sparse file, which are fetched in parallel; errors as `read_into`."""
         with self._filling:
             with self._lock:
-                missing = [gap for start, stop in spans for gap in self._filled.missing(start, min(stop, self.about.size))]
+                size = self.about.size
+                missing = [gap for start, stop in spans for gap in self._filled.missing(start, min(stop, size))]
             pieces = [(at, min(right, at + PIECE)) for left, right in missing for at in range(left, right, PIECE)]
             _in_parallel([partial(self._fetch, start, stop) for start, stop in pieces])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ckptkit.errors import UnsupportedError
 from ckptkit.io.stores.address import S3 as S3_SCHEME
 from ckptkit.io.stores.address import Address
@@ -16,12 +18,9 @@ def store_at(address: Address) -> Store:
         InputError: There is no such bucket or folder.
         StorageError: No credentials, or the store cannot be reached.
     """
-    try:
-        import botocore
-        import obstore  # noqa: F401
-    except ImportError:
-        hint = "pip install 'ckptkit-megatron[stores]'"
-        raise UnsupportedError("reading from a store takes packages that are not installed", where=address, hint=hint) from None
+    if not all(find_spec(module) for module in ("botocore", "obstore")):
+        what = "reading from a store takes packages that are not installed"
+        raise UnsupportedError(what, where=address, hint="pip install 'ckptkit-megatron[stores]'")
     if address.scheme == S3_SCHEME:
         from ckptkit.io.stores.s3 import S3
 

@@ -79,7 +79,8 @@ def _read(store: Any, key: str, file: Object, start: int, view: memoryview, wher
     options: dict[str, Any] = {"range": (start, start + len(view))}
     if file.etag and not file.etag.startswith("W/"):  # a weak one never matches; what comes is compared below
         options["if_match"] = file.etag
-    answer = obstore.get(store, key, options=options)
+    get: Any = obstore.get
+    answer = get(store, key, options=options)
     meta = answer.meta
     if (file.etag and meta["e_tag"] != file.etag) or meta["size"] != file.size:
         raise changed(where)

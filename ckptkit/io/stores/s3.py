@@ -65,7 +65,8 @@ class S3:
 
         credentials = self._session.get_credentials()
         endpoint = self._client.meta.endpoint_url
-        return S3Store(
+        make: Any = S3Store  # its types cannot be named where it is not installed
+        return make(
             self.address.place,
             config={
                 "endpoint": endpoint,
