@@ -86,7 +86,7 @@ def facts_of(source: Checkpoint) -> dict[str, Any]:
 
 
 def fetched_for(*sources: Checkpoint) -> dict[str, int]:
-    """What checkpoints in stores have cost this process so far, in `requests` for bytes and `bytes`; empty for others."""
+    """What checkpoints in stores cost this process so far, in `requests` for bytes and `bytes`; empty for others."""
     mirrors = {mirror.root: mirror for source in sources if (mirror := mirror_around(source.path)) is not None}.values()
     if not mirrors:
         return {}

@@ -30,6 +30,7 @@ from ckptkit.formats.links import is_linked_folder
 from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import read_bounded
+from ckptkit.io.stores.mirror import prepare_starts
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -189,7 +190,9 @@ def _read_headers(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Header
     headers: dict[str, Header] = {}
     known: set[str] = set()
     older = manifest["schema"] == 1
-    for file in _files(folder):
+    files = list(_files(folder))
+    prepare_starts(files)
+    for file in files:
         raw = read_bounded(file, safetensors.MAX_HEADER + 8)
         if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
             raise InputError("damaged header copy", where=file, hint=_INSTEAD)

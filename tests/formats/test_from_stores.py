@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptkit import convert, inspect
+from ckptkit import convert
 from ckptkit.io.stores.mirror import Mirror
 from ckptkit.io.stores.objects import Object
 from ckptkit.sharding.grid import Parallelism
-from tests.models import files_of, save_llama, save_model
+from tests.models import files_of, save_llama
 from tests.stores import Server, running
 
 Fetched = list[tuple[str, int, int]]
@@ -54,8 +55,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Fetched:
 
 def none_twice(fetched: Fetched) -> bool:
     ordered = sorted(fetched)
-    pairs = zip(ordered, ordered[1:], strict=False)
-    return all(one[0] != other[0] or one[2] <= other[1] for one, other in pairs)
+    return all(one[0] != other[0] or one[2] <= other[1] for one, other in pairwise(ordered))
 
 
 @pytest.mark.parametrize("kind", WAYS)

@@ -173,7 +173,7 @@ class _Window:
     def expect(self, spans: Iterable[tuple[int, int]]) -> None:
         """Says what is read next, (first byte, end) of each piece: a store is then asked for all at once."""
         if self._remote is not None:
-            prepare(self._remote, [(self.start + first, self.start + end) for first, end in spans])
+            prepare({self.path: [(self.start + first, self.start + end) for first, end in spans]})
 
     def read(self, offset: int, size: int, what: str) -> bytes:
         """Exactly `size` bytes at `offset` of the window."""

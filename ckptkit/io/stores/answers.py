@@ -96,9 +96,14 @@ def changed(where: object) -> InputError:
 
 def _without_code(text: str, kind: str, where: object) -> CkptkitError:
     """An error that no answer came with."""
-    if "equest wasn't partial" in text or "NotPartial" in text:
+    if "inner: BareRedirect" in text:
+        return StorageError("the bucket is in another region", where=where, hint="set AWS_REGION to it")
+    if "NotPartial" in text:
         hint = "copy the files to a disk first"
         return StorageError("the server does not give ranges of files", where=where, hint=hint)
+    if "kind: Body" in text or "kind: Interrupted" in text:
+        hint = "try again, or check what is between here and the store"
+        return StorageError("the store's answers are cut short", where=where, hint=hint)
     if "kind: Connect" in text:
         hint = "check the address, AWS_ENDPOINT_URL and the network"
         return StorageError("the store cannot be reached", where=where, hint=hint)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +34,8 @@ SMALL = 64 << 10
 """Bytes: what is read in pieces of at most this size stays, for it may be read again."""
 _GRAIN = 16 << 10
 """Bytes: reads of headers are rounded to these, because the next one is near."""
+AHEAD = 128 << 10
+"""Bytes that are fetched of the start of a file: the headers of most."""
 PIECE = 4 << 20
 """Bytes: the most that is asked for at once where a file is fetched whole."""
 _THREADS = 8
@@ -101,7 +103,7 @@ class MirroredFile:
         with self._filling:
             with self._lock:
                 size = self.about.size
-                missing = [gap for start, stop in spans for gap in self._filled.missing(start, min(stop, size))]
+                missing = [gap for start, stop in spans for gap in self._filled.missing(max(0, start), min(stop, size))]
             pieces = [(at, min(right, at + PIECE)) for left, right in missing for at in range(left, right, PIECE)]
             _in_parallel([partial(self._fetch, start, stop) for start, stop in pieces])
 
@@ -116,7 +118,10 @@ class MirroredFile:
         stop = min(start + size, self.about.size)
         if start >= stop:
             return b""
-        self.fill((start - start % _GRAIN, max(stop + -stop % _GRAIN, start + ahead)))
+        with self._lock:
+            there = not self._filled.missing(start, stop)
+        if not there:
+            self.fill((start - start % _GRAIN, max(stop + -stop % _GRAIN, start + ahead)))
         data = bytearray(stop - start)
         self._read_filled(memoryview(data), start)
         return bytes(data)
@@ -165,8 +170,6 @@ class MirroredFile:
 class _Raw(io.RawIOBase):
     """A mirrored file for Python's own readers."""
 
-    _AHEAD = 128 << 10
-
     def __init__(self, file: MirroredFile) -> None:
         self._file = file
         self._at = 0
@@ -187,7 +190,7 @@ class _Raw(io.RawIOBase):
 
     def readinto(self, buffer: object) -> int:
         with memoryview(buffer) as view:  # type: ignore[arg-type]
-            data = self._file.header(self._at, len(view), 0 if self._at else self._AHEAD)
+            data = self._file.header(self._at, len(view), 0 if self._at else AHEAD)
             view[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -348,15 +351,33 @@ def fetch_folder(folder: str | os.PathLike[str], wanted: Callable[[str], bool] =
         fetch_all([file for file in mirror.files if file.path.is_relative_to(around) and wanted(file.path.name)])
 
 
-def prepare(file: MirroredFile, spans: Sequence[tuple[int, int]]) -> None:
-    """Fetches many small ranges of a file at once, those that are near one another together; errors as `read_into`."""
+def prepare(spans: Mapping[Path, Sequence[tuple[int, int]]]) -> None:
+    """Fetches small ranges of files at once, those that are near one another together, where a store has the files.
+
+    Args:
+        spans: File -> (first byte, end) of each range that is read next.
+
+    Raises:
+        InputError: A file is gone, or has changed.
+        StorageError: The store or the disk answers with an error.
+    """
+    found = [(remote, _near(ranges)) for path, ranges in spans.items() if (remote := mirrored(path)) is not None]
+    _in_parallel([partial(remote.fill, *ranges) for remote, ranges in found])
+
+
+def prepare_starts(paths: Iterable[Path]) -> None:
+    """Fetches the starts of files, where headers are, at once; as `prepare`."""
+    prepare({path: [(0, AHEAD)] for path in paths})
+
+
+def _near(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     joined: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
+    for start, stop in sorted(ranges):
         if joined and start - joined[-1][1] <= _GRAIN:
             joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
         else:
             joined.append((start, stop))
-    file.fill(*joined)
+    return joined
 
 
 def _in_parallel(works: Sequence[Callable[[], None]]) -> None:
