@@ -197,6 +197,7 @@ def _distributed(finder: _Finder, web: Web, folder: str) -> None:
     if metadata is None:
         return
     with mirror_of(web, [metadata]) as mirror:
-        around = mirror.folder / folder
-        named = {file.relative_to(around).as_posix() for file, _ in open_dcp(around).spans()}
+        described = open_dcp(mirror.folder / folder)
+    named = {chunk.span.file for stored in described.tensors.values() for chunk in stored.chunks}
+    named.update(span.file for span in described.objects.values())
     finder.ask(start + name for name in sorted(named) if _is_plain(name))

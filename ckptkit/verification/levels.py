@@ -19,7 +19,7 @@ from ckptkit.errors import CkptkitError, UnsupportedError, UsageError
 from ckptkit.formats.hf import is_weights
 from ckptkit.formats.hub import locate
 from ckptkit.inspection.hashing import hash_checkpoint
-from ckptkit.io.stores.mirror import fetch_folder
+from ckptkit.io.stores.mirror import fetch_folder, shown
 from ckptkit.io.threads import Progress
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
@@ -168,7 +168,7 @@ class Asked:
         except CkptkitError as error:
             if not differs:
                 raise
-            self.messages.append(f"the level {name} has no answer: {error}")
+            self.messages.append(f"the level {name} has no answer: {shown(str(error))}")
         else:
             self.answers.append(replace(answer, seconds=time.monotonic() - start))
 

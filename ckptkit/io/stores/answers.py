@@ -98,7 +98,7 @@ def _without_code(text: str, kind: str, where: object) -> CkptkitError:
     """An error that no answer came with."""
     if "inner: BareRedirect" in text:
         return StorageError("the bucket is in another region", where=where, hint="set AWS_REGION to it")
-    if "NotPartial" in text:
+    if "NotPartial" in text or kind == "NotSupportedError":
         hint = "copy the files to a disk first"
         return StorageError("the server does not give ranges of files", where=where, hint=hint)
     if "kind: Body" in text or "kind: Interrupted" in text:
