@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckptkit.errors import CkptkitError, InputError
 from ckptkit.formats.hf import Shards, read_shard, weight_sets
-from ckptkit.io.regular import open_regular
+from ckptkit.io.regular import open_header
 from ckptkit.tensors import Literal, Region, Tensor
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -67,7 +67,7 @@ def _sample(tensor: Tensor) -> bytes:
     found = b""
     for piece in tensor.reshape((tensor.numel,)).rows(start, start + count).runs():
         if isinstance(piece, Region):
-            with open(open_regular(piece.file), "rb") as file:
+            with open_header(piece.file) as file:
                 file.seek(piece.offset)
                 found += file.read(piece.width * piece.rows)
         elif isinstance(piece, Literal) and isinstance(piece.data, bytes):

@@ -15,7 +15,7 @@ from typing import Unpack
 
 from ckptkit.checkpoints.lora.megatron import ADAPTER, MODEL
 from ckptkit.checkpoints.sidecar_contents import ORIGINAL
-from ckptkit.checkpoints.sources import facts_of, open_source
+from ckptkit.checkpoints.sources import facts_of, fetched_for, open_source
 from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import FULL, Options, dtype_called
 from ckptkit.conversion.original import of_original, with_scales_read
@@ -150,4 +150,7 @@ def convert(
         source_facts = {**facts_of(source), "path": str(src), "origin": source.sidecar.origin}
         target_facts = {"path": str(dst), "format": to, "grid": str(grid), **plan.facts}
         also = [] if wanted is None or wanted.like is None else [wanted.like.path]
-        return carry_out(plan, opened, source_facts, target_facts, execution, started, also=also)
+        result = carry_out(plan, opened, source_facts, target_facts, execution, started, also=also)
+        if fetched := fetched_for(*opened):
+            result.source["fetched"] = fetched
+        return result

@@ -12,6 +12,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import StorageError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
+from ckptkit.io.stores.mirror import shown
 from ckptkit.io.world import ALONE, World
 from ckptkit.steps import Tell, nobody
 
@@ -186,7 +187,7 @@ def carry_out(
         disk_free=free,
         coverage=dict(plan.coverage),
         lossy=list(plan.lossy),
-        notes=list(plan.notes),
+        notes=[shown(note) for note in plan.notes],
         dropped=dropped,
         dry_run=execution.dry_run,
         seconds=time.monotonic() - started,

@@ -12,9 +12,9 @@ from typing import Any
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.config_fields import differing_fields, in_words
 from ckptkit.checkpoints.prediction import COUNTS
-from ckptkit.checkpoints.sources import open_source
+from ckptkit.checkpoints.sources import describes_itself, open_located
 from ckptkit.errors import UnsupportedError, UsageError
-from ckptkit.formats.hub import is_reference
+from ckptkit.formats.hub import locate
 from ckptkit.tables.model_config import ModelConfig
 
 DROP_PREDICTION = "--drop-prediction"
@@ -59,7 +59,7 @@ class Opening:
         """Opens a model. Hugging Face directories and models on the hub describe themselves.
 
         Args:
-            path: A directory, or `org/model@revision` on the hub.
+            path: A directory, `org/model@revision` on the hub, or a folder in a store.
             name: How to call it; the default is its path.
             iteration: One of several iterations in the directory.
 
@@ -68,12 +68,12 @@ class Opening:
             InputError: It is damaged or incomplete.
             UnsupportedError: No family or format of ours, or an adapter stands beside the weights.
         """
-        described = is_reference(path) or (Path(path) / "config.json").is_file()
-        options = {} if described else dict(self.options)
+        located = self.stack.enter_context(locate(path, headers_only=self.headers_only))
+        options = {} if describes_itself(located) else dict(self.options)
         reference = options.pop("hf_reference", None)
         if iteration is not None:
             options["iteration"] = iteration
-        model = open_source(self.stack, path, reference, headers_only=self.headers_only, **options)
+        model = open_located(self.stack, located, reference, headers_only=self.headers_only, **options)
         if model.lora is not None:
             raise UsageError("an adapter, and no model", where=path, hint="give the model that it is for")
         name = str(path) if name is None else name

@@ -13,6 +13,7 @@ from ckptkit.formats import safetensors
 from ckptkit.formats.safetensors import Header
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import read_bounded
+from ckptkit.io.stores.mirror import prepare_starts
 
 _ENDING = ".header"
 INSTEAD = "pass --hf-reference instead"
@@ -40,7 +41,9 @@ def read_headers(folder: Path, *, named_as_shards: bool = False) -> dict[str, He
     """
     headers: dict[str, Header] = {}
     known: set[str] = set()
-    for file in sorted(Path(here, name) for here, _, names in os.walk(folder) for name in names):
+    files = sorted(Path(here, name) for here, _, names in os.walk(folder) for name in names)
+    prepare_starts(files)
+    for file in files:
         raw = read_bounded(file, safetensors.MAX_HEADER + 8)
         if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
             raise InputError("damaged header copy", where=file, hint=INSTEAD)

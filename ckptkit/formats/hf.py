@@ -20,6 +20,7 @@ from ckptkit.formats.safetensors import Header
 from ckptkit.formats.torch_file.pickles import UnreadableTensor, read_torch_file
 from ckptkit.io.plan import OutputFile
 from ckptkit.io.regular import walk
+from ckptkit.io.stores.mirror import prepare_starts
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def read_shards(path: Path) -> Shards:
         InputError: A file is missing or damaged, or index and shards disagree.
     """
     names, index = weight_files(path)
+    prepare_starts(path / name for name in names if not name.endswith(".bin"))
     headers: dict[str, Header] = {}
     tensors: dict[str, Tensor] = {}
     held: dict[str, str] = {}

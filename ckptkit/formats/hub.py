@@ -21,7 +21,9 @@ from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedEr
 from ckptkit.formats.hf import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE, is_weights
 from ckptkit.formats.json_files import LARGEST, parse_object
 from ckptkit.formats.safetensors import MAX_HEADER
+from ckptkit.formats.stores import mirrored_folder
 from ckptkit.io.crew import Crew
+from ckptkit.io.stores.address import is_address
 
 _REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,10 +56,11 @@ def is_reference(text: str | Path) -> bool:
 
 @contextmanager
 def locate(text: str | Path, *, headers_only: bool = False) -> Iterator[Located]:
-    """A local directory for a path or a hub reference, as long as the context lives.
+    """A local directory for a path, a hub reference or a folder in a store, as long as the context lives.
 
     Args:
-        text: A directory, or `org/model` with an optional `@revision` (branch, tag or commit).
+        text: A directory, `s3://bucket/prefix`, `https://host/folder`, or `org/model` with an optional `@revision`
+            (branch, tag or commit).
         headers_only: Fetch config, index and safetensors headers only; the directory then holds sparse files of the
             true sizes, all that a plan needs.
 
@@ -68,6 +71,10 @@ def locate(text: str | Path, *, headers_only: bool = False) -> Iterator[Located]
     """
     if not str(text):
         raise UsageError("no checkpoint is named", hint="name a directory (is a variable of the shell unset?)")
+    if is_address(text):
+        with mirrored_folder(text) as folder:
+            yield Located(folder, {})
+        return
     if not is_reference(text):
         yield Located(Path(text), {})
         return

@@ -23,7 +23,7 @@ from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.formats.json_files import DuplicateKeyError, JsonError, decode
 from ckptkit.io.plan import OutputFile, literal
-from ckptkit.io.regular import open_regular
+from ckptkit.io.regular import open_header
 from ckptkit.io.segments import Segment
 from ckptkit.io.system import storage_error
 from ckptkit.tensors import MAX_AXES, Tensor
@@ -79,7 +79,8 @@ def read_header(path: Path) -> Header:
         UnsupportedError: A tensor has a type that ckptkit does not know.
     """
     with _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if len(start) < 8 or length > MAX_HEADER or length + 8 > size or length < 2:
@@ -173,7 +174,7 @@ def lay_out(path: str, tensors: Mapping[str, Tensor], header: Header | None = No
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return open(open_regular(path), "rb")
+        return open_header(path)
     except FileNotFoundError:
         raise InputError("no such file", where=path) from None
     except OSError as error:

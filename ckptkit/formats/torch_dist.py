@@ -100,6 +100,7 @@ def open_torch_dist(path: Path, root: Path, wanted: Callable[[str], bool] = lamb
     files = open_dcp(path)
     of_model = [key for key in files.tensors if not _NOT_MODEL.match(key)]
     keys = [key for key in of_model if wanted(key)]
+    files.expect(keys)
     found: dict[str, Tensor] = {}
     for key in keys:
         for name, tensor in _canonical(files, key):

@@ -14,6 +14,7 @@ from ckptkit.checkpoints.lora.record import Lora
 from ckptkit.checkpoints.sidecar_contents import notes_of_scales
 from ckptkit.checkpoints.sources import facts_of, open_source
 from ckptkit.formats.garbage import collection_paused
+from ckptkit.io.stores.mirror import shown
 from ckptkit.megatron_args.flags import megatron_flags
 from ckptkit.megatron_args.inexpressible import inexpressible
 from ckptkit.sharding.grid import StatedGrid
@@ -112,7 +113,7 @@ def inspect(
         optimizer=asdict(source.optimizer),
         megatron_flags=_megatron_flags(source),
         inexpressible=inexpressible(source.config, local=_stored_args(source).get("transformer_impl") == "local"),
-        notes=[*source.notes, *notes_of_scales(source.sidecar), *source.disagreements],
+        notes=[shown(note) for note in (*source.notes, *notes_of_scales(source.sidecar), *source.disagreements)],
         adapter=None if source.lora is None else _of_adapter(source.lora, source),
         quantised=facts_of(source).get("quantised"),
     )

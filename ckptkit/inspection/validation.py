@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from ckptkit.inspection.hashing import files_in
 from ckptkit.inspection.values import Survey, survey
 from ckptkit.io.plan import Comparison
 from ckptkit.io.reading import compare, difference
-from ckptkit.io.regular import open_regular, read_bounded
+from ckptkit.io.regular import open_header, read_bounded
+from ckptkit.io.stores.mirror import shown
 from ckptkit.io.threads import Progress, Readers, read_all
 from ckptkit.tensors import Tensor
 
@@ -151,14 +152,19 @@ def validate(
         format=checkpoint.format if checkpoint else None,
         architecture=checkpoint.config.architecture if checkpoint else None,
         grid=str(checkpoint.grid) if checkpoint else None,
-        checks=checks,
+        checks=[_shown(check) for check in checks],
         not_asked=[name for name in QUESTIONS if name not in asked],
-        notes=list(checkpoint.notes) if checkpoint else [],
+        notes=[shown(note) for note in checkpoint.notes] if checkpoint else [],
         seconds=time.monotonic() - started,
     )
 
 
 Reads = Callable[..., list[Any]]
+
+
+def _shown(check: SoundnessCheck) -> SoundnessCheck:
+    """A check whose sentences name stores by their addresses."""
+    return replace(check, problems=list(map(shown, check.problems)), warnings=list(map(shown, check.warnings)))
 
 
 def _files(place: Place, format: Format | None) -> SoundnessCheck:
@@ -200,7 +206,7 @@ def _weight_checks(place: Place, format: Format | None) -> Iterator[Callable[[],
 
 def _check_small(name: str, file: Path) -> None:
     """Checks that the start of a small file fits the kind in its name."""
-    with open(open_regular(file), "rb") as stream:
+    with open_header(file) as stream:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise InputError("a Git-LFS pointer instead of the file", where=file, hint="run `git lfs pull`")

@@ -21,6 +21,7 @@ from ckptkit.dtypes import DType
 from ckptkit.io.cache import Cache
 from ckptkit.io.plan import Plan, origins_of, source_files
 from ckptkit.io.segments import origins
+from ckptkit.io.stores.mirror import mirrored, shown
 from ckptkit.tensors import Literal, Made, Tensor
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def _state_of(files: Iterable[str]) -> tuple[tuple[int, ...] | None, ...]:
     """What tells whether files were written anew: what is kept of a path is not for the next file there."""
     found: list[tuple[int, ...] | None] = []
     for file in sorted(files):
+        if mirrored(file) is not None:
+            found.append(())  # it stays as it was listed, whatever is filled in of it
+            continue
         try:
             state = os.stat(file)
         except OSError:
@@ -102,7 +106,7 @@ def digest_of(tensors: Sequence[Tensor], *what: object) -> str:
     """A digest of bytes that are made from tensors, for `Made.digest`."""
     recipe = hashlib.sha256(repr(what).encode())
     for tensor in tensors:
-        recipe.update(repr(tensor).encode())
+        recipe.update(shown(repr(tensor)).encode())
     return recipe.hexdigest()
 
 

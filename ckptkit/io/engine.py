@@ -31,6 +31,7 @@ from ckptkit.io.reading import compare, first_difference, hash_file, hash_tensor
 from ckptkit.io.schedule import Limits, Schedule, Unit, Write
 from ckptkit.io.shares import Share, Window, whole
 from ckptkit.io.source import Sources
+from ckptkit.io.twice import keep_what_is_read_twice
 from ckptkit.tensors import Region
 
 __all__ = [
@@ -151,6 +152,7 @@ def run(
         StorageError: The disk is full or answers with an error.
     """
     plan.check()
+    keep_what_is_read_twice(plan)
     started = time.monotonic()
     count = threads or moving_threads()
     tell = progress or (lambda count: None)
@@ -388,7 +390,7 @@ class _Mover:
         output, done = self._outputs[write.file], 0
         first, last = output.clip(write.offset, write.offset + unit.size)
         size, start = last - first, region.offset + first - write.offset
-        if self._kernel_copies:
+        if self._kernel_copies and self._sources.remote(region.file) is None:
             done = output.copy(self._sources.fd(region.file), start, size, first)
             self._kernel_copies = done == size
         while done < size:

@@ -17,6 +17,8 @@ Bytes = NDArray[np.uint8]
 # the pages that the kernel fetches anyway.
 _SPARSE = 4
 _GAP = 16 << 10
+# The same for a store, where a read takes as long as a megabyte.
+_GAP_IN_STORE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class Gatherer:
         left = min(region.offset for region in regions)
         span = max(region.offset + region.width for region in regions) - left
         wanted = sum(region.width for region in regions)
-        sparse = wanted * _SPARSE < first.pitch and first.pitch - wanted > _GAP
+        gap = _GAP if self._sources.remote(first.file) is None else _GAP_IN_STORE
+        sparse = wanted * _SPARSE < first.pitch and first.pitch - wanted > gap
         if sparse or span > len(self._scratch):
             for placement, region in zip(group, regions, strict=True):
                 self._read_rows(region, _rows(out, placement))

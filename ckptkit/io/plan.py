@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ckptkit.errors import InputError
 from ckptkit.io.castable import check_cast
 from ckptkit.io.segments import Checksum, Cut, Form, Segment, form_of, kinds, origins, spans
 from ckptkit.io.source import Fingerprint
+from ckptkit.io.stores.mirror import name_of
 from ckptkit.tensors import Const, Literal, Made, Piece, Region, Tensor
 
 if TYPE_CHECKING:
@@ -236,13 +236,13 @@ def _check_spans(file: OutputFile) -> None:
 def _recipe(piece: Piece, known: dict[int | str, str]) -> tuple[object, ...]:
     """A description of a piece for the digest of the plan.
 
-    Many pieces share the same file, or the same bytes in memory, so `known` keeps the absolute paths of files, and the
-    digests of bytes by identity.
+    Many pieces share the same file, or the same bytes in memory, so `known` keeps the absolute paths or addresses of
+    files, and the digests of bytes by identity.
     """
     match piece:
         case Region(path, offset, rows, pitch, width):
             if path not in known:
-                known[path] = path if path.startswith(MEMORY) else os.path.abspath(path)
+                known[path] = path if path.startswith(MEMORY) else name_of(path)
             return (known[path], offset, rows, pitch, width)
         case Literal(data, offset, rows, pitch, width):
             if id(data) not in known:

@@ -19,6 +19,7 @@ from ckptkit.io.plan import Comparison
 from ckptkit.io.regular import open_regular
 from ckptkit.io.schedule import Limits, tensor_units
 from ckptkit.io.source import Sources
+from ckptkit.io.stores.mirror import PIECE, MirroredFile, mirrored
 from ckptkit.io.system import storage_error
 from ckptkit.tensors import Region, Tensor
 
@@ -137,11 +138,22 @@ def hash_file(path: Path) -> str:
         InputError: It is no regular file.
         StorageError: It cannot be read.
     """
+    if (remote := mirrored(path)) is not None:
+        return _hash_in_store(remote)
     try:
         with open(open_regular(path), "rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise storage_error(error, path) from error
+
+
+def _hash_in_store(file: MirroredFile) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, file.about.size)))
+    for start in range(0, file.about.size, PIECE):
+        view = buffer[: min(PIECE, file.about.size - start)]
+        file.read_into(view, start)
+        digest.update(view)
+    return digest.hexdigest()
 
 
 def compare(comparison: Comparison, *, limits: Limits = _DEFAULT) -> None:

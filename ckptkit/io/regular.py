@@ -11,8 +11,11 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, UsageError
+from ckptkit.io.stores.address import is_address, parse
+from ckptkit.io.stores.mirror import fetch_all, mirrored
 from ckptkit.io.system import storage_error
 
 _KINDS = {
@@ -37,10 +40,34 @@ def open_regular(path: str | Path, *, follow: bool = True) -> int:
         InputError: It is a pipe, a device, a socket or a folder, or (without `follow`) a link.
         OSError: It cannot be opened; FileNotFoundError if it is not there.
     """
+    if (remote := mirrored(path)) is not None:
+        fetch_all([remote])  # whoever reads a descriptor does not ask for ranges
+    return _opened(path, follow=follow)
+
+
+def open_header(path: str | Path) -> BinaryIO:
+    """A regular file to read some of: of a file in a store only what is read is fetched.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: As `open_regular`.
+        OSError: As `open_regular`.
+    """
+    if (remote := mirrored(path)) is not None:
+        return remote.opened()
+    return open(_opened(path), "rb")
+
+
+def _opened(path: str | Path, *, follow: bool = True) -> int:
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     try:
         fd = os.open(path, flags)
     except OSError as error:
+        if error.errno == errno.ENOENT and is_address(path):
+            hint = "copy it to a disk first"
+            raise UsageError("only checkpoints are read from a store", where=parse(path), hint=hint) from None
         if error.errno == errno.ELOOP:
             what = "a symbolic link" if not follow else "a symbolic link that leads nowhere"
             raise InputError(f"{what}, not a file", where=path, hint=_COPY_AGAIN) from None
@@ -66,13 +93,19 @@ def read_bounded(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
         InputError: It is not there, no regular file, or larger.
         StorageError: It cannot be read.
     """
+    if (remote := mirrored(path)) is not None:
+        return _within(remote.header(0, limit + 1), limit, path)
     try:
-        with open(open_regular(path, follow=follow), "rb") as file:
+        with open(_opened(path, follow=follow), "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
         raise InputError("no such file", where=path) from None
     except OSError as error:
         raise storage_error(error, path) from error
+    return _within(data, limit, path)
+
+
+def _within(data: bytes, limit: int, path: str | Path) -> bytes:
     if len(data) > limit:
         raise InputError(f"larger than {limit:,} bytes, the most that such a file may have", where=path)
     return data

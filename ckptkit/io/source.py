@@ -14,6 +14,9 @@ from pathlib import Path
 from ckptkit.errors import CkptkitError, InputError
 from ckptkit.io import faults
 from ckptkit.io.regular import open_regular
+from ckptkit.io.stores.answers import changed
+from ckptkit.io.stores.mirror import MirroredFile, at_address, mirrored, name_of
+from ckptkit.io.stores.objects import Object
 from ckptkit.io.system import storage_error
 
 _OPEN_FILES = 32
@@ -38,7 +41,7 @@ class Fingerprint:
     """The facts by which a change of a file is noticed.
 
     Attributes:
-        path: Absolute.
+        path: Absolute, or the address in a store. A store gives no inode and no ctime; the ETag stands for both.
         size: Bytes.
         mtime_ns: Time of the last change, nanoseconds. Programs can set it back.
         ctime_ns: Time of the last change of content, name or mode, nanoseconds. Programs cannot set it.
@@ -67,6 +70,8 @@ class Fingerprint:
             InputError: The file does not exist.
             StorageError: It cannot be looked at.
         """
+        if (remote := mirrored(path)) is not None:
+            return cls._in_store(remote.address, remote.about)
         try:
             status = os.stat(path)
             sample = sample_of(path, status.st_size, samples) if samples else ""
@@ -81,6 +86,11 @@ class Fingerprint:
             status.st_dev,
             sample,
         )
+
+    @classmethod
+    def _in_store(cls, address: str, about: Object) -> Fingerprint:
+        version = int.from_bytes(hashlib.sha256(about.etag.encode()).digest()[:6])
+        return cls(address, about.size, about.modified, about.modified, version, 0, about.etag)
 
     @property
     def identity(self) -> tuple[str, int, int, str]:
@@ -102,14 +112,21 @@ class Fingerprint:
             TouchedError: It was replaced or written to, and has the same size and time.
             InputError: It changed or is gone.
         """
-        now = Fingerprint.of(self.path)
+        remote = at_address(self.path)
+        now = Fingerprint.of(self.path) if remote is None else self._now(remote)
         if now == self:
             return
+        if remote is not None or now is None:
+            raise changed(self.path)
         what = "source changed while converting"
         if (now.size, now.mtime_ns) == (self.size, self.mtime_ns):
             hint = "run again with --resume: the tensors of this file are copied again"
             raise TouchedError(what, where=self.path, hint=hint)
         raise InputError(what, where=self.path, hint="run again once it is complete")
+
+    def _now(self, remote: MirroredFile) -> Fingerprint | None:
+        about = remote.now()
+        return None if about is None else self._in_store(self.path, about)
 
 
 def sample_of(path: str | Path, size: int, count: int) -> str:
@@ -159,7 +176,7 @@ class Seen:
 
     Attributes:
         folders: Where they are.
-        files: Their fingerprints by absolute path.
+        files: Their fingerprints by absolute path, or by address.
     """
 
     folders: tuple[Path, ...] = ()
@@ -184,7 +201,7 @@ class Seen:
             InputError: One changed or is gone.
         """
         for path in sorted(paths):
-            if (fingerprint := self.files.get(os.path.abspath(path))) is not None:
+            if (fingerprint := self.files.get(name_of(path))) is not None:
                 fingerprint.check()
 
 
@@ -197,7 +214,14 @@ class Sources:
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._remote: dict[str, MirroredFile | None] = {}
         self._preadv = faults.reader()
+
+    def remote(self, path: str) -> MirroredFile | None:
+        """The file of a store that `path` stands for, if it does."""
+        if path not in self._remote:
+            self._remote[path] = mirrored(path)
+        return self._remote[path]
 
     def fd(self, path: str) -> int:
         """A descriptor of `path`, valid until the next call.
@@ -223,8 +247,11 @@ class Sources:
 
         Raises:
             InputError: The file ends before.
-            StorageError: The disk answers with an error.
+            StorageError: The disk, or the store, answers with an error.
         """
+        if (remote := self.remote(path)) is not None:
+            remote.read_into(view, offset)
+            return
         fd = self.fd(path)
         while view:
             try:

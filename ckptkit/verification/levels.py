@@ -16,8 +16,10 @@ from ckptkit.checkpoints.checkpoint import Checkpoint, check_grid
 from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions, options_called
 from ckptkit.errors import CkptkitError, UnsupportedError, UsageError
+from ckptkit.formats.hf import is_weights
 from ckptkit.formats.hub import locate
 from ckptkit.inspection.hashing import hash_checkpoint
+from ckptkit.io.stores.mirror import fetch_folder, shown
 from ckptkit.io.threads import Progress
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.stages import split_layers
@@ -70,40 +72,40 @@ def verify(reference: str | Path, candidate: str | Path, **asked: Unpack[VerifyK
     sources = (question.reference_source, question.candidate_source)
     with ExitStack() as stack:
         opened = (open_at(stack, reference, sources[0], "ref"), open_at(stack, candidate, sources[1], "cand"))
-    checkpoints = opened[0][0], opened[1][0]
-    if question.runs:
-        for checkpoint, which in zip(checkpoints, ("the reference", "the candidate"), strict=True):
-            refuse_to_run(checkpoint, which)
-    sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), question.options)
-    check_run(question, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config)
-    predicted = prediction_of(checkpoints, question)
-    answers = Asked(with_prediction(question.levels) if predicted else question.levels, question.keep_going)
-    answers.ask("structure", lambda: check_structure(*checkpoints))
-    diff = _diff_command(reference, candidate, *sources)
-    weights = partial(check_weights, *checkpoints, question.progress, diff, sides[1].grid)
-    answers.ask("weights", lambda: in_one_process(weights))
-    hashes = _once(lambda: [_hash(*side, question.progress) for side in opened]) if question.hash else [None, None]
-    ask_runs(answers, checkpoints, sides, question)
-    return VerificationReport(
-        reference=str(reference),
-        candidate=str(candidate),
-        levels=answers.answers,
-        messages=[
-            *(_messages(sides) if question.runs else []),
-            *_prediction(checkpoints, question, predicted),
-            *answers.messages,
-        ],
-        sides={
-            name: describe(checkpoint, side.grid, sha256)
-            for name, checkpoint, side, sha256 in zip(
-                ("reference", "candidate"), checkpoints, sides, hashes, strict=True
-            )
-        },
-        not_run=answers.not_run,
-        command=question.command,
-        started=started,
-        versions=installed_versions(),
-    )
+        checkpoints = opened[0][0], opened[1][0]
+        if question.runs:
+            for checkpoint, which in zip(checkpoints, ("the reference", "the candidate"), strict=True):
+                refuse_to_run(checkpoint, which)
+        sides = sides_of(checkpoints, (opened[0][1], opened[1][1]), question.options)
+        check_run(question, sides[1], sides[1].grid or checkpoints[1].grid, checkpoints[1].config)
+        predicted = prediction_of(checkpoints, question)
+        answers = Asked(with_prediction(question.levels) if predicted else question.levels, question.keep_going)
+        answers.ask("structure", lambda: check_structure(*checkpoints))
+        diff = _diff_command(reference, candidate, *sources)
+        weights = partial(check_weights, *checkpoints, question.progress, diff, sides[1].grid)
+        answers.ask("weights", lambda: in_one_process(weights))
+        hashes = _once(lambda: [_hash(*side, question.progress) for side in opened]) if question.hash else [None, None]
+        ask_runs(answers, checkpoints, sides, question)
+        return VerificationReport(
+            reference=str(reference),
+            candidate=str(candidate),
+            levels=answers.answers,
+            messages=[
+                *(_messages(sides) if question.runs else []),
+                *_prediction(checkpoints, question, predicted),
+                *answers.messages,
+            ],
+            sides={
+                name: describe(checkpoint, side.grid, sha256)
+                for name, checkpoint, side, sha256 in zip(
+                    ("reference", "candidate"), checkpoints, sides, hashes, strict=True
+                )
+            },
+            not_run=answers.not_run,
+            command=question.command,
+            started=started,
+            versions=installed_versions(),
+        )
 
 
 def check_run(question: Question, candidate: Side, grid: Parallelism, config: ModelConfig) -> None:
@@ -166,7 +168,7 @@ class Asked:
         except CkptkitError as error:
             if not differs:
                 raise
-            self.messages.append(f"the level {name} has no answer: {error}")
+            self.messages.append(f"the level {name} has no answer: {shown(str(error))}")
         else:
             self.answers.append(replace(answer, seconds=time.monotonic() - start))
 
@@ -308,7 +310,9 @@ def tokenizer_of(sides: Sequence[Checkpoint]) -> Any:
 
     for side in sides:
         if any(name in side.sidecar.small for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-            return AutoTokenizer.from_pretrained(side.sidecar.small["config.json"].parent, local_files_only=True)
+            folder = side.sidecar.small["config.json"].parent
+            fetch_folder(folder, lambda name: not is_weights(name))
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return None
 
 

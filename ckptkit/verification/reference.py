@@ -17,6 +17,7 @@ from ckptkit.errors import InputError, UnsupportedError, VerificationError
 from ckptkit.families.gemma4 import GEMMA4_TEXT
 from ckptkit.families.split_llama import ARCHITECTURE, AUTO_MAP
 from ckptkit.formats.json_files import read_json
+from ckptkit.io.stores.mirror import fetch_folder
 from ckptkit.steps import Counted, Step, Tell, nobody
 from ckptkit.tables.prediction import count_in_hf
 from ckptkit.verification.ranks.adapters import with_peft
@@ -121,6 +122,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> Any
     """
     import transformers
 
+    fetch_folder(path)
     name = architecture_of(Path(path))
     found = _class(name)
     if found is None:

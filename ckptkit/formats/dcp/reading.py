@@ -11,7 +11,8 @@ Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,6 +28,7 @@ from ckptkit.formats.links import check_link
 from ckptkit.formats.torch_file.pickles import Record, TorchDType, UnreadableTensor, loads, read_torch_file
 from ckptkit.formats.torch_file.zipfiles import MAX_SMALL, is_archive, read_start
 from ckptkit.io.regular import read_bounded
+from ckptkit.io.stores.mirror import mirror_around, prepare
 from ckptkit.tensors import MAX_AXES, Region, Tensor
 
 METADATA = ".metadata"
@@ -34,6 +36,8 @@ MAX_STACKED = 500_000
 """The most layers and experts that one tensor may hold."""
 
 _AGAIN = "fetch or copy it again"
+_AROUND = 2 << 10
+"""Bytes before and after the data of a chunk, in which the records of its archive are: usually half of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,23 @@ class DcpFiles:
         self.objects = objects
         self._folder = _Folder(path)
         self._archives = _Archives()
+
+    def expect(self, keys: Iterable[str]) -> None:
+        """Says which tensors are read next: from a store the headers of their archives then come together.
+
+        Raises:
+            InputError: A file is missing or outside the folder.
+            UnsupportedError: Its bytes are compressed.
+        """
+        if mirror_around(self.path) is None:
+            return
+        pieces: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+        for key in keys:
+            for chunk in self.tensors[key].chunks:
+                start, stop = chunk.span.offset, chunk.span.offset + chunk.span.length
+                around = [(start, min(start + _AROUND, stop)), (max(start, stop - _AROUND), stop)]
+                pieces[self._folder.file(key, chunk.span)] += around
+        prepare(pieces)
 
     def tensor(self, key: str) -> Tensor:
         """A whole tensor, joined from its chunks; reads the headers of their archives.

@@ -19,6 +19,7 @@ from ckptkit.io.crc import crc32
 from ckptkit.io.plan import literal
 from ckptkit.io.regular import open_regular
 from ckptkit.io.segments import Checksum, Segment
+from ckptkit.io.stores.mirror import mirrored, prepare
 from ckptkit.tensors import Tensor
 
 ALIGNMENT = 64
@@ -108,6 +109,7 @@ def open_archive(path: str | Path, start: int = 0, length: int | None = None) ->
     with _Window(Path(path), start, length) as window:
         end, directory_end = _read_end(window)
         entries = _read_central(window, end, directory_end)
+        window.expect((entry.header, entry.header + _LOCAL.size + len(entry.name.encode())) for entry in entries)
         members = {entry.name: _locate(window, entry) for entry in entries}
     _check_apart(window, entries, members, end.start)
     return Archive(Path(path), members)
@@ -139,17 +141,18 @@ class _Window:
 
     def __init__(self, path: Path, start: int, length: int | None) -> None:
         self.path = path
+        self._remote = mirrored(path)
         try:
-            self._fd = open_regular(path)
+            self._fd = open_regular(path) if self._remote is None else -1
         except FileNotFoundError:
             raise InputError("no such file", where=path) from None
         except OSError as error:
             raise StorageError(f"cannot be opened ({error.strerror})", where=path) from None
-        available = os.fstat(self._fd).st_size
+        available = os.fstat(self._fd).st_size if self._remote is None else self._remote.about.size
         self.start = start
         self.size = available - start if length is None else length
         if start < 0 or self.size < 0 or start + self.size > available:
-            os.close(self._fd)
+            self.close()
             raise InputError(
                 f"bytes {start:,} to {start + self.size:,} are wanted, the file has {available:,}",
                 where=path,
@@ -160,12 +163,24 @@ class _Window:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._fd)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._remote is None:
+            os.close(self._fd)
+
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Says what is read next, (first byte, end) of each piece: a store is then asked for all at once."""
+        if self._remote is not None:
+            prepare({self.path: [(self.start + first, self.start + end) for first, end in spans]})
 
     def read(self, offset: int, size: int, what: str) -> bytes:
         """Exactly `size` bytes at `offset` of the window."""
         if offset < 0 or offset + size > self.size:
             raise self.damage(f"{what} ends beyond the end of the archive")
+        if self._remote is not None:
+            return self._remote.header(self.start + offset, size)
         try:
             data = os.pread(self._fd, size, self.start + offset)
             while len(data) < size and (more := os.pread(self._fd, size - len(data), self.start + offset + len(data))):

@@ -31,7 +31,9 @@ def open_dcp_state(path: Path, wanted: Callable[[str], bool] = lambda key: True)
     """
     files = open_dcp(path)
     optimizer = {key for key in files.tensors if _OPTIMIZER.match(key)}
-    tensors = {key: files.tensor(key) for key in files.tensors if key not in optimizer and wanted(key)}
+    keys = [key for key in files.tensors if key not in optimizer and wanted(key)]
+    files.expect(keys)
+    tensors = {key: files.tensor(key) for key in keys}
     return ModuleState(path, "dcp", tensors, optimizer=optimizer_state(files, optimizer))
 
 

@@ -21,6 +21,7 @@ from ckptkit.io.castable import check_cast
 from ckptkit.io.plan import Plan
 from ckptkit.io.reading import compare
 from ckptkit.io.shares import shares
+from ckptkit.io.stores.mirror import shown
 from ckptkit.io.threads import Readers, read_all
 from ckptkit.megatron.live.known import remember
 from ckptkit.megatron.live.standing import Standing
@@ -100,7 +101,7 @@ def load_hf(
         together(lambda: _read(fills, threads))
         together(lambda: checkpoint.seen.check(checkpoint.seen.files))
     if checkpoint.format == "hf" or hf_reference is not None:
-        remember(standing.chunks, Path(hf_reference or checkpoint.path))
+        remember(standing.chunks, Path(hf_reference or shown(str(checkpoint.path))))
     return LoadedModel(
         source=str(src),
         format=checkpoint.format,

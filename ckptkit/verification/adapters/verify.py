@@ -58,29 +58,29 @@ def verify_adapter(
     sources = (question.reference_source, question.candidate_source)
     with ExitStack() as stack:
         opened = open_all(stack, reference, adapter, candidate, *sources)
-    options = question.options
-    sides = _sides(opened, options)
-    check_run(question, sides[1], sides[1].grid or opened.candidate.checkpoint.grid, opened.base.config)
-    if question.backwards:
-        check_trainable(Pair(*(open_side(side, OPENER) for side in sides)), OPENER, options)
-    answers = Asked(question.levels, question.keep_going)
-    answers.ask("structure", lambda: _structure(opened))
-    answers.ask("weights", lambda: in_one_process(lambda: _weights(opened, question.progress)))
-    ask_runs(answers, (opened.base, opened.candidate.model or opened.base), sides, question)
-    return VerificationReport(
-        reference=str(reference),
-        candidate=str(candidate),
-        levels=answers.answers,
-        messages=[*_messages(opened, sides), *answers.messages],
-        sides={
-            "reference": describe(opened.base),
-            "candidate": describe(opened.candidate.checkpoint, sides[1].grid),
-        },
-        not_run=answers.not_run,
-        command=question.command,
-        started=started,
-        versions=installed_versions(),
-    )
+        options = question.options
+        sides = _sides(opened, options)
+        check_run(question, sides[1], sides[1].grid or opened.candidate.checkpoint.grid, opened.base.config)
+        if question.backwards:
+            check_trainable(Pair(*(open_side(side, OPENER) for side in sides)), OPENER, options)
+        answers = Asked(question.levels, question.keep_going)
+        answers.ask("structure", lambda: _structure(opened))
+        answers.ask("weights", lambda: in_one_process(lambda: _weights(opened, question.progress)))
+        ask_runs(answers, (opened.base, opened.candidate.model or opened.base), sides, question)
+        return VerificationReport(
+            reference=str(reference),
+            candidate=str(candidate),
+            levels=answers.answers,
+            messages=[*_messages(opened, sides), *answers.messages],
+            sides={
+                "reference": describe(opened.base),
+                "candidate": describe(opened.candidate.checkpoint, sides[1].grid),
+            },
+            not_run=answers.not_run,
+            command=question.command,
+            started=started,
+            versions=installed_versions(),
+        )
 
 
 def _sides(opened: Opened, options: RunOptions) -> tuple[Side, Side]:

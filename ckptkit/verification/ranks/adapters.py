@@ -13,6 +13,7 @@ from ckptkit.checkpoints.lora.layouts import Record, laid_out
 from ckptkit.checkpoints.lora.megatron import ADAPTER
 from ckptkit.conversion.adapters import check_heads
 from ckptkit.errors import InputError, UnsupportedError, VerificationError
+from ckptkit.io.stores.mirror import fetch_folder
 from ckptkit.tables.lora import FUSED, PEFT
 from ckptkit.verification.ranks.jobs import AdapterJob
 
@@ -103,6 +104,7 @@ def with_peft(model: Any, job: AdapterJob, dtype: torch.dtype) -> Any:
     of_model = {id(parameter) for parameter in model.parameters()}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        fetch_folder(job.path)
         try:
             found = PeftModel.from_pretrained(model, job.path, autocast_adapter_dtype=False)
         except Exception as error:  # what adapter_config.json may hold makes peft raise anything

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
+from ckptkit.io.stores.mirror import shown
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.sharding.rules import expert_home
 from ckptkit.sharding.stages import split_layers
@@ -89,7 +90,7 @@ def describe(checkpoint: Checkpoint, grid: Parallelism | None = None, sha256: st
     """The facts about an opened checkpoint, on its own grid or on the one that it runs on, and its hash, if known."""
     config, grid = checkpoint.config, grid or checkpoint.grid
     return SideReport(
-        path=str(checkpoint.path),
+        path=shown(str(checkpoint.path)),
         format=checkpoint.format,
         architecture=config.architecture,
         num_layers=config.num_layers,

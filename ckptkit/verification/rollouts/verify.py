@@ -81,52 +81,52 @@ def verify_engine(
     with ExitStack() as stack:
         theirs = None if reference is None else open_at(stack, reference, reference_source, "ref")
         ours = open_at(stack, candidate, candidate_source, "cand")
-    trusted = theirs or ours
-    sides = sides_of((trusted[0], ours[0]), (trusted[1], ours[1]), options)
-    if theirs is not None and sides[0].kind != HF:
-        raise UsageError(
-            "with --rollouts, REFERENCE is a Hugging Face directory that transformers runs",
-            where=reference,
-            hint="leave it out: the noise is then measured with the candidate",
+        trusted = theirs or ours
+        sides = sides_of((trusted[0], ours[0]), (trusted[1], ours[1]), options)
+        if theirs is not None and sides[0].kind != HF:
+            raise UsageError(
+                "with --rollouts, REFERENCE is a Hugging Face directory that transformers runs",
+                where=reference,
+                hint="leave it out: the noise is then measured with the candidate",
+            )
+        grid = sides[1].grid or ours[0].grid
+        config = ours[0].config
+        check_candidate(sides[1], options.config(grid, widest_window(config)))
+        check_grid(config, grid)
+        split_layers(config.num_layers, grid)
+        opened = [None if theirs is None else open_side(sides[0], OPENER), open_side(sides[1], OPENER)]
+        assert opened[1] is not None
+        if opened[0] is not None and opened[0].vocab_size != opened[1].vocab_size:
+            raise UsageError(f"the vocabularies differ: {opened[0].vocab_size} and {opened[1].vocab_size} tokens")
+        ask = Asked((LEVEL,), keep_going=False)
+        ask.ask(
+            LEVEL,
+            lambda: verify_rollouts(
+                opened[0],
+                opened[1],  # type: ignore[arg-type]  # it is there
+                config,
+                found,
+                asked,
+                options,
+                opener=OPENER,
+                pool=pool,
+                tell=tell,
+                decode=_decoder([ours[0], *([] if theirs is None else [theirs[0]])]),
+            ),
         )
-    grid = sides[1].grid or ours[0].grid
-    config = ours[0].config
-    check_candidate(sides[1], options.config(grid, widest_window(config)))
-    check_grid(config, grid)
-    split_layers(config.num_layers, grid)
-    opened = [None if theirs is None else open_side(sides[0], OPENER), open_side(sides[1], OPENER)]
-    assert opened[1] is not None
-    if opened[0] is not None and opened[0].vocab_size != opened[1].vocab_size:
-        raise UsageError(f"the vocabularies differ: {opened[0].vocab_size} and {opened[1].vocab_size} tokens")
-    ask = Asked((LEVEL,), keep_going=False)
-    ask.ask(
-        LEVEL,
-        lambda: verify_rollouts(
-            opened[0],
-            opened[1],  # type: ignore[arg-type]  # it is there
-            config,
-            found,
-            asked,
-            options,
-            opener=OPENER,
-            pool=pool,
-            tell=tell,
-            decode=_decoder([ours[0], *([] if theirs is None else [theirs[0]])]),
-        ),
-    )
-    described = {"candidate": describe(ours[0], sides[1].grid)}
-    if theirs is not None:
-        described = {"reference": describe(theirs[0]), **described}
-    return VerificationReport(
-        reference=str(rollouts if reference is None else reference),
-        candidate=str(candidate),
-        levels=ask.answers,
-        messages=_messages(sides[1]),
-        sides=described,
-        command=command,
-        started=started,
-        versions=installed_versions(),
-    )
+        described = {"candidate": describe(ours[0], sides[1].grid)}
+        if theirs is not None:
+            described = {"reference": describe(theirs[0]), **described}
+        return VerificationReport(
+            reference=str(rollouts if reference is None else reference),
+            candidate=str(candidate),
+            levels=ask.answers,
+            messages=_messages(sides[1]),
+            sides=described,
+            command=command,
+            started=started,
+            versions=installed_versions(),
+        )
 
 
 def _decoder(sides: list[Checkpoint]) -> Callable[[list[int]], str] | None:

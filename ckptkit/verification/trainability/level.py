@@ -167,34 +167,34 @@ def verify_trainability(
     _check_request(kind, seed, prompts, options)
     with ExitStack() as stack:
         checkpoint, opening = open_at(stack, candidate, candidate_source, "cand")
-    side = Side(checkpoint.path, MEGATRON, opening, _grid(checkpoint, options))
-    grid, config = side.grid or checkpoint.grid, checkpoint.config
-    how = options.config(grid, widest_window(config))
-    if config.value_head:
-        raise UnsupportedError(
-            "a value model has no tokens to sample", where=side.path, hint="--level gradients looks at its training"
+        side = Side(checkpoint.path, MEGATRON, opening, _grid(checkpoint, options))
+        grid, config = side.grid or checkpoint.grid, checkpoint.config
+        how = options.config(grid, widest_window(config))
+        if config.value_head:
+            raise UnsupportedError(
+                "a value model has no tokens to sample", where=side.path, hint="--level gradients looks at its training"
+            )
+        check_backwards(side, how, experts=bool(config.num_experts))
+        check_grid(config, grid)
+        split_layers(config.num_layers, grid)
+        part = TrainabilityPart(
+            steps=options.train_steps or STEPS,
+            rate=RATE / config.hidden_size if options.lr is None else options.lr,
+            seed=seed,
+            prompts=prompts,
+            trained=None if options.train_only is None else matching(checkpoint, options.train_only),
         )
-    check_backwards(side, how, experts=bool(config.num_experts))
-    check_grid(config, grid)
-    split_layers(config.num_layers, grid)
-    part = TrainabilityPart(
-        steps=options.train_steps or STEPS,
-        rate=RATE / config.hidden_size if options.lr is None else options.lr,
-        seed=seed,
-        prompts=prompts,
-        trained=None if options.train_only is None else matching(checkpoint, options.train_only),
-    )
-    asked = Asked((TRAINABILITY,), keep_going=False)
-    asked.ask(TRAINABILITY, lambda: _level(side, how, options, part, opener, pool, tell))
-    return VerificationReport(
-        reference=f"completions of {TARGET} tokens",
-        candidate=str(candidate),
-        levels=asked.answers,
-        sides={"candidate": describe(checkpoint, side.grid)},
-        command=command,
-        started=started,
-        versions=installed_versions(),
-    )
+        asked = Asked((TRAINABILITY,), keep_going=False)
+        asked.ask(TRAINABILITY, lambda: _level(side, how, options, part, opener, pool, tell))
+        return VerificationReport(
+            reference=f"completions of {TARGET} tokens",
+            candidate=str(candidate),
+            levels=asked.answers,
+            sides={"candidate": describe(checkpoint, side.grid)},
+            command=command,
+            started=started,
+            versions=installed_versions(),
+        )
 
 
 def _check_request(kind: str, seed: int, prompts: int, options: RunOptions) -> None:

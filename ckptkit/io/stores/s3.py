@@ -1,0 +1,122 @@
+"""Reading from S3 and what speaks like it: botocore finds credentials and lists, obstore reads ranges."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ckptkit.errors import InputError
+from ckptkit.io.stores.address import Address
+from ckptkit.io.stores.answers import one_line_errors
+from ckptkit.io.stores.objects import MOST_OBJECTS, Object, checked, nanoseconds
+from ckptkit.io.stores.ranged import CLIENT, RETRIES, read_range
+
+_ASKED_AGAIN = timedelta(minutes=5)
+
+
+class S3:
+    """A folder of a bucket."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._lock = threading.Lock()
+        with one_line_errors(address):
+            self._session, self._client = session_and_client()
+            self._store: Any = self._new_store()
+
+    def list(self) -> list[Object]:
+        """All files of the folder as they are now; errors as `Store` has them."""
+        with one_line_errors(self.address):
+            files = checked(self._listed(), self.address)
+        if not files:
+            raise InputError("no such folder: nothing has this prefix", where=self.address, hint="check the name")
+        return files
+
+    def read(self, file: Object, start: int, view: memoryview) -> int:
+        """Fills `view`, see `Store`."""
+        where = f"{self.address}/{file.name}"
+        return read_range(self._current, self.address.key(file.name), file, start, view, where)
+
+    def _listed(self) -> Iterator[Object]:
+        prefix = f"{self.address.prefix}/"
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.address.place, Prefix=prefix)
+        count = 0
+        for page in pages:
+            for item in page.get("Contents", ()):
+                key, size = item.get("Key"), item.get("Size")
+                if not isinstance(key, str) or not key.startswith(prefix) or type(size) is not int:
+                    raise InputError("the store lists what was not asked for", where=self.address)
+                yield Object(key[len(prefix) :], size, item.get("ETag", ""), nanoseconds(item.get("LastModified")))
+                count += 1
+                if count > 2 * MOST_OBJECTS:  # names that count for nothing, and an end that never comes
+                    raise InputError(f"more than {2 * MOST_OBJECTS:,} keys are below it", where=self.address)
+
+    def _current(self, new: bool) -> Any:
+        with self._lock:
+            if new:
+                self._session, self._client = session_and_client()
+                self._store = self._new_store()
+            return self._store
+
+    def _new_store(self) -> Any:
+        from obstore.store import S3Store
+
+        credentials = self._session.get_credentials()
+        endpoint = self._client.meta.endpoint_url
+        make: Any = S3Store  # its types cannot be named where it is not installed
+        return make(
+            self.address.place,
+            config={
+                "endpoint": endpoint,
+                "region": self._client.meta.region_name or "us-east-1",
+                "virtual_hosted_style_request": False,
+            },
+            # A plain connection only where the user's own variable or profile names one.
+            client_options={**CLIENT, "allow_http": endpoint.startswith("http://")},
+            retry_config=RETRIES,
+            credential_provider=_Provider(credentials),
+        )
+
+
+class _Provider:
+    """botocore's credentials for obstore; botocore renews those that end."""
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+
+    def __call__(self) -> dict[str, Any]:
+        frozen = self._credentials.get_frozen_credentials()
+        ends = hasattr(self._credentials, "refresh_needed")
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + _ASKED_AGAIN if ends else None,
+        }
+
+
+def session_and_client() -> tuple[Any, Any]:
+    """A session of botocore with credentials, and a client for S3: as environment, profiles and machine have them.
+
+    Raises:
+        BotoCoreError: There are no credentials, or they cannot be had.
+    """
+    import botocore.session
+    from botocore.config import Config
+    from botocore.exceptions import NoCredentialsError
+
+    session = botocore.session.Session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise NoCredentialsError
+    credentials.get_frozen_credentials()
+    config = Config(
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 6},
+        s3={"addressing_style": "path"},
+    )
+    region = session.get_config_variable("region") or "us-east-1"
+    return session, session.create_client("s3", region_name=region, config=config)
