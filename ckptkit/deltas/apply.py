@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.sources import facts_of, open_source
-from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
+from ckptkit.conversion.execution import READ_BACK, ConversionResult, Execution, How, carry_out, refuse_address
 from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
@@ -74,6 +74,7 @@ def apply_delta(
     """
     started = time.monotonic()
     execution = Execution(**how)
+    refuse_address(out, READ_BACK)
     options = Options(
         grid=grid,
         spec=spec,

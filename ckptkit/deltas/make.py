@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.checkpoints.sources import facts_of, open_side
-from ckptkit.conversion.execution import Execution, How, carry_out, check_destination
+from ckptkit.conversion.execution import Execution, How, carry_out, check_destination, refuse_address
 from ckptkit.conversion.options import DEFAULT_SHARD_SIZE
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
@@ -137,6 +137,7 @@ def make_delta(
 
     started = time.monotonic()
     execution = Execution(**how)
+    refuse_address(out, "parts of a delta are collected beside it")
     with ExitStack() as stack:
         opened = [
             open_side(stack, path, source, name.lower(), hf_reference, headers_only=False)
@@ -174,7 +175,7 @@ def make_delta(
         bytes_new=sum(change.nbytes for change in manifest.changes if change.new is not None),
         bytes_total=result.bytes_total,
         files=result.files,
-        disk_free=result.disk_free,
+        disk_free=result.disk_free or 0,
         notes=result.notes,
         dry_run=result.dry_run,
         seconds=time.monotonic() - started,
