@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
@@ -33,6 +33,7 @@ from ckptkit.io.schedule import Limits, Unit, Write, in_order
 from ckptkit.io.source import Sources
 from ckptkit.io.stores.parts import Layout
 
+_LARGE = 1 << 30
 UPLOADS = 8
 """Parts on their way at a time."""
 
@@ -81,13 +82,22 @@ class Uploaded:
     seconds: float
 
 
-class _Memory:
-    """Buffers for parts, of a bounded number of bytes in all. Buffers are used again."""
+class Memory:
+    """Buffers for parts, of a bounded number of bytes in all. Buffers are used again.
+
+    Whoever will give a buffer back, or has others do so, says that with `begin` and `end`. Where nobody does, waiting
+    would be for ever, and the limit gives way.
+
+    Attributes:
+        most: Bytes that there were at the most.
+    """
 
     def __init__(self, limit: int, stop: Stop) -> None:
         self._limit = limit
         self._stop = stop
         self._used = 0
+        self._busy = 0
+        self.most = 0
         self._free: list[bytearray] = []
         self._change = threading.Condition()
 
@@ -105,6 +115,17 @@ class _Memory:
                     return buffer
                 self._change.wait(0.5)
 
+    def begin(self) -> None:
+        """Somebody begins what may set a buffer free."""
+        with self._change:
+            self._busy += 1
+
+    def end(self) -> None:
+        """Somebody has done it."""
+        with self._change:
+            self._busy -= 1
+            self._change.notify_all()
+
     def give(self, buffer: bytearray) -> None:
         """Gives a buffer back."""
         with self._change:
@@ -117,9 +138,10 @@ class _Memory:
                 return self._free.pop(number)
         while self._free and self._used + size > self._limit:
             self._used -= len(self._free.pop())
-        if self._used and self._used + size > self._limit:
+        if self._used + size > self._limit and self._busy:
             return None
         self._used += size
+        self.most = max(self.most, self._used)
         return bytearray(size)
 
 
@@ -261,7 +283,7 @@ class Uploading:
         self._sink = sink
         self._stop = stop
         self._count = threads or moving_threads()
-        self._limits = Limits.of(self._count)
+        self._limits = _limits(self._count, min((group.part for group in layout.groups), default=_LARGE))
         wanted = set(chosen)
         self._groups = [
             *[(index,) for index in layout.held if index in wanted],
@@ -275,7 +297,7 @@ class Uploading:
         }
         self._units = self._all_units()
         self._comparisons = deque(plan.comparisons)
-        self._memory = _Memory(layout.memory, stop)
+        self.memory = Memory(layout.memory, stop)
         self._order = threading.Lock()
         self._lock = threading.Lock()
         self._mailbox: SimpleQueue[int | None] = SimpleQueue()
@@ -336,8 +358,11 @@ class Uploading:
             with Sources() as sources:
                 mover = _Mover(self._files, sources, self._limits)
                 while not self._stop.is_set() and (unit := self._next()) is not None:
-                    for index, part, size in mover.move(unit):
-                        self._settle(index, part, size)
+                    try:
+                        for index, part, size in mover.move(unit):
+                            self._settle(index, part, size)
+                    finally:
+                        self.memory.end()
         except _EndedError:
             pass
         except BaseException as error:
@@ -356,6 +381,7 @@ class Uploading:
         with self._order:
             for unit in self._units:
                 if self._open(unit):
+                    self.memory.begin()
                     return unit
             return None
 
@@ -371,7 +397,7 @@ class Uploading:
                     continue
                 start, stop = file.span(number)
                 held = write.file in self._held
-                data = bytearray(stop - start) if held else self._memory.take(stop - start)
+                data = bytearray(stop - start) if held else self.memory.take(stop - start)
                 with self._lock:
                     file.open(number, data)
         return wanted
@@ -393,6 +419,7 @@ class Uploading:
                 self._kept[index] = one.data
                 self._mailbox.put(len(one.data))
             else:
+                self.memory.begin()
                 self._crew.submit(partial(self._upload, index, one))
 
     def _upload(self, index: int, part: _Part) -> None:
@@ -401,12 +428,20 @@ class Uploading:
                 self._sink.part(index, part.number, part.data, part.sums or ())
                 size = len(part.data)
                 del part.array
-                self._memory.give(part.data)
+                self.memory.give(part.data)
                 with self._lock:
                     self._written += size
                 self._mailbox.put(size)
         except BaseException as error:
             self._stop.set(error)
+        finally:
+            self.memory.end()
+
+
+def _limits(count: int, part: int) -> Limits:
+    """Sizes of buffers: a unit of work is at most as large as a part, so that it lies in two of them or in one."""
+    usual = Limits.of(count)
+    return replace(usual, staging=min(usual.staging, part & -8), casting=min(usual.casting, part & -8))
 
 
 class _Mover:
