@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, StorageError, UsageError
@@ -392,7 +392,7 @@ class Bucket:
             hint = "writing needs s3:PutObject, GetObject, DeleteObject, ListBucket, AbortMultipartUpload and the lists"
             return StorageError("the store denies access", where=where, hint=f"{hint} of uploads and parts")
         if code in _BUSY:
-            what = f"the store is busy or broken ({code}, {_ATTEMPTS} attempts)"
+            what = f"the store is busy or broken, and stays so ({code})"
             return StorageError(what, where=where, hint="run again later with --resume")
         if code in ("EntityTooSmall", "EntityTooLarge"):
             return StorageError(f"the store does not take parts of this size ({code})", where=where)
@@ -421,7 +421,17 @@ def _client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return botocore.session.Session().create_client("s3", config=config)
+    session = botocore.session.Session()
+    session.register_component("data_loader", _loader())
+    return session.create_client("s3", config=config)
+
+
+@cache
+def _loader() -> Any:
+    """What botocore knows of S3 is a megabyte of JSON, read once for all clients of a process."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 @contextmanager
@@ -454,7 +464,7 @@ def _of_botocore(error: Exception, where: str) -> StorageError | UsageError:
         return StorageError("no credentials were found", where=where, hint=hint)
     if isinstance(error, (kinds.CredentialRetrievalError, kinds.TokenRetrievalError, kinds.SSOError)):
         return StorageError(f"the credentials could not be renewed ({kind})", where=where, hint=_RENEW)
-    if isinstance(error, (kinds.HTTPClientError, kinds.IncompleteReadError, kinds.ResponseStreamingError)):
+    if isinstance(error, (kinds.HTTPClientError, kinds.ConnectionError, kinds.IncompleteReadError, kinds.ResponseStreamingError)):
         hint = "check AWS_ENDPOINT_URL and the network; --resume goes on"
         return BrokenError(f"the store does not answer ({kind})", where=where, hint=hint)
     return StorageError(f"the call could not be made ({kind})", where=where, hint="check the configuration of botocore")

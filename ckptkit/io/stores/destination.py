@@ -115,7 +115,7 @@ class StoreDestination:
         self._tags: dict[int, dict[int, str]] = {}
         self._complete: set[int] = set()
         self._sums: dict[int, Sums] = {}
-        self._begun = self._completing = self._in_place = False
+        self._begun = self._moving = self._completing = self._in_place = False
         self._found: Mapping[int, Present] = {}
         self._parts = 0
         self._counting = threading.Lock()
@@ -174,6 +174,7 @@ class StoreDestination:
 
         with self._resumable(), self._locked():
             self._prepare()
+            self._moving = True
             left = [index for index in range(len(self._plan.files)) if index not in self._complete]
             count(sum(self._plan.files[index].size for index in self._complete))
             uploaded = self._upload(left, threads, count)
@@ -253,7 +254,7 @@ class StoreDestination:
         except BaseException as error:
             self._stop.set(error)
             self._bucket.stopped = threading.Event().is_set
-            if isinstance(error, InputError) and not isinstance(error, TouchedError) and not self._completing:
+            if isinstance(error, InputError) and not isinstance(error, TouchedError) and self._moving:
                 with suppress(CkptkitError):
                     self._remove_leftovers()
                     self._begun = False
@@ -340,7 +341,8 @@ class StoreDestination:
                 if parts is None:
                     self._bucket.abort([(key, begun.upload)])
                     if changed:
-                        self._delete_below(f"{self._partial}/sums/{index}/")
+                        sums = self._bucket.list(f"{self._partial}/sums/{index}/", _MOST)
+                        self._bucket.delete([item.key for item in sums])
                     continue
                 self._uploads[index] = begun
                 spans = [self._span(index, number) for number in range(1, count_of(file.size, begun.part) + 1)]
@@ -349,12 +351,11 @@ class StoreDestination:
                     for number, (start, stop) in enumerate(spans, 1)
                     if number in parts and parts[number].size == stop - start
                 }
-                sums = Sums(self._bucket, self._partial, index).read(file, begun.part) if file.checksums else {}
+                known = Sums(self._bucket, self._partial, index).read(file, begun.part) if file.checksums else {}
                 if file.checksums:
-                    whole = {number: tag for number, tag in whole.items() if number in sums}
+                    whole = {number: tag for number, tag in whole.items() if number in known}
                 self._tags[index] = whole
-                known = [item for number in whole for item in sums.get(number, ())]
-                found[index] = Present(frozenset(whole), known)
+                found[index] = Present(frozenset(whole), [item for number in whole for item in known.get(number, ())])
         return found
 
     def _sources_of(self, index: int) -> set[str]:
@@ -371,14 +372,10 @@ class StoreDestination:
             return 0
         uploads = self._bucket.uploads(f"{self.address.prefix}/")
         self._bucket.abort(uploads)
-        self._delete_below(f"{self._partial}/")
-        return len(uploads)
-
-    def _delete_below(self, prefix: str) -> None:
-        # The journal goes last: without it, nobody would look for the uploads.
-        keys = [item.key for item in self._bucket.list(prefix, _MOST)]
+        keys = [item.key for item in left]
         self._bucket.delete([key for key in keys if key != self._journal])
-        self._bucket.delete([key for key in keys if key == self._journal])
+        self._bucket.delete([key for key in keys if key == self._journal])  # without it, nobody looks for uploads
+        return len(uploads)
 
     # while bytes move
 
@@ -424,7 +421,7 @@ class StoreDestination:
             turn = [index for index in ours if _turn(self._plan.files[index].path) == rank]
             if rank == _LAST:
                 faults.step("last")
-            self._completing = True
+            self._moving, self._completing = False, True
             self._each(lambda index: self._finish(index, held), turn)
         self._in_place = True
         faults.step("clean-up")
