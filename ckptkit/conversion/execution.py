@@ -13,7 +13,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import StorageError, UsageError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
-from ckptkit.io.stores.address import is_address, parse
+from ckptkit.io.stores.address import is_address, parse, refuse_address
 from ckptkit.io.world import ALONE, World
 from ckptkit.steps import Tell, nobody
 
@@ -238,7 +238,12 @@ def _destination(
 
 @collection_paused()
 def _store_destination(
-    plan: Plan, sources: Sequence[Checkpoint], out: str, execution: Execution, also: Sequence[Path] = (), named: str = ""
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    out: str,
+    execution: Execution,
+    also: Sequence[Path] = (),
+    named: str = "",
 ) -> StoreDestination:
     """The destination in a store; `named` is how the user named the source, which may be in a store, too."""
     from ckptkit.io.stores.destination import ONE_PROCESS, ONE_PROCESS_HINT, StoreDestination
@@ -255,17 +260,6 @@ def _store_destination(
         overwrite=execution.overwrite,
         resume=execution.resume,
     )
-
-
-def refuse_address(out: str | Path, why: str) -> None:
-    """Refuses a destination in a store, for what needs a directory.
-
-    Raises:
-        UsageError: `out` is an address.
-    """
-    if is_address(out):
-        hint = "write to a directory, and copy it to the store with the store's own tool"
-        raise UsageError(f"this command writes to a disk only: {why}", where=out, hint=hint)
 
 
 def check_destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> None:

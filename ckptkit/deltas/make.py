@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.checkpoints.sources import facts_of, open_side
-from ckptkit.conversion.execution import Execution, How, carry_out, check_destination, refuse_address
+from ckptkit.conversion.execution import Execution, How, carry_out, check_destination
 from ckptkit.conversion.options import DEFAULT_SHARD_SIZE
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import InputError
@@ -38,6 +38,7 @@ from ckptkit.io.crc import crc32
 from ckptkit.io.hashes import TensorHash
 from ckptkit.io.plan import OutputFile, Plan, literal, source_files
 from ckptkit.io.segments import Segment
+from ckptkit.io.stores.address import refuse_address
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:

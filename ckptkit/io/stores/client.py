@@ -116,7 +116,7 @@ class Bucket:
 
     # objects
 
-    def list(self, prefix: str, most: int) -> list[Stored]:
+    def objects(self, prefix: str, most: int) -> list[Stored]:
         """The objects whose keys begin with `prefix`, in the order of their keys.
 
         Args:
@@ -404,7 +404,7 @@ class Bucket:
 
 
 def _client() -> Any:
-    """botocore's client, as the user configured botocore; only the bounds are ours."""
+    """A client, as the user configured botocore; only the bounds are ours."""
     import botocore.session
     from botocore.config import Config
 
@@ -440,7 +440,7 @@ def _configured(where: str) -> Iterator[None]:
     try:
         from botocore.exceptions import BotoCoreError
     except ImportError:
-        hint = "pip install 'ckptkit[stores]'"
+        hint = "pip install 'ckptkit-megatron[stores]'"
         raise UsageError("writing to a store needs botocore", where=where, hint=hint) from None
     try:
         yield
@@ -464,7 +464,9 @@ def _of_botocore(error: Exception, where: str) -> StorageError | UsageError:
         return StorageError("no credentials were found", where=where, hint=hint)
     if isinstance(error, (kinds.CredentialRetrievalError, kinds.TokenRetrievalError, kinds.SSOError)):
         return StorageError(f"the credentials could not be renewed ({kind})", where=where, hint=_RENEW)
-    if isinstance(error, (kinds.HTTPClientError, kinds.ConnectionError, kinds.IncompleteReadError, kinds.ResponseStreamingError)):
+    if isinstance(
+        error, (kinds.HTTPClientError, kinds.ConnectionError, kinds.IncompleteReadError, kinds.ResponseStreamingError)
+    ):
         hint = "check AWS_ENDPOINT_URL and the network; --resume goes on"
         return BrokenError(f"the store does not answer ({kind})", where=where, hint=hint)
     return StorageError(f"the call could not be made ({kind})", where=where, hint="check the configuration of botocore")
@@ -479,7 +481,7 @@ def _tag(answer: Mapping[str, Any]) -> str:
 
 
 def _md5(data: bytes | bytearray) -> tuple[str, str]:
-    """The MD5 of bytes in hexadecimal and in Base64: the one checksum that every store checks. No secret rests on it."""
+    """The MD5 of bytes in hexadecimal and in Base64: the checksum that every store knows. No secret rests on it."""
     digest = hashlib.md5(data, usedforsecurity=False)
     return digest.hexdigest(), b64encode(digest.digest()).decode()
 

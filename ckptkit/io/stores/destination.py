@@ -34,7 +34,7 @@ from ckptkit.io.stores.address import Address, is_address, parse
 from ckptkit.io.stores.client import Bucket, Stored, UploadGoneError
 from ckptkit.io.stores.journal import Begun, StoreJournal, Sums
 from ckptkit.io.stores.lock import Lock
-from ckptkit.io.stores.parts import Layout, Sizes, count_of, lay_out_parts
+from ckptkit.io.stores.parts import Sizes, count_of, lay_out_parts
 from ckptkit.io.stores.uploading import Present, Uploaded, Uploading
 from ckptkit.io.team import Moved, Outcome
 from ckptkit.io.world import ALONE, World
@@ -183,7 +183,9 @@ class StoreDestination:
             self._commit(uploaded.held)
             self._clean_up()
             hashes = self._hashes() if hash else {}
-        moved = Moved(0, socket.gethostname(), uploaded.written + sum(map(len, uploaded.held.values())), uploaded.seconds)
+        moved = Moved(
+            0, socket.gethostname(), uploaded.written + sum(map(len, uploaded.held.values())), uploaded.seconds
+        )
         return Outcome(hashes, [moved] if left else [])
 
     # before bytes move
@@ -240,7 +242,7 @@ class StoreDestination:
     def _below(self) -> list[Stored]:
         """All objects below the destination; consoles make an empty one for a folder, which does not count."""
         prefix = f"{self.address.prefix}/"
-        return [item for item in self._bucket.list(prefix, _MOST) if item.key != prefix]
+        return [item for item in self._bucket.objects(prefix, _MOST) if item.key != prefix]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -341,7 +343,7 @@ class StoreDestination:
                 if parts is None:
                     self._bucket.abort([(key, begun.upload)])
                     if changed:
-                        sums = self._bucket.list(f"{self._partial}/sums/{index}/", _MOST)
+                        sums = self._bucket.objects(f"{self._partial}/sums/{index}/", _MOST)
                         self._bucket.delete([item.key for item in sums])
                     continue
                 self._uploads[index] = begun
@@ -367,7 +369,7 @@ class StoreDestination:
         Returns:
             How many uploads were aborted.
         """
-        left = self._bucket.list(f"{self._partial}/", _MOST)
+        left = self._bucket.objects(f"{self._partial}/", _MOST)
         if not left:
             return 0
         uploads = self._bucket.uploads(f"{self.address.prefix}/")
@@ -459,8 +461,8 @@ class StoreDestination:
 
     def _hashes(self) -> dict[str, str]:
         indices = range(len(self._plan.files))
-        found = self._each(self._hash, indices)
-        return dict(sorted((self._plan.files[index].path, sha256) for index, sha256 in zip(indices, found, strict=True)))
+        paths = [file.path for file in self._plan.files]
+        return dict(sorted(zip(paths, self._each(self._hash, indices), strict=True)))
 
     def _hash(self, index: int) -> str:
         file, digest = self._plan.files[index], hashlib.sha256()
@@ -509,8 +511,8 @@ _LAST = len(_TURNS) + 1
 def _turn(path: str) -> int:
     """When a file is completed: weights and small files first, what names them later, what makes a checkpoint last.
 
-    Hugging Face and PEFT directories are known by their config, packed ones by their arguments, Megatron's by the tracker
-    file, and a distributed checkpoint by its `.metadata`. A sidecar has files of these names, too, but they make nothing of its folder.
+    Hugging Face and PEFT directories are known by their config, packed ones by their arguments, Megatron's by the
+    tracker file, and a distributed checkpoint by its `.metadata`. The files of these names in a sidecar do not count.
     """
     if path in _LAST_NAMES:
         return _LAST

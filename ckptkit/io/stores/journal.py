@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ckptkit.errors import InputError
@@ -65,7 +66,7 @@ class StoreJournal:
 
     def touched(self, digest: str, sources: Iterable[Fingerprint], where: str) -> set[str]:
         """As `ckptkit.io.journal.Recorded.touched`."""
-        return Recorded(self.plan, self.sources, {}).touched(digest, sources, where)
+        return Recorded(self.plan, self.sources, {}).touched(digest, sources, Path(where))
 
     def data(self) -> bytes:
         """The journal as bytes."""
@@ -141,7 +142,7 @@ class Sums:
             StorageError: The store does not answer.
         """
         found: dict[int, list[Sum]] = {}
-        for stored in self._bucket.list(self._prefix, _MOST):
+        for stored in self._bucket.objects(self._prefix, _MOST):
             try:
                 content: Any = json.loads(self._bucket.get(stored.key, _LARGEST_SUMS) or b"{}")
                 items = {int(number): [Sum(*item) for item in sums] for number, sums in content.items()}

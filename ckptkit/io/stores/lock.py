@@ -22,7 +22,7 @@ from ckptkit.printable import printable
 _RENEWAL, _DEAD = 60.0, 900.0
 """Seconds between two signs of life, and without one until a lock counts as dead."""
 _LARGEST = 1 << 12
-NO_CONDITIONS = "the store has no conditional writes, so no lock: see to it that no other run writes to this destination"
+NO_CONDITIONS = "the store has no conditional writes, so no lock: see to it that no other run writes here"
 
 
 class Lock:
@@ -95,7 +95,7 @@ class Lock:
             return
         whose = _whose(content)
         if not _dead(found, whose):
-            who = f"process {whose['pid']} on {printable(whose['host'])}" if whose else "an unknown process"
+            who = f"process {whose['pid']} on {printable(str(whose['host']))}" if whose else "an unknown process"
             raise self._busy(f"another conversion is writing to this destination ({who}, {found.age:.0f} s ago)")
         try:
             self._tag = self._bucket.put(self._key, self._content(), instead_of=found.tag)
@@ -188,4 +188,3 @@ def _dead(found: Stored, whose: dict[str, str | int] | None) -> bool:
         return True
     here = whose is not None and whose["machine"] == _machine() != ""
     return here and whose is not None and _born(int(whose["pid"])) != whose["born"]
-

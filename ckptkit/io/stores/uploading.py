@@ -1,9 +1,9 @@
 """Fills the parts of files in memory and uploads each when it is whole.
 
 Units of work are handed out in the order of `ckptkit.io.schedule.in_order`. Whoever takes one has the memory for its
-parts before the next is handed out. A part that is not whole therefore waits only for units that were handed out before,
-or for the ones that come next, and memory for these is kept free (`ckptkit.io.stores.parts`). So the run cannot stand
-still, however little memory there is.
+parts before the next is handed out. A part that is not whole therefore waits only for units that were handed out
+before, or for the ones that come next, and memory for these is kept free (`ckptkit.io.stores.parts`). So the run cannot
+stand still, however little memory there is.
 """
 
 from __future__ import annotations
@@ -292,7 +292,9 @@ class Uploading:
         sizes = {index: group.part for group in layout.groups for index in group.files}
         self._held = {index for index in layout.held if index in wanted}
         self._files = {
-            index: _File(plan.files[index], sizes.get(index, max(plan.files[index].size, 1)), present.get(index, Present()))
+            index: _File(
+                plan.files[index], sizes.get(index, max(plan.files[index].size, 1)), present.get(index, Present())
+            )
             for index in sorted(wanted)
         }
         self._units = self._all_units()
@@ -485,4 +487,3 @@ class _Mover:
             first, last = max(write.offset, part.start), min(write.offset + len(data), part.stop)
             part.array[first - part.start : last - part.start] = data[first - write.offset : last - write.offset]
             yield write.file, part, last - first
-

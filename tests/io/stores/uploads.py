@@ -23,8 +23,8 @@ SMALL = Sizes(part=1024, smallest=1024, memory=8 * 1024, held=2200)
 """Parts of a model of five kilobytes: each of its two shards has three, and other files are kept in memory."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+@pytest.fixture(scope="module", name="server")
+def server_fixture() -> Iterator[Server]:
     """A server that this process and its children find by their environment."""
     with running() as found, pytest.MonkeyPatch.context() as patch:
         for name, value in found.environment.items():
@@ -34,8 +34,8 @@ def server() -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="small_parts")
+def small_parts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has conversions of this process upload parts of 1024 bytes."""
     monkeypatch.setattr(Sizes, "of_environment", classmethod(lambda cls: SMALL))
 
@@ -72,8 +72,8 @@ class Calls:
         return self.answer(name, self.made[name], request)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+@pytest.fixture(name="calls")
+def calls_fixture(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The calls of clients that are made during a test."""
     found, usual = Calls(), client._client
 
