@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,10 +55,19 @@ class Server:
         get = self.client.get_object
         return {name: get(Bucket=BUCKET, Key=f"{prefix}/{name}")["Body"].read() for name in self.keys(prefix)}
 
-    def uploads(self) -> list[str]:
+    def uploads(self, prefix: str = "") -> list[str]:
         """Keys of multipart uploads that are neither complete nor aborted."""
-        found = self.client.list_multipart_uploads(Bucket=BUCKET)
-        return [item["Key"] for item in found.get("Uploads", ())]
+        return [item["Key"] for item in self._uploads(prefix)]
+
+    def parts(self, prefix: str = "") -> int:
+        """Parts of the uploads that are neither complete nor aborted."""
+        ask = self.client.list_parts
+        lists = [ask(Bucket=BUCKET, Key=item["Key"], UploadId=item["UploadId"]) for item in self._uploads(prefix)]
+        return sum(len(one.get("Parts", ())) for one in lists)
+
+    def _uploads(self, prefix: str) -> list[Any]:
+        found = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+        return list(found.get("Uploads", ()))
 
 
 @contextmanager
@@ -65,6 +75,7 @@ def running() -> Iterator[Server]:
     """A server of its own; its objects are gone with it."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

@@ -109,14 +109,16 @@ def _layout(side: dict[str, Any]) -> str:
 
 def _conversion_facts(result: ConversionResult) -> list[tuple[str, str]]:
     total = result.bytes_total
-    short = result.disk_needed - result.disk_free
-    disk = f"{human_size(result.disk_needed)} needed, {human_size(result.disk_free)} free"
+    disk = f"{human_size(result.disk_needed)} needed"
+    if result.disk_free is not None:
+        short = result.disk_needed - result.disk_free
+        disk += f", {human_size(result.disk_free)} free" + (f": {human_size(short)} short" if short > 0 else "")
     return [
         ("total", f"{human_size(total)} in {len(result.files)} files"),
         ("copied through", _share(result.bytes_through, total)),
         ("rearranged", _share(result.bytes_rearranged, total)),
         ("memory", f"at most {human_size(result.memory_needed)}"),
-        ("disk", f"{disk}: {human_size(short)} short" if short > 0 else disk),
+        ("disk" if result.disk_free is not None else "store", disk),
         ("coverage", ", ".join(f"{count:,} {what}" for what, count in result.coverage.items())),
     ]
 

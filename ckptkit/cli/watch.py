@@ -97,9 +97,11 @@ def watch(
     """
     from ckptkit.checkpoints.source_options import SourceOptions
     from ckptkit.cli import rendering
+    from ckptkit.io.stores.address import refuse_address
     from ckptkit.runs.watch import Wanted
     from ckptkit.runs.watch import watch as watch_run
 
+    refuse_address(out, "a record of the run is kept beside the outputs")
     if once and until is not None:
         raise UsageError("--once and --until exclude each other", hint="pass one of them")
     wanted = Wanted(

@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.errors import StorageError
+from ckptkit.errors import StorageError, UsageError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
+from ckptkit.io.stores.address import is_address, parse, refuse_address
 from ckptkit.io.stores.mirror import shown
 from ckptkit.io.world import ALONE, World
 from ckptkit.steps import Tell, nobody
 
 if TYPE_CHECKING:
     from ckptkit.io.commit import Destination
+    from ckptkit.io.stores.destination import StoreDestination
+READ_BACK = "what is written is read back before it counts"
+"""Why a command needs a directory."""
 SCHEMA = 1
 """Version of the JSON; it rises when a field goes away or changes its meaning."""
 
@@ -68,6 +73,7 @@ class ConversionResult:
     parts of Megatron tensors that the model does not use and the output does not hold, one record for each kind:
     `what`, `parts`, `elements`, and the largest difference from the values that a conversion to Megatron puts there
     (`max_abs_difference`, with the tensor in `where`). A dry run reads no weights, so its difference is None.
+    `disk_free` is None where the destination is in a store, which has no limit.
     `ranks` has a record for each process that moved bytes: `rank`, `host`, `bytes_written` as its engine counted them,
     and `seconds`. It is empty after a dry run, on ranks after the first, and where the output was complete already.
     `seconds` is the time of the whole command; `seconds_fitting` is the part of it in which an adapter was fitted.
@@ -85,7 +91,7 @@ class ConversionResult:
     bytes_rearranged: int
     memory_needed: int
     disk_needed: int
-    disk_free: int
+    disk_free: int | None
     coverage: dict[str, int]
     lossy: list[str]
     notes: list[str]
@@ -125,7 +131,8 @@ def carry_out(
         started: When the whole command started, as `time.monotonic` gives it.
         fitting: Seconds since then in which nothing but an adapter was computed.
         also: Further folders that the plan reads.
-        check: Called with the directory of the finished files before they are committed; an error stops that.
+        check: Called with the directory of the finished files before they are committed; an error stops that. A store
+            shows no file before all are committed, so there a command that checks is refused.
 
     Raises:
         UsageError: The destination is in use, or overlaps a source.
@@ -144,17 +151,34 @@ def carry_out(
     world = execution.world
     dropped: list[dict[str, object]] | None = None
     likeness: dict[str, Any] | None = None
-    outcome, free = Outcome(), 0
+    outcome = Outcome()
+    free: int | None = 0
+    memory = MEMORY_LIMIT + (MEMORY if holds_computed(plan) else 0)
+    said: Sequence[str] = ()
 
-    def before_commit(directory: Path) -> None:
+    def before_commit(directory: Path | None) -> None:
         nonlocal dropped, likeness
         dropped = summarise(plan.dropped, measure=True)
         likeness = compared_with_reference(plan.likenesses, execution.threads) if plan.likenesses else None
-        if check is not None:
+        if check is not None and directory is not None:
             check(directory)
 
     try:
-        if not world.first and not execution.dry_run:
+        if is_address(target_facts["path"]):
+            if check is not None:
+                refuse_address(target_facts["path"], READ_BACK)
+            target_facts = {**target_facts, "path": str(parse(target_facts["path"]))}
+            store = _store_destination(plan, sources, target_facts["path"], execution, also, source_facts["path"])
+            free, memory = store.free, memory + store.memory
+            if not execution.dry_run:
+                outcome = store.write(
+                    threads=execution.threads,
+                    hash=execution.hash,
+                    progress=execution.progress,
+                    check=partial(before_commit, None),
+                )
+            said = store.notes
+        elif not world.first and not execution.dry_run:
             seen = [checkpoint.seen for checkpoint in sources]
             take_part(target_facts["path"], plan, world, seen=seen, threads=execution.threads, hash=execution.hash)
         else:
@@ -182,12 +206,12 @@ def carry_out(
         bytes_total=plan.nbytes,
         bytes_through=through,
         bytes_rearranged=rearranged,
-        memory_needed=MEMORY_LIMIT + (MEMORY if holds_computed(plan) else 0),
+        memory_needed=memory,
         disk_needed=plan.nbytes,
         disk_free=free,
         coverage=dict(plan.coverage),
         lossy=list(plan.lossy),
-        notes=[shown(note) for note in plan.notes],
+        notes=[*(shown(note) for note in plan.notes), *said],
         dropped=dropped,
         dry_run=execution.dry_run,
         seconds=time.monotonic() - started,
@@ -214,6 +238,32 @@ def _destination(
     )
 
 
+@collection_paused()
+def _store_destination(
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    out: str,
+    execution: Execution,
+    also: Sequence[Path] = (),
+    named: str = "",
+) -> StoreDestination:
+    """The destination in a store; `named` is how the user named the source, which may be in a store, too."""
+    from ckptkit.io.stores.destination import ONE_PROCESS, ONE_PROCESS_HINT, StoreDestination
+
+    if execution.world.size > 1 and not execution.dry_run:
+        error = UsageError(ONE_PROCESS, where=out, hint=ONE_PROCESS_HINT)
+        error.told = not execution.world.first
+        raise error
+    return StoreDestination(
+        parse(out),
+        plan,
+        sources=[*(folder for item in sources for folder in (item.path, *item.seen.folders)), *also, named],
+        seen=[checkpoint.seen for checkpoint in sources],
+        overwrite=execution.overwrite,
+        resume=execution.resume,
+    )
+
+
 def check_destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path, execution: Execution) -> None:
     """Checks the destination early, before long work that only decides the values to write (the fit of an adapter).
 
@@ -225,4 +275,7 @@ def check_destination(plan: Plan, sources: Sequence[Checkpoint], out: str | Path
         StorageError: The destination cannot be written, or has no room.
     """
     if not (execution.dry_run or execution.resume or execution.world.restarted) and execution.world.first:
+        if is_address(out):
+            _store_destination(plan, sources, str(out), execution)
+            return
         _destination(plan, sources, out, execution)  # its constructor checks the place and the free space

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.sources import facts_of, open_source
-from ckptkit.conversion.execution import ConversionResult, Execution, How, carry_out
+from ckptkit.conversion.execution import READ_BACK, ConversionResult, Execution, How, carry_out
 from ckptkit.conversion.options import Options
 from ckptkit.conversion.planning import make_plan
 from ckptkit.dtypes import DTYPES_BY_TORCH_NAME
 from ckptkit.errors import InputError
 from ckptkit.formats.delta.manifest import CHANGED, UNCHANGED, Change, Manifest
 from ckptkit.formats.delta.reading import Delta, open_delta, stored_in
+from ckptkit.io.stores.address import refuse_address
 from ckptkit.sharding.grid import Parallelism, StatedGrid
 from ckptkit.tensors import Tensor
 
@@ -74,6 +75,7 @@ def apply_delta(
     """
     started = time.monotonic()
     execution = Execution(**how)
+    refuse_address(out, READ_BACK)
     options = Options(
         grid=grid,
         spec=spec,

@@ -38,6 +38,7 @@ from ckptkit.io.crc import crc32
 from ckptkit.io.hashes import TensorHash
 from ckptkit.io.plan import OutputFile, Plan, literal, source_files
 from ckptkit.io.segments import Segment
+from ckptkit.io.stores.address import refuse_address
 from ckptkit.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def make_delta(
 
     started = time.monotonic()
     execution = Execution(**how)
+    refuse_address(out, "parts of a delta are collected beside it")
     with ExitStack() as stack:
         opened = [
             open_side(stack, path, source, name.lower(), hf_reference, headers_only=False)
@@ -174,7 +176,7 @@ def make_delta(
         bytes_new=sum(change.nbytes for change in manifest.changes if change.new is not None),
         bytes_total=result.bytes_total,
         files=result.files,
-        disk_free=result.disk_free,
+        disk_free=result.disk_free or 0,
         notes=result.notes,
         dry_run=result.dry_run,
         seconds=time.monotonic() - started,

@@ -7,6 +7,7 @@ source is read once, whatever the number of ranks.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -261,14 +262,32 @@ class Schedule:
         return self._own.get(worker)
 
 
+def in_order(files: Sequence[OutputFile], chosen: Sequence[int], limits: Limits) -> Iterator[Unit]:
+    """The units of some files, so that each file is filled from its start to its end, and all of them side by side.
+
+    A unit that serves several files writes to the same byte of each. So of a file there is never more to remember than
+    the bytes around the place that is being filled.
+
+    Args:
+        files: The files of a plan.
+        chosen: Indices of those to write.
+        limits: Sizes of the buffers; bytes are never copied inside the kernel.
+    """
+    blocks = _find_blocks(files, chosen, limits, level=True)
+    streams = [_units(index, files[index], blocks, limits, direct=False) for index in chosen]
+    return heapq.merge(*streams, key=lambda unit: unit.writes[0].offset)
+
+
 def tensor_units(tensor: Tensor, limits: Limits) -> Iterator[Unit]:
     """The units of one tensor, in order; the offsets of their writes count from 0."""
     segments = (Segment(0, tensor),) if tensor.nbytes else ()
     return _Filler(0, limits, False).units(_layout(0, OutputFile("", tensor.nbytes, segments), {}, limits))
 
 
-def _units(index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits) -> Iterator[Unit]:
-    direct = not file.checksums  # a checksum needs to see the bytes that it covers
+def _units(
+    index: int, file: OutputFile, blocks: dict[tuple[int, int], _Block], limits: Limits, direct: bool = True
+) -> Iterator[Unit]:
+    direct = direct and not file.checksums  # a checksum needs to see the bytes that it covers
     return _Filler(index, limits, direct).units(_layout(index, file, blocks, limits))
 
 
@@ -347,16 +366,26 @@ def _joined(upper: _Run, lower: _Run) -> _Run | None:
     return _Run(upper.offset, Band(1, (Region(a.file, a.offset, 1, size, size),)), 1, None)
 
 
-def _find_blocks(files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits) -> dict[tuple[int, int], _Block]:
-    """Blocks by the (file, offset) of each of their columns."""
-    candidates: dict[tuple[str, int, int, Cast | None], list[_Column]] = defaultdict(list)
+def _find_blocks(
+    files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits, level: bool = False
+) -> dict[tuple[int, int], _Block]:
+    """Blocks by the (file, offset) of each of their columns.
+
+    Args:
+        files: The files of a plan.
+        chosen: Indices of those to write.
+        limits: Sizes of the buffers.
+        level: Take columns into one block only if they are equally wide and go to the same byte of different files.
+    """
+    candidates: dict[tuple[str, int, int, tuple[int, ...], Cast | None], list[_Column]] = defaultdict(list)
     for index in chosen:
         for segment in files[index].segments:
             cast = _cast(segment.tensor)
             for offset, band in _band_offsets(segment):
                 region = band.pieces[0]
                 if len(band.pieces) == 1 and isinstance(region, Region) and not region.contiguous:
-                    key = (region.file, region.pitch, region.rows, cast)
+                    height = (offset, region.width) if level else ()
+                    key = (region.file, region.pitch, region.rows, height, cast)
                     candidates[key].append(_Column(index, offset, region))
     found: dict[tuple[int, int], _Block] = {}
     for (*_, cast), columns in candidates.items():

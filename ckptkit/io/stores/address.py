@@ -89,6 +89,21 @@ def parse(text: str | Path) -> Address:
     return Address(scheme, place, prefix)
 
 
+def refuse_address(out: str | Path, why: str) -> None:
+    """Refuses a destination in a store, for what needs a directory.
+
+    Args:
+        out: The destination.
+        why: What a store cannot do.
+
+    Raises:
+        UsageError: `out` is an address.
+    """
+    if is_address(out):
+        hint = "write to a directory, and copy it to the store with the store's own tool"
+        raise UsageError(f"this command writes to a disk only: {why}", where=_shown(str(out)), hint=hint)
+
+
 def _is_host(place: str) -> bool:
     try:
         parts = urlsplit(f"//{place}")
