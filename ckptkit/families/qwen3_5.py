@@ -8,18 +8,25 @@ keep its names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import delta_net
 from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
-from ckptkit.families.delta_net import DELTA_FLAT, MARKS, SHARED_EXPERT, values_of_delta_nets, with_delta_nets
+from ckptkit.families.delta_net import (
+    DELTA_FLAT,
+    MARKS,
+    SHARED_EXPERT,
+    delta_translation,
+    values_of_delta_nets,
+    with_delta_nets,
+)
 from ckptkit.families.llama import EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.qwen3_next import values_of_experts, with_experts
 from ckptkit.families.wrapper import Wrapper
-from ckptkit.tables.config_fields import Fields
-from ckptkit.tables.config_json import ConfigJson, translation
+from ckptkit.tables.config_json import ConfigJson
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import APART
@@ -43,6 +50,12 @@ MOE_DEFAULTS = {
     "num_experts_per_tok": 8,
     "num_experts": 256,
 }
+_GRANTED: Mapping[str, tuple[Any, ...]] = {
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+}
+"""Keys of Qwen3-Next's experts that the class of transformers does not read -> what it does."""
 CONFIG = ConfigJson("qwen3_5_text", "Qwen3_5ForCausalLM", "qwen3_5_text", DEFAULTS, delta_net.ROPE)
 MOE_CONFIG = ConfigJson("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", MOE_DEFAULTS, delta_net.ROPE)
 
@@ -52,25 +65,18 @@ def parse_text(raw: Raw) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
-        UnsupportedError: It says that attention has no output gate.
+        UnsupportedError: It is a model that the class of transformers does not compute.
     """
-    fields = CONFIG.fields(raw)
-    _refuse(fields)
-    return with_delta_nets(CONFIG.decoder(raw), fields)
+    return with_delta_nets(CONFIG.decoder(raw), CONFIG.fields(raw))
 
 
 def parse_moe_text(raw: Raw) -> ModelConfig:
     """Translates the config.json of a text model with experts; errors as `parse_text`."""
     fields = MOE_CONFIG.fields(raw)
-    _refuse(fields)
+    fields.refuse_unless(_GRANTED)
     width = fields.integer("moe_intermediate_size")  # there is no dense MLP
     config = with_delta_nets(MOE_CONFIG.decoder({**raw, "intermediate_size": width}), fields)
     return with_experts(config, fields, [True] * config.num_layers)
-
-
-def _refuse(fields: Fields) -> None:
-    if fields.raw.get("attn_output_gate") is False:
-        raise UnsupportedError("config.json: attn_output_gate is false, and the class of transformers always has gates")
 
 
 def _counted(config: ModelConfig) -> dict[str, Any]:
@@ -89,8 +95,8 @@ def _values_moe(config: ModelConfig) -> dict[str, Any]:
     return {**common, **_counted(config)}
 
 
-unparse_text = translation(CONFIG, parse_text, _values)
-unparse_moe_text = translation(MOE_CONFIG, parse_moe_text, _values_moe)
+unparse_text = delta_translation(CONFIG, parse_text, _values)
+unparse_moe_text = delta_translation(MOE_CONFIG, parse_moe_text, _values_moe)
 
 _ATTENTION: tuple[Row, ...] = (
     *EMBEDDINGS,
