@@ -150,12 +150,15 @@ def test_one_less_and_back(values: list[float], dtype: torch.dtype) -> None:
     stored = vector(given_ - 1)
     assert torch.equal(load(LESS_ONE.to_hf(stored)), (given_ - 1) + 1)
     kept = LESS_ONE.kept(stored, vector(given_))
+    assert LESS_ONE.moved(kept) == LESS_ONE.moved(stored) == 0
     assert torch.equal(load(kept), given_ - 1) and torch.equal(load(LESS_ONE.to_hf(kept)), given_)
     again = LESS_ONE.to_megatron(LESS_ONE.to_hf(kept))
     assert torch.equal(load(again), given_ - 1)
     moved = given_ - 1
     moved[0] += 0.5
-    changed = load(LESS_ONE.to_hf(LESS_ONE.kept(vector(moved), vector(given_))))
+    mixed = LESS_ONE.kept(vector(moved), vector(given_))
+    assert LESS_ONE.moved(mixed) == 1
+    changed = load(LESS_ONE.to_hf(mixed))
     assert changed[0] == (moved + 1)[0] and torch.equal(changed[1:], given_[1:])
 
 
@@ -176,6 +179,24 @@ def test_norms_come_back_exactly_through_the_sidecar(tmp_path: Path, to: str, dt
     found = load_file(tmp_path / "without" / "model.safetensors")[name]
     wide = hf[name] if dtype is None else hf[name].float()
     assert torch.equal(found, wide - 1 + 1)
+
+
+@pytest.mark.parametrize("to", ["packed", "torch_dist"])
+def test_originals_that_megatrons_numbers_are_not_of(tmp_path: Path, to: str) -> None:
+    """Those of another model are said not to count, and so are those of norms that were trained."""
+    source = save_model(tmp_path / "hf", "qwen3_next", dtype="bfloat16")
+    assert not any("originals" in note for note in convert(source, tmp_path / "meg", to=to).notes)
+    file = tmp_path / "meg" / "ckptkit" / "originals.safetensors"
+    own, name = load_file(file), "model.layers.0.linear_attn.norm.weight"
+    assert not any("originals" in note for note in convert(tmp_path / "meg", tmp_path / "same", to="hf").notes)
+    save_file({one: tensor + 0.5 for one, tensor in own.items()}, file)
+    others = convert(tmp_path / "meg", tmp_path / "others", to="hf")
+    assert any("24 of 24 numbers of 2 of 2 norms are not those" in note for note in others.notes), others.notes
+    assert torch.equal(load_file(tmp_path / "others" / "model.safetensors")[name], own[name] - 1 + 1)
+    own[name][3] += 0.5  # as if this one had been trained
+    save_file(own, file)
+    again = convert(tmp_path / "meg", tmp_path / "ranks", to="torch", grid=Parallelism(2))
+    assert any("1 of 12 numbers of 1 of 2 norms" in note for note in again.notes)
 
 
 @pytest.mark.parametrize(
