@@ -3,7 +3,7 @@
 Another implementation of attention leaves these layers as they are. What is computed here is the same, rounded as the
 kernels of causal-conv1d and flash-linear-attention round it: once, behind the activation of the convolution, and once
 behind the gated norm. The functions of transformers for any device round before the activation, and before the weight
-of the norm.
+of the norm. Float32 sees neither: there the delta rule sums up in another order, that of shorter chunks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from ckptkit.megatron.stand_ins import replaced
 
 _CONVOLUTION = "causal_conv1d_fn"
+_RULE = "torch_chunk_gated_delta_rule"
+CHUNK = 8
+"""Tokens of a chunk of the delta rule, for which transformers has 64."""
 
 
 def delta_nets(model: torch.nn.Module) -> list[Any]:
@@ -34,6 +38,9 @@ def rounded_once(model: torch.nn.Module) -> Iterator[None]:
     homes = {sys.modules[type(module).__module__] for module in found}
     stand_ins: list[tuple[Any, str, Any]] = [(norm, "forward", _gated) for norm in norms]
     stand_ins += [(home, _CONVOLUTION, _convolved) for home in homes if hasattr(home, _CONVOLUTION)]
+    stand_ins += [
+        (home, _RULE, partial(rule, chunk_size=CHUNK)) for home in homes if (rule := getattr(home, _RULE, None))
+    ]
     with replaced(stand_ins):
         yield
 
