@@ -132,6 +132,7 @@ def _with_wrapper(spellings: tuple[HfSpelling, ...]) -> tuple[HfSpelling, ...]:
 QWEN3_5_TEXT = Family(
     name="qwen3_5_text",
     architectures=("Qwen3_5ForCausalLM",),
+    value_architectures=("Qwen3_5TextForSequenceClassification",),
     parse=parse_text,
     unparse=unparse_text,
     rows=(*_ATTENTION, *without(MLP, "linear_fc1.bias", "linear_fc2.bias")),
@@ -147,6 +148,7 @@ QWEN3_5_MOE_TEXT = replace(
     QWEN3_5_TEXT,
     name="qwen3_5_moe_text",
     architectures=("Qwen3_5MoeForCausalLM",),
+    value_architectures=(),
     parse=parse_moe_text,
     unparse=unparse_moe_text,
     rows=(*_ATTENTION, *_EXPERTS),
@@ -166,6 +168,7 @@ def _wrapped(text: Family, wrapper: Wrapper, spellings: tuple[HfSpelling, ...]) 
         text,
         name=wrapper.family,
         architectures=(wrapper.architecture,),
+        value_architectures=(),
         parse=wrapper.parse,
         unparse=wrapper.unparse,
         rows=renamed(text.rows, _IN_WRAPPER),
@@ -178,5 +181,8 @@ def _wrapped(text: Family, wrapper: Wrapper, spellings: tuple[HfSpelling, ...]) 
     )
 
 
-QWEN3_5 = _wrapped(QWEN3_5_TEXT, WRAPPER, (HUB,))
+QWEN3_5 = replace(
+    _wrapped(QWEN3_5_TEXT, WRAPPER, (HUB,)),
+    value_architectures=("Qwen3_5ForTokenClassification", "Qwen3_5ForSequenceClassification"),
+)
 QWEN3_5_MOE = _wrapped(QWEN3_5_MOE_TEXT, MOE_WRAPPER, _stacked("model.language_model."))
