@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 from ckptkit.checkpoints.element_types import WEIGHTS
@@ -109,6 +110,32 @@ def notes_of_originals(items: Mapping[str, Item], tensors: Mapping[str, Tensor])
         return []
     return [
         f"{rounded} norms are stored less one, and there are no originals of them: in Hugging Face they are rounded"
+    ]
+
+
+def notes_of_moved(items: Mapping[str, Item], tensors: Mapping[str, Tensor]) -> list[str]:
+    """A note where originals do not count, because Megatron's numbers are not those that were made of them.
+
+    Their numbers are read.
+
+    Args:
+        items: Canonical name -> item.
+        tensors: Canonical name -> tensor.
+
+    Raises:
+        InputError: A file is gone or ends early.
+        StorageError: A file cannot be read.
+    """
+    numbered = {key: item.row.numbers for key, item in items.items() if key in tensors}
+    moved = {key: numbers.moved(tensors[key]) for key, numbers in numbered.items() if numbers is not None}
+    changed = [key for key, count in moved.items() if count]
+    if not changed:
+        return []
+    of = sum(prod(tensors[key].shape) for key in changed)
+    return [
+        f"{sum(moved.values())} of {of} numbers of {len(changed)} of {len(moved)} norms are not those made of the"
+        f" originals in {FOLDER}/{ORIGINALS}: they were trained, or it is another model's. In Hugging Face they are"
+        " rounded"
     ]
 
 

@@ -75,7 +75,10 @@ def text_only(source: Checkpoint) -> tuple[Checkpoint, list[str]]:
     items = {item.key: item for item in family.items(config)}
     left_out = len(source.sidecar.extras)
     text = replace(source, family=family, config=config, items=items, sidecar=sidecar, spelling=family.spellings[0])
-    return text, [f"{left_out} tensors outside the text model are left out (--layout text)"]
+    lossy = [f"{left_out} tensors outside the text model are left out (--layout text)"]
+    if unknown := [name for key in source.tensors.keys() - items.keys() for name in source.items[key].hf]:
+        lossy.append(f"{config.architecture} has no {', '.join(sorted(unknown))}: left out (--layout text)")
+    return text, lossy
 
 
 def with_towers(source: Checkpoint) -> tuple[Checkpoint, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.element_types import check_element_types
+from ckptkit.checkpoints.sidecar_contents import notes_of_moved
 from ckptkit.conversion.adapters import PEFT_FORMAT, make_adapter_plan
 from ckptkit.conversion.changes import changes
 from ckptkit.conversion.options import Options, check_options
@@ -50,6 +51,7 @@ def make_plan(source: Checkpoint, to: str, options: Options, adapter: Checkpoint
         _refuse_adapter_options(options, format)
     else:
         check_adapter_options(options, format)
+    moved = notes_of_moved(source.items, source.tensors)
     lossy: list[str] = []
     for change in changes(options, format):
         source, lost = change(source)
@@ -59,7 +61,7 @@ def make_plan(source: Checkpoint, to: str, options: Options, adapter: Checkpoint
     if adapter is not None:
         target, beside, lost = with_adapter(target, adapter)
         lossy += lost
-    notes = [*target.source.notes, *(_megatron_notes(target) if format.megatron else ()), *format.notes(target)]
+    notes = [*target.source.notes, *moved, *(_megatron_notes(target) if format.megatron else ()), *format.notes(target)]
     notes += notes_of_kept(target.source, megatron=format.megatron, wanted=options.quantise)
     if format.sharded and (problem := sharing_problem(source.config, target.grid)):
         notes.append(f"a runtime that keeps keys and values within a stage cannot run this: {problem}")

@@ -10,7 +10,7 @@ Source: `GatedDeltaNet` and `SelfAttention` of megatron-core 0.16.1 and 0.19.2; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ckptkit.io.zero_centered import LESS_ONE
 from ckptkit.sharding.rules import BY_PART, COLUMN, REPLICATED, ROW
 from ckptkit.tables.bridge import BridgeProvider
 from ckptkit.tables.config_fields import FULL, LINEAR, Fields
+from ckptkit.tables.config_json import ConfigJson, translation
 from ckptkit.tables.dims import (
     GROUPS,
     HEADS,
@@ -40,7 +41,7 @@ from ckptkit.tables.dims import (
 from ckptkit.tables.family import MegatronQuirks
 from ckptkit.tables.layouts import Parts, by_head, flat, interleave, stack
 from ckptkit.tables.model_config import DeltaNet, LayerConfig, ModelConfig, Rope
-from ckptkit.tables.rows import Row, layer, only, renamed, sparse
+from ckptkit.tables.rows import Raw, Row, layer, only, renamed, sparse
 from ckptkit.tables.spelling import LOCAL as PLAIN_LOCAL
 
 
@@ -193,6 +194,15 @@ DEFAULTS: Mapping[str, Any] = {
 """Class defaults that all these families share."""
 ROPE = Rope(10000.0, partial=0.25)
 
+_GRANTED: Mapping[str, tuple[Any, ...]] = {
+    "attn_output_gate": (True,),
+    "output_gate_type": ("swish", "silu"),  # of the norm behind a DeltaNet
+    "linear_use_gate": (True,),
+    "linear_allow_neg_eigval": (False,),
+    "use_sliding_window": (False,),
+    "mtp_use_dedicated_embeddings": (False,),
+}
+"""Keys of published files, and of related families, that the classes of transformers do not read -> what they do."""
 _INTERVAL = "full_attention_interval"
 _SIZES = {
     "key_heads": "linear_num_key_heads",
@@ -208,18 +218,15 @@ def with_delta_nets(config: ModelConfig, fields: Fields) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
+        UnsupportedError: It is a model that the class of transformers does not compute.
     """
+    fields.refuse_unless(_GRANTED)
     sizes = {ours: fields.integer(key) for ours, key in _SIZES.items()}
     keys, values = sizes["key_heads"], sizes["value_heads"]
     if values % keys:
         raise InputError(f"config.json: linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}")
-    interval = fields.raw.get(_INTERVAL, 4)
-    if type(interval) is not int or interval < 1:
-        raise InputError(f"config.json: {_INTERVAL} must be a positive integer, not {interval!r}")
-    default = [LINEAR if (number + 1) % interval else FULL for number in range(config.num_layers)]
     delta = DeltaNet(**sizes)
-    types = fields.layer_types(default, (FULL, LINEAR))
-    pairs = zip(config.layers, types, strict=True)
+    pairs = zip(config.layers, _layer_types(fields, config.num_layers), strict=True)
     return replace(
         config,
         layers=tuple(replace(one, delta=delta if kind == LINEAR else None) for one, kind in pairs),
@@ -227,6 +234,49 @@ def with_delta_nets(config: ModelConfig, fields: Fields) -> ModelConfig:
         output_gate=True,
         zero_centered_norms=True,
     )
+
+
+def _layer_types(fields: Fields, num_layers: int) -> list[str]:
+    """The kind of each layer. transformers looks at the interval only where `layer_types` is absent; others always."""
+    default = _by_interval(fields.raw.get(_INTERVAL, 4), num_layers)
+    types = fields.layer_types(default, (FULL, LINEAR))
+    if fields.raw.get(_INTERVAL) is not None and types != default:
+        number = next(number for number, kind in enumerate(types) if kind != default[number])
+        raise InputError(
+            f"config.json: layer {number} is {types[number]} by layer_types, and {default[number]} by {_INTERVAL}"
+            f" {fields.raw[_INTERVAL]}",
+            hint=f"remove the wrong one; without {_INTERVAL}, layer_types counts",
+        )
+    return types
+
+
+def _by_interval(interval: Any, num_layers: int) -> list[str]:
+    """The kinds of layers where each `interval`th has attention.
+
+    Raises:
+        InputError: It is no positive integer.
+    """
+    if type(interval) is not int or interval < 1:
+        raise InputError(f"config.json: {_INTERVAL} must be a positive integer, not {interval!r}")
+    return [LINEAR if (number + 1) % interval else FULL for number in range(num_layers)]
+
+
+def delta_translation(
+    config_json: ConfigJson,
+    parse: Callable[[Raw], ModelConfig],
+    values: Callable[[ModelConfig], Mapping[str, Any]],
+) -> Callable[[ModelConfig, Raw], dict[str, Any]]:
+    """The `unparse` of a family with DeltaNets: an interval that other layers leave behind is not written."""
+    plain = translation(config_json, parse, values)
+
+    def unparse(config: ModelConfig, base: Raw) -> dict[str, Any]:
+        raw = plain(config, base)
+        types = values_of_delta_nets(config)["layer_types"]
+        if raw.get(_INTERVAL) is not None and _by_interval(raw[_INTERVAL], config.num_layers) != types:
+            del raw[_INTERVAL]
+        return raw
+
+    return unparse
 
 
 def values_of_delta_nets(config: ModelConfig) -> dict[str, Any]:

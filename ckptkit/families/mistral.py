@@ -82,11 +82,12 @@ def parse_mixtral(raw: Raw) -> ModelConfig:
     """
     fields, config = MIXTRAL_CONFIG.fields(raw), MIXTRAL_CONFIG.decoder(raw)
     config = windowed(config, [fields.integer_or_none("sliding_window")] * config.num_layers)
+    count, chosen = fields.experts("num_local_experts")
     return replace(
         config,
         layers=tuple(replace(layer, moe=True) for layer in config.layers),
-        num_experts=fields.integer("num_local_experts"),
-        experts_per_token=fields.integer("num_experts_per_tok"),
+        num_experts=count,
+        experts_per_token=chosen,
         moe_ffn_hidden_size=config.layers[0].ffn_hidden_size,
     )
 

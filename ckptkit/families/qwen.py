@@ -90,12 +90,13 @@ def parse_qwen3_moe(raw: Raw) -> ModelConfig:
     config = QWEN3_MOE_CONFIG.decoder(raw)
     config = windowed(config, [_window(fields)] * config.num_layers)
     moe = [number not in dense_layers(fields, config.num_layers) for number in range(config.num_layers)]
+    count, chosen = fields.experts("num_experts")
     return replace(
         config,
         layers=tuple(replace(layer, moe=has) for layer, has in zip(config.layers, moe, strict=True)),
         qk_norm=True,
-        num_experts=fields.integer("num_experts"),
-        experts_per_token=fields.integer("num_experts_per_tok"),
+        num_experts=count,
+        experts_per_token=chosen,
         moe_ffn_hidden_size=fields.integer("moe_intermediate_size"),
         norm_topk_prob=fields.flag("norm_topk_prob"),
     )

@@ -8,18 +8,25 @@ keep its names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckptkit.errors import UnsupportedError
 from ckptkit.families import delta_net
 from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
-from ckptkit.families.delta_net import DELTA_FLAT, MARKS, SHARED_EXPERT, values_of_delta_nets, with_delta_nets
+from ckptkit.families.delta_net import (
+    DELTA_FLAT,
+    MARKS,
+    SHARED_EXPERT,
+    delta_translation,
+    values_of_delta_nets,
+    with_delta_nets,
+)
 from ckptkit.families.llama import EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.qwen3_next import values_of_experts, with_experts
 from ckptkit.families.wrapper import Wrapper
-from ckptkit.tables.config_fields import Fields
-from ckptkit.tables.config_json import ConfigJson, translation
+from ckptkit.tables.config_json import ConfigJson
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import APART
@@ -43,6 +50,12 @@ MOE_DEFAULTS = {
     "num_experts_per_tok": 8,
     "num_experts": 256,
 }
+_GRANTED: Mapping[str, tuple[Any, ...]] = {
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+}
+"""Keys of Qwen3-Next's experts that the class of transformers does not read -> what it does."""
 CONFIG = ConfigJson("qwen3_5_text", "Qwen3_5ForCausalLM", "qwen3_5_text", DEFAULTS, delta_net.ROPE)
 MOE_CONFIG = ConfigJson("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", MOE_DEFAULTS, delta_net.ROPE)
 
@@ -52,25 +65,18 @@ def parse_text(raw: Raw) -> ModelConfig:
 
     Raises:
         InputError: A field is missing, of the wrong type, or contradicts another.
-        UnsupportedError: It says that attention has no output gate.
+        UnsupportedError: It is a model that the class of transformers does not compute.
     """
-    fields = CONFIG.fields(raw)
-    _refuse(fields)
-    return with_delta_nets(CONFIG.decoder(raw), fields)
+    return with_delta_nets(CONFIG.decoder(raw), CONFIG.fields(raw))
 
 
 def parse_moe_text(raw: Raw) -> ModelConfig:
     """Translates the config.json of a text model with experts; errors as `parse_text`."""
     fields = MOE_CONFIG.fields(raw)
-    _refuse(fields)
+    fields.refuse_unless(_GRANTED)
     width = fields.integer("moe_intermediate_size")  # there is no dense MLP
     config = with_delta_nets(MOE_CONFIG.decoder({**raw, "intermediate_size": width}), fields)
     return with_experts(config, fields, [True] * config.num_layers)
-
-
-def _refuse(fields: Fields) -> None:
-    if fields.raw.get("attn_output_gate") is False:
-        raise UnsupportedError("config.json: attn_output_gate is false, and the class of transformers always has gates")
 
 
 def _counted(config: ModelConfig) -> dict[str, Any]:
@@ -89,8 +95,8 @@ def _values_moe(config: ModelConfig) -> dict[str, Any]:
     return {**common, **_counted(config)}
 
 
-unparse_text = translation(CONFIG, parse_text, _values)
-unparse_moe_text = translation(MOE_CONFIG, parse_moe_text, _values_moe)
+unparse_text = delta_translation(CONFIG, parse_text, _values)
+unparse_moe_text = delta_translation(MOE_CONFIG, parse_moe_text, _values_moe)
 
 _ATTENTION: tuple[Row, ...] = (
     *EMBEDDINGS,
@@ -126,6 +132,7 @@ def _with_wrapper(spellings: tuple[HfSpelling, ...]) -> tuple[HfSpelling, ...]:
 QWEN3_5_TEXT = Family(
     name="qwen3_5_text",
     architectures=("Qwen3_5ForCausalLM",),
+    value_architectures=("Qwen3_5TextForSequenceClassification",),
     parse=parse_text,
     unparse=unparse_text,
     rows=(*_ATTENTION, *without(MLP, "linear_fc1.bias", "linear_fc2.bias")),
@@ -141,6 +148,7 @@ QWEN3_5_MOE_TEXT = replace(
     QWEN3_5_TEXT,
     name="qwen3_5_moe_text",
     architectures=("Qwen3_5MoeForCausalLM",),
+    value_architectures=(),
     parse=parse_moe_text,
     unparse=unparse_moe_text,
     rows=(*_ATTENTION, *_EXPERTS),
@@ -160,6 +168,7 @@ def _wrapped(text: Family, wrapper: Wrapper, spellings: tuple[HfSpelling, ...]) 
         text,
         name=wrapper.family,
         architectures=(wrapper.architecture,),
+        value_architectures=(),
         parse=wrapper.parse,
         unparse=wrapper.unparse,
         rows=renamed(text.rows, _IN_WRAPPER),
@@ -172,5 +181,8 @@ def _wrapped(text: Family, wrapper: Wrapper, spellings: tuple[HfSpelling, ...]) 
     )
 
 
-QWEN3_5 = _wrapped(QWEN3_5_TEXT, WRAPPER, (HUB,))
+QWEN3_5 = replace(
+    _wrapped(QWEN3_5_TEXT, WRAPPER, (HUB,)),
+    value_architectures=("Qwen3_5ForTokenClassification", "Qwen3_5ForSequenceClassification"),
+)
 QWEN3_5_MOE = _wrapped(QWEN3_5_MOE_TEXT, MOE_WRAPPER, _stacked("model.language_model."))

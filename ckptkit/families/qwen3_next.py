@@ -7,11 +7,17 @@ from typing import Any
 
 from ckptkit.families import delta_net
 from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
-from ckptkit.families.delta_net import DELTA_BY_HEAD, SHARED_EXPERT, values_of_delta_nets, with_delta_nets
+from ckptkit.families.delta_net import (
+    DELTA_BY_HEAD,
+    SHARED_EXPERT,
+    delta_translation,
+    values_of_delta_nets,
+    with_delta_nets,
+)
 from ckptkit.families.llama import EMBEDDINGS, MLP, TIED_HEAD
 from ckptkit.families.qwen import dense_layers, dense_of
 from ckptkit.tables.config_fields import Fields
-from ckptkit.tables.config_json import ConfigJson, translation
+from ckptkit.tables.config_json import ConfigJson
 from ckptkit.tables.family import Family
 from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tables.prediction import APART
@@ -92,7 +98,7 @@ def values_of_experts(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_unparse = translation(CONFIG, parse, _values)
+_unparse = delta_translation(CONFIG, parse, _values)
 
 
 def unparse(config: ModelConfig, base: Raw) -> dict[str, Any]:

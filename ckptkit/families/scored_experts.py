@@ -15,7 +15,7 @@ from ckptkit.tables.rows import dense, only, without
 
 ALIASES = (("n_routed_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))
 
-_ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+_GRANTED = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
 """Keys of published files that the classes of transformers do not read -> the value that they take for granted."""
 
 ROWS = (
@@ -68,7 +68,7 @@ def with_experts(config: ModelConfig, fields: Fields, moe: Sequence[bool]) -> Mo
         InputError: A field is missing, of the wrong type, or contradicts another.
         UnsupportedError: It is another router.
     """
-    _refuse_other_routers(fields)
+    fields.refuse_unless(_GRANTED)
     count, chosen = fields.experts("n_routed_experts")
     groups, of_groups = fields.integer("n_group"), fields.integer("topk_group")
     if count % groups or of_groups > groups:
@@ -91,14 +91,6 @@ def with_experts(config: ModelConfig, fields: Fields, moe: Sequence[bool]) -> Mo
         router_groups=groups,
         router_groups_chosen=of_groups,
     )
-
-
-def _refuse_other_routers(fields: Fields) -> None:
-    for key, value in _ONLY.items():
-        if fields.raw.get(key) not in (None, value):
-            raise UnsupportedError(
-                f"config.json: {key} is {fields.raw[key]!r}, and the class of transformers takes {value!r} for granted"
-            )
 
 
 def values_of_experts(config: ModelConfig) -> dict[str, Any]:

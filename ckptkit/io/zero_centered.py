@@ -75,13 +75,13 @@ class LessOne:
         if original.out_dtype != stored.out_dtype:
             return stored
         dtype = stored.out_dtype
-        less, more = _sum(original, -1, Lessened()), _sum(stored, 1, Raised())
+        more = _sum(stored, 1, Raised())
 
         def chosen(start: int, stop: int) -> Bytes:
             import numpy as np
 
-            own, expected, others, ours = (_elements(one, start, stop) for one in (stored, less, original, more))
-            return np.where(own == expected, others, ours).view(np.uint8)
+            others, ours = (_elements(one, start, stop) for one in (original, more))
+            return np.where(_made_of(stored, original, start, stop), others, ours).view(np.uint8)
 
         def as_stored(start: int, stop: int) -> Bytes:
             import numpy as np
@@ -90,6 +90,20 @@ class LessOne:
 
         source = made(dtype, stored.shape, [stored, original], Restored(), chosen)
         return made(dtype, stored.shape, [source, stored], Lessened(), as_stored)
+
+    def moved(self, tensor: Tensor) -> int:
+        """Elements of a result of `kept` whose number is not the one that was made of the original; reads both.
+
+        Raises:
+            InputError: A source is gone or ends early.
+            StorageError: A source cannot be read.
+        """
+        inputs = _inputs(tensor, Lessened())
+        both = _inputs(inputs[0], Restored()) if inputs is not None and len(inputs) > 1 else None
+        if both is None:
+            return 0
+        stored, original = both
+        return int((~_made_of(stored, original, 0, stored.shape[0])).sum())
 
     def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
         """The vector in another type; of what `to_megatron` gave, the original is cast."""
@@ -108,6 +122,12 @@ def _inputs(tensor: Tensor, recipe: object) -> list[Tensor] | None:
     if found is None or found[0] != recipe:
         return None
     return [one if tensor.cast is None else one.astype(tensor.cast) for one in found[1]]
+
+
+def _made_of(stored: Tensor, original: Tensor, start: int, stop: int) -> NDArray[np.bool_]:
+    """Whether each stored number is one less than the original, as it is rounded."""
+    same: NDArray[np.bool_] = _elements(stored, start, stop) == _elements(_sum(original, -1, Lessened()), start, stop)
+    return same
 
 
 def _sum(tensor: Tensor, number: int, recipe: object) -> Tensor:

@@ -136,6 +136,11 @@ def model_from_args(family: Family, args: Mapping[str, Any], vocab_size: int) ->
     base = family.parse(_raw_config(family, args, vocab_size))
     architecture = family.architectures[0]
     config = from_args(family, args, replace(base, architecture=architecture, dtype="float32"))
+    if config.num_experts and config.experts_per_token > config.num_experts:
+        raise InputError(
+            f"the checkpoint's args say moe_router_topk {config.experts_per_token} of num_experts {config.num_experts}",
+            hint="give --hf-reference",
+        )
     # How many of these layers there are the tensors say, not config.json.
     back = replace(family.parse(family.unparse(config, {})), mtp_layers=config.mtp_layers)
     if unlike := [*_lost(family, config, back), *contradictions(args, back)]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, UnsupportedError
 from ckptkit.tables.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from ckptkit.tables.model_config import Rope
 from ckptkit.tables.rows import Raw
@@ -83,6 +83,23 @@ class Fields:
         if chosen > count:
             raise InputError(f"config.json: num_experts_per_tok {chosen} of {key} {count}")
         return count, chosen
+
+    def refuse_unless(self, granted: Mapping[str, Sequence[Any]]) -> None:
+        """Refuses what the file says of keys that the class of transformers does not read.
+
+        Args:
+            granted: Such a key -> the values that the class takes for granted, whatever the file says. Null is as
+                absent.
+
+        Raises:
+            UnsupportedError: The file has another value.
+        """
+        for key, values in granted.items():
+            stated = self.raw.get(key)
+            if stated is not None and not any(type(stated) is type(one) and stated == one for one in values):
+                raise UnsupportedError(
+                    f"config.json: {key} is {stated!r}, and the class of transformers takes {values[0]!r} for granted"
+                )
 
     def number(self, key: str) -> float:
         """A number.

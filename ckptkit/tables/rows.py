@@ -88,6 +88,9 @@ class Numbers(Protocol):
                 stored element of it.
         """
 
+    def moved(self, tensor: Tensor) -> int:
+        """Elements of a result of `kept` for which the original does not count; 0 of other tensors. It reads both."""
+
     def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
         """Megatron's numbers in another type; where Hugging Face's are known, these are cast."""
 

@@ -7,7 +7,7 @@ to go backwards, because some releases of its compiler make wrong gradients (iss
 Another implementation of attention leaves these layers as they are. So a second sample of what rounding does to the
 reference is the same computation, rounded as those kernels round it: once, behind the activation of the convolution,
 and once behind the gated norm. The functions of transformers for any device round before the activation, and before
-the weight of the norm.
+the weight of the norm. Float32 sees neither: there the delta rule sums up in another order, that of shorter chunks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ import torch.nn.functional as F
 from ckptkit.megatron.stand_ins import replaced
 
 _CONVOLUTION = "causal_conv1d_fn"
-_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+_RULE = "torch_chunk_gated_delta_rule"
+_RULES = (_RULE, "torch_recurrent_gated_delta_rule")
+CHUNK = 8
+"""Tokens of a chunk of the delta rule, for which transformers has 64."""
 
 
 def delta_nets(model: torch.nn.Module) -> list[Any]:
@@ -65,6 +69,9 @@ def rounded_once(model: torch.nn.Module) -> Iterator[None]:
     homes = {sys.modules[type(module).__module__] for module in found}
     stand_ins: list[tuple[Any, str, Any]] = [(norm, "forward", _gated) for norm in norms]
     stand_ins += [(home, _CONVOLUTION, _convolved) for home in homes if hasattr(home, _CONVOLUTION)]
+    stand_ins += [
+        (home, _RULE, partial(rule, chunk_size=CHUNK)) for home in homes if (rule := getattr(home, _RULE, None))
+    ]
     with replaced(stand_ins):
         yield
 

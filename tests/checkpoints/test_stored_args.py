@@ -435,6 +435,11 @@ class TestTypes:
         with pytest.raises(InputError, match="args make no sense"):
             open_checkpoint(stored("packed", "gemma4_text-dense", sidecar=False, window_attn_skip_freq=[1]))
 
+    def test_more_experts_for_a_token_than_there_are(self, stored: Any) -> None:
+        path = stored("packed", "qwen3_moe", sidecar=False, moe_router_topk=9)
+        with pytest.raises(InputError, match="moe_router_topk 9 of num_experts 4"):
+            open_checkpoint(path)
+
     def test_names_of_other_releases(self) -> None:
         args = {"layernorm_epsilon": 1e-3, "layernorm_zero_centered_gamma": True, "num_layers": 2, "hidden_size": 8}
         args["num_attention_heads"] = 2

@@ -114,6 +114,10 @@ MORE = [
     ("qwen3_moe", "Qwen3MoeForTokenClassification", Parallelism(2, ep=2), {"sequence_parallel": True, "packed": True}),
     ("mixtral", "MixtralForTokenClassification", Parallelism(1, 2, ep=2), {"packed": True}),
     ("apertus", "ApertusForTokenClassification", Parallelism(2, 2), {}),
+    ("qwen3_next", "Qwen3NextForTokenClassification", Parallelism(2, ep=2), {"sequence_parallel": True}),
+    ("qwen3_5_text", "Qwen3_5TextForSequenceClassification", Parallelism(2, 2), {}),
+    ("qwen3_5", "Qwen3_5ForTokenClassification", Parallelism(2), {"packed": True}),
+    ("qwen3_5", "Qwen3_5ForSequenceClassification", Parallelism(1, 2), {}),
     ("gemma4_text-dense", "Gemma4TextForTokenClassification", Parallelism(2, 2), {"sequence_parallel": True}),
     ("gemma4_text-e4b", "Gemma4TextForTokenClassification", Parallelism(2, 2), {"packed": True}),
 ]
@@ -250,13 +254,25 @@ def test_requests_that_make_no_sense(saved: Callable[..., Path], tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("gemma3", "Gemma3TextForSequenceClassification"), ("gemma4", "Gemma4TextForTokenClassification")],
+    [
+        ("gemma3", "Gemma3TextForSequenceClassification"),
+        ("gemma4", "Gemma4TextForTokenClassification"),
+        ("qwen3_5", "Qwen3_5TextForSequenceClassification"),
+    ],
 )
 def test_a_multimodal_model_gives_its_text_part(tmp_path: Path, kind: str, name: str) -> None:
     source = save_model(tmp_path / "mm", kind)
     convert(source, tmp_path / "out", to="hf", layout="text", head="value")
     assert open_checkpoint(tmp_path / "out").config.architecture == name
     assert (tmp_path / "out/modeling_gemma4_value.py").exists() == (kind == "gemma4")
+
+
+def test_a_bias_that_the_text_class_lacks_is_said_to_be_left_out(saved: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved("qwen3_5", "Qwen3_5ForTokenClassification")
+    result = convert(source, tmp_path / "text", to="hf", layout="text")
+    assert "Qwen3_5TextForSequenceClassification has no score.bias: left out (--layout text)" in result.lossy
+    without = saved("qwen3_5", "Qwen3_5ForSequenceClassification")
+    assert len(convert(without, tmp_path / "same", to="hf", layout="text").lossy) == 1
 
 
 def test_a_multimodal_value_model_keeps_its_towers(tmp_path: Path) -> None:

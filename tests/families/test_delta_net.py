@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,15 @@ def test_one_less_and_back(values: list[float], dtype: torch.dtype) -> None:
     stored = vector(given_ - 1)
     assert torch.equal(load(LESS_ONE.to_hf(stored)), (given_ - 1) + 1)
     kept = LESS_ONE.kept(stored, vector(given_))
+    assert LESS_ONE.moved(kept) == LESS_ONE.moved(stored) == 0
     assert torch.equal(load(kept), given_ - 1) and torch.equal(load(LESS_ONE.to_hf(kept)), given_)
     again = LESS_ONE.to_megatron(LESS_ONE.to_hf(kept))
     assert torch.equal(load(again), given_ - 1)
     moved = given_ - 1
     moved[0] += 0.5
-    changed = load(LESS_ONE.to_hf(LESS_ONE.kept(vector(moved), vector(given_))))
+    mixed = LESS_ONE.kept(vector(moved), vector(given_))
+    assert LESS_ONE.moved(mixed) == 1
+    changed = load(LESS_ONE.to_hf(mixed))
     assert changed[0] == (moved + 1)[0] and torch.equal(changed[1:], given_[1:])
 
 
@@ -175,6 +179,24 @@ def test_norms_come_back_exactly_through_the_sidecar(tmp_path: Path, to: str, dt
     found = load_file(tmp_path / "without" / "model.safetensors")[name]
     wide = hf[name] if dtype is None else hf[name].float()
     assert torch.equal(found, wide - 1 + 1)
+
+
+@pytest.mark.parametrize("to", ["packed", "torch_dist"])
+def test_originals_that_megatrons_numbers_are_not_of(tmp_path: Path, to: str) -> None:
+    """Those of another model are said not to count, and so are those of norms that were trained."""
+    source = save_model(tmp_path / "hf", "qwen3_next", dtype="bfloat16")
+    assert not any("originals" in note for note in convert(source, tmp_path / "meg", to=to).notes)
+    file = tmp_path / "meg" / "ckptkit" / "originals.safetensors"
+    own, name = load_file(file), "model.layers.0.linear_attn.norm.weight"
+    assert not any("originals" in note for note in convert(tmp_path / "meg", tmp_path / "same", to="hf").notes)
+    save_file({one: tensor + 0.5 for one, tensor in own.items()}, file)
+    others = convert(tmp_path / "meg", tmp_path / "others", to="hf")
+    assert any("24 of 24 numbers of 2 of 2 norms are not those" in note for note in others.notes), others.notes
+    assert torch.equal(load_file(tmp_path / "others" / "model.safetensors")[name], own[name] - 1 + 1)
+    own[name][3] += 0.5  # as if this one had been trained
+    save_file(own, file)
+    again = convert(tmp_path / "meg", tmp_path / "ranks", to="torch", grid=Parallelism(2))
+    assert any("1 of 12 numbers of 1 of 2 norms" in note for note in again.notes)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +299,38 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("qwen3_next", {"layer_types": None, "full_attention_interval": 0}, InputError, "full_attention_interval must be"),
     ("qwen3_next", {"num_experts_per_tok": 5}, InputError, "num_experts_per_tok 5 of num_experts 4"),
     ("qwen3_next", {"linear_conv_kernel_dim": 0}, InputError, "linear_conv_kernel_dim must be a positive integer"),
-    ("qwen3_5_text", {"attn_output_gate": False}, UnsupportedError, "attn_output_gate is false"),
+    ("qwen3_moe", {"num_experts_per_tok": 5}, InputError, "num_experts_per_tok 5 of num_experts 4"),
+    ("mixtral", {"num_experts_per_tok": 5}, InputError, "num_experts_per_tok 5 of num_local_experts 4"),
+    ("qwen3_next", {"full_attention_interval": 4}, InputError, "layer 1 is full_attention by layer_types, and linear"),
+    (
+        "qwen3_5_text",
+        {"full_attention_interval": 1},
+        InputError,
+        "layer 0 is linear_attention by layer_types, and",
+    ),
+    ("qwen3_5_text", {"attn_output_gate": False}, UnsupportedError, "attn_output_gate is False.* True for granted"),
+    ("qwen3_5_text", {"attn_output_gate": 0}, UnsupportedError, "attn_output_gate is 0"),
+    ("qwen3_next", {"attn_output_gate": False}, UnsupportedError, "attn_output_gate is False"),
+    ("qwen3_5_moe_text", {"output_gate_type": "sigmoid"}, UnsupportedError, "output_gate_type is 'sigmoid'"),
+    ("qwen3_5_text", {"linear_use_gate": False}, UnsupportedError, "linear_use_gate is False"),
+    ("qwen3_next", {"linear_allow_neg_eigval": True}, UnsupportedError, "linear_allow_neg_eigval is True"),
+    ("qwen3_next", {"use_sliding_window": True}, UnsupportedError, "use_sliding_window is True"),
+    ("qwen3_5_text", {"mtp_use_dedicated_embeddings": True}, UnsupportedError, "mtp_use_dedicated_embeddings is True"),
+    ("qwen3_5_moe_text", {"norm_topk_prob": False}, UnsupportedError, "norm_topk_prob is False"),
+    ("qwen3_5_moe_text", {"mlp_only_layers": [1]}, UnsupportedError, r"mlp_only_layers is \[1\]"),
+    ("qwen3_5_moe_text", {"decoder_sparse_step": 2}, UnsupportedError, "decoder_sparse_step is 2"),
 ]
+PUBLISHED = {
+    "attn_output_gate": True,
+    "full_attention_interval": 2,
+    "mamba_ssm_dtype": "float32",
+    "mlp_only_layers": [],
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "output_gate_type": "swish",
+    "use_sliding_window": False,
+}
+"""Keys of published files beside those of the class; the layers of the tiny models have every second attention."""
 
 
 @pytest.mark.parametrize(("kind", "change", "error", "words"), REFUSED)
@@ -286,6 +338,25 @@ def test_configs_that_are_refused(kind: str, change: dict[str, Any], error: type
     raw = {**raw_config(kind), **change}
     with pytest.raises(error, match=words):
         family_of(raw, "").parse(raw)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"])
+def test_configs_as_published(kind: str) -> None:
+    raw = raw_config(kind)
+    raw.get("text_config", raw).update(PUBLISHED)
+    family = family_of(raw, "")
+    config = family.parse(raw)
+    assert config == family.parse(raw_config(kind)) and family.unparse(config, raw) == raw
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interval_that_other_layers_leave_behind_is_not_written(kept: bool) -> None:
+    raw = raw_config("qwen3_next", full_attention_interval=2)
+    family = family_of(raw, "")
+    config = family.parse(raw)
+    config = replace(config, layers=config.layers[:2] if kept else config.layers[1:3])
+    after = family.unparse(config, raw)
+    assert ("full_attention_interval" in after) == kept and family.parse(after) == config
 
 
 def test_grids_that_heads_do_not_divide_over(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ STEPS: list[Case] = [
     ("gqa", Parallelism(2), {"optimizer": "sgd", **SP, **RECOMPUTE}),
     ("tied", Parallelism(1, 2), {"optimizer": "adamw", **PACKED}),
     ("mixtral", Parallelism(ep=2), {"optimizer": "sgd", "lr": 3e-3, "dp": 2}),
+    ("qwen3_5_text", Parallelism(2), {"optimizer": "adamw", "dtype": "float64", **SP}),
+    ("qwen3_5_text", Parallelism(1, 2), {"optimizer": "sgd", **PACKED}),
+    ("qwen3_next", Parallelism(2, ep=2), {"optimizer": "adamw", "dtype": "float64", **SP, **RECOMPUTE}),
+    ("qwen3_5_moe", Parallelism(1, 2, ep=2), {"optimizer": "adamw", "dtype": "float64", **PACKED}),
     ("gemma4_text-e2b", Parallelism(2, 2), {"optimizer": "sgd", "lr": 1e-3, **SP}),
     ("gqa", Parallelism(2), {"optimizer": "adamw", "dp": 2, "dp_kind": "fsdp2", **SP}),
     ("qwen3-value", Parallelism(1, 2), {"optimizer": "adamw"}),
@@ -43,7 +47,7 @@ def found(answer: LevelResult) -> dict[str, bool]:
     return {check.name: check.passed for check in answer.checks}
 
 
-@pytest.mark.parametrize(("kind", "grid", "how"), some_slow(STEPS, 3), ids=str)
+@pytest.mark.parametrize(("kind", "grid", "how"), some_slow(STEPS, 4), ids=str)
 def test_steps(
     sources: Sources, tmp_path: Path, pool: RankPool, kind: str, grid: Parallelism, how: dict[str, Any]
 ) -> None:
