@@ -16,7 +16,7 @@ from ckptkit.formats.registry import format_of, formats_of, is_huggingface
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_dist import CONFIG, TORCH_DIST, holds_model
 from ckptkit.formats.torch_legacy import TRACKER, has_iterations, iteration_folder, iterations
-from ckptkit.io.stores.address import is_address, parse
+from ckptkit.io.stores.opening import refuse_address
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,9 @@ def find_place(path: Path, iteration: int | None = None, *, referenced: bool = F
     return _alone(replace(place, notes=(*notes, *more)))
 
 
-def _no_directory(path: Path) -> InputError | UsageError:
+def _no_directory(path: Path) -> InputError:
     if not path.exists():
-        if is_address(path):
-            return UsageError("is not read from a store", where=parse(path), hint="copy it to a disk first")
+        refuse_address(path)
         return InputError("no such directory", where=path)
     refuse_foreign_names([path.name], path)
     hint = "give the folder that it is in" if is_weights(path.name) else None

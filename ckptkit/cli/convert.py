@@ -34,7 +34,11 @@ Examples:
 
 def convert(
     src: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint directory of any format, or org/model@revision on the hub.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Checkpoint directory of any format, org/model@revision on the hub, or s3://bucket/prefix.",
+        ),
     ],
     grid: Grid,
     source: Source,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ckptkit.errors import InputError, UsageError
-from ckptkit.io.stores.address import is_address, parse
+from ckptkit.errors import InputError
 from ckptkit.io.stores.mirror import fetch_all, mirrored
+from ckptkit.io.stores.opening import refuse_address
 from ckptkit.io.system import storage_error
 
 _KINDS = {
@@ -65,9 +65,8 @@ def _opened(path: str | Path, *, follow: bool = True) -> int:
     try:
         fd = os.open(path, flags)
     except OSError as error:
-        if error.errno == errno.ENOENT and is_address(path):
-            hint = "copy it to a disk first"
-            raise UsageError("only checkpoints are read from a store", where=parse(path), hint=hint) from None
+        if error.errno == errno.ENOENT:
+            refuse_address(path)
         if error.errno == errno.ELOOP:
             what = "a symbolic link" if not follow else "a symbolic link that leads nowhere"
             raise InputError(f"{what}, not a file", where=path, hint=_COPY_AGAIN) from None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptkit.errors import UsageError
+from ckptkit.io.stores.opening import refuse_address
 from ckptkit.megatron.run_config import RunConfig
 
 SEED = 20240229
@@ -36,6 +37,7 @@ def read_rows(path: str | Path) -> list[list[int]]:
     Raises:
         UsageError: The file is not that.
     """
+    refuse_address(path)
     try:
         rows = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:

@@ -216,7 +216,7 @@ class Mirror:
         self._listing = threading.Lock()
         self._now: dict[str, Object] = {}
         self._asked: set[str] = set()
-        self._listed = -_FRESH
+        self._listed = float("-inf")
 
     @property
     def folder(self) -> Path:

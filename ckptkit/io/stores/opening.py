@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
-from ckptkit.errors import UnsupportedError
+from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.io.stores.address import S3 as S3_SCHEME
-from ckptkit.io.stores.address import Address
+from ckptkit.io.stores.address import Address, is_address, parse
 from ckptkit.io.stores.objects import Store
 
 
@@ -28,3 +29,14 @@ def store_at(address: Address) -> Store:
     from ckptkit.io.stores.web import Web
 
     return Web(address)
+
+
+def refuse_address(path: str | Path) -> None:
+    """Refuses an address where a file or folder of this disk is wanted.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if is_address(path):
+        hint = "copy it to a disk first"
+        raise UsageError("only checkpoints are read from a store", where=parse(path), hint=hint)

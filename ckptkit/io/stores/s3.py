@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ckptkit.errors import InputError
+from ckptkit.errors import CkptkitError, InputError
 from ckptkit.io.stores.address import Address
-from ckptkit.io.stores.answers import one_line_errors
+from ckptkit.io.stores.answers import meaning, one_line_errors
 from ckptkit.io.stores.objects import MOST_OBJECTS, Object, checked, nanoseconds
 from ckptkit.io.stores.ranged import CLIENT, RETRIES, read_range
 
@@ -24,6 +24,7 @@ class S3:
         self._lock = threading.Lock()
         with one_line_errors(address):
             self._session, self._client = session_and_client()
+            self._provider = _Provider(self._session.get_credentials())
             self._store: Any = self._new_store()
 
     def list(self) -> list[Object]:
@@ -37,7 +38,12 @@ class S3:
     def read(self, file: Object, start: int, view: memoryview) -> int:
         """Fills `view`, see `Store`."""
         where = f"{self.address}/{file.name}"
-        return read_range(self._current, self.address.key(file.name), file, start, view, where)
+        try:
+            return read_range(self._current, self.address.key(file.name), file, start, view, where)
+        except CkptkitError:
+            if self._provider.failure is not None:  # obstore's own error does not say that it was this
+                raise meaning(self._provider.failure, where) from None
+            raise
 
     def _listed(self) -> Iterator[Object]:
         prefix = f"{self.address.prefix}/"
@@ -57,13 +63,13 @@ class S3:
         with self._lock:
             if new:
                 self._session, self._client = session_and_client()
+                self._provider = _Provider(self._session.get_credentials())
                 self._store = self._new_store()
             return self._store
 
     def _new_store(self) -> Any:
         from obstore.store import S3Store
 
-        credentials = self._session.get_credentials()
         endpoint = self._client.meta.endpoint_url
         make: Any = S3Store  # its types cannot be named where it is not installed
         return make(
@@ -76,18 +82,28 @@ class S3:
             # A plain connection only where the user's own variable or profile names one.
             client_options={**CLIENT, "allow_http": endpoint.startswith("http://")},
             retry_config=RETRIES,
-            credential_provider=_Provider(credentials),
+            credential_provider=self._provider,
         )
 
 
 class _Provider:
-    """botocore's credentials for obstore; botocore renews those that end."""
+    """botocore's credentials for obstore; botocore renews those that end.
+
+    Attributes:
+        failure: Why there are none now, if so.
+    """
 
     def __init__(self, credentials: Any) -> None:
         self._credentials = credentials
+        self.failure: Exception | None = None
 
     def __call__(self) -> dict[str, Any]:
-        frozen = self._credentials.get_frozen_credentials()
+        try:
+            frozen = self._credentials.get_frozen_credentials()
+        except Exception as error:
+            self.failure = error
+            raise
+        self.failure = None
         ends = hasattr(self._credentials, "refresh_needed")
         return {
             "access_key_id": frozen.access_key,
@@ -114,8 +130,8 @@ def session_and_client() -> tuple[Any, Any]:
     credentials.get_frozen_credentials()
     config = Config(
         connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 6},
+        read_timeout=30,
+        retries={"mode": "standard", "total_max_attempts": 5},
         s3={"addressing_style": "path"},
     )
     region = session.get_config_variable("region") or "us-east-1"

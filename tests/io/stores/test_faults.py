@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from ckptkit.errors import CkptkitError, InputError, StorageError
+from ckptkit.io.stores import ranged
 from ckptkit.io.stores.address import parse
 from ckptkit.io.stores.objects import Object
 from ckptkit.io.stores.s3 import S3
@@ -116,6 +118,35 @@ def test_expired_credentials_are_asked_for_again(proxy: Proxy, store: S3, monkey
     assert read(store, file) == DATA[1000:90_000]
 
 
+def test_credentials_that_cannot_be_renewed(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    from botocore.exceptions import TokenRetrievalError
+
+    for name, value in {**server.environment, "AWS_ENDPOINT_URL": proxy.url}.items():
+        monkeypatch.setenv(name, value)
+    store = S3(parse(f"s3://{BUCKET}/model"))
+    (file,) = store.list()
+
+    def over() -> Any:
+        raise TokenRetrievalError(provider="sso", error_msg="hidden-secret")
+
+    monkeypatch.setattr(store._provider._credentials, "get_frozen_credentials", over)
+    with pytest.raises(StorageError, match="session of single sign-on is over; run `aws sso login`") as caught:
+        read(store, file)
+    assert "hidden-secret" not in str(caught.value)
+
+
+def test_an_answer_that_does_not_come(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    for name, value in {**server.environment, "AWS_ENDPOINT_URL": proxy.url}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(ranged.CLIENT, "timeout", timedelta(seconds=0.3))
+    monkeypatch.setitem(ranged.RETRIES, "max_retries", 1)
+    store = S3(parse(f"s3://{BUCKET}/model"))
+    (file,) = store.list()
+    proxy.fault = always("slow 5")
+    with pytest.raises(StorageError, match="does not answer in time"):
+        read(store, file)
+
+
 def test_another_version_is_not_read(proxy: Proxy, store: S3, server: Server) -> None:
     (file,) = store.list()
     server.client.put_object(Bucket=BUCKET, Key="model/weights", Body=DATA[::-1])
@@ -175,4 +206,4 @@ def test_a_list_that_is_refused(proxy: Proxy, store: S3, status: str, monkeypatc
     proxy.fault = refuse
     with pytest.raises(StorageError, match=r"does not allow it|too busy"):
         store.list()
-    assert len(proxy.asked) == (1 if status.startswith("403") else 6)
+    assert len(proxy.asked) == (1 if status.startswith("403") else 5)
