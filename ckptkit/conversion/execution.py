@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.errors import StorageError, UsageError
+from ckptkit.errors import StorageError
 from ckptkit.formats.garbage import collection_paused
 from ckptkit.io.plan import Plan
 from ckptkit.io.stores.address import is_address, parse, refuse_address
@@ -21,6 +21,7 @@ from ckptkit.steps import Tell, nobody
 if TYPE_CHECKING:
     from ckptkit.io.commit import Destination
     from ckptkit.io.stores.destination import StoreDestination
+    from ckptkit.io.team import Outcome
 READ_BACK = "what is written is read back before it counts"
 """Why a command needs a directory."""
 SCHEMA = 1
@@ -168,16 +169,10 @@ def carry_out(
             if check is not None:
                 refuse_address(target_facts["path"], READ_BACK)
             target_facts = {**target_facts, "path": str(parse(target_facts["path"]))}
-            store = _store_destination(plan, sources, target_facts["path"], execution, also, source_facts["path"])
-            free, memory = store.free, memory + store.memory
-            if not execution.dry_run:
-                outcome = store.write(
-                    threads=execution.threads,
-                    hash=execution.hash,
-                    progress=execution.progress,
-                    check=partial(before_commit, None),
-                )
-            said = store.notes
+            free = None
+            others = [*also, source_facts["path"]]
+            written = _in_store(plan, sources, target_facts["path"], execution, others, partial(before_commit, None))
+            outcome, memory, said = written.outcome, memory + written.memory, written.notes
         elif not world.first and not execution.dry_run:
             seen = [checkpoint.seen for checkpoint in sources]
             take_part(target_facts["path"], plan, world, seen=seen, threads=execution.threads, hash=execution.hash)
@@ -238,29 +233,55 @@ def _destination(
     )
 
 
-@collection_paused()
-def _store_destination(
+@dataclass(frozen=True)
+class _Written:
+    """What was written to a store: by whom, the memory for its parts, and sentences for the user."""
+
+    outcome: Outcome
+    memory: int = 0
+    notes: Sequence[str] = ()
+
+
+def _in_store(
     plan: Plan,
     sources: Sequence[Checkpoint],
     out: str,
     execution: Execution,
-    also: Sequence[Path] = (),
-    named: str = "",
-) -> StoreDestination:
-    """The destination in a store; `named` is how the user named the source, which may be in a store, too."""
-    from ckptkit.io.stores.destination import ONE_PROCESS, ONE_PROCESS_HINT, StoreDestination
+    also: Sequence[str | Path],
+    check: Callable[[], None],
+) -> _Written:
+    """Carries a plan out in a store; a dry run only checks the place."""
+    from ckptkit.io.stores.team import take_part
+    from ckptkit.io.team import Outcome
 
-    if execution.world.size > 1 and not execution.dry_run:
-        error = UsageError(ONE_PROCESS, where=out, hint=ONE_PROCESS_HINT)
-        error.told = not execution.world.first
-        raise error
+    world = execution.world
+    if not world.first and not execution.dry_run:
+        seen = [checkpoint.seen for checkpoint in sources]
+        take_part(parse(out), plan, world, seen=seen, threads=execution.threads, hash=execution.hash)
+        return _Written(Outcome())
+    store = _store_destination(plan, sources, out, execution, also)
+    if execution.dry_run:
+        return _Written(Outcome(), store.memory)
+    outcome = store.write(
+        threads=execution.threads, hash=execution.hash, progress=execution.progress, check=check, world=world
+    )
+    return _Written(outcome, store.memory, store.notes)
+
+
+@collection_paused()
+def _store_destination(
+    plan: Plan, sources: Sequence[Checkpoint], out: str, execution: Execution, also: Sequence[str | Path] = ()
+) -> StoreDestination:
+    """The destination in a store; `also` names further sources, some of them perhaps in a store, too."""
+    from ckptkit.io.stores.destination import StoreDestination
+
     return StoreDestination(
         parse(out),
         plan,
-        sources=[*(folder for item in sources for folder in (item.path, *item.seen.folders)), *also, named],
+        sources=[*(folder for item in sources for folder in (item.path, *item.seen.folders)), *also],
         seen=[checkpoint.seen for checkpoint in sources],
         overwrite=execution.overwrite,
-        resume=execution.resume,
+        resume=execution.resume or execution.world.restarted,
     )
 
 

@@ -63,14 +63,6 @@ def test_what_cannot_be_written_to_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        done = run("convert", HF, "s3://bucket/x", "--to", "hf")
-        assert done.exit_code == 2 and len(done.stderr.splitlines()) == lines
-
-
 @pytest.mark.parametrize("size", ["x", "1", "99999999999999", "5242879"])
 def test_a_size_of_parts_is_checked(server: Server, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     monkeypatch.setenv("CKPTKIT_PART_SIZE", size)

@@ -43,6 +43,11 @@ class Address:
         """
         return f"{self.prefix}/{name}" if self.prefix else name
 
+    def beside(self, kind: str) -> str:
+        """The key of something hidden beside the folder that belongs to it."""
+        folder, slash, name = self.prefix.rpartition("/")
+        return f"{folder}{slash}.{name}.{kind}"
+
     def below(self, name: str) -> Address:
         """A folder inside this one."""
         return Address(self.scheme, self.place, self.key(name.strip("/")))

@@ -35,7 +35,8 @@ from ckptkit.io.stores.client import Bucket, Stored, UploadGoneError
 from ckptkit.io.stores.journal import Begun, StoreJournal, Sums
 from ckptkit.io.stores.lock import Lock
 from ckptkit.io.stores.parts import Sizes, count_of, lay_out_parts
-from ckptkit.io.stores.uploading import Present, Uploaded, Uploading
+from ckptkit.io.stores.team import RANKS, Leader, numbers_of, shares, terms_of, upload_share
+from ckptkit.io.stores.uploading import Present, Uploaded
 from ckptkit.io.team import Moved, Outcome
 from ckptkit.io.world import ALONE, World
 
@@ -48,10 +49,6 @@ _CALLS = 8
 """Calls at a time."""
 _PIECE = 16 << 20
 _LONGEST_KEY = 1024
-
-
-ONE_PROCESS = "a store is written by one process"
-ONE_PROCESS_HINT = "run the command without torchrun, srun or --ray, or write to a file system that all ranks share"
 
 
 class StoreDestination:
@@ -115,6 +112,7 @@ class StoreDestination:
         self._tags: dict[int, dict[int, str]] = {}
         self._complete: set[int] = set()
         self._sums: dict[int, Sums] = {}
+        self._leader: Leader | None = None
         self._begun = self._moving = self._completing = self._in_place = False
         self._found: Mapping[int, Present] = {}
         self._parts = 0
@@ -155,38 +153,44 @@ class StoreDestination:
             hash: Also compute the SHA-256 of every file, which is read back from the store for that.
             progress: Called with (bytes done, bytes in all).
             check: Called when all parts are uploaded and nothing is visible; an error stops that.
-            world: This process alone.
+            world: The processes that carry out the plan; this one is rank 0. The others call `take_part`.
 
         Raises:
             UsageError: Another run writes to this destination, or another program has filled it meanwhile.
             InputError: A source is gone, damaged or changed, or two tensors that must be equal differ.
             StorageError: The store answers with an error, or not at all.
         """
-        if world.size > 1:
-            raise UsageError(ONE_PROCESS, where=self.address, hint=ONE_PROCESS_HINT)
-        done = 0
+        done, counting = 0, threading.Lock()
 
         def count(size: int) -> None:
             nonlocal done
-            done += size
+            with counting:
+                done += size
             if progress is not None:
                 progress(done, self._plan.nbytes)
 
         with self._resumable(), self._locked():
             self._prepare()
+            if world.size > 1:
+                terms = terms_of(self._digest, self._layout, hash)
+                self._leader = Leader(self._bucket, f"{self._partial}/{RANKS}", world, terms, self._stop)
+                self._leader.gather()
             self._moving = True
             left = [index for index in range(len(self._plan.files)) if index not in self._complete]
             count(sum(self._plan.files[index].size for index in self._complete))
-            uploaded = self._upload(left, threads, count)
+            uploaded = self._upload(left, threads, count, world)
             if check is not None:
                 check()
             self._commit(uploaded.held)
+            if self._leader is not None:
+                self._leader.end(None)
             self._clean_up()
             hashes = self._hashes() if hash else {}
         moved = Moved(
             0, socket.gethostname(), uploaded.written + sum(map(len, uploaded.held.values())), uploaded.seconds
         )
-        return Outcome(hashes, [moved] if left else [])
+        others = self._leader.moved if self._leader is not None else []
+        return Outcome(hashes, sorted([moved, *others], key=lambda one: one.rank) if left else [])
 
     # before bytes move
 
@@ -256,7 +260,9 @@ class StoreDestination:
         except BaseException as error:
             self._stop.set(error)
             self._bucket.stopped = threading.Event().is_set
-            if isinstance(error, InputError) and not isinstance(error, TouchedError) and self._moving:
+            if self._leader is not None:
+                self._leader.end(error)
+            elif isinstance(error, InputError) and not isinstance(error, TouchedError) and self._moving:
                 with suppress(CkptkitError):
                     self._remove_leftovers()
                     self._begun = False
@@ -381,14 +387,35 @@ class StoreDestination:
 
     # while bytes move
 
-    def _upload(self, left: Sequence[int], threads: int | None, count: Callable[[int], None]) -> Uploaded:
+    def _upload(self, left: Sequence[int], threads: int | None, count: Callable[[int], None], world: World) -> Uploaded:
         for index, present in self._found.items():
             count(sum(stop - start for start, stop in (self._span(index, number) for number in present.numbers)))
         self._sums = {index: Sums(self._bucket, self._partial, index) for index in left}
-        work = Uploading(
-            self._plan, self._layout, self, chosen=left, present=self._found, threads=threads, stop=self._stop
+        uploads = {index: begun for index, begun in self._uploads.items() if index not in self._complete}
+        live = {index: numbers_of(self._plan, begun, index) - self._numbers(index) for index, begun in uploads.items()}
+        if self._leader is not None:
+            self._leader.start(uploads, live, self._found, count)
+        uploaded = upload_share(
+            self._plan,
+            self._layout,
+            self,
+            shares(self._plan, self._layout, live, world.size)[0],
+            uploads,
+            self._found,
+            held=[index for index in self._layout.held if index in set(left)],
+            world=world,
+            threads=threads,
+            stop=self._stop,
+            count=count,
         )
-        return work.run(count)
+        if self._leader is not None:
+            self._leader.wait()
+            for index, tags in self._leader.tags.items():
+                self._tags[index].update(tags)
+        return uploaded
+
+    def _numbers(self, index: int) -> frozenset[int]:
+        return self._found[index].numbers if index in self._found else frozenset()
 
     def part(self, file: int, number: int, data: bytearray, sums: Sequence[Sum]) -> None:
         """Uploads a part, as of `ckptkit.io.stores.uploading.Sink`."""
@@ -481,8 +508,7 @@ class StoreDestination:
         return f"{self._partial}/journal.json"
 
     def _beside(self, kind: str) -> str:
-        place = PurePosixPath(self.address.prefix)
-        return (place.parent / f".{place.name}.ckptkit-{kind}").as_posix()
+        return self.address.beside(f"ckptkit-{kind}")
 
     def _key(self, path: str) -> str:
         return self.address.key(path)

@@ -12,10 +12,10 @@ import os
 import socket
 import threading
 from contextlib import suppress
-from pathlib import Path
 
 from ckptkit.errors import CkptkitError, UsageError
 from ckptkit.io.meeting import machine
+from ckptkit.io.regular import read_bounded
 from ckptkit.io.stores.client import Bucket, NoConditionsError, Stored, TakenError
 from ckptkit.printable import printable
 
@@ -164,8 +164,8 @@ def _machine() -> str:
 def _born(pid: int) -> str:
     """When a process began, so that a number that was given again is noticed; empty if there is none."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
+        status = read_bounded(f"/proc/{pid}/stat", _LARGEST).decode(errors="replace")
+    except CkptkitError:
         return ""
     words = status.rpartition(")")[2].split()
     return "" if len(words) < 20 or words[0] in ("Z", "X") else words[19]

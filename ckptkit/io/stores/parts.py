@@ -100,14 +100,14 @@ def lay_out_parts(files: Sequence[OutputFile], sizes: Sizes) -> Layout:
         UnsupportedError: A file is larger than a store takes.
     """
     held, room = [], sizes.held
-    for index, file in enumerate(files):
-        # An upload has at least one part, and not every store takes an empty one.
-        if file.size < min(sizes.smallest, room + 1) or not file.size:
-            held.append(index)
-            room -= file.size
-    kept = set(held)
     groups, memory = [], sizes.memory
-    for indices in _side_by_side(files, [index for index in range(len(files)) if index not in kept]):
+    for indices in _side_by_side(files):
+        size = sum(files[index].size for index in indices)
+        # An upload has at least one part, and not every store takes an empty one.
+        if not size or (len(indices) == 1 and size < min(sizes.smallest, room + 1)):
+            held += indices
+            room -= size
+            continue
         part, needed = _part(files, indices, sizes)
         groups.append(Group(indices, part))
         memory = max(memory, needed)
@@ -133,11 +133,11 @@ def _part(files: Sequence[OutputFile], indices: Sequence[int], sizes: Sizes) -> 
     return part, slots * part
 
 
-def _side_by_side(files: Sequence[OutputFile], chosen: Sequence[int]) -> list[tuple[int, ...]]:
+def _side_by_side(files: Sequence[OutputFile]) -> list[tuple[int, ...]]:
     """Files with alike tensors, up to eight; every other file by itself."""
     together: dict[object, list[int]] = {}
-    for index in chosen:
-        segments, key = files[index].segments, cast(object, index)
+    for index, file in enumerate(files):
+        segments, key = file.segments, cast(object, index)
         if isinstance(segments, Filled) and segments.wholes:
             key = (id(segments.form), *map(id, segments.wholes))
         together.setdefault(key, []).append(index)

@@ -71,13 +71,11 @@ class Uploaded:
 
     Attributes:
         held: Index of a file -> its bytes, for the files that have no parts.
-        values: Index of a file -> its checksums as it holds them, in the order of the plan; for files that have any.
         written: Bytes that were uploaded.
         seconds: Time of the run.
     """
 
     held: Mapping[int, bytearray]
-    values: Mapping[int, Sequence[bytes]]
     written: int
     seconds: float
 
@@ -265,6 +263,7 @@ class Uploading:
         *,
         chosen: Iterable[int],
         present: Mapping[int, Present],
+        comparisons: Sequence[Comparison],
         threads: int | None,
         stop: Stop,
     ) -> None:
@@ -276,6 +275,7 @@ class Uploading:
             sink: Takes whole parts.
             chosen: Indices of the files to write.
             present: Index of a file -> its parts that need not be uploaded.
+            comparisons: The comparisons to make before.
             threads: Threads that move bytes; None for as many as the engine takes.
             stop: Ends the run from outside.
         """
@@ -298,7 +298,7 @@ class Uploading:
             for index in sorted(wanted)
         }
         self._units = self._all_units()
-        self._comparisons = deque(plan.comparisons)
+        self._comparisons = deque(comparisons)
         self.memory = Memory(layout.memory, stop)
         self._order = threading.Lock()
         self._lock = threading.Lock()
@@ -342,12 +342,7 @@ class Uploading:
             raise self._stop.error
         while not self._mailbox.empty():
             progress(self._mailbox.get() or 0)
-        values = {
-            index: [file.values[number] for number in range(len(file.spec.checksums))]
-            for index, file in self._files.items()
-            if file.spec.checksums
-        }
-        return Uploaded(self._kept, values, self._written, time.monotonic() - started)
+        return Uploaded(self._kept, self._written, time.monotonic() - started)
 
     def _all_units(self) -> Iterator[Unit]:
         for group in self._groups:
