@@ -454,7 +454,7 @@ def test_run_config_of_megatron_bridge(tmp_path: Path) -> None:
     convert(source, tmp_path / "meg", to="torch_dist", grid=Parallelism(2, ep=2))
     (path,) = (tmp_path / "meg").rglob("run_config.yaml")
     model = yaml.safe_load(path.read_text())["model"]
-    assert model["_target_"].endswith(".Qwen3NextModelProvider")
+    assert model["_target_"].endswith(".GPTModelProvider")
     expected = {
         "experimental_attention_variant": "gated_delta_net",
         "linear_attention_freq": 2,
