@@ -150,20 +150,16 @@ QUIRKS = MegatronQuirks(
 """Layouts of other writers, which no table reads."""
 
 BRIDGE = BridgeProvider(
-    "megatron.bridge.models.qwen.qwen_provider.Qwen3NextModelProvider",
     ropes=("default",),
-    with_experts={
-        "moe_router_load_balancing_type": "global_aux_loss",
-        "moe_router_dtype": "fp32",
-        "hetereogenous_dist_checkpoint": True,  # as megatron-core spells it
-    },
+    values={"hetereogenous_dist_checkpoint": True},  # as megatron-core spells it
+    with_experts={"moe_router_load_balancing_type": "global_aux_loss"},
     blocks=True,
     block_spec=(
         "megatron.core.models.gpt.experimental_attention_variant_module_specs."
         "get_transformer_block_with_experimental_attention_variant_spec"
     ),
 )
-"""Source: `Qwen3NextBridge` and `Qwen3NextModelProvider` of Megatron-Bridge."""
+"""Source: `Qwen35Bridge` and `Qwen35MoEBridge` of Megatron-Bridge, for the text models."""
 
 MARKS = ("decoder.layers.self_attention.in_proj.weight", "decoder.layers.self_attention.A_log")
 

@@ -143,6 +143,7 @@ QWEN3_5_TEXT = Family(
     hf_spellings=_with_wrapper((HUB,)),
     marks=(*MARKS, "decoder.layers.mlp.linear_fc1.weight"),
     quirks=delta_net.QUIRKS,
+    bridge=delta_net.BRIDGE,
 )
 QWEN3_5_MOE_TEXT = replace(
     QWEN3_5_TEXT,
@@ -169,6 +170,7 @@ def _wrapped(text: Family, wrapper: Wrapper, spellings: tuple[HfSpelling, ...]) 
         name=wrapper.family,
         architectures=(wrapper.architecture,),
         value_architectures=(),
+        bridge=None,  # its class builds the vision tower, too
         parse=wrapper.parse,
         unparse=wrapper.unparse,
         rows=renamed(text.rows, _IN_WRAPPER),

@@ -8,6 +8,7 @@ from typing import Any
 from ckptkit.families import delta_net
 from ckptkit.families.blocks import NORM_BEFORE_EXPERTS, experts, router, stacked
 from ckptkit.families.delta_net import (
+    BRIDGE,
     DELTA_BY_HEAD,
     SHARED_EXPERT,
     delta_translation,
@@ -137,5 +138,5 @@ QWEN3_NEXT = Family(
     ),
     marks=(*delta_net.MARKS, "decoder.layers.mlp.router.weight"),
     quirks=delta_net.QUIRKS,
-    bridge=delta_net.BRIDGE,
+    bridge=replace(BRIDGE, with_experts={**BRIDGE.with_experts, "moe_router_dtype": "fp32"}),  # of `Qwen3NextBridge`
 )

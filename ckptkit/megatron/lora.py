@@ -420,7 +420,10 @@ def _joined(
     """The outputs of the adapters of parts, in the order in which the linear's rows have the parts."""
     words = next((words for words in _PARTS if pairs.keys() <= set(words)), None)
     if words is None:
-        raise UnsupportedError(f"the runtime has no adapters for {', '.join(pairs)} of {name}")
+        raise UnsupportedError(
+            f"adapters for {', '.join(pairs)} of {name}, which no library has: one for the whole of it runs",
+            hint="convert it with --adapter-layout fused",
+        )
     attention = modules[name.rpartition(".")[0]]
     if words[0] == "q":
         if not isinstance(attention, SelfAttention):

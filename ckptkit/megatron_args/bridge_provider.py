@@ -63,6 +63,7 @@ def provider_of(
         {
             **_set(written(fields_of(config), "provider", config, config.layers[0])),
             "activation_func": ACTIVATIONS[config.activation],
+            **bridge.values,
             **({**_experts(grouped), **bridge.with_experts} if config.num_experts else {}),
             **(_attention(bridge, config) if bridge.attention is None else bridge.attention.values(config)),
             **core_grid(grid),
@@ -81,7 +82,7 @@ def _spec(bridge: BridgeProvider, config: ModelConfig, local: bool) -> dict[str,
         spec = Named(BLOCK_SPEC, {"use_transformer_engine": not local})
         if bridge.block_spec is not None:
             spec = Named(bridge.block_spec)
-        return {"transformer_layer_spec": spec, "moe_layer_freq": moe}
+        return {"transformer_layer_spec": spec, **({"moe_layer_freq": moe} if config.num_experts else {})}
     return {"transformer_layer_spec": Named(LOCAL_SPEC)} if local and bridge.attention is None else {}
 
 

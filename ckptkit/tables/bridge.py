@@ -67,6 +67,7 @@ class BridgeProvider:
         target: Dotted name of the class.
         activation: Hugging Face's name of the MLP's activation that the family's bridge sets, a key of `ACTIVATIONS`.
         ropes: Kinds of rotary embeddings that the family's bridge sets.
+        values: Further fields that it sets for every model.
         with_windows: Further fields that it sets for a model with windows.
         with_experts: Fields that it sets beside, or otherwise than, other families' for a model with experts.
         attention: Ropes and windows of a class that does not use the fields of `GPTModelProvider`, or None.
@@ -80,6 +81,7 @@ class BridgeProvider:
     target: str = GPT_PROVIDER
     activation: str = "silu"
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    values: Mapping[str, Any] = field(default_factory=dict)
     with_windows: Mapping[str, Any] = field(default_factory=dict)
     with_experts: Mapping[str, Any] = field(default_factory=dict)
     attention: OwnAttention | None = None

@@ -34,6 +34,7 @@ BRIDGED = [
     "gpt_oss",
 ]
 SCORED = ["glm4_moe", "deepseek_v3", "glm4_moe_lite"]
+DELTA = ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
 GEMMA = ["gemma3_text"]
 GEMMA4 = ["gemma4_text-moe", "gemma4_text-dense", "gemma4_text-e2b"]
 BRIDGE = Path(__file__).resolve().parents[2] / "fixtures" / "bridge"
@@ -42,6 +43,7 @@ NOT_BRIDGED = {
     "ministral": "none of Megatron-Bridge 0.6.2's providers is known here for MinistralForCausalLM",
     "apertus": "none of Megatron-Bridge 0.6.2's providers is known here for ApertusForCausalLM",
     "gemma3": "none of Megatron-Bridge 0.6.2's providers is known here for Gemma3ForConditionalGeneration",
+    "qwen3_5": "none of Megatron-Bridge 0.6.2's providers is known here for Qwen3_5ForConditionalGeneration",
     "gemma4": "none of Megatron-Bridge 0.6.2's providers is known here for Gemma4ForConditionalGeneration",
     "gemma4_text-e4b": "Megatron-Bridge 0.6.2 has no model with biases on some linear layers only",
     "gemma3_text-capped": "Megatron-Bridge 0.6.2 has no Gemma 3 with capped logits",
@@ -70,7 +72,7 @@ def written(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *DELTA, *GEMMA, *GEMMA4])
 def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
     result = convert(source, tmp_path / "megatron", to="torch_dist", grid=Parallelism(2, 2))
@@ -83,7 +85,7 @@ def test_tells_of_the_model(tmp_path: Path, kind: str) -> None:
     assert (model["hidden_size"], model["num_layers"], model["vocab_size"]) == (96, layers, 250)
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *DELTA, *GEMMA, *GEMMA4])
 def test_is_a_source_of_the_config(tmp_path: Path, kind: str) -> None:
     """A checkpoint as Megatron-Bridge leaves it: no `args`, no sidecar."""
     source = with_pattern(tmp_path / "hf") if kind in GEMMA else save(tmp_path / "hf", kind)
@@ -206,6 +208,9 @@ def bridge_of(kind: str) -> Any:
         "qwen2": ("qwen.qwen2_bridge", "Qwen2Bridge"),
         "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
         "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
+        "qwen3_next": ("qwen.qwen3_next_bridge", "Qwen3NextBridge"),
+        "qwen3_5_text": ("qwen.qwen35_bridge", "Qwen35Bridge"),
+        "qwen3_5_moe_text": ("qwen.qwen35_bridge", "Qwen35MoEBridge"),
         "mistral": ("mistral.mistral_bridge", "MistralBridge"),
         "gpt_oss": ("gpt_oss.gpt_oss_bridge", "GPTOSSBridge"),
         "glm4_moe": ("glm.glm45_bridge", "GLM45Bridge"),
@@ -252,11 +257,16 @@ BETTER: dict[str, set[str]] = {
     "deepseek_v3": {*LATENT, "mtp_num_layers"},
     # A plain rope is a yarn with a factor of 1 to it; it takes all layers but the first for ones with experts.
     "glm4_moe_lite": {*LATENT, "rope_type", "mscale_all_dim", "moe_layer_freq"},
+    # The same layers in other words; of Qwen3-Next it does not look into rope_parameters, and where all layers have
+    # experts nothing has the width of a dense one.
+    "qwen3_next": {"linear_attention_freq", "moe_layer_freq", "rotary_percent"},
+    "qwen3_5_text": {"linear_attention_freq"},
+    "qwen3_5_moe_text": {"linear_attention_freq", "moe_layer_freq", "ffn_hidden_size"},
 }
 """Kind -> fields that Megatron-Bridge's own bridge leaves at values that are not the model's, or mean the same."""
 
 
-@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *GEMMA, *GEMMA4])
+@pytest.mark.parametrize("kind", [*BRIDGED, *SCORED, *DELTA, *GEMMA, *GEMMA4])
 def test_megatron_bridge_builds_the_model_that_its_own_bridge_builds(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("megatron.bridge")
     from megatron.bridge.training.model_load_save import load_model_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
@@ -27,7 +27,9 @@ from ckptkit.formats.peft import (
 from ckptkit.formats.peft_config import AdapterConfig
 from ckptkit.formats.sidecar import Sidecar
 from ckptkit.tables.bounds import check_adapted
-from ckptkit.tables.lora import SIDES, A, B, Linear, single
+from ckptkit.tables.family import Family
+from ckptkit.tables.lora import SIDES, A, B, Linear, is_embedding, is_linear, single
+from ckptkit.tables.model_config import ModelConfig
 from ckptkit.tensors import Tensor
 
 _WEIGHT = ".weight"
@@ -68,6 +70,7 @@ def open_peft_files(files: PeftFiles, reference: HfFiles) -> Checkpoint:
     names = names_of(family, config, {about.module for about in stored.values()}, files.config.is_old)
     found = pairs(stored, files.tensors.__getitem__, files.path)
     places, unknown = assign(found, names, files.path)
+    _refuse_parameters([parse_name(name, files.path).module for name in unknown], names, family, config, files.path)
     problems = Problems(files.path)
     problems.unknown(unknown)
     tensors: dict[str, Tensor] = {}
@@ -102,6 +105,31 @@ def open_peft_files(files: PeftFiles, reference: HfFiles) -> Checkpoint:
         coverage={"used": len(files.tensors) - len(extras), **({"kept whole": len(extras)} if extras else {})},
         lora=lora,
     )
+
+
+def _refuse_parameters(modules: Iterable[str], names: Names, family: Family, config: ModelConfig, where: Path) -> None:
+    """Refuses factors of what is a linear layer in Hugging Face, and in Megatron a parameter outside of any.
+
+    Args:
+        modules: Modules for which no linear layer was found.
+        names: How the adapter calls them.
+        family: The family of the model.
+        config: The model.
+        where: The adapter.
+
+    Raises:
+        UnsupportedError: One is such a module.
+    """
+    canonical = {names.canonical(module + _WEIGHT): module for module in modules}
+    for item in family.items(config) if canonical else ():
+        if is_linear(item) or is_embedding(item):
+            continue
+        if module := next((canonical[name] for name in item.hf if name in canonical), None):
+            raise UnsupportedError(
+                f"{module} has factors, and Megatron has no linear layer there: {item.key} is a bare parameter",
+                where=where,
+                hint="train without it (exclude_modules of peft), or merge the adapter with peft",
+            )
 
 
 def _small(files: PeftFiles, reference: HfFiles) -> dict[str, Path]:

@@ -259,6 +259,15 @@ def test_what_cannot_be_trained(
         verify_gradients(*sides_of(base, other, canonical, grid), pool=pool)
 
 
+def test_pairs_for_the_parts_of_a_delta_nets_projection_do_not_run(
+    sources: Sources, adapters: Adapters, tmp_path: Path, pool: RankPool
+) -> None:
+    base, adapter = sources["qwen3_5_text"], adapters["qwen3_5_text"]
+    convert(adapter, tmp_path / "meg", to="torch", adapter_layout="canonical", hf_reference=base)
+    with pytest.raises(UnsupportedError, match=r"in_proj, which no library has.*adapter-layout fused"):
+        verify_gradients(*sides_of(base, adapter, tmp_path / "meg", Parallelism()), pool=pool)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "grid", "how"),
