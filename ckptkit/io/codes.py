@@ -32,6 +32,8 @@ _CHUNK = 1 << 16
 """Elements that are dequantised at a time: what this takes stays in the caches of a core."""
 _LOOKED_UP = 512
 """Elements of a block from which on a table of its 256 numbers is worth its memory."""
+_KINDS = 1 << 10
+"""Scales that differ, at most, for which a table of all pairs of four bits is worth its memory: 1 KiB for each."""
 _SMALL = 1 << 16
 """Elements that are quantised at a time."""
 
@@ -140,7 +142,7 @@ def from_mxfp4(codes: Bytes, scales: Bytes, dtype: DType) -> Bytes:
     Returns:
         The bytes of [rows, groups * 32].
     """
-    return _from_nibbles(codes, e8m0()[scales], _pairs_of_e2m1(), MXFP4_GROUP, dtype)
+    return _from_nibbles(codes, e8m0()[scales], e2m1(), MXFP4_GROUP, dtype)
 
 
 def from_int4(codes: Bytes, scales: Floats, group: int, dtype: DType) -> Bytes:
@@ -155,11 +157,61 @@ def from_int4(codes: Bytes, scales: Floats, group: int, dtype: DType) -> Bytes:
     Returns:
         The bytes of [rows, columns].
     """
-    return _from_nibbles(codes, scales, _pairs_of_int4(), group, dtype)
+    return _from_nibbles(codes, scales, np.arange(-8, 8, dtype=np.float32), group, dtype)
 
 
-def _from_nibbles(codes: Bytes, scales: Floats, pairs: NDArray[np.uint64], group: int, dtype: DType) -> Bytes:
-    """Numbers of four bits, two in a byte, the low ones first."""
+def _from_nibbles(codes: Bytes, scales: Floats, numbers: Floats, group: int, dtype: DType) -> Bytes:
+    """Numbers of four bits, two in a byte, the low ones first.
+
+    Args:
+        codes: [rows, groups * group / 2].
+        scales: [rows, groups].
+        numbers: The 16 numbers of the codes.
+        group: Numbers that share a scale.
+        dtype: The type to round to.
+    """
+    kinds = _few_kinds(scales) if dtype.name == "BF16" else None
+    if kinds is None:
+        return _each_nibble(codes, scales, _pairs(numbers), group, dtype)
+    # Few scales differ: the pairs of each are rounded once, and the bytes are looked up.
+    rows, groups = scales.shape
+    places, different = kinds
+    with np.errstate(all="ignore"):
+        products = encode(different[:, None] * numbers, dtype).view(np.uint16).reshape(-1, 16).astype(np.uint32)
+    table = (products[:, None, :] | products[:, :, None] << np.uint32(16)).reshape(-1)
+    out = np.empty((rows, codes.shape[1]), np.uint32)
+    size = (max(2 * _CHUNK // max(codes.shape[1], 1), 1), codes.shape[1])
+    index, sums = np.empty(size, np.intp), np.empty(size, places.dtype)
+    for top in range(0, rows, size[0]):
+        some = codes[top : top + size[0]]
+        place, total = index[: len(some)], sums[: len(some)].reshape(len(some), groups, -1)
+        np.add(some.reshape(total.shape), places[top : top + size[0], :, None], out=total)
+        place[...] = total.reshape(place.shape)
+        np.take(table, place, out=out[top : top + size[0]], mode="wrap")
+    return out.reshape(-1).view(np.uint8)
+
+
+def _few_kinds(scales: Floats) -> tuple[NDArray[Any], Floats] | None:
+    """For each scale the place of its first pair in a table of 256 for each that differs, and those that differ.
+
+    None if they are more than a table is worth, or if they are no numbers of bfloat16.
+    """
+    bits = scales.view(np.uint32)
+    if (bits & np.uint32(0xFFFF)).any():
+        return None
+    upper = (bits >> np.uint32(16)).astype(np.uint16)
+    known = np.zeros(1 << 16, np.bool_)
+    known[upper] = True
+    different = np.flatnonzero(known)
+    if len(different) > min(_KINDS, scales.size // 4):
+        return None
+    place = np.zeros(1 << 16, np.uint16 if len(different) <= 256 else np.uint32)
+    place[different] = np.arange(len(different)) * 256
+    return place[upper], (different.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _each_nibble(codes: Bytes, scales: Floats, pairs: NDArray[np.uint64], group: int, dtype: DType) -> Bytes:
+    """As `_from_nibbles`, number by number."""
     rows, groups = scales.shape
     out = np.empty((rows, groups * group * dtype.itemsize), np.uint8)
     step = max(_CHUNK // max(groups * group, 1), 1)
@@ -172,16 +224,6 @@ def _from_nibbles(codes: Bytes, scales: Floats, pairs: NDArray[np.uint64], group
             numbers *= scales[top : top + step, :, None]
             out[top : top + step] = encode(numbers, dtype).reshape(len(numbers), -1)
     return out.reshape(-1)
-
-
-@lru_cache(maxsize=1)
-def _pairs_of_e2m1() -> NDArray[np.uint64]:
-    return _pairs(e2m1())
-
-
-@lru_cache(maxsize=1)
-def _pairs_of_int4() -> NDArray[np.uint64]:
-    return _pairs(np.arange(-8, 8, dtype=np.float32))
 
 
 def _pairs(numbers: Floats) -> NDArray[np.uint64]:
@@ -217,9 +259,23 @@ def largest_of_blocks(values: Floats, block: tuple[int, int]) -> Floats:
 
 
 def largest_of_groups(values: Floats, group: int) -> Floats:
-    """The largest magnitude of each group of a row, [rows, columns / group]."""
-    found: Floats = np.maximum.reduceat(np.abs(values).reshape(-1), np.arange(0, values.size, group))
-    return found.reshape(len(values), -1)
+    """The largest magnitude of each group of a row, [rows, columns / group]; NaN where there is one.
+
+    Args:
+        values: Contiguous, [rows, columns].
+        group: Numbers in a group.
+    """
+    # Magnitudes are ordered as their bits are, of which the maximum is found in a third of the time. NaN is largest.
+    given, found = values.reshape(-1).view(np.int32), np.empty(values.size // group, np.int32)
+    step = max(_SMALL // group, 1)
+    bits, starts = np.empty(step * group, np.int32), np.arange(step) * group
+    for first in range(0, len(found), step):
+        some = given[first * group : (first + step) * group]
+        part = bits[: len(some)]
+        np.bitwise_and(some, np.int32(0x7FFFFFFF), out=part)
+        out = found[first : first + step]
+        np.maximum.reduceat(part, starts[: len(out)], out=out)
+    return found.view(np.float32).reshape(len(values), -1)
 
 
 def fp8_scales(largest: Floats, *, powers: bool = False) -> Floats:
@@ -364,6 +420,10 @@ def _nearest(numbers: Floats, sign: int) -> Bytes:
     return found | np.signbit(halves).astype(np.uint8) << np.uint8(sign)
 
 
+_WHOLE = np.float32(3 << 22 | 8)
+"""From 2^23 to 2^24, numbers of float32 are a whole one apart; and 8 more, which is how INT4 stores -8 as 0."""
+
+
 class _Buffer:
     """Room for numbers to encode, which is used again and again."""
 
@@ -383,10 +443,9 @@ class _Rounder(_Buffer):
 
     def codes(self, values: Floats, out: Bytes) -> None:
         """Puts the codes of numbers, which are in `room` and are lost, into `out`."""
-        np.rint(values, out=values)
         np.clip(values, -8, 7, out=values)
-        values += np.float32(8)
-        np.copyto(out, values, casting="unsafe")
+        values += _WHOLE  # where float32 has whole numbers alone: they are rounded, and the lowest byte is the code
+        np.copyto(out, values.view(np.uint32), casting="unsafe")
 
 
 class _Encoder(_Buffer):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import ckptkit.io.codes
 from ckptkit.dtypes import DTYPES, DType
 from ckptkit.io.casts import decode, encode
 from ckptkit.io.codes import (
@@ -214,3 +215,29 @@ def test_old_scales_find_all_codes_again(dtype: str) -> None:
         powers = np.full((256, 16), 127 + int(exponent), np.uint8)
         numbers = single(from_mxfp4(codes, powers, kind), kind).reshape(256, 512)
         np.testing.assert_array_equal(to_mxfp4(numbers, powers), codes.reshape(-1))
+
+
+@pytest.mark.parametrize("kinds", [3, 200, 700])
+def test_looked_up_or_each_for_itself(monkeypatch: pytest.MonkeyPatch, kinds: int) -> None:
+    """Where few scales differ, the pairs of numbers of a byte are looked up; the bytes are the same."""
+    rng = np.random.default_rng(kinds)
+    known = decode(encode(np.exp(rng.standard_normal(kinds)).astype(np.float32), DTYPES["BF16"]), DTYPES["BF16"])
+    known[:3] = [0.0, -np.inf, -(2.0**-130)]
+    scales = rng.choice(known, (40, 96)).astype(np.float32)
+    scales[0, 0] = np.nan
+    codes = rng.integers(0, 256, (40, 96 * 16), np.uint8)
+    bytes_of_e8m0 = rng.integers(0, 256, (40, 96), np.uint8)
+    found = [from_int4(codes, scales, 32, DTYPES["BF16"]), from_mxfp4(codes, bytes_of_e8m0, DTYPES["BF16"])]
+    assert ckptkit.io.codes._few_kinds(scales) is not None
+    monkeypatch.setattr(ckptkit.io.codes, "_KINDS", 0)
+    assert ckptkit.io.codes._few_kinds(scales) is None
+    again = [from_int4(codes, scales, 32, DTYPES["BF16"]), from_mxfp4(codes, bytes_of_e8m0, DTYPES["BF16"])]
+    assert all(map(np.array_equal, found, again))
+
+
+def test_the_largest_of_groups_of_more_than_a_chunk() -> None:
+    values = np.random.default_rng(0).standard_normal((70, 3 * 1024), np.float32)
+    values[3, 5], values[4, 40], values[69, -1] = np.nan, -np.inf, -9.0
+    for group in (8, 32, 1024, 3072):
+        expected = np.abs(values).reshape(70, -1, group).max(axis=2)
+        np.testing.assert_array_equal(largest_of_groups(values, group), expected)
