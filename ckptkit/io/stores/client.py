@@ -34,6 +34,7 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _CONFLICT = {"412", "PreconditionFailed", "ConditionalRequestConflict", "409"}
 _NO_CONDITIONS = {"NotImplemented", "501"}
+_NO_CALL = {"NotImplemented", "501", "MethodNotAllowed", "405"}
 _CREDENTIALS = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -279,7 +280,7 @@ class Bucket:
         return tag
 
     def parts(self, key: str, upload: str) -> dict[int, Part] | None:
-        """The parts that the store has of an upload, by number; None if there is no such upload (any more).
+        """The parts that the store has of an upload, by number; None if there is no such upload, or no such list.
 
         Raises:
             StorageError: The store does not answer.
@@ -292,22 +293,26 @@ class Bucket:
                     for item in page.get("Parts", ()):
                         found[int(item["PartNumber"])] = Part(int(item["Size"]), str(item["ETag"]).strip('"'))
             except self._errors as error:
-                if _code(error) in {"NoSuchUpload", *_ABSENT}:
+                if _code(error) in {"NoSuchUpload", *_ABSENT, *_NO_CALL}:
                     return None
                 raise
         return found
 
     def uploads(self, prefix: str) -> list[tuple[str, str]]:
-        """(key, id) of the uploads below a prefix that are neither complete nor aborted.
+        """(key, id) of the uploads below a prefix that are neither complete nor aborted; none if the store has no list.
 
         Raises:
             StorageError: The store does not answer.
         """
         found: list[tuple[str, str]] = []
         with self._said(prefix):
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix)
-            for page in pages:
-                found += [(str(item["Key"]), str(item["UploadId"])) for item in page.get("Uploads", ())]
+            try:
+                pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix)
+                for page in pages:
+                    found += [(str(item["Key"]), str(item["UploadId"])) for item in page.get("Uploads", ())]
+            except self._errors as error:
+                if _code(error) not in _NO_CALL:
+                    raise
         return [item for item in found if item[0].startswith(prefix)]
 
     def complete(self, key: str, upload: str, tags: Sequence[str]) -> None:
@@ -329,7 +334,7 @@ class Bucket:
             )
 
     def abort(self, uploads: Iterable[tuple[str, str]]) -> None:
-        """Has the store forget uploads (key, id); those that are gone do not matter.
+        """Has the store forget uploads (key, id), if it can; those that are gone do not matter.
 
         Raises:
             StorageError: The store keeps one.
@@ -339,7 +344,7 @@ class Bucket:
                 try:
                     self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload)
                 except self._errors as error:
-                    if _code(error) not in {"NoSuchUpload", *_ABSENT}:
+                    if _code(error) not in {"NoSuchUpload", *_ABSENT, *_NO_CALL}:
                         raise
 
     def url(self, key: str) -> str:

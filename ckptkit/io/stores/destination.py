@@ -378,8 +378,12 @@ class StoreDestination:
         left = self._bucket.objects(f"{self._partial}/", _MOST)
         if not left:
             return 0
-        uploads = self._bucket.uploads(f"{self.address.prefix}/")
-        self._bucket.abort(uploads)
+        uploads = set(self._bucket.uploads(f"{self.address.prefix}/"))
+        if not self._in_place:
+            with suppress(InputError):  # not every store has a list
+                if (earlier := StoreJournal.read(self._bucket, self._journal)) is not None:
+                    uploads |= {(self._key(path), begun.upload) for path, begun in earlier.uploads.items()}
+        self._bucket.abort(sorted(uploads))
         keys = [item.key for item in left]
         self._bucket.delete([key for key in keys if key != self._journal])
         self._bucket.delete([key for key in keys if key == self._journal])  # without it, nobody looks for uploads

@@ -99,8 +99,9 @@ def lay_out_parts(files: Sequence[OutputFile], sizes: Sizes) -> Layout:
     Raises:
         UnsupportedError: A file is larger than a store takes.
     """
-    held, room = [], sizes.held
-    groups, memory = [], sizes.memory
+    held: list[int] = []
+    groups: list[Group] = []
+    room, memory = sizes.held, sizes.memory
     for indices in _side_by_side(files):
         size = sum(files[index].size for index in indices)
         # An upload has at least one part, and not every store takes an empty one.

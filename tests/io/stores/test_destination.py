@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from ckptkit.errors import InputError, StorageError, UsageError
+from ckptkit.io.source import Sources
 from ckptkit.io.stores import destination as module
 from ckptkit.io.stores import lock, uploading
 from ckptkit.sharding.grid import Parallelism
@@ -26,6 +28,8 @@ from tests.io.stores.uploads import (  # noqa: F401  fixtures
     small_parts_fixture,
     stopped_at,
 )
+from tests.lora import save_adapter
+from tests.models import save_llama
 from tests.stores import BUCKET, Server
 
 pytestmark = pytest.mark.usefixtures("small_parts")
@@ -420,3 +424,46 @@ def test_a_damaged_source_leaves_nothing(server: Server, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="ends before"):
         convert_to(f"s3://{BUCKET}/source/a")
     assert server.keys("source") == [] and not server.uploads("source/")
+
+
+def test_a_store_without_lists_begins_again(
+    server: Server, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as s3rver: it cannot say which uploads and which parts it has, nor forget them."""
+    missing = {"ListParts", "ListMultipartUploads", "AbortMultipartUpload"}
+    calls.answer = lambda name, count, request: refusal(405, "MethodNotAllowed") if name in missing else None
+    with stopped_at(monkeypatch, "part-4"), pytest.raises(KeyboardInterrupt):
+        convert_to(f"s3://{BUCKET}/lists/a")
+    calls.made.clear()
+    convert_to(f"s3://{BUCKET}/lists/a", resume=True)
+    assert calls.made["UploadPart"] == 8
+    assert server.contents("lists/a") == expected(tmp_path)
+
+
+def test_no_range_is_read_twice(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that take columns of the same rows are filled side by side, as on a disk: each row is read once for all."""
+    read: list[tuple[str, int, int]] = []
+    usual = Sources.read
+
+    def noted(self: Sources, path: str, view: memoryview, offset: int) -> None:
+        read.append((path, offset, len(view)))
+        usual(self, path, view, offset)
+
+    monkeypatch.setattr(Sources, "read", noted)
+    convert_to(f"s3://{BUCKET}/once/hf")
+    assert read
+    for (path, start, size), (following, after, _) in pairwise(sorted(read)):
+        assert path != following or start + size <= after
+    for out in (tmp_path / "torch", f"s3://{BUCKET}/once/torch"):
+        read.clear()
+        convert_to(out, "torch", grid=Parallelism(tp=2))
+        if out == tmp_path / "torch":
+            local = sum(size for *_, size in read)
+    assert sum(size for *_, size in read) == local
+
+
+def test_an_adapter(server: Server, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    convert_to(f"s3://{BUCKET}/adapter/a", "peft", adapter, hf_reference=str(base))
+    assert only(server, "adapter/a", expected(tmp_path, "peft", adapter, hf_reference=str(base)))
