@@ -169,8 +169,12 @@ def _plain(source: Path) -> dict[str, Any]:
     return {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+_OTHERS = ("kv_a_proj_with_mqa", "kv_b", "linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
+"""Linear layers that archives have in FP8, too; of DeltaNets all but betas and decays."""
+
+
 def _is_linear(name: str, tensor: Any) -> bool:
-    return (tensor.ndim == 2 and name.endswith("_proj.weight")) or "kv_a_proj_with_mqa" in name or "kv_b" in name
+    return (tensor.ndim == 2 and name.endswith("_proj.weight")) or any(part in name for part in _OTHERS)
 
 
 def _scales(rng: np.random.Generator, grid: tuple[int, int], kind: str) -> tuple[Any, Array]:

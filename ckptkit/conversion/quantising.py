@@ -35,6 +35,9 @@ _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
 expect."""
 _PLAIN = ("embed", "mlp.router.", "shared_experts.gate_weight", "eh_proj", "output_layer", "per_layer")
 """Parts of canonical names of matrices that no scheme quantises by itself: tables of tokens, routers, and heads."""
+_RATES = ("linear_attn.in_proj_ba.", "linear_attn.in_proj_b.", "linear_attn.in_proj_a.")
+"""The same of Hugging Face names: betas and decays of DeltaNets, a row for each head, which published archives leave
+out. Engines cannot divide blocks of so few rows over tensor parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,7 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
         if item.row.split.padded or any(word in key for word in _PLAIN)
         for name in item.hf
     }
+    plain |= {name for item in source.items.values() for name in item.hf if any(part in name for part in _RATES)}
     own = {name for item in source.items.values() for name in item.hf} - plain
     found: dict[str, Tensor] = {}
     left: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ckptkit.checkpoints.opening import open_checkpoint
 from ckptkit.conversion.convert import convert
 from ckptkit.errors import InputError, UnsupportedError, UsageError
 from ckptkit.sharding.grid import Parallelism
 from tests.conversion.test_reading_quantised import KINDS, tensors_of
-from tests.models import files_of, save_llama, save_model
+from tests.models import add_prediction, files_of, save_llama, save_model
 from tests.quantised import Array, quantise_fp8, quantise_int4
 
 Quantise = Callable[[Path, Path], dict[str, Array]]
@@ -217,6 +219,27 @@ def test_heads_routers_and_tables_are_left_out(plain: Path, tmp_path: Path) -> N
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv" in tensors_of(tmp_path / "fp8")
     # Five matrices of attention in each layer, three of the dense one, of eight experts, and of the shared one.
     assert result.target["quantised"] == {"scheme": "fp8-block", "tensors": 2 * 5 + 3 + 8 * 3 + 3}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe"])
+def test_delta_nets_as_they_are_published(tmp_path: Path, kind: str) -> None:
+    """FP8 but for betas and decays, routers, gates of shared experts, tables, heads, and the vision tower."""
+    source, fp8 = add_prediction(save_model(tmp_path / "hf", kind, dtype="bfloat16")), tmp_path / "published"
+    quantise_fp8(source, fp8)
+    names = tensors_of(fp8).keys()
+    convert(fp8, tmp_path / "meg", to="torch_dist", grid=GRID)
+    assert {tensor.dtype.name for tensor in open_checkpoint(tmp_path / "meg").tensors.values()} == {"BF16"}
+    result = convert(tmp_path / "meg", tmp_path / "back", to="hf", quantise=f"like:{fp8}")
+    assert files_of(tmp_path / "back") == files_of(fp8) and result.likeness is not None
+    assert result.likeness["same"] == sum(name.endswith("_scale_inv") for name in names) > 80
+    convert(source, tmp_path / "new", to="hf", quantise="fp8-block")
+    assert tensors_of(tmp_path / "new").keys() == names
+    stated = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]
+    left = {re.sub(r"\d+", "N", name).rpartition("layers.N.")[2] for name in stated["modules_to_not_convert"]}
+    rates = {f"linear_attn.in_proj_{part}" for part in (("ba",) if kind == "qwen3_next" else "ba")}
+    assert {name for name in left if "embed" not in name and "visual" not in name} == {
+        *rates, "lm_head", "mlp.gate", "mlp.shared_expert_gate", "mtp.fc"
+    }  # fmt: skip
 
 
 def test_rows_that_are_no_whole_groups_are_counted(plain: Path, tmp_path: Path) -> None:
