@@ -25,6 +25,7 @@ class Web:
         certificate: File with the certificate to trust.
         ranges: Whether it gives ranges.
         tags: Whether it gives ETags.
+        missing: What it says of what is not there.
         asked: (method, path) of the requests so far.
     """
 
@@ -32,6 +33,7 @@ class Web:
     certificate: Path
     ranges: bool = True
     tags: bool = True
+    missing: int = 404
     asked: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -79,7 +81,7 @@ def serving(folder: Path, place: Path) -> Iterator[Web]:
             data = file.read_bytes() if file.is_file() else b""
             tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
             if not file.is_file():
-                self.give(404, {}, b"")
+                self.give(web.missing, {}, b"")
                 return
             headers = {"ETag": tag} if web.tags else {}
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

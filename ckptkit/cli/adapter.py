@@ -120,7 +120,7 @@ def weighted(text: str) -> tuple[str, float]:
         UsageError: The weight is no number.
     """
     path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or "/" in weight or Path(text).exists():  # a colon in a path, as in s3://
         return text, 1.0
     try:
         return path, float(weight)

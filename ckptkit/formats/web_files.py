@@ -9,14 +9,13 @@ from itertools import count, takewhile
 from pathlib import PurePosixPath
 from typing import Any
 
-from ckptkit.errors import InputError
+from ckptkit.errors import InputError, StorageError
 from ckptkit.formats import peft, sidecar, torch_dist, torch_legacy
 from ckptkit.formats.dcp.reading import METADATA, open_dcp
 from ckptkit.formats.hf import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
 from ckptkit.formats.json_files import LARGEST, parse_object
 from ckptkit.formats.packed import ARGS
 from ckptkit.formats.run_config import RUN_CONFIG
-from ckptkit.io.crew import Crew
 from ckptkit.io.stores.mirror import mirror_of
 from ckptkit.io.stores.objects import MOST_OBJECTS, Object
 from ckptkit.io.stores.web import Web
@@ -43,7 +42,6 @@ _WEIGHTS = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX, ARGS, peft.CONFIG, peft.SAFETE
 _OF_ITERATION = (METADATA, torch_dist.CONFIG, torch_dist.COMMON, RUN_CONFIG, "tokenizer/tokenizer.json")
 _TRACKED = re.compile(r"release|[0-9]{1,18}")
 _MODULE = re.compile(r"[A-Za-z_]\w{0,100}")
-_THREADS = 8
 _MOST_RANKS = 1024
 _LONGEST_TRACKER = 64
 
@@ -53,18 +51,14 @@ class _Finder:
 
     def __init__(self, web: Web) -> None:
         self._web = web
-        self._crew = Crew(_THREADS, "ckptkit-find")
         self.found: dict[str, Object] = {}
-
-    def close(self) -> None:
-        self._crew.close()
 
     def ask(self, names: Iterable[str]) -> list[Object]:
         """Those of some names that are there."""
         new = [name for name in dict.fromkeys(names) if name not in self.found]
         if len(new) + len(self.found) > MOST_OBJECTS:
             raise InputError(f"names more than {MOST_OBJECTS:,} files", where=self._web.address)
-        there = [file for file in self._crew.map(self._web.find, new) if file is not None]
+        there = [file for file in self._web.found(new) if file is not None]
         self.found.update({file.name: file for file in there})
         return there
 
@@ -92,18 +86,17 @@ def find_files(web: Web) -> list[Object]:
         StorageError: The server does not answer, or not with this.
     """
     finder = _Finder(web)
-    try:
-        finder.ask((*_DESCRIBING, *_WEIGHTS, *_OF_ITERATION, torch_legacy.TRACKER, _in_sidecar(sidecar.MANIFEST)))
-        _described(finder, "")
-        folder = _iteration(finder)
-        if folder:
-            finder.ask(f"{folder}/{name}" for name in _OF_ITERATION)
-        _ranks(finder, folder)
-        if _in_sidecar(sidecar.MANIFEST) in finder.found:
-            _sidecar(finder)
-        _distributed(finder, web, folder)
-    finally:
-        finder.close()
+    finder.ask((*_DESCRIBING, *_WEIGHTS, *_OF_ITERATION, torch_legacy.TRACKER, _in_sidecar(sidecar.MANIFEST)))
+    _described(finder, "")
+    folder = _iteration(finder)
+    if folder:
+        finder.ask(f"{folder}/{name}" for name in _OF_ITERATION)
+    _ranks(finder, folder)
+    if _in_sidecar(sidecar.MANIFEST) in finder.found:
+        _sidecar(finder)
+    _distributed(finder, web, folder)
+    if not finder.found and web.denied:
+        raise StorageError("the server does not allow it", where=web.address, hint="it must be readable by everybody")
     if not finder.found:
         hint = "give the folder that config.json, the tracker file or .metadata is in"
         raise InputError("none of the files that name the others is there", where=web.address, hint=hint)

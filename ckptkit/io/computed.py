@@ -68,8 +68,8 @@ def _state_of(files: Iterable[str]) -> tuple[tuple[int, ...] | None, ...]:
     """What tells whether files were written anew: what is kept of a path is not for the next file there."""
     found: list[tuple[int, ...] | None] = []
     for file in sorted(files):
-        if mirrored(file) is not None:
-            found.append(())  # it stays as it was listed, whatever is filled in of it
+        if (remote := mirrored(file)) is not None:
+            found.append(remote.about.version)
             continue
         try:
             state = os.stat(file)

@@ -89,8 +89,8 @@ class Fingerprint:
 
     @classmethod
     def _in_store(cls, address: str, about: Object) -> Fingerprint:
-        version = int.from_bytes(hashlib.sha256(about.etag.encode()).digest()[:6])
-        return cls(address, about.size, about.modified, about.modified, version, 0, about.etag)
+        size, modified, tag = about.version
+        return cls(address, size, modified, modified, tag, 0, about.etag)
 
     @property
     def identity(self) -> tuple[str, int, int, str]:

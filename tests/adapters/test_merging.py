@@ -334,6 +334,8 @@ def test_untouched_tensors_are_copies(tmp_path: Path) -> None:
 def test_weights_on_the_command_line(tmp_path: Path) -> None:
     assert weighted("helpful:0.7") == ("helpful", 0.7) and weighted("helpful") == ("helpful", 1.0)
     (tmp_path / "a:1").mkdir()
+    assert weighted("s3://models/helpful") == ("s3://models/helpful", 1.0)
+    assert weighted("s3://models/helpful:0.7") == ("s3://models/helpful", 0.7)
     assert weighted(str(tmp_path / "a:1")) == (str(tmp_path / "a:1"), 1.0)
     with pytest.raises(UsageError, match="'much' is no weight"):
         weighted("helpful:much")

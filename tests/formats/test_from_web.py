@@ -89,3 +89,10 @@ def test_a_server_without_ranges_is_refused(web: Web) -> None:
 def test_nothing_there(web: Web) -> None:
     with pytest.raises(InputError, match=f"{web.url}/nothing: none of the files that name the others is there"):
         inspect(f"{web.url}/nothing")
+
+
+def test_a_server_that_forbids_what_is_not_there(web: Web) -> None:
+    web.missing = 403
+    assert inspect(f"{web.url}/a model").architecture == "LlamaForCausalLM"
+    with pytest.raises(StorageError, match=f"{web.url}/nothing: the server does not allow it"):
+        inspect(f"{web.url}/nothing")

@@ -61,6 +61,12 @@ def code_of(error: Exception) -> str:
     return found[1] if (found := _STATUS.search(text)) is not None else ""
 
 
+def is_denied(error: Exception) -> bool:
+    """Whether what was asked for is forbidden."""
+    kinds = ("PermissionError", "PermissionDeniedError", "UnauthenticatedError")
+    return code_of(error) in _DENIED or type(error).__name__ in kinds
+
+
 def meaning(error: Exception, where: object) -> CkptkitError:
     """An error of botocore or obstore as one of ours."""
     code, kind = code_of(error), type(error).__name__
@@ -70,7 +76,7 @@ def meaning(error: Exception, where: object) -> CkptkitError:
         return StorageError("the credentials have expired", where=where, hint="renew them and run again")
     if code in _WRONG_KEY:
         return StorageError(f"the store refuses the credentials ({code})", where=where, hint="check them")
-    if code in _DENIED or kind in ("PermissionError", "PermissionDeniedError", "UnauthenticatedError"):
+    if is_denied(error):
         hint = "it takes s3:ListBucket on the bucket and s3:GetObject on its objects"
         return StorageError("the store does not allow it", where=where, hint=hint)
     if code in _ELSEWHERE:

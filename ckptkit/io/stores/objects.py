@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,6 +35,11 @@ class Object:
     size: int
     etag: str
     modified: int
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """What tells it from other contents of the same name: size, time, and the ETag as a number."""
+        return self.size, self.modified, int.from_bytes(hashlib.sha256(self.etag.encode()).digest()[:6])
 
 
 class Store(Protocol):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,23 @@ def test_what_two_outputs_take_is_fetched_once(store: Memory, weights: Path, tmp
     run(plan, tmp_path)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == WEIGHTS
     assert sum(stop - start for _, start, stop in store.asked) == len(WEIGHTS)
+
+
+def test_memory_does_not_grow_with_a_file(store: Memory, tmp_path: Path) -> None:
+    """Of a file of 64 MiB that is copied, buffers are in memory, and none of it is on the disk."""
+    store.data["large"] = bytes(64 << 20)
+    with mirror_of(store, store.list()) as mirror:
+        file = mirror.folder / "large"
+        tracemalloc.start()
+        try:
+            run(Plan((OutputFile.copy("one", str(file), 64 << 20),)), tmp_path, threads=2)
+            hash_file(file)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert file.stat().st_blocks == 0
+    assert (tmp_path / "one").stat().st_size == 64 << 20
+    assert peak < 16 << 20
 
 
 def test_fingerprints_name_the_store(store: Memory, mirror: Mirror, weights: Path) -> None:
