@@ -276,9 +276,10 @@ def memory_runs_on() -> dict[tuple[Any, str], Any]:
     import torch
 
     from ckptkit.megatron import gated_delta_net
+    from ckptkit.megatron.delta_rule import gated_delta_rule
     from ckptkit.megatron.gated_delta_net import GatedDeltaNet
 
-    forward, rule = GatedDeltaNet.forward, gated_delta_net.gated_delta_rule
+    forward = GatedDeltaNet.forward
     before: list[Any] = []
 
     def anew(self: Any, *args: Any, **options: Any) -> Any:
@@ -287,9 +288,9 @@ def memory_runs_on() -> dict[tuple[Any, str], Any]:
 
     def remembering(*parts: Any) -> Any:
         before[:] = [torch.cat(pair, dim=1) for pair in zip(before, parts, strict=True)] if before else parts
-        return rule(*before)[:, -parts[0].shape[1] :]
+        return gated_delta_rule(*before)[:, -parts[0].shape[1] :]
 
-    return {(GatedDeltaNet, "forward"): anew, (gated_delta_net, "gated_delta_rule"): remembering}
+    return {(GatedDeltaNet, "forward"): anew, (gated_delta_net, "rule_for"): lambda value: remembering}
 
 
 def masked(hide: Callable[[Any, range, int, int | None], None]) -> Callable[[], dict[tuple[Any, str], Any]]:
@@ -566,13 +567,12 @@ def gated_norms_not_summed() -> dict[tuple[Any, str], Any]:
 def decays_detached() -> dict[tuple[Any, str], Any]:
     """DeltaNets that do not learn what to forget."""
     from ckptkit.megatron import gated_delta_net
-
-    original = gated_delta_net.gated_delta_rule
+    from ckptkit.megatron.delta_rule import gated_delta_rule
 
     def rule(query: Any, key: Any, value: Any, decay: Any, rate: Any) -> Any:
-        return original(query, key, value, decay.detach(), rate)
+        return gated_delta_rule(query, key, value, decay.detach(), rate)
 
-    return {(gated_delta_net, "gated_delta_rule"): rule}
+    return {(gated_delta_net, "rule_for"): lambda value: rule}
 
 
 def sinks_detached() -> dict[tuple[Any, str], Any]:
