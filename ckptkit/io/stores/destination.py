@@ -525,10 +525,24 @@ class StoreDestination:
         return (number - 1) * part, min(number * part, self._plan.files[index].size)
 
     def _each(self, work: Callable[[int], Answer], tasks: Sequence[int]) -> list[Answer]:
-        """Some calls at a time, for files by their indices; the first error ends it."""
+        """Some calls at a time, for files by their indices; after the first error no other is made."""
+        errors: list[BaseException] = []
+
+        def one(task: int) -> Answer:
+            if errors:
+                raise errors[0]
+            try:
+                return work(task)
+            except BaseException as error:
+                errors.append(error)
+                raise errors[0] from None
+
         crew = Crew(min(_CALLS, len(tasks)), "ckptkit-store")
         try:
-            return list(crew.map(work, tasks))
+            return list(crew.map(one, tasks))
+        except BaseException as error:
+            errors.append(error)  # a signal ends the others, too
+            raise
         finally:
             crew.close()
 
