@@ -290,7 +290,7 @@ class StoreDestination:
         if not self._completing:
             return None
         old = " beside those of the old one" if self._old else ""
-        return f"some files of the new model are visible at {self.address}{old}: run again with --resume to complete it"
+        return f"files of the new model may be visible at {self.address}{old}: run again with --resume to complete it"
 
     def _prepare(self) -> None:
         """Finds what an earlier run uploaded, or removes it, and begins the uploads that are missing."""
