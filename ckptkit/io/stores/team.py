@@ -196,7 +196,7 @@ def shares(plan: Plan, layout: Layout, live: Numbers, size: int) -> list[dict[in
     for group in layout.groups:
         files = [index for index in group.files if live.get(index)]
         if any(plan.files[index].checksums for index in files):
-            cells.append((sum(len(live[index]) for index in files) * group.part, {i: set(live[i]) for i in files}))
+            cells += [(len(live[index]) * group.part, {index: set(live[index])}) for index in files]
             continue
         for number in sorted({number for index in files for number in live[index]}):
             cell = {index: {number} for index in files if number in live[index]}

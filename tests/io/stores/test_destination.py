@@ -458,12 +458,13 @@ def test_no_range_is_read_twice(server: Server, tmp_path: Path, monkeypatch: pyt
     assert read
     for (path, start, size), (following, after, _) in pairwise(sorted(read)):
         assert path != following or start + size <= after
-    for out in (tmp_path / "torch", f"s3://{BUCKET}/once/torch"):
-        read.clear()
-        convert_to(out, "torch", grid=Parallelism(tp=2))
-        if out == tmp_path / "torch":
-            local = sum(size for *_, size in read)
-    assert sum(size for *_, size in read) == local
+    for to in ("torch", "torch_dist"):
+        sums = []
+        for out in (tmp_path / to, f"s3://{BUCKET}/once/{to}"):
+            read.clear()
+            convert_to(out, to, grid=Parallelism(tp=2))
+            sums.append(sum(size for *_, size in read))
+        assert sums[0] == sums[1]
 
 
 def test_an_adapter(server: Server, tmp_path: Path) -> None:
