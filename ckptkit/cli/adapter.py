@@ -42,7 +42,13 @@ Examples:
   ckptkit adapter extract Llama-3.1-8B tuned-tp4 -o adapter --energy 0.99 --dtype bfloat16"""
 
 Out = Annotated[
-    str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
+    str,
+    typer.Option(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
+    ),
 ]
 Dtype = Annotated[
     str | None,

@@ -47,7 +47,9 @@ def convert(
     dst: Annotated[
         str | None,
         typer.Argument(
-            metavar="DST", help="Directory to create. It appears complete or not at all.", show_default=False
+            metavar="DST",
+            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
+            show_default=False,
         ),
     ] = None,
     to: Annotated[

@@ -89,7 +89,13 @@ def build(
     ] = None,
     last: Annotated[str | None, typer.Argument(metavar="LAST", help="The wide Llama.")] = None,
     out: Annotated[
-        str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
+        str,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
+        ),
     ] = ...,  # type: ignore[assignment]  # typer's mark of an option without a default
     num_layers_8: Annotated[
         int | None, typer.Option("--num-layers-8", metavar="N", help="Layers from the front of FIRST.")
@@ -177,7 +183,13 @@ def fit(
     calibration: Calibration,
     split: Annotated[str, typer.Argument(metavar="SPLIT", help="A split Llama of any format, or org/model.")],
     out: Annotated[
-        str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
+        str,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
+        ),
     ],
     last: Annotated[
         str, typer.Option("--last", metavar="LAST", help="The wide Llama that the last layers of SPLIT come from.")

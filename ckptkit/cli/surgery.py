@@ -47,7 +47,13 @@ class Written:
     """What an operation writes, beside the form of the model."""
 
     out: Annotated[
-        str, typer.Option("-o", "--out", metavar="OUT", help="Directory to create. It appears complete or not at all.")
+        str,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
+        ),
     ]
     to: Annotated[
         str, choice("--to", MODEL_FORMATS, "Format to write, as for convert. Default: hf.", panel=FORMAT, hints=HINTS)

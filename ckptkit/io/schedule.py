@@ -7,7 +7,6 @@ source is read once, whatever the number of ranks.
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,8 +124,8 @@ class _Block:
     def width(self) -> int:
         return sum(column.region.width for column in self.columns)
 
-    def units(self, limits: Limits) -> Iterator[Unit]:
-        """The units of the whole block for the first caller, and none for later ones."""
+    def units(self, limits: Limits, file: int) -> Iterator[Unit]:
+        """The units of the whole block for the first file that comes to it, and none for later ones."""
         if self.taken:
             return
         self.taken = True
@@ -147,6 +146,28 @@ class _Block:
         return Unit(placements, writes, start, self.cast)
 
 
+@dataclass
+class _Meeting(_Block):
+    """A block whose units are made when all of its files have come to it; until then they wait."""
+
+    arrived: set[int] = field(default_factory=set)
+    apart: bool = field(default=False)
+
+    def units(self, limits: Limits, file: int) -> Iterator[Unit]:
+        """The units of the whole block for the last file that comes to it; `_WAIT` for the others before."""
+        self.arrived.add(file)
+        while not self.apart and len(self.arrived) < len(self.columns):
+            yield _WAIT
+        if not self.apart:
+            yield from super().units(limits, file)
+            return
+        mine = [column for column in self.columns if column.file == file]
+        yield from _Block(mine, self.cast).units(limits, file)
+
+
+_WAIT = Unit((), (), 0)
+
+
 class _Filler:
     """Fills units with runs that follow one another in a file."""
 
@@ -163,7 +184,7 @@ class _Filler:
         for item in layout:
             if isinstance(item, _Block):
                 yield from self._flush()
-                yield from item.units(self._limits)
+                yield from item.units(self._limits, self._file)
             elif self._passes(item):
                 yield from self._flush()
                 yield from self._extents(item)
@@ -263,19 +284,33 @@ class Schedule:
 
 
 def in_order(files: Sequence[OutputFile], chosen: Sequence[int], limits: Limits) -> Iterator[Unit]:
-    """The units of some files, so that each file is filled from its start to its end, and all of them side by side.
+    """The units of some files, so that each file is filled from its start to its end.
 
-    A unit that serves several files writes to the same byte of each. So of a file there is never more to remember than
-    the bytes around the place that is being filled.
+    A unit that serves several files is made when each of them is filled up to there. So of a file there is never more
+    to remember than the bytes around the place that is being filled.
 
     Args:
         files: The files of a plan.
         chosen: Indices of those to write.
         limits: Sizes of the buffers; bytes are never copied inside the kernel.
     """
-    blocks = _find_blocks(files, chosen, limits, level=True)
+    blocks = _find_blocks(files, chosen, limits, meet=True)
     streams = [_units(index, files[index], blocks, limits, direct=False) for index in chosen]
-    return heapq.merge(*streams, key=lambda unit: unit.writes[0].offset)
+    while streams:
+        moved = False
+        for stream in list(streams):
+            for unit in stream:
+                if unit is _WAIT:
+                    break
+                moved = True
+                yield unit
+            else:
+                moved = True
+                streams.remove(stream)
+        if not moved:  # two files have two blocks in different orders, so each column is read by itself
+            for block in blocks.values():
+                if isinstance(block, _Meeting) and block.arrived:
+                    block.apart = True
 
 
 def tensor_units(tensor: Tensor, limits: Limits) -> Iterator[Unit]:
@@ -367,7 +402,7 @@ def _joined(upper: _Run, lower: _Run) -> _Run | None:
 
 
 def _find_blocks(
-    files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits, level: bool = False
+    files: Sequence[OutputFile], chosen: Iterable[int], limits: Limits, meet: bool = False
 ) -> dict[tuple[int, int], _Block]:
     """Blocks by the (file, offset) of each of their columns.
 
@@ -375,22 +410,23 @@ def _find_blocks(
         files: The files of a plan.
         chosen: Indices of those to write.
         limits: Sizes of the buffers.
-        level: Take columns into one block only if they are equally wide and go to the same byte of different files.
+        meet: Files are to meet at each block; a block with two columns of one file is none.
     """
-    candidates: dict[tuple[str, int, int, tuple[int, ...], Cast | None], list[_Column]] = defaultdict(list)
+    candidates: dict[tuple[str, int, int, Cast | None], list[_Column]] = defaultdict(list)
     for index in chosen:
         for segment in files[index].segments:
             cast = _cast(segment.tensor)
             for offset, band in _band_offsets(segment):
                 region = band.pieces[0]
                 if len(band.pieces) == 1 and isinstance(region, Region) and not region.contiguous:
-                    height = (offset, region.width) if level else ()
-                    key = (region.file, region.pitch, region.rows, height, cast)
+                    key = (region.file, region.pitch, region.rows, cast)
                     candidates[key].append(_Column(index, offset, region))
     found: dict[tuple[int, int], _Block] = {}
     for (*_, cast), columns in candidates.items():
         for group in _side_by_side(columns, _source_limit(limits, cast)):
-            block = _Block(group, cast)
+            if meet and len({column.file for column in group}) < len(group):
+                continue
+            block = _Meeting(group, cast) if meet else _Block(group, cast)
             found.update({(column.file, column.offset): block for column in group})
     return found
 

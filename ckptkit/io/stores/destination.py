@@ -290,7 +290,7 @@ class StoreDestination:
         if not self._completing:
             return None
         old = " beside those of the old one" if self._old else ""
-        return f"some files of the new model are visible at {self.address}{old}: run again with --resume to complete it"
+        return f"files of the new model may be visible at {self.address}{old}: run again with --resume to complete it"
 
     def _prepare(self) -> None:
         """Finds what an earlier run uploaded, or removes it, and begins the uploads that are missing."""
@@ -525,10 +525,24 @@ class StoreDestination:
         return (number - 1) * part, min(number * part, self._plan.files[index].size)
 
     def _each(self, work: Callable[[int], Answer], tasks: Sequence[int]) -> list[Answer]:
-        """Some calls at a time, for files by their indices; the first error ends it."""
+        """Some calls at a time, for files by their indices; after the first error no other is made."""
+        errors: list[BaseException] = []
+
+        def one(task: int) -> Answer:
+            if errors:
+                raise errors[0]
+            try:
+                return work(task)
+            except BaseException as error:
+                errors.append(error)
+                raise errors[0] from None
+
         crew = Crew(min(_CALLS, len(tasks)), "ckptkit-store")
         try:
-            return list(crew.map(work, tasks))
+            return list(crew.map(one, tasks))
+        except BaseException as error:
+            errors.append(error)  # a signal ends the others, too
+            raise
         finally:
             crew.close()
 

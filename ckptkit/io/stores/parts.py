@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from ckptkit.errors import UnsupportedError, UsageError
 from ckptkit.io.plan import OutputFile
@@ -135,15 +134,16 @@ def _part(files: Sequence[OutputFile], indices: Sequence[int], sizes: Sizes) -> 
 
 
 def _side_by_side(files: Sequence[OutputFile]) -> list[tuple[int, ...]]:
-    """Files with alike tensors, up to eight; every other file by itself."""
-    together: dict[object, list[int]] = {}
+    """Files that take their bytes from the same tensors, up to eight; every other file by itself."""
+    groups: list[list[int]] = []
+    last: dict[int, list[int]] = {}  # a tensor, and the last group that takes bytes from it
     for index, file in enumerate(files):
-        segments, key = file.segments, cast(object, index)
-        if isinstance(segments, Filled) and segments.wholes:
-            key = (id(segments.form), *map(id, segments.wholes))
-        together.setdefault(key, []).append(index)
-    return [
-        tuple(indices[start : start + _MOST_BESIDE])
-        for indices in together.values()
-        for start in range(0, len(indices), _MOST_BESIDE)
-    ]
+        wholes = list(map(id, file.segments.wholes)) if isinstance(file.segments, Filled) and file.size else []
+        open_groups = (last[whole] for whole in wholes if whole in last and len(last[whole]) < _MOST_BESIDE)
+        group = next(open_groups, None)
+        if group is None:
+            group = []
+            groups.append(group)
+        group.append(index)
+        last.update(dict.fromkeys(wholes, group))
+    return list(map(tuple, groups))

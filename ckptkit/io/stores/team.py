@@ -196,7 +196,7 @@ def shares(plan: Plan, layout: Layout, live: Numbers, size: int) -> list[dict[in
     for group in layout.groups:
         files = [index for index in group.files if live.get(index)]
         if any(plan.files[index].checksums for index in files):
-            cells.append((sum(len(live[index]) for index in files) * group.part, {i: set(live[i]) for i in files}))
+            cells += [(len(live[index]) * group.part, {index: set(live[index])}) for index in files]
             continue
         for number in sorted({number for index in files for number in live[index]}):
             cell = {index: {number} for index in files if number in live[index]}
@@ -518,13 +518,16 @@ class _Follower:
     def _meet(self) -> Meeting:
         """Waits for the call of a rank 0 that lives: an earlier run may have left its call."""
         deadline = time.monotonic() + self._world.arrival
-        known: dict[str, Meeting] = {}
+        known: dict[str, tuple[Meeting, list[Message]]] = {}
         while time.monotonic() < deadline:
             if (run := called(self._bucket, self._folder, self._world)) is not None:
-                meeting = known.setdefault(run, Meeting(self._bucket, self._folder, run, self._world))
-                for _, message in meeting.listen([0]):
-                    self._check_end(message)
+                if run not in known:
+                    known[run] = Meeting(self._bucket, self._folder, run, self._world), []
+                meeting, said = known[run]
+                said += [message for _, message in meeting.listen([0])]
                 if meeting.others[0].beats > 1:  # it changed while this rank looked
+                    for message in said:
+                        self._check_end(message)
                     return meeting
             time.sleep(pause(1))
         what = f"rank 0 did not come within {self._world.arrival:.0f} seconds"

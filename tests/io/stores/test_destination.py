@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 
 from ckptkit.errors import InputError, StorageError, UsageError
+from ckptkit.io.plan import Plan
 from ckptkit.io.source import Sources
+from ckptkit.io.stores import client, lock, uploading
 from ckptkit.io.stores import destination as module
-from ckptkit.io.stores import lock, uploading
+from ckptkit.io.stores.address import parse
 from ckptkit.sharding.grid import Parallelism
 from tests.io.stores.uploads import (  # noqa: F401  fixtures
     HF,
@@ -30,7 +34,7 @@ from tests.io.stores.uploads import (  # noqa: F401  fixtures
 )
 from tests.lora import save_adapter
 from tests.models import save_llama
-from tests.stores import BUCKET, Server
+from tests.stores import BUCKET, CREDENTIALS, Server
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -454,12 +458,13 @@ def test_no_range_is_read_twice(server: Server, tmp_path: Path, monkeypatch: pyt
     assert read
     for (path, start, size), (following, after, _) in pairwise(sorted(read)):
         assert path != following or start + size <= after
-    for out in (tmp_path / "torch", f"s3://{BUCKET}/once/torch"):
-        read.clear()
-        convert_to(out, "torch", grid=Parallelism(tp=2))
-        if out == tmp_path / "torch":
-            local = sum(size for *_, size in read)
-    assert sum(size for *_, size in read) == local
+    for to in ("torch", "torch_dist"):
+        sums = []
+        for out in (tmp_path / to, f"s3://{BUCKET}/once/{to}"):
+            read.clear()
+            convert_to(out, to, grid=Parallelism(tp=2))
+            sums.append(sum(size for *_, size in read))
+        assert sums[0] == sums[1]
 
 
 def test_an_adapter(server: Server, tmp_path: Path) -> None:
@@ -467,3 +472,57 @@ def test_an_adapter(server: Server, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base)
     convert_to(f"s3://{BUCKET}/adapter/a", "peft", adapter, hf_reference=str(base))
     assert only(server, "adapter/a", expected(tmp_path, "peft", adapter, hf_reference=str(base)))
+
+
+@pytest.mark.parametrize("manner", ["says nothing", "breaks off"])
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, manner: str) -> None:
+    """The bounds hold: a store that takes everything and says nothing, or closes each connection, is one line."""
+    monkeypatch.setattr(client, "_ANSWER", 0.3)
+    for name, value in {**CREDENTIALS, "AWS_MAX_ATTEMPTS": "2", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    open_connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                open_connections.append(connection)
+                if manner == "breaks off":
+                    connection.recv(1)
+                    connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with pytest.raises(StorageError, match="does not answer") as error:
+            convert_to(f"s3://{BUCKET}/silent/a")
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    for connection in open_connections:
+        connection.close()
+    assert len(open_connections) == 2 and "hidden-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (f"s3://{BUCKET}/x/a", "holds the source"),
+        (f"s3://{BUCKET}/x/a/deep", "holds the source"),
+        (f"s3://{BUCKET}/x", "lies inside the source"),
+        (f"s3://{BUCKET}/x/ab", None),
+        ("s3://another/x/a", None),
+        ("https://models/x/a", None),
+    ],
+)
+def test_a_destination_apart_from_its_source(server: Server, source: str, says: str | None) -> None:
+    def make() -> None:
+        module.StoreDestination(parse(f"s3://{BUCKET}/x/a"), Plan(()), sources=[source])
+
+    if says is None:
+        make()
+        return
+    with pytest.raises(UsageError, match=says):
+        make()
