@@ -16,7 +16,7 @@ from ckptkit.formats.registry import format_of, formats_of, is_huggingface
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.formats.torch_dist import CONFIG, TORCH_DIST, holds_model
 from ckptkit.formats.torch_legacy import TRACKER, has_iterations, iteration_folder, iterations
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find_place(path: Path, iteration: int | None = None, *, referenced: bool = F
 
 def _no_directory(path: Path) -> InputError:
     if not path.exists():
-        refuse_address(path)
+        must_be_on_disk(path)
         return InputError("no such directory", where=path)
     refuse_foreign_names([path.name], path)
     hint = "give the folder that it is in" if is_weights(path.name) else None

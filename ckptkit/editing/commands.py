@@ -35,7 +35,7 @@ from ckptkit.formats.tokenizer_json import TOKENIZER
 from ckptkit.formats.torch_legacy import has_iterations
 from ckptkit.formats.torch_legacy import iterations as iterations_in
 from ckptkit.io.regular import read_bounded
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 
 PRECISIONS = ("float32", "float64")
 RECIPE = "mergekit_config.yml"
@@ -183,7 +183,7 @@ def _averaged_inputs(
         raise UsageError(f"{given} is about the root of a Megatron run", where=root, hint=hint)
     if last is not None:
         if not root.is_dir():
-            refuse_address(root)
+            must_be_on_disk(root)
             raise InputError("no such directory", where=root)
         there = iterations_in(root)
         if len(there) < last:

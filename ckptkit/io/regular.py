@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from ckptkit.errors import InputError
 from ckptkit.io.stores.mirror import fetch_all, mirrored
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 from ckptkit.io.system import storage_error
 
 _KINDS = {
@@ -66,7 +66,7 @@ def _opened(path: str | Path, *, follow: bool = True) -> int:
         fd = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ENOENT:
-            refuse_address(path)
+            must_be_on_disk(path)
         if error.errno == errno.ELOOP:
             what = "a symbolic link" if not follow else "a symbolic link that leads nowhere"
             raise InputError(f"{what}, not a file", where=path, hint=_COPY_AGAIN) from None

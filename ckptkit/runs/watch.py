@@ -15,7 +15,7 @@ from typing import Any
 from ckptkit.checkpoints.source_options import SourceOptions
 from ckptkit.conversion import convert as conversion
 from ckptkit.errors import CkptkitError, InputError, StorageError, UnsupportedError, UsageError, VerificationError
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 from ckptkit.io.system import write_text
 from ckptkit.runs.iterations import Iterations
 from ckptkit.runs.record import CONVERTED, DIFFERS, FAILED, REMOVED, SAME, SKIPPED, Entry, Record, held
@@ -138,7 +138,7 @@ def watch(
 
 
 def _check(wanted: Wanted, once: bool) -> None:
-    refuse_address(wanted.run)
+    must_be_on_disk(wanted.run)
     if not wanted.run.is_dir() and (once or wanted.run.exists()):
         raise InputError("no such directory", where=wanted.run)
     if wanted.source.iteration is not None:

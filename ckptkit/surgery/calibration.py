@@ -12,7 +12,7 @@ from typing import Any
 from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.errors import InputError, UsageError
 from ckptkit.formats.tokenizer_json import TOKENIZER
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 
 TOKENS, LENGTH = 32768, 512
 """Default number of tokens, and default length of a sequence."""
@@ -95,7 +95,7 @@ def split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]
 
 
 def _read(path: Path) -> bytes:
-    refuse_address(path)
+    must_be_on_disk(path)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptkit.errors import UsageError
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 from ckptkit.megatron.run_config import RunConfig
 
 SEED = 20240229
@@ -37,7 +37,7 @@ def read_rows(path: str | Path) -> list[list[int]]:
     Raises:
         UsageError: The file is not that.
     """
-    refuse_address(path)
+    must_be_on_disk(path)
     try:
         rows = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:

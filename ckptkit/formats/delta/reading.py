@@ -20,7 +20,7 @@ from ckptkit.formats.links import check_links
 from ckptkit.io.cache import Cache
 from ckptkit.io.crc import crc32
 from ckptkit.io.plan import source_files
-from ckptkit.io.stores.opening import refuse_address
+from ckptkit.io.stores.opening import must_be_on_disk
 from ckptkit.tensors import Region, Tensor
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def open_delta(folder: Path) -> Delta:
         UnsupportedError: A newer ckptkit wrote it.
     """
     if not is_delta(folder):
-        refuse_address(folder)
+        must_be_on_disk(folder)
         what = f"not a delta: it has no {MANIFEST}" if folder.is_dir() else "no such directory"
         raise InputError(what, where=folder, hint="`ckptkit delta make` makes one")
     check_links(folder, folder)

@@ -31,8 +31,8 @@ def store_at(address: Address) -> Store:
     return Web(address)
 
 
-def refuse_address(path: str | Path) -> None:
-    """Refuses an address where a file or folder of this disk is wanted.
+def must_be_on_disk(path: str | Path) -> None:
+    """Refuses an address where only a file or folder of this disk is read.
 
     Raises:
         UsageError: It is one.
