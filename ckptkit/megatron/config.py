@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from ckptkit.errors import UnsupportedError
 from ckptkit.megatron.activations import activation
 from ckptkit.megatron.rotary import attention_factor
-from ckptkit.megatron_args.fields import core_grid, core_sizes, fields_of, written
+from ckptkit.megatron_args.fields import core_grid, core_sizes, delta_of, fields_of, written
 from ckptkit.sharding.grid import Parallelism
 from ckptkit.tables.model_config import SIGMOID, DeltaNet, LayerConfig, ModelConfig, Rope
 
@@ -66,15 +66,18 @@ def transformer_config(
         UnsupportedError: megatron-core cannot express the biases or the router, or the runtime cannot cut sequences of
             this model.
     """
-    if cp > 1 and any(layer.delta is not None for layer in config.layers):
-        raise UnsupportedError("gated DeltaNets are not in the runtime with context parallelism")
+    if (delta := delta_of(config)) is not None and delta.key_heads % (grid.tp * cp):
+        raise UnsupportedError(
+            f"{delta.key_heads} key heads of a DeltaNet do not divide over {grid.tp} tensor and {cp} context parallel"
+            " ranks"
+        )
     if config.num_experts == 0:
         grid = replace(grid, ep=1, etp=None)  # megatron-core refuses expert ranks without experts
     kind = RuntimeConfig if config.latent is None else LatentRuntimeConfig
     base = kind(
         **written(fields_of(config), "core", config, config.layers[0]),
         **core_grid(grid),
-        context_parallel_size=cp,
+        context_parallel_size=cp if delta is None else 1,
         add_bias_linear=config.mlp_bias and not config.num_experts,
         sequence_parallel=sequence_parallel,
         # Two stages that exchange activations and gradients in one batch would take one for the other.
@@ -101,6 +104,7 @@ def transformer_config(
     )
     if config.out_bias and not config.qkv_bias:
         raise UnsupportedError("megatron-core cannot express an attention output bias without q, k and v biases")
+    base.context_parallel_size = cp  # 0.16.1's constructor refuses DeltaNets with it, whose exchange is ours
     base.moe_shared_expert_gate = config.shared_expert_gate
     base.mtp_num_layers = None  # `GPTModel` has only a loss for these layers; see `prediction_block`
     # megatron-core's constructor refuses biases of experts that several ranks share; `ExpertOutput` has them.
