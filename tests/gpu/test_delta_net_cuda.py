@@ -31,6 +31,8 @@ GRADIENTS: list[tuple[str, Way]] = [
     ("qwen3_5_text", (TWO, {})),
     ("qwen3_5_text", (TWO, {**SP, **PACKED})),
     ("qwen3_5_moe_text", (Parallelism(2, ep=2), {**SP, **PACKED})),
+    ("qwen3_5_text", (Parallelism(), {"cp": 2, **PACKED})),
+    ("qwen3_next", (Parallelism(ep=2), {"cp": 2, **RECOMPUTE})),
 ]
 SEEN = (
     "parts of a DeltaNet's projection cut flat",
@@ -104,7 +106,11 @@ def test_the_kernel_is_the_rule(length: int) -> None:
     assert relative_error(kernel.float(), exact) < 4 * relative_error(plain.float(), exact) + 1e-2
 
 
-CASES = [*((*case, "float64") for case in GRADIENTS), ("qwen3_5_text", GRADIENTS[3][1], "bfloat16")]
+CASES = [
+    *((*case, "float64") for case in GRADIENTS),
+    ("qwen3_5_text", GRADIENTS[3][1], "bfloat16"),
+    ("qwen3_5_text", GRADIENTS[5][1], "bfloat16"),
+]
 
 
 @pytest.mark.parametrize(("kind", "way", "dtype"), CASES, ids=named)
