@@ -108,5 +108,6 @@ NOT_INPUT = {
     "verification/environment/disk.py",  # a file that it wrote itself, to measure the disk
     "verification/tokens.py",  # the user names these two: they may well be pipes
     "surgery/calibration.py",
+    "io/stores/mirror.py",  # the sparse files that it made, and its list of them
     "verification/reports/html.py",  # a file of the package
 }

@@ -7,10 +7,12 @@ finds the store by the list beside the files.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -38,6 +40,7 @@ AHEAD = 128 << 10
 """Bytes that are fetched of the start of a file: the headers of most."""
 PIECE = 4 << 20
 """Bytes: the most that is asked for at once where a file is fetched whole."""
+_LARGEST_LIST = 256 << 20
 _THREADS = 8
 _FRESH = 5.0
 """Seconds for which a list counts as what is there now."""
@@ -411,15 +414,26 @@ def _attached(root: str) -> Mirror | None:
     """The mirror that another process of this user made."""
     from ckptkit.io.stores.opening import store_at
 
-    place = Path(root, _LIST)
     try:
-        if os.stat(place).st_uid != os.getuid():
-            return None
-        text = json.loads(place.read_text())
+        text = json.loads(_own_list(Path(root, _LIST)))
         address, files = parse(text["address"]), [Object(**about) for about in text["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Mirror(Path(root), store_at(address), checked(files, address))
+
+
+def _own_list(place: Path) -> bytes:
+    """The list of a mirror, if it is a file that this user wrote.
+
+    Raises:
+        OSError: It is not, or cannot be read.
+    """
+    fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size > _LARGEST_LIST:
+            raise OSError(errno.EPERM, "not a list of ours")
+        return file.read(status.st_size)
 
 
 def _rename(error: CkptkitError) -> None:

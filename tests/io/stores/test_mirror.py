@@ -209,8 +209,16 @@ def test_another_process_finds_the_store(mirror: Mirror, monkeypatch: pytest.Mon
     monkeypatch.setattr(opening, "store_at", lambda address: replace_store(address))
     assert read_bounded(mirror.folder / "config.json", 100) == SMALL
     monkeypatch.setattr(module, "_open", {})
-    monkeypatch.setattr(module.os, "getuid", lambda: os.geteuid() + 1)
-    assert mirrored(mirror.folder / "config.json") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "getuid", lambda: os.geteuid() + 1)
+        assert mirrored(mirror.folder / "config.json") is None
+    for change in (
+        lambda: os.mkfifo(mirror.root / "list.json"),
+        lambda: os.symlink("/dev/zero", mirror.root / "list.json"),
+    ):
+        (mirror.root / "list.json").unlink()
+        change()
+        assert mirrored(mirror.folder / "config.json") is None
 
 
 def replace_store(address: Address) -> Memory:
