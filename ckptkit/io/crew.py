@@ -71,6 +71,7 @@ class Crew:
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
+            del work  # it may hold memory, and the next may be long in coming
 
 
 def _answering(answer: Future[Answer], work: Callable[[Task], Answer], task: Task) -> Callable[[], None]:

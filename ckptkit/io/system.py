@@ -91,6 +91,16 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
+def give_back(size: int) -> None:
+    """Has this process give blocks of at least `size` bytes back to the system as soon as they are freed.
+
+    Otherwise each thread keeps what it freed, where `keep_freed_memory` was called. A hint only.
+    """
+    mallopt: Callable[[int, int], int] | None = getattr(_libc(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, size)
+
+
 def allocate(fd: int, size: int) -> None:
     """Gives an empty file its size, with room on the disk reserved where the file system can.
 

@@ -31,7 +31,8 @@ from ckptkit.io.plan import Comparison, OutputFile, Plan
 from ckptkit.io.reading import compare
 from ckptkit.io.schedule import Limits, Unit, Write, in_order
 from ckptkit.io.source import Sources
-from ckptkit.io.stores.parts import Layout
+from ckptkit.io.stores.parts import SMALLEST, Layout
+from ckptkit.io.system import give_back
 
 _LARGE = 1 << 30
 UPLOADS = 8
@@ -318,6 +319,7 @@ class Uploading:
             StorageError: The store does not take a part.
         """
         started = time.monotonic()
+        give_back(SMALLEST)
         self._crew = Crew(UPLOADS, "ckptkit-upload")
         workers: list[threading.Thread] = []
         try:
