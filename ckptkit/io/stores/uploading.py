@@ -33,6 +33,7 @@ from ckptkit.io.schedule import Limits, Unit, Write, in_order
 from ckptkit.io.source import Sources
 from ckptkit.io.stores.parts import SMALLEST, Layout
 from ckptkit.io.system import give_back
+from ckptkit.io.twice import keep_what_is_read_twice
 
 _LARGE = 1 << 30
 UPLOADS = 8
@@ -280,6 +281,7 @@ class Uploading:
             threads: Threads that move bytes; None for as many as the engine takes.
             stop: Ends the run from outside.
         """
+        keep_what_is_read_twice(plan)
         self._plan = plan
         self._sink = sink
         self._stop = stop

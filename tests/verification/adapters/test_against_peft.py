@@ -78,7 +78,7 @@ def test_against_peft(saved: Saved, tmp_path: Path, pool: RankPool, kind: str, g
         assert layout == "canonical" and kind.startswith("gemma4"), error
         return
     if layout == "canonical" and "linear_key_head_dim" in MODELS[kind][1]:  # no other software has such pairs
-        with pytest.raises(UnsupportedError, match="no adapters for part0, part1"):
+        with pytest.raises(UnsupportedError, match=r"adapters for part0, part1.*no library has"):
             logits_of(base, adapter, tmp_path / "meg", pool, grid=grid, greedy=0)
         return
     report = logits_of(base, adapter, tmp_path / "meg", pool, grid=grid, greedy=0)
