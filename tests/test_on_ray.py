@@ -21,6 +21,7 @@ from ckptkit import convert
 from ckptkit.sharding.grid import Parallelism
 from tests.models import files_of, save_llama
 from tests.ranks import own_environment
+from tests.stores import BUCKET, Server, running
 
 pytest.importorskip("ray", reason="needs Ray: make test-ray")
 
@@ -28,7 +29,16 @@ WITHIN = 200
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def store() -> Iterator[Server]:
+    """A store that every node finds by its environment, which nodes have from this process."""
+    with running() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(store: Server) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -43,7 +53,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("ray") / "hf", "gqa")
 
 
-def start(cluster: Any, source: Path, target: Path, *options: str, **variables: str) -> subprocess.Popen[str]:
+def start(
+    cluster: Any, source: Path | str, target: Path | str, *options: str, **variables: str
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ckptkit", "convert", str(source), str(target), "--to", "torch", "--tp", "2"]
     return subprocess.Popen(
         [*command, "--ray", cluster.address, *options],
@@ -64,6 +76,16 @@ def test_the_same_bytes(cluster: Any, source: Path, tmp_path: Path, processes: i
     assert [rank["rank"] for rank in ranks] == list(range(processes or 2))
     convert(source, tmp_path / "alone", to="torch", grid=Parallelism(2))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+
+
+def test_from_store_to_store(cluster: Any, store: Server, source: Path, tmp_path: Path) -> None:
+    command = start(cluster, store.upload(source, "ray/source"), f"s3://{BUCKET}/ray/out", "--json")
+    printed, said = command.communicate(timeout=WITHIN)
+    assert command.returncode == 0, said
+    assert [rank["rank"] for rank in json.loads(printed)["ranks"]] == [0, 1]
+    convert(source, tmp_path / "alone", to="torch", grid=Parallelism(2))
+    assert dict(store.contents("ray/out")) == files_of(tmp_path / "alone")
+    assert store.uploads() == []
 
 
 def test_an_error_ends_all(cluster: Any, tmp_path: Path) -> None:
