@@ -323,7 +323,8 @@ class StoreDestination:
 
     def _journal_data(self) -> bytes:
         uploads = {self._plan.files[index].path: begun for index, begun in self._uploads.items()}
-        return StoreJournal.of(self._digest, self._fingerprints, uploads).data()
+        files = [self._plan.files[index].path for group in self._layout.groups for index in group.files]
+        return StoreJournal.of(self._digest, self._fingerprints, uploads, files).data()
 
     def _completed(self) -> set[int]:
         """The files of this very plan that an earlier run completed."""
@@ -379,11 +380,15 @@ class StoreDestination:
         left = self._bucket.objects(f"{self._partial}/", _MOST)
         if not left:
             return 0
-        uploads = set(self._bucket.uploads(f"{self.address.prefix}/"))
+        ours = {self._key(file.path) for file in self._plan.files}
+        uploads: set[tuple[str, str]] = set()
         if not self._in_place:
             with suppress(InputError):  # not every store has a list
                 if (earlier := StoreJournal.read(self._bucket, self._journal)) is not None:
                     uploads |= {(self._key(path), begun.upload) for path, begun in earlier.uploads.items()}
+                    ours.update(self._key(path) for path in (*earlier.uploads, *earlier.files))
+        # Others may upload below the destination, too.
+        uploads.update(item for item in self._bucket.uploads(f"{self.address.prefix}/") if item[0] in ours)
         self._bucket.abort(sorted(uploads))
         keys = [item.key for item in left]
         self._bucket.delete([key for key in keys if key != self._journal])

@@ -53,16 +53,21 @@ class StoreJournal:
         plan: The digest of its plan.
         sources: As of `ckptkit.io.journal.Recorded`.
         uploads: Path of a file -> its upload.
+        files: Paths of all files that may have an upload: one may have begun without being noted.
     """
 
     plan: str
     sources: Mapping[str, list[object]]
     uploads: Mapping[str, Begun] = field(default_factory=dict)
+    files: Sequence[str] = ()
 
     @classmethod
-    def of(cls, digest: str, sources: Iterable[Fingerprint], uploads: Mapping[str, Begun]) -> StoreJournal:
+    def of(
+        cls, digest: str, sources: Iterable[Fingerprint], uploads: Mapping[str, Begun], files: Iterable[str]
+    ) -> StoreJournal:
         """The journal of this run."""
-        return cls(digest, {item.path: [*item.identity[1:], *item.version] for item in sources}, uploads)
+        known = {item.path: [*item.identity[1:], *item.version] for item in sources}
+        return cls(digest, known, uploads, tuple(files))
 
     def touched(self, digest: str, sources: Iterable[Fingerprint], where: str) -> set[str]:
         """As `ckptkit.io.journal.Recorded.touched`."""
@@ -72,7 +77,7 @@ class StoreJournal:
         """The journal as bytes."""
         uploads = {path: [begun.upload, begun.part] for path, begun in self.uploads.items()}
         content = {"ckptkit_store_journal": _VERSION, "plan": self.plan, "sources": self.sources, "uploads": uploads}
-        return json.dumps(content).encode()
+        return json.dumps({**content, "files": list(self.files)}).encode()
 
     @classmethod
     def read(cls, bucket: Bucket, key: str) -> StoreJournal | None:
@@ -94,9 +99,14 @@ class StoreJournal:
         match found:
             case {"ckptkit_store_journal": 1, "plan": str() as plan, "sources": dict() as sources, "uploads": dict()}:
                 uploads = {path: _begun(item) for path, item in found["uploads"].items()}
+                files = _paths(found.get("files"))
                 if all(isinstance(item, list) for item in sources.values()) and None not in uploads.values():
-                    return cls(plan, sources, {path: item for path, item in uploads.items() if item is not None})
+                    return cls(plan, sources, {path: item for path, item in uploads.items() if item is not None}, files)
         raise InputError("not a journal", where=where, hint=_START_OVER)
+
+
+def _paths(items: object) -> tuple[str, ...]:
+    return tuple(item for item in items if isinstance(item, str)) if isinstance(items, list) else ()
 
 
 def _begun(item: object) -> Begun | None:

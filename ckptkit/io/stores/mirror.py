@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,12 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from ckptkit.errors import CkptkitError, InputError
+from ckptkit.errors import CkptkitError, InputError, StorageError
 from ckptkit.io.crew import Crew
 from ckptkit.io.stores.address import parse
 from ckptkit.io.stores.objects import Object, Store, checked
@@ -31,6 +32,8 @@ from ckptkit.io.stores.ranges import Ranges
 from ckptkit.io.system import storage_error
 
 _MARK = "ckptkit-store-"
+_ROOT = re.compile(rf"{_MARK}[a-z0-9_]{{8}}")
+"""What `tempfile` calls it."""
 _FILES, _LIST = "files", "list.json"
 SMALL = 64 << 10
 """Bytes: what is read in pieces of at most this size stays, for it may be read again."""
@@ -296,24 +299,33 @@ def mirror_of(store: Store, files: Sequence[Object]) -> Iterator[Mirror]:
 
 
 def mirrored(path: str | os.PathLike[str]) -> MirroredFile | None:
-    """The mirrored file that stands at a path of this disk, if one does."""
+    """The mirrored file that stands at a path of this disk, if one does.
+
+    Raises:
+        InputError: The path is in what is left of a mirror, whose files have names and sizes alone.
+    """
     text = os.fspath(path)
     if _MARK not in text:
         return None
-    text = os.path.abspath(text)
-    at = text.find(f"/{_MARK}")
-    end = text.find("/", at + 1)
-    if at < 0 or end < 0 or not text.startswith(f"{_FILES}/", end + 1):
-        return None
-    mirror = _mirror_at(text[:end])
-    return None if mirror is None else mirror.file(text[end + len(_FILES) + 2 :])
+    for root, rest in _perhaps_in(os.path.abspath(text)):
+        if rest.startswith(f"{_FILES}/") and (mirror := _mirror_at(root)) is not None:
+            return mirror.file(rest.removeprefix(f"{_FILES}/"))
+    return None
 
 
 def mirror_around(folder: str | os.PathLike[str]) -> Mirror | None:
-    """The mirror that a folder is in, if it is in one."""
-    text = os.path.abspath(folder)
-    at = text.find(f"/{_MARK}")
-    return None if at < 0 else _mirror_at(text[: text.find("/", at + 1)] if "/" in text[at + 1 :] else text)
+    """The mirror that a folder is in, if it is in one; errors as `mirrored`."""
+    found = (_mirror_at(root) for root, _ in _perhaps_in(os.path.abspath(folder)))
+    return next((mirror for mirror in found if mirror is not None), None)
+
+
+def _perhaps_in(path: str) -> Iterator[tuple[str, str]]:
+    """The folders around a path that have the name of a mirror, and the rest of the path: TMPDIR may have one, too."""
+    at = path.find(f"/{_MARK}")
+    while at >= 0:
+        end = path.find("/", at + 1)
+        yield (path, "") if end < 0 else (path[:end], path[end + 1 :])
+        at = path.find(f"/{_MARK}", at + 1)
 
 
 def at_address(address: str) -> MirroredFile | None:
@@ -411,13 +423,23 @@ def _mirror_at(root: str) -> Mirror | None:
 
 
 def _attached(root: str) -> Mirror | None:
-    """The mirror that another process of this user made."""
+    """The mirror that another process of this user made.
+
+    Raises:
+        InputError: It was one, and nothing says any more of what.
+    """
     from ckptkit.io.stores.opening import store_at
 
     try:
         text = json.loads(_own_list(Path(root, _LIST)))
         address, files = parse(text["address"]), [Object(**about) for about in text["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        if any([type(item) for item in astuple(file)] != [str, int, str, int] for file in files):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        if _ROOT.fullmatch(os.path.basename(root)) and os.path.isdir(os.path.join(root, _FILES)):
+            hint = "name the address in the store, and remove this folder"
+            what = "what is left of a folder that stood for a store: its bytes are not there"
+            raise InputError(what, where=root, hint=hint) from None
         return None
     return Mirror(Path(root), store_at(address), checked(files, address))
 
@@ -448,4 +470,8 @@ def _one_line(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise storage_error(error, where) from error
+        said = storage_error(error, where)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a message names the store, and its disk is not full
+            hint = "free some space, or set TMPDIR to a folder with more room"
+            raise StorageError("no space left for temporary files", where=said.where, hint=hint) from error
+        raise said from error

@@ -166,6 +166,28 @@ def test_a_run_without_resume_removes_what_was_left(
     assert only(server, "fresh/a", expected(tmp_path))
 
 
+def test_uploads_of_others_below_the_destination_stay(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = server.client.create_multipart_upload(Bucket=BUCKET, Key="others/a/nested/other")["UploadId"]
+    data = module.StoreDestination._journal_data
+
+    def strike(self: module.StoreDestination) -> bytes:
+        if self._uploads:
+            raise KeyboardInterrupt  # the uploads began and were not noted
+        return data(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.StoreDestination, "_journal_data", strike)
+        convert_to(f"s3://{BUCKET}/others/a", "torch")
+    begun = server.uploads("others/a/")
+    assert len(begun) > 1 and "others/a/nested/other" in begun
+    convert_to(f"s3://{BUCKET}/others/a")
+    assert server.uploads("others/a/") == ["others/a/nested/other"]
+    server.client.abort_multipart_upload(Bucket=BUCKET, Key="others/a/nested/other", UploadId=other)
+    assert only(server, "others/a", expected(tmp_path))
+
+
 def test_an_upload_that_somebody_aborted_begins_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

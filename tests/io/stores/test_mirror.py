@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit.errors import InputError, UsageError
+from ckptkit.errors import InputError, StorageError, UsageError
 from ckptkit.io.engine import run
 from ckptkit.io.plan import OutputFile, Plan
 from ckptkit.io.reading import hash_file
 from ckptkit.io.regular import open_header, open_regular, read_bounded
 from ckptkit.io.source import Fingerprint, Seen, fingerprints
 from ckptkit.io.stores.address import Address, parse
-from ckptkit.io.stores.mirror import Mirror, fetch_folder, mirror_of, mirrored, shown
+from ckptkit.io.stores.mirror import Mirror, fetch_folder, mirror_around, mirror_of, mirrored, shown
 from ckptkit.io.stores.objects import Object
 
 WEIGHTS = os.urandom(3 << 20)
@@ -189,6 +190,15 @@ def test_errors_name_the_store_and_the_folder_goes(store: Memory) -> None:
     assert mirrored(folder / "files" / "config.json") is None
 
 
+def test_a_full_disk_is_that_of_temporary_files(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="no space left for temporary files; free some space, or set TMPDIR"):
+        read_bounded(mirror.folder / "config.json", 100)
+
+
 def test_files_are_fetched_whole_for_others(store: Memory, mirror: Mirror, weights: Path) -> None:
     fetch_folder(mirror.folder, lambda name: name.endswith(".json"))
     assert (mirror.folder / "config.json").read_bytes() == SMALL and weights.stat().st_blocks == 0
@@ -211,14 +221,33 @@ def test_another_process_finds_the_store(mirror: Mirror, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_open", {})
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "getuid", lambda: os.geteuid() + 1)
-        assert mirrored(mirror.folder / "config.json") is None
+        with pytest.raises(InputError, match="its bytes are not there"):
+            mirrored(mirror.folder / "config.json")
+    odd = {"address": "s3://models/run", "files": [{"name": 1, "size": "1", "etag": "", "modified": 0}]}
     for change in (
         lambda: os.mkfifo(mirror.root / "list.json"),
+        lambda: (mirror.root / "list.json").write_text(json.dumps(odd)),
         lambda: os.symlink("/dev/zero", mirror.root / "list.json"),
     ):
         (mirror.root / "list.json").unlink()
+        with pytest.raises(InputError, match="its bytes are not there"):
+            open_regular(mirror.folder / "config.json")
         change()
-        assert mirrored(mirror.folder / "config.json") is None
+        with pytest.raises(InputError, match="its bytes are not there"):
+            mirrored(mirror.folder / "config.json")
+
+
+def test_a_temporary_folder_may_have_the_name_of_a_mirror(
+    store: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = tmp_path / "ckptkit-store-scratch" / "files"
+    around.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(around))
+    with mirror_of(store, store.list()) as mirror:
+        assert read_bounded(mirror.folder / "config.json", 100) == SMALL
+        assert mirror_around(mirror.folder / "inner") is mirror
+    (around / "config.json").write_bytes(SMALL)
+    assert mirrored(around / "config.json") is None and mirror_around(around) is None
 
 
 def replace_store(address: Address) -> Memory:
