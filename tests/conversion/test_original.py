@@ -127,6 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda found: found.update({SCALE: found[SCALE].bfloat16()})),
         rf"{SCALE} is BF16\[2, 3\], in the archive F32",
     ),
+    "no folder": (lambda kept: (shutil.rmtree(kept), kept.write_text("")), "it is no folder"),
     "no scales": (lambda kept: (kept / "scales.safetensors").unlink(), r"lacks .* missing\)"),
     "no record": (lambda kept: (kept / "record.json").unlink(), "no such file"),
     "strange record": (lambda kept: (kept / "record.json").write_text('{"read_as": "F8_E4M3"}'), "record.json"),
@@ -164,8 +165,25 @@ def test_what_is_kept_is_checked(made: Path, tmp_path: Path, damage: str) -> Non
 def test_a_scale_of_another_value(made: Path, tmp_path: Path, to: str) -> None:
     shutil.copytree(made / "meg", tmp_path / "meg")
     edit(lambda found: found[SCALE].mul_(2))(tmp_path / "meg" / KEPT)
-    with pytest.raises(InputError, match="the scales are not those that it was written with"):
+    with pytest.raises(InputError, match="the scales, or the codes beside them, are not those"):
         convert(tmp_path / "meg", tmp_path / "back", to=to, quantise="original" if to == "hf" else None)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("damage", ["another code", "no codes"])
+def test_codes_that_are_kept_have_a_checksum(plain: Path, tmp_path: Path, damage: str) -> None:
+    """Under a scale of zero every code means zero, so no number tells that one is another."""
+    archive, kept = tmp_path / "archive", tmp_path / "meg" / KEPT / "codes.safetensors"
+    quantise_fp8(plain, archive)
+    change(archive, with_odd_values)
+    convert(archive, tmp_path / "meg", to="torch_dist")
+    codes = load_file(kept)
+    codes[f"{GATE}.weight"].view(torch.uint8)[5, 40] ^= 1
+    kept.unlink()
+    if damage == "another code":
+        save_file(codes, kept, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="the scales, or the codes beside them, are not those"):
+        convert(tmp_path / "meg", tmp_path / "back", to="hf", quantise="original")
     assert not (tmp_path / "back").exists()
 
 
