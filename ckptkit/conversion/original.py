@@ -91,7 +91,8 @@ def notes_of_kept(source: Checkpoint, *, megatron: bool, wanted: Quantise | None
     if not megatron:
         return notes_of_scales(source.sidecar)
     if kept is None:
-        return ["the scales of the quantised original are not kept: the model has other tensors by now"]
+        why = "only convert keeps them" if archive.digest is None else "the model has other tensors by now"
+        return [f"the scales of the quantised original are not kept: {why}"]
     size = human_size(sum(tensor.nbytes for tensor in kept.scales.values()))
     codes = f", and {len(kept.apart):,} of the tensors of codes, which do not follow from them" if kept.apart else ""
     return [f"{FOLDER}/ keeps its scales ({size}){codes}: --to hf --quantise {ORIGINAL} gives the codes back"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit.conversion.choosing import choices_of
 from ckptkit.conversion.convert import convert
+from ckptkit.editing.commands import Output, average
 from ckptkit.errors import InputError, UsageError
 from ckptkit.inspection.summary import inspect
 from ckptkit.sharding.grid import Parallelism
@@ -215,6 +216,11 @@ def test_a_model_with_another_head_keeps_none(tmp_path: Path) -> None:
     assert any("the model has other tensors by now" in note for note in result.notes)
     assert not (tmp_path / "value" / KEPT).exists()
     convert(tmp_path / "value", tmp_path / "back", to="hf")
+
+
+def test_surgery_keeps_none_of_an_archive_and_says_so(made: Path, tmp_path: Path) -> None:
+    result = average([made / "archive"] * 2, Output(tmp_path / "mean", to="torch_dist"), dry_run=True)
+    assert any("are not kept: only convert keeps them" in note for note in result.notes)
 
 
 def test_plans_read_nothing(made: Path, tmp_path: Path) -> None:
