@@ -47,7 +47,7 @@ def with_scales_read(source: Checkpoint, *, headers_only: bool, threads: int | N
         threads: How many threads read.
 
     Raises:
-        InputError: The scales are not those that a sidecar was written with.
+        InputError: The scales, or the codes beside them, are not those that a sidecar was written with.
     """
     archive = source.sidecar.quantised
     if archive is None or not archive.stored:
@@ -55,21 +55,26 @@ def with_scales_read(source: Checkpoint, *, headers_only: bool, threads: int | N
     digest, apart = (archive.digest or _UNREAD, archive.apart) if headers_only else _read(archive, threads)
     if archive.digest not in (None, digest):
         raise InputError(
-            "the scales are not those that it was written with",
+            "the scales, or the codes beside them, are not those that it was written with",
             where=archive.path,
             hint="name the archive with --quantise like:ARCHIVE, or remove the folder to go without it",
         )
-    found = replace(archive, digest=digest, apart=archive.apart if archive.absent else apart)
+    found = replace(archive, digest=digest, apart=apart)
     return replace(source, sidecar=replace(source.sidecar, quantised=found))
 
 
 def _read(archive: Quantised, threads: int | None) -> tuple[str, frozenset[str]]:
+    """The SHA-256 of what a sidecar keeps of an archive, and the codes among it: a sidecar has chosen them already."""
     from ckptkit.io.scales import Scales, survey
 
     parts = [Scales(item.codes, item.kind, item.parts[item.scales]) for item in archive.stored.values()]
     own = {item.scales for item in archive.stored.values()}
     others = {name: tensor for name, tensor in archive.scales.items() if name not in own}
-    return survey(parts, others, archive.dtype, threads)
+    digest, apart = survey(parts, others, archive.dtype, threads)
+    if archive.digest is not None:
+        apart = archive.apart
+    codes = {name: archive.stored[name].parts[name] for name in apart}
+    return survey(parts, others | codes, archive.dtype, threads)[0] if codes else digest, apart
 
 
 def notes_of_kept(source: Checkpoint, *, megatron: bool, wanted: Quantise | None) -> list[str]:
@@ -86,7 +91,8 @@ def notes_of_kept(source: Checkpoint, *, megatron: bool, wanted: Quantise | None
     if not megatron:
         return notes_of_scales(source.sidecar)
     if kept is None:
-        return ["the scales of the quantised original are not kept: the model has other tensors by now"]
+        why = "only convert keeps them" if archive.digest is None else "the model has other tensors by now"
+        return [f"the scales of the quantised original are not kept: {why}"]
     size = human_size(sum(tensor.nbytes for tensor in kept.scales.values()))
     codes = f", and {len(kept.apart):,} of the tensors of codes, which do not follow from them" if kept.apart else ""
     return [f"{FOLDER}/ keeps its scales ({size}){codes}: --to hf --quantise {ORIGINAL} gives the codes back"]

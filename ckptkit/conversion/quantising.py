@@ -33,6 +33,11 @@ _GPT_OSS = "GptOssForCausalLM"
 _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
 """Ends of the names of its experts; where they are not MXFP4, outputs are columns, which no other scheme's readers
 expect."""
+_WHY_NOT = {
+    INT4: f"takes single matrices whose rows are whole groups of {_GROUP}",
+    MXFP4: f"is for experts alone, whose rows are whole groups of {_GROUP}",
+}
+"""Scheme -> why it leaves a matrix as it is; the others leave only those experts."""
 _PLAIN = ("embed", "mlp.router.", "shared_experts.gate_weight", "eh_proj", "output_layer", "per_layer")
 """Parts of canonical names of matrices that no scheme quantises by itself: tables of tokens, routers, and heads."""
 _RATES = ("linear_attn.in_proj_ba.", "linear_attn.in_proj_b.", "linear_attn.in_proj_a.")
@@ -247,7 +252,7 @@ def _new(source: Checkpoint, tensors: Mapping[str, Tensor], scheme: str) -> Quan
     about = _DESCRIPTIONS[scheme](left)
     config = {**without_scheme(source.sidecar.config), KEY: about}
     lossy = (f"{count:,} tensors are rounded ({scheme})",)
-    why = f"takes rows of whole groups of {_GROUP}" if scheme == INT4 else "has no form for experts that are transposed"
+    why = _WHY_NOT.get(scheme, "has no form for experts that are transposed")
     notes = (f"{passed_over:,} matrices stay as they are: {scheme} {why}",) * bool(passed_over)
     return QuantisedOutput(found, config, scheme, count, notes=notes, lossy=lossy)
 

@@ -69,7 +69,8 @@ def test_new_codes(plain: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
 
-    convert(plain, tmp_path / "mxfp4", to="hf", quantise="mxfp4")
+    result = convert(plain, tmp_path / "mxfp4", to="hf", quantise="mxfp4")
+    assert any("mxfp4 is for experts alone" in note for note in result.notes)
     stored, exact = tensors_of(tmp_path / "mxfp4"), tensors_of(plain)
     for name in [name for name in stored if name.endswith("_scales")]:
         values = exact[name.removesuffix("_scales")].transpose(1, 2).float().unflatten(2, (-1, 32)).abs().amax(dim=3)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit.conversion.choosing import choices_of
 from ckptkit.conversion.convert import convert
+from ckptkit.editing.commands import Output, average
 from ckptkit.errors import InputError, UsageError
 from ckptkit.inspection.summary import inspect
 from ckptkit.sharding.grid import Parallelism
@@ -127,6 +128,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda found: found.update({SCALE: found[SCALE].bfloat16()})),
         rf"{SCALE} is BF16\[2, 3\], in the archive F32",
     ),
+    "no folder": (lambda kept: (shutil.rmtree(kept), kept.write_text("")), "it is no folder"),
     "no scales": (lambda kept: (kept / "scales.safetensors").unlink(), r"lacks .* missing\)"),
     "no record": (lambda kept: (kept / "record.json").unlink(), "no such file"),
     "strange record": (lambda kept: (kept / "record.json").write_text('{"read_as": "F8_E4M3"}'), "record.json"),
@@ -164,8 +166,25 @@ def test_what_is_kept_is_checked(made: Path, tmp_path: Path, damage: str) -> Non
 def test_a_scale_of_another_value(made: Path, tmp_path: Path, to: str) -> None:
     shutil.copytree(made / "meg", tmp_path / "meg")
     edit(lambda found: found[SCALE].mul_(2))(tmp_path / "meg" / KEPT)
-    with pytest.raises(InputError, match="the scales are not those that it was written with"):
+    with pytest.raises(InputError, match="the scales, or the codes beside them, are not those"):
         convert(tmp_path / "meg", tmp_path / "back", to=to, quantise="original" if to == "hf" else None)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("damage", ["another code", "no codes"])
+def test_codes_that_are_kept_have_a_checksum(plain: Path, tmp_path: Path, damage: str) -> None:
+    """Under a scale of zero every code means zero, so no number tells that one is another."""
+    archive, kept = tmp_path / "archive", tmp_path / "meg" / KEPT / "codes.safetensors"
+    quantise_fp8(plain, archive)
+    change(archive, with_odd_values)
+    convert(archive, tmp_path / "meg", to="torch_dist")
+    codes = load_file(kept)
+    codes[f"{GATE}.weight"].view(torch.uint8)[5, 40] ^= 1
+    kept.unlink()
+    if damage == "another code":
+        save_file(codes, kept, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="the scales, or the codes beside them, are not those"):
+        convert(tmp_path / "meg", tmp_path / "back", to="hf", quantise="original")
     assert not (tmp_path / "back").exists()
 
 
@@ -197,6 +216,11 @@ def test_a_model_with_another_head_keeps_none(tmp_path: Path) -> None:
     assert any("the model has other tensors by now" in note for note in result.notes)
     assert not (tmp_path / "value" / KEPT).exists()
     convert(tmp_path / "value", tmp_path / "back", to="hf")
+
+
+def test_surgery_keeps_none_of_an_archive_and_says_so(made: Path, tmp_path: Path) -> None:
+    result = average([made / "archive"] * 2, Output(tmp_path / "mean", to="torch_dist"), dry_run=True)
+    assert any("are not kept: only convert keeps them" in note for note in result.notes)
 
 
 def test_plans_read_nothing(made: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class Quantised:
         activations: Scales of activations, which are not read.
         absent: Names of codes that are described but not there: a sidecar keeps scales.
         apart: Names of codes that do not follow from numbers and scales, so that a sidecar keeps them, too.
-        digest: SHA-256 of the scales, as of `ckptkit.io.scales`; None where it is not known.
+        digest: SHA-256 of the scales, and of codes that are apart, as of `ckptkit.io.scales`; None where it is not
+            known.
     """
 
     path: Path

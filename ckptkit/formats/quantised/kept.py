@@ -1,6 +1,6 @@
 """What a sidecar keeps of a quantised archive, so that the way back needs no other copy of it.
 
-- `record.json` says how the archive was read, and the SHA-256 of its scales.
+- `record.json` says how the archive was read, and the SHA-256 of the scales and codes here.
 - `config.json` and the index are those of the archive; `headers/` holds the headers of its shards.
 - `scales.safetensors` holds its scales: all that is stored of quantised tensors beside their codes.
 - `codes.safetensors` holds the codes of tensors where scales and numbers do not give them back, as where a scale is 0.
@@ -76,6 +76,10 @@ def read_kept(folder: Path, headers: Mapping[str, Header]) -> Quantised:
         InputError: Something is missing, damaged, or does not belong to the model of these headers.
         UnsupportedError: It is quantised in another way than is read here.
     """
+    if not folder.is_dir():
+        raise InputError(
+            "it is no folder", where=folder, hint="remove it, or name the archive with --quantise like:ARCHIVE"
+        )
     check_links(folder, folder)
     dtype, digest = _read_record(folder / RECORD)
     config, shards = read_json(folder / CONFIG), read_headers(folder / HEADERS)
