@@ -85,7 +85,7 @@ def test_from_store_to_store(cluster: Any, store: Server, source: Path, tmp_path
     assert [rank["rank"] for rank in json.loads(printed)["ranks"]] == [0, 1]
     convert(source, tmp_path / "alone", to="torch", grid=Parallelism(2))
     assert dict(store.contents("ray/out")) == files_of(tmp_path / "alone")
-    assert store.uploads() == []
+    assert store.uploads("ray") == []
 
 
 def test_an_error_ends_all(cluster: Any, tmp_path: Path) -> None:

@@ -7,25 +7,20 @@ shared files, roles of the machine). Nothing of them is ever part of a message.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ckptkit.errors import CkptkitError, StorageError, UsageError
 from ckptkit.io.stores.address import Address
+from ckptkit.io.stores.session import ATTEMPTS, session_and_client
 from ckptkit.printable import printable
 
-_CONNECT, _ANSWER = 10.0, 60.0
-"""Seconds until a connection stands, and between two pieces of an answer."""
-_ATTEMPTS = 6
-"""Attempts of one call; botocore waits longer between each two, up to 20 s."""
-_CONNECTIONS = 32
 _PAGE = 1000
 """Keys that one call deletes."""
 _LONGEST = 300
@@ -112,7 +107,7 @@ class Bucket:
         self.name = address.place
         self.stopped: Callable[[], bool] = threading.Event().is_set
         with _configured(f"s3://{self.name}"):
-            self._client = _client()
+            _, self._client = session_and_client()
         self._client.meta.events.register("before-send.s3", self._before_send)
 
     # objects
@@ -176,7 +171,7 @@ class Bucket:
         Raises:
             StorageError: The store does not give them.
         """
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             # botocore tries again what fails before the first byte comes, and not what breaks off after it.
             try:
                 with self._said(key):
@@ -186,7 +181,7 @@ class Bucket:
                 if len(data) == size:
                     return data
             except BrokenError:
-                if attempt == _ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1:
                     raise
         raise StorageError(f"the store gives other bytes than {start}:{start + size}", where=self.url(key))
 
@@ -406,37 +401,6 @@ class Bucket:
             return StorageError(what, where=where, hint="run again with --resume")
         words = " ".join(printable(message).split())[:_LONGEST]
         return StorageError(f"the store answers {printable(code)[:60]}{f': {words}' if words else ''}", where=where)
-
-
-def _client() -> Any:
-    """A client, as the user configured botocore; only the bounds are ours."""
-    import botocore.session
-    from botocore.config import Config
-
-    retries = {"total_max_attempts": _ATTEMPTS, "mode": "standard"}
-    if os.environ.get("AWS_MAX_ATTEMPTS") or os.environ.get("AWS_RETRY_MODE"):
-        retries = {}
-    config = Config(
-        connect_timeout=_CONNECT,
-        read_timeout=_ANSWER,
-        max_pool_connections=_CONNECTIONS,
-        retries=retries or None,
-        tcp_keepalive=True,
-        # Parts carry their MD5, which every store knows; newer checksums are not for all of them.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    session = botocore.session.Session()
-    session.register_component("data_loader", _loader())
-    return session.create_client("s3", config=config)
-
-
-@cache
-def _loader() -> Any:
-    """What botocore knows of S3 is a megabyte of JSON, read once for all clients of a process."""
-    from botocore.loaders import create_loader
-
-    return create_loader()
 
 
 @contextmanager

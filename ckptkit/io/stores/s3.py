@@ -12,6 +12,7 @@ from ckptkit.io.stores.address import Address
 from ckptkit.io.stores.answers import meaning, one_line_errors
 from ckptkit.io.stores.objects import MOST_OBJECTS, Object, checked, nanoseconds
 from ckptkit.io.stores.ranged import CLIENT, RETRIES, read_range
+from ckptkit.io.stores.session import session_and_client
 
 _ASKED_AGAIN = timedelta(minutes=5)
 
@@ -23,7 +24,7 @@ class S3:
         self.address = address
         self._lock = threading.Lock()
         with one_line_errors(address):
-            self._session, self._client = session_and_client()
+            self._session, self._client = _with_credentials()
             self._provider = _Provider(self._session.get_credentials())
             self._store: Any = self._new_store()
 
@@ -62,7 +63,7 @@ class S3:
     def _current(self, new: bool) -> Any:
         with self._lock:
             if new:
-                self._session, self._client = session_and_client()
+                self._session, self._client = _with_credentials()
                 self._provider = _Provider(self._session.get_credentials())
                 self._store = self._new_store()
             return self._store
@@ -76,7 +77,7 @@ class S3:
             self.address.place,
             config={
                 "endpoint": endpoint,
-                "region": self._client.meta.region_name or "us-east-1",
+                "region": self._client.meta.region_name,
                 "virtual_hosted_style_request": False,
             },
             # A plain connection only where the user's own variable or profile names one.
@@ -113,26 +114,17 @@ class _Provider:
         }
 
 
-def session_and_client() -> tuple[Any, Any]:
-    """A session of botocore with credentials, and a client for S3: as environment, profiles and machine have them.
+def _with_credentials() -> tuple[Any, Any]:
+    """A session of botocore that has credentials, and a client.
 
     Raises:
         BotoCoreError: There are no credentials, or they cannot be had.
     """
-    import botocore.session
-    from botocore.config import Config
     from botocore.exceptions import NoCredentialsError
 
-    session = botocore.session.Session()
+    session, client = session_and_client()
     credentials = session.get_credentials()
     if credentials is None:
         raise NoCredentialsError
     credentials.get_frozen_credentials()
-    config = Config(
-        connect_timeout=10,
-        read_timeout=30,
-        retries={"mode": "standard", "total_max_attempts": 5},
-        s3={"addressing_style": "path"},
-    )
-    region = session.get_config_variable("region") or "us-east-1"
-    return session, session.create_client("s3", region_name=region, config=config)
+    return session, client

@@ -46,7 +46,7 @@ def test_there_and_back(
     convert(f"s3://{BUCKET}/{to}/there", f"s3://{BUCKET}/{to}/back", to="hf", threads=2)
     assert none_twice(fetched)
     assert dict(server.contents(f"{to}/back")) == files_of(model)
-    assert server.uploads() == []
+    assert server.uploads(to) == []
 
 
 @pytest.mark.parametrize("out", ["", "/inside", "/../source"])

@@ -16,8 +16,8 @@ import pytest
 from ckptkit.errors import InputError, StorageError, UsageError
 from ckptkit.io.plan import Plan
 from ckptkit.io.source import Sources
-from ckptkit.io.stores import client, lock, uploading
 from ckptkit.io.stores import destination as module
+from ckptkit.io.stores import lock, session, uploading
 from ckptkit.io.stores.address import parse
 from ckptkit.sharding.grid import Parallelism
 from tests.io.stores.uploads import (  # noqa: F401  fixtures
@@ -499,7 +499,7 @@ def test_an_adapter(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("manner", ["says nothing", "breaks off"])
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, manner: str) -> None:
     """The bounds hold: a store that takes everything and says nothing, or closes each connection, is one line."""
-    monkeypatch.setattr(client, "_ANSWER", 0.3)
+    monkeypatch.setattr(session, "_ANSWER", 0.3)
     for name, value in {**CREDENTIALS, "AWS_MAX_ATTEMPTS": "2", "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
     open_connections: list[socket.socket] = []

@@ -14,6 +14,7 @@ from ckptkit.io.stores import ranged
 from ckptkit.io.stores.address import parse
 from ckptkit.io.stores.objects import Object
 from ckptkit.io.stores.s3 import S3
+from ckptkit.io.stores.session import ATTEMPTS
 from tests.store_faults import Asked, Fault, Proxy, before, nothing
 from tests.stores import BUCKET, CREDENTIALS, Server, running
 
@@ -206,4 +207,4 @@ def test_a_list_that_is_refused(proxy: Proxy, store: S3, status: str, monkeypatc
     proxy.fault = refuse
     with pytest.raises(StorageError, match=r"does not allow it|too busy"):
         store.list()
-    assert len(proxy.asked) == (1 if status.startswith("403") else 5)
+    assert len(proxy.asked) == (1 if status.startswith("403") else ATTEMPTS)

@@ -75,14 +75,14 @@ class Calls:
 @pytest.fixture(name="calls")
 def calls_fixture(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The calls of clients that are made during a test."""
-    found, usual = Calls(), client._client
+    found, usual = Calls(), client.session_and_client
 
     def watched() -> Any:
-        made = usual()
+        session, made = usual()
         made.meta.events.register("before-send.s3", found.before_send)
-        return made
+        return session, made
 
-    monkeypatch.setattr(client, "_client", watched)
+    monkeypatch.setattr(client, "session_and_client", watched)
     return found
 
 
