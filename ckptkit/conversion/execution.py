@@ -170,8 +170,7 @@ def carry_out(
                 refuse_address(target_facts["path"], READ_BACK)
             target_facts = {**target_facts, "path": str(parse(target_facts["path"]))}
             free = None
-            others = [*also, source_facts["path"]]
-            written = _in_store(plan, sources, target_facts["path"], execution, others, partial(before_commit, None))
+            written = _in_store(plan, sources, target_facts["path"], execution, also, partial(before_commit, None))
             outcome, memory, said = written.outcome, memory + written.memory, written.notes
         elif not world.first and not execution.dry_run:
             seen = [checkpoint.seen for checkpoint in sources]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ckptkit import convert, diff, hash_checkpoint, inspect, validate, verify
 from ckptkit.cli.app import app
-from ckptkit.errors import StorageError, UnsupportedError
+from ckptkit.errors import StorageError, UnsupportedError, UsageError
 from ckptkit.io.stores import mirror
 from ckptkit.io.stores.mirror import Mirror
 from ckptkit.io.stores.objects import Object
@@ -132,6 +132,18 @@ def test_adapters_and_references(model: Path, address_of: AddressOf, tmp_path: P
     convert(model, tmp_path / "three", to="torch", adapter=adapter)
     convert(reference, tmp_path / "four", to="torch", adapter=at)
     assert files_of(tmp_path / "three") == files_of(tmp_path / "four")
+
+
+def test_a_destination_apart_from_all_that_is_read(model: Path, shards: Path, address_of: AddressOf) -> None:
+    """A reference gives its headers alone, and a source may be a folder of iterations: they are not written over."""
+    source, reference = address_of(shards), address_of(model)
+    for out in (reference, f"{reference}/deep", source, f"{source}/deep"):
+        with pytest.raises(UsageError, match=r"holds the source|lies inside the source"):
+            convert(source, out, to="hf", hf_reference=reference, overwrite=True, dry_run=True)
+    for out in (reference, source):
+        arguments = ["surgery", "average", reference, source, "-o", out, "--overwrite", "--dry-run"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and "holds the source" in result.output
 
 
 def test_a_split_llama_from_two_prefixes(address_of: AddressOf, tmp_path: Path) -> None:

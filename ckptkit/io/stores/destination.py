@@ -34,7 +34,7 @@ from ckptkit.io.stores.address import Address, is_address, parse
 from ckptkit.io.stores.client import Bucket, Stored, UploadGoneError
 from ckptkit.io.stores.journal import Begun, StoreJournal, Sums
 from ckptkit.io.stores.lock import Lock
-from ckptkit.io.stores.mirror import shown
+from ckptkit.io.stores.mirror import mirror_around
 from ckptkit.io.stores.parts import Sizes, count_of, lay_out_parts
 from ckptkit.io.stores.team import RANKS, Leader, numbers_of, shares, terms_of, upload_share
 from ckptkit.io.stores.uploading import Present, Uploaded
@@ -196,7 +196,8 @@ class StoreDestination:
     # before bytes move
 
     def _check_overlap(self, sources: Iterable[str | Path]) -> None:
-        read = {shown(str(path)) for path in (*sources, *self._plan.sources())}
+        around = {item: mirror_around(item) for item in {*map(str, sources), *self._plan.sources()}}
+        read = {item if mirror is None else str(mirror.store.address) for item, mirror in around.items()}
         for source in sorted(item for item in read if is_address(item)):
             other = parse(source)
             if (other.scheme, other.place) != (self.address.scheme, self.address.place):
