@@ -10,6 +10,7 @@ from ckptkit.checkpoints.element_types import WEIGHTS
 from ckptkit.checkpoints.prediction import with_prediction
 from ckptkit.checkpoints.problems import Problems
 from ckptkit.errors import InputError
+from ckptkit.formats.quantised.archive import Quantised
 from ckptkit.formats.safetensors import Header
 from ckptkit.formats.sidecar import EXTRAS, FOLDER, HEADERS, ORIGINALS, Sidecar
 from ckptkit.tables.bounds import check_counts
@@ -29,6 +30,37 @@ def notes_of_scales(sidecar: Sidecar) -> list[str]:
     if archive is None or not archive.absent:
         return []
     return [f"{FOLDER}/ keeps the scales of the original: --to hf --quantise {ORIGINAL} gives {archive.scheme} again"]
+
+
+def read_scales(archive: Quantised, threads: int | None = None) -> tuple[str, frozenset[str]]:
+    """The SHA-256 of what a sidecar keeps of an archive, and the names of codes among it.
+
+    Args:
+        archive: The archive, or what a sidecar keeps of it: there the codes have been chosen already.
+        threads: How many threads read.
+
+    Raises:
+        InputError: The scales, or the codes beside them, are not those that a sidecar was written with.
+        StorageError: A file cannot be read.
+    """
+    from ckptkit.io.scales import Scales, survey
+
+    parts = [Scales(item.codes, item.kind, item.parts[item.scales]) for item in archive.stored.values()]
+    own = {item.scales for item in archive.stored.values()}
+    others = {name: tensor for name, tensor in archive.scales.items() if name not in own}
+    digest, apart = survey(parts, others, archive.dtype, threads)
+    if archive.digest is not None:
+        apart = archive.apart
+    if apart:
+        codes = {name: archive.stored[name].parts[name] for name in apart}
+        digest, _ = survey(parts, others | codes, archive.dtype, threads)
+    if archive.digest not in (None, digest):
+        raise InputError(
+            "the scales, or the codes beside them, are not those that it was written with",
+            where=archive.path,
+            hint="name the archive with --quantise like:ARCHIVE, or remove the folder to go without it",
+        )
+    return digest, apart
 
 
 def check_extras(extras: Mapping[str, Tensor], family: Family, config: ModelConfig, root: Path) -> None:

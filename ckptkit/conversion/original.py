@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.checkpoints.checkpoint import Checkpoint
-from ckptkit.checkpoints.sidecar_contents import ORIGINAL, notes_of_scales
+from ckptkit.checkpoints.sidecar_contents import ORIGINAL, notes_of_scales, read_scales
 from ckptkit.conversion.quantising import Quantise
 from ckptkit.errors import InputError
-from ckptkit.formats.quantised.archive import Quantised
 from ckptkit.formats.sidecar import FOLDER
 from ckptkit.sizes import human_size
 
@@ -52,29 +51,10 @@ def with_scales_read(source: Checkpoint, *, headers_only: bool, threads: int | N
     archive = source.sidecar.quantised
     if archive is None or not archive.stored:
         return source
-    digest, apart = (archive.digest or _UNREAD, archive.apart) if headers_only else _read(archive, threads)
-    if archive.digest not in (None, digest):
-        raise InputError(
-            "the scales, or the codes beside them, are not those that it was written with",
-            where=archive.path,
-            hint="name the archive with --quantise like:ARCHIVE, or remove the folder to go without it",
-        )
+    known = (archive.digest or _UNREAD, archive.apart)
+    digest, apart = known if headers_only else read_scales(archive, threads)
     found = replace(archive, digest=digest, apart=apart)
     return replace(source, sidecar=replace(source.sidecar, quantised=found))
-
-
-def _read(archive: Quantised, threads: int | None) -> tuple[str, frozenset[str]]:
-    """The SHA-256 of what a sidecar keeps of an archive, and the codes among it: a sidecar has chosen them already."""
-    from ckptkit.io.scales import Scales, survey
-
-    parts = [Scales(item.codes, item.kind, item.parts[item.scales]) for item in archive.stored.values()]
-    own = {item.scales for item in archive.stored.values()}
-    others = {name: tensor for name, tensor in archive.scales.items() if name not in own}
-    digest, apart = survey(parts, others, archive.dtype, threads)
-    if archive.digest is not None:
-        apart = archive.apart
-    codes = {name: archive.stored[name].parts[name] for name in apart}
-    return survey(parts, others | codes, archive.dtype, threads)[0] if codes else digest, apart
 
 
 def notes_of_kept(source: Checkpoint, *, megatron: bool, wanted: Quantise | None) -> list[str]:

@@ -18,6 +18,7 @@ from ckptkit.checkpoints.checkpoint import Checkpoint
 from ckptkit.checkpoints.element_types import check_element_types
 from ckptkit.checkpoints.locating import Place, find_place
 from ckptkit.checkpoints.opening import open_checkpoint
+from ckptkit.checkpoints.sidecar_contents import read_scales
 from ckptkit.errors import InputError
 from ckptkit.formats.format import Format
 from ckptkit.formats.hf import BIN_INDEX, HF, INDEX, is_weights, read_shard, weight_files
@@ -143,7 +144,7 @@ def validate(
             checkpoint, answer = _tensors(opening, reads)
             checks.append(answer)
         if checksums and checks[0].passed:
-            checks.append(_checksums(place.folder, format, reads))
+            checks.append(_checksums(place.folder, format, reads, _sum_of_scales(checkpoint, threads)))
         if values and checkpoint is not None and checks[1].passed:
             checks.append(_values(checkpoint, reads))
     asked = {check.name for check in checks}
@@ -254,16 +255,28 @@ def _stated_shapes(checkpoint: Checkpoint, reads: Reads) -> list[str]:
     return [problem for found in reads(stated, look, lambda one: one.left.nbytes) for problem in found]
 
 
-def _checksums(folder: Path, format: Format | None, reads: Reads) -> SoundnessCheck:
-    """CRC-32 of every record of torch's archives; safetensors has no checksums."""
+def _sum_of_scales(checkpoint: Checkpoint | None, threads: int | None) -> list[str] | None:
+    """What is wrong with the checksum of the scales that a sidecar keeps of a quantised original; None without them."""
+    archive = None if checkpoint is None else checkpoint.sidecar.quantised
+    if archive is None or archive.digest is None:
+        return None
+    error = _caught(partial(read_scales, archive, threads))
+    return [str(error)] if error else []
+
+
+def _checksums(folder: Path, format: Format | None, reads: Reads, of_scales: list[str] | None) -> SoundnessCheck:
+    """CRC-32 of every record of torch's archives, and the sum of a sidecar's scales; safetensors has no checksums."""
     tasks = [] if format is None else list(_records(folder, format))
-    if not tasks:
+    if not tasks and of_scales is None:
         return SoundnessCheck("checksums", "its files carry none (`ckptkit hash` makes some)")
     answers: list[_Sums] = reads(tasks, _check_sums, lambda task: task.size)
     without = sum(answer.without for answer in answers)
     warnings = [f"{without:,} records were written without checksums"] if without else []
-    problems = [text for answer in answers for text in answer.problems]
-    return SoundnessCheck("checksums", f"{sum(answer.checked for answer in answers):,} records", problems, warnings)
+    problems = [text for answer in answers for text in answer.problems] + (of_scales or [])
+    also = "" if of_scales is None else ", and the scales of a quantised original"
+    return SoundnessCheck(
+        "checksums", f"{sum(answer.checked for answer in answers):,} records{also}", problems, warnings
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ckptkit.conversion.convert import convert
 from ckptkit.editing.commands import Output, average
 from ckptkit.errors import InputError, UsageError
 from ckptkit.inspection.summary import inspect
+from ckptkit.inspection.validation import validate
 from ckptkit.sharding.grid import Parallelism
 from tests.conversion.test_reading_quantised import KINDS, tensors_of
 from tests.conversion.test_writing_quantised import GATE, GRID, change, with_odd_values
@@ -186,6 +187,16 @@ def test_codes_that_are_kept_have_a_checksum(plain: Path, tmp_path: Path, damage
     with pytest.raises(InputError, match="the scales, or the codes beside them, are not those"):
         convert(tmp_path / "meg", tmp_path / "back", to="hf", quantise="original")
     assert not (tmp_path / "back").exists()
+
+
+def test_validate_reads_the_checksum(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "meg", tmp_path / "meg")
+    found = validate(tmp_path / "meg")
+    assert found.passed and any("and the scales of a quantised original" in check.summary for check in found.checks)
+    edit(lambda found: found[SCALE].mul_(2))(tmp_path / "meg" / KEPT)
+    assert validate(tmp_path / "meg", checksums=False).passed
+    (failed,) = [check for check in validate(tmp_path / "meg").checks if not check.passed]
+    assert failed.name == "checksums" and "are not those that it was written with" in failed.problems[0]
 
 
 def test_scales_of_another_model(made: Path, tmp_path: Path) -> None:
