@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
 
 from ckptkit.errors import CkptkitError, UsageError
@@ -40,6 +41,7 @@ class Lock:
         self._run = os.urandom(8).hex()
         self._owner = _owner()
         self._beats = 0
+        self._seen = 0.0  # when it was last known to be ours
         self._over = threading.Event()
         self._watch: threading.Thread | None = None
         self.lost: CkptkitError | None = None
@@ -54,7 +56,7 @@ class Lock:
         """
         try:
             try:
-                self._tag = self._bucket.put(self._key, self._content(), new=True)
+                self._hold(self._bucket.put(self._key, self._content(), new=True))
             except TakenError:
                 self._take_over()
                 return
@@ -74,15 +76,17 @@ class Lock:
         if self._watch is not None:
             self._watch.join()
             self._watch = None
-        if self._tag is not None and self.lost is None:
-            with suppress(CkptkitError):
+        with suppress(CkptkitError):
+            if self._tag is not None and _now() - self._seen > _DEAD / 2:  # this process stood still: is it ours yet?
+                self.check()
+            if self._tag is not None and self.lost is None:
                 self._bucket.delete([self._key])
         self._tag = None
 
     def _try_condition(self) -> None:
         """Whether the store heeds conditions: some ignore what they do not know."""
         with suppress(TakenError):
-            self._tag = self._bucket.put(self._key, self._content(), new=True)
+            self._hold(self._bucket.put(self._key, self._content(), new=True))
             self.note = NO_CONDITIONS
 
     def _take_over(self) -> None:
@@ -91,14 +95,14 @@ class Lock:
         if found is None or content is None:
             raise self._busy("another conversion just ended")
         if self._is_ours(content):  # the store took it, and the answer was lost
-            self._tag = found.tag
+            self._hold(found.tag)
             return
         whose = _whose(content)
         if not _dead(found, whose):
             who = f"process {whose['pid']} on {printable(str(whose['host']))}" if whose else "an unknown process"
             raise self._busy(f"another conversion is writing to this destination ({who}, {found.age:.0f} s ago)")
         try:
-            self._tag = self._bucket.put(self._key, self._content(), instead_of=found.tag)
+            self._hold(self._bucket.put(self._key, self._content(), instead_of=found.tag))
         except TakenError:
             raise self._busy("another conversion has just begun to write to this destination") from None
 
@@ -110,7 +114,7 @@ class Lock:
     def _renew(self) -> None:
         while not self._over.wait(_RENEWAL):
             try:
-                self._tag = self._bucket.put(self._key, self._content(), instead_of=self._tag)
+                self._hold(self._bucket.put(self._key, self._content(), instead_of=self._tag))
             except TakenError:
                 with suppress(CkptkitError):
                     self.check()
@@ -134,7 +138,10 @@ class Lock:
         if found is None or content is None or not self._is_ours(content):
             self.lost = UsageError("another run took the lock of this destination", where=self._where)
             raise self.lost
-        self._tag = found.tag
+        self._hold(found.tag)
+
+    def _hold(self, tag: str) -> None:
+        self._tag, self._seen = tag, _now()
 
     def _content(self) -> bytes:
         """What the lock holds: its owner, and a number that changes."""
@@ -147,6 +154,11 @@ class Lock:
         except (ValueError, RecursionError):
             return False
         return isinstance(found, dict) and found.get("run") == self._run
+
+
+def _now() -> float:
+    """Seconds that also count while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _owner() -> dict[str, str | int]:

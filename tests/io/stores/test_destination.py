@@ -16,8 +16,8 @@ import pytest
 from ckptkit.errors import InputError, StorageError, UsageError
 from ckptkit.io.plan import Plan
 from ckptkit.io.source import Sources
+from ckptkit.io.stores import client, lock, session, uploading
 from ckptkit.io.stores import destination as module
-from ckptkit.io.stores import lock, session, uploading
 from ckptkit.io.stores.address import parse
 from ckptkit.sharding.grid import Parallelism
 from tests.io.stores.uploads import (  # noqa: F401  fixtures
@@ -346,6 +346,19 @@ def test_a_lock_that_was_taken_away_ends_the_run(server: Server, monkeypatch: py
     with pytest.raises(UsageError, match="took the lock"):
         convert_to(f"s3://{BUCKET}/away/a")
     assert server.keys("away/a") == []
+
+
+@pytest.mark.parametrize("stood_still", [False, True])
+def test_a_run_that_stood_still_leaves_the_lock_of_the_next(server: Server, stood_still: bool) -> None:
+    """Between the last check and the end; without a pause nobody asks once more, for nobody can have taken it."""
+    key = f"still/{stood_still}"
+    own = lock.Lock(client.Bucket(parse(f"s3://{BUCKET}/still")), key, "here")
+    own.take()
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=b"{}")
+    if stood_still:
+        own._seen -= lock._DEAD
+    own.release()
+    assert (str(stood_still) in server.keys("still")) == stood_still
 
 
 @pytest.mark.parametrize("heeds", ["says no", "ignores"])
