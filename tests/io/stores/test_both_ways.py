@@ -11,8 +11,8 @@ from ckptkit import convert
 from ckptkit.errors import UsageError
 from ckptkit.sharding.grid import Parallelism
 from tests.folder_store import Fetched, none_twice, note_fetched
-from tests.io.stores.uploads import server_fixture, small_parts_fixture  # noqa: F401  fixtures
-from tests.models import files_of, save_llama
+from tests.io.stores.uploads import HF, server_fixture, small_parts_fixture  # noqa: F401  fixtures
+from tests.models import files_of
 from tests.stores import BUCKET, Server
 
 TWO = Parallelism(2)
@@ -23,9 +23,9 @@ TARGETS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("model") / "model", shard="150KB")
+@pytest.fixture
+def model() -> Path:
+    return HF
 
 
 @pytest.fixture
