@@ -85,10 +85,17 @@ def running() -> Iterator[Server]:
         server.stop()
 
 
-@pytest.fixture(name="s3")
-def s3_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that this process and its children find by their environment."""
-    with running() as server:
+@contextmanager
+def found_by_environment() -> Iterator[Server]:
+    """A server of its own that this process and its children find by their environment."""
+    with running() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(name="s3")
+def s3_fixture() -> Iterator[Server]:
+    """As `found_by_environment`."""
+    with found_by_environment() as server:
         yield server

@@ -21,7 +21,7 @@ from ckptkit import convert
 from ckptkit.sharding.grid import Parallelism
 from tests.models import files_of, save_llama
 from tests.ranks import own_environment
-from tests.stores import BUCKET, Server, running
+from tests.stores import BUCKET, Server, found_by_environment
 
 pytest.importorskip("ray", reason="needs Ray: make test-ray")
 
@@ -31,9 +31,7 @@ WITHIN = 200
 @pytest.fixture(scope="module")
 def store() -> Iterator[Server]:
     """A store that every node finds by its environment, which nodes have from this process."""
-    with running() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with found_by_environment() as server:
         yield server
 
 

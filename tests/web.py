@@ -7,13 +7,14 @@ import hashlib
 import ipaddress
 import re
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
+
+from tests.loopback import answering
 
 
 @dataclass
@@ -107,22 +108,8 @@ def serving(folder: Path, place: Path) -> Iterator[Web]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            pass
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, secret)
-    server = Server(("127.0.0.1", 0), Handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    web = Web(f"https://127.0.0.1:{server.server_port}", certificate)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with answering(Handler, context) as port:
+        web = Web(f"https://127.0.0.1:{port}", certificate)
         yield web
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -14,6 +14,7 @@ from ckptkit.cli.options import (
     Experts,
     Grid,
     Json,
+    Out,
     ShardSize,
     Source,
     Spec,
@@ -41,15 +42,6 @@ Examples:
   ckptkit adapter extract Llama-3.1-8B Llama-3.1-8B-tuned -o adapter --rank 64
   ckptkit adapter extract Llama-3.1-8B tuned-tp4 -o adapter --energy 0.99 --dtype bfloat16"""
 
-Out = Annotated[
-    str,
-    typer.Option(
-        "-o",
-        "--out",
-        metavar="OUT",
-        help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
-    ),
-]
 Dtype = Annotated[
     str | None,
     typer.Option(

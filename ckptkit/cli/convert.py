@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ckptkit.cli.choices import ADAPTER_LAYOUTS, FORMATS, PARTS
-from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
+from ckptkit.cli.options import FORMAT, OUT_HELP, SOURCE, Execution, Form, Grid, Json, Source, choice
 from ckptkit.cli.output import Output
 from ckptkit.errors import UsageError
 
@@ -48,7 +48,7 @@ def convert(
         str | None,
         typer.Argument(
             metavar="DST",
-            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
+            help=OUT_HELP,
             show_default=False,
         ),
     ] = None,

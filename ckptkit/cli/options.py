@@ -72,6 +72,8 @@ def alternatives(values: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+OUT_HELP = "Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX."
+Out = Annotated[str, typer.Option("-o", "--out", metavar="OUT", help=OUT_HELP)]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print the result, or the error, as JSON on stdout.", rich_help_panel=OUTPUT),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ckptkit.cli.options import Execution, Json, ShardSize
+from ckptkit.cli.options import Execution, Json, Out, ShardSize
 from ckptkit.cli.output import bytes_of
 from ckptkit.errors import UsageError
 from ckptkit.sizes import parse_size
@@ -88,15 +88,7 @@ def build(
         str | None, typer.Argument(metavar="FIRST", help="The narrow Llama: a checkpoint of any format, or org/model.")
     ] = None,
     last: Annotated[str | None, typer.Argument(metavar="LAST", help="The wide Llama.")] = None,
-    out: Annotated[
-        str,
-        typer.Option(
-            "-o",
-            "--out",
-            metavar="OUT",
-            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
-        ),
-    ] = ...,  # type: ignore[assignment]  # typer's mark of an option without a default
+    out: Out = ...,  # type: ignore[assignment]  # typer's mark of an option without a default
     num_layers_8: Annotated[
         int | None, typer.Option("--num-layers-8", metavar="N", help="Layers from the front of FIRST.")
     ] = None,

@@ -10,7 +10,7 @@ import typer
 
 from ckptkit.cli.choices import MODEL_FORMATS, NEW_ROWS, PRECISIONS
 from ckptkit.cli.convert import HINTS
-from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Source, choice
+from ckptkit.cli.options import FORMAT, SOURCE, Execution, Form, Grid, Json, Out, Source, choice
 from ckptkit.errors import UsageError
 
 OPERATION = "Operation"
@@ -46,15 +46,7 @@ Examples:
 class Written:
     """What an operation writes, beside the form of the model."""
 
-    out: Annotated[
-        str,
-        typer.Option(
-            "-o",
-            "--out",
-            metavar="OUT",
-            help="Directory to create, which appears complete or not at all; or s3://BUCKET/PREFIX.",
-        ),
-    ]
+    out: Out
     to: Annotated[
         str, choice("--to", MODEL_FORMATS, "Format to write, as for convert. Default: hf.", panel=FORMAT, hints=HINTS)
     ] = "hf"

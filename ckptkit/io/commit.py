@@ -168,7 +168,7 @@ class Destination:
             if progress is not None:
                 progress(done, self._plan.nbytes)
 
-        with self._resumable(), self:
+        with resumable(lambda: self.resume_hint), self:
             work = Work(self._plan, self.directory, self._digest, threads, hash)
             self._alone = world.size == 1
             with Alone(work, count) if self._alone else Leader(world, self._partial / _RANKS, work, count) as team:
@@ -187,15 +187,6 @@ class Destination:
 
     def _hashes(self) -> dict[str, str]:
         return {file.path: hash_file(self.path / file.path) for file in self._plan.files}
-
-    @contextmanager
-    def _resumable(self) -> Iterator[None]:
-        """Adds the way to continue to a storage error."""
-        try:
-            yield
-        except StorageError as error:
-            hints = [hint for hint in (error.hint, self.resume_hint) if hint]
-            raise StorageError(error.what, where=error.where, hint="; ".join(hints) or None) from error
 
     def __enter__(self) -> Destination:
         """Takes the lock and prepares the partial directory."""
@@ -517,6 +508,16 @@ def take_part(
     work = Work(plan, partial / _OUTPUT, plan.digest(fingerprints(sources)), threads, hash)
     with Follower(world, partial / _RANKS, work) as rank:
         rank.run()
+
+
+@contextmanager
+def resumable(resume_hint: Callable[[], str | None]) -> Iterator[None]:
+    """Adds the way to continue, if there is one by then, to a storage error."""
+    try:
+        yield
+    except StorageError as error:
+        hints = [hint for hint in (error.hint, resume_hint()) if hint]
+        raise StorageError(error.what, where=error.where, hint="; ".join(hints) or None) from error
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
@@ -82,3 +82,37 @@ def _answering(answer: Future[Answer], work: Callable[[Task], Answer], task: Tas
             answer.set_exception(error)
 
     return run
+
+
+def attend(
+    works: Sequence[Callable[[], None]],
+    mailbox: SimpleQueue[int | None],
+    progress: Callable[[int], None],
+    stop: Callable[[], None],
+) -> None:
+    """Does some work in threads of its own, and tells in this one how far it is, until all have ended.
+
+    Args:
+        works: What each thread does; an error must not leave it.
+        mailbox: Each puts the bytes that it finished here, and None when it ends.
+        progress: Called with those bytes.
+        stop: Called where this thread is interrupted: the others are to end.
+    """
+    workers: list[threading.Thread] = []
+    try:
+        workers = start_threads(works, "ckptkit")
+        if not workers:
+            works[0]()  # the system allows no further thread, so this one does the work
+        running = len(workers) or 1
+        while running:
+            message = mailbox.get()
+            if message is None:
+                running -= 1
+            else:
+                progress(message)
+    except BaseException:
+        stop()
+        raise
+    finally:
+        for worker in workers:
+            worker.join()

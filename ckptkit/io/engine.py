@@ -23,7 +23,7 @@ from ckptkit.io.castable import check_cast
 from ckptkit.io.casts import convert
 from ckptkit.io.checksums import Sum
 from ckptkit.io.cores import MOST_MOVERS, moving_threads
-from ckptkit.io.crew import Crew, start_threads
+from ckptkit.io.crew import Crew, attend
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.output import Output
 from ckptkit.io.plan import Comparison, Plan
@@ -253,28 +253,13 @@ class _Job:
         """Carries everything out with `count` threads."""
         schedule = Schedule(self._files, self._outputs, self._limits)
         background = _Background(count, self._hash)
-        workers: list[threading.Thread] = []
         try:
             for index, output in self._outputs.items():
                 if not output.spec.size:
                     background.sync.submit(partial(self._guard, partial(self._finish, index)))
             works = [partial(self._work, index, schedule, background) for index in range(count)]
-            workers = start_threads(works, "ckptkit")
-            if not workers:
-                works[0]()  # the system allows no further thread, so this one does the work
-            running = len(workers) or 1
-            while running:
-                message = self._mailbox.get()
-                if message is None:
-                    running -= 1
-                else:
-                    progress(message)
-        except BaseException:
-            self._stop.set()
-            raise
+            attend(works, self._mailbox, progress, self._stop.set)
         finally:
-            for worker in workers:
-                worker.join()
             background.close()
             for output in self._outputs.values():
                 output.close()

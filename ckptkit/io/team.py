@@ -601,14 +601,18 @@ class Follower(_Rank):
             raise StorageError(f"{self._ear.name} {death}", where=self._folder.parent, hint=hint)
 
     def _check_end(self, message: Message) -> None:
-        """Whether the run has ended; raises what ended it."""
-        end = message.get("end")
-        if isinstance(end, dict) and end:
-            error = raised(end, "")
-            error.told = True
-            raise error
-        if end is not None:
+        if is_end(message):
             self._ended.set()
+
+
+def is_end(message: Message) -> bool:
+    """Whether a message of rank 0 says that the run has ended; raises what ended it, if that was an error."""
+    end = message.get("end")
+    if isinstance(end, dict) and end:
+        error = raised(end, "")
+        error.told = True
+        raise error
+    return end is not None
 
 
 def told(error: BaseException) -> Message:

@@ -20,7 +20,7 @@ from ckptkit.io.stores.objects import Object
 from ckptkit.sharding.grid import Parallelism
 from tests.folder_store import Fetched, none_twice, note_fetched
 from tests.models import files_of, save_llama
-from tests.stores import BUCKET, Server, running
+from tests.stores import BUCKET, Server, found_by_environment
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hf": ({"to": "hf", "shard_size": 200_000}, {"to": "torch", "grid": Parallelism(tp=2, pp=2)}),
@@ -33,9 +33,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Server]:
-    with running() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with found_by_environment() as server:
         yield server
 
 

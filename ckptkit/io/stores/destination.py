@@ -26,6 +26,7 @@ from typing import TypeVar
 from ckptkit.errors import CkptkitError, InputError, StorageError, UsageError
 from ckptkit.io import faults
 from ckptkit.io.checksums import Sum
+from ckptkit.io.commit import resumable
 from ckptkit.io.crew import Crew
 from ckptkit.io.engine import Stop
 from ckptkit.io.plan import Plan, source_files
@@ -170,7 +171,7 @@ class StoreDestination:
             if progress is not None:
                 progress(done, self._plan.nbytes)
 
-        with self._resumable(), self._locked():
+        with resumable(lambda: self.resume_hint), self._locked():
             self._prepare()
             if world.size > 1:
                 terms = terms_of(self._digest, self._layout, hash)
@@ -275,15 +276,6 @@ class StoreDestination:
             raise
         finally:
             self._lock.release()
-
-    @contextmanager
-    def _resumable(self) -> Iterator[None]:
-        """Adds the way to continue to a storage error."""
-        try:
-            yield
-        except StorageError as error:
-            hints = [hint for hint in (error.hint, self.resume_hint) if hint]
-            raise StorageError(error.what, where=error.where, hint="; ".join(hints) or None) from error
 
     def _what_stands(self) -> str | None:
         """A sentence about what readers see, for a run that ends while files are completed, or later; else None."""

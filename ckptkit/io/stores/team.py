@@ -35,7 +35,7 @@ from ckptkit.io.stores.client import Bucket
 from ckptkit.io.stores.journal import Begun, Sums
 from ckptkit.io.stores.parts import Layout, Sizes, count_of, lay_out_parts
 from ckptkit.io.stores.uploading import Present, Uploaded, Uploading
-from ckptkit.io.team import Moved, raised, told
+from ckptkit.io.team import Moved, is_end, raised, told
 from ckptkit.io.world import World
 
 _LARGEST, _MOST = 256 << 20, 1_000_000
@@ -561,12 +561,7 @@ class _Follower:
             raise StorageError(f"{meeting.others[0].name} {death}", where=self._address, hint=hint)
 
     def _check_end(self, message: Message) -> None:
-        end = message.get("end")
-        if isinstance(end, dict) and end:
-            error = raised(end, "")
-            error.told = True
-            raise error
-        if end is not None:
+        if is_end(message):
             self._ended.set()
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ckptkit.io.casts import convert
 from ckptkit.io.checksums import Checksums, Sum
 from ckptkit.io.cores import moving_threads
-from ckptkit.io.crew import Crew, start_threads
+from ckptkit.io.crew import Crew, attend
 from ckptkit.io.engine import Stop
 from ckptkit.io.gather import Gatherer
 from ckptkit.io.plan import Comparison, OutputFile, Plan
@@ -323,24 +323,9 @@ class Uploading:
         started = time.monotonic()
         give_back(SMALLEST)
         self._crew = Crew(UPLOADS, "ckptkit-upload")
-        workers: list[threading.Thread] = []
         try:
-            workers = start_threads([self._work] * self._count, "ckptkit")
-            if not workers:
-                self._work()  # the system allows no further thread, so this one does the work
-            running = len(workers) or 1
-            while running:
-                message = self._mailbox.get()
-                if message is None:
-                    running -= 1
-                else:
-                    progress(message)
-        except BaseException:
-            self._stop.set()
-            raise
+            attend([self._work] * self._count, self._mailbox, progress, self._stop.set)
         finally:
-            for worker in workers:
-                worker.join()
             self._crew.close()
         if self._stop.error is not None:
             raise self._stop.error

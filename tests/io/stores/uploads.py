@@ -16,7 +16,7 @@ from ckptkit.io.stores import client
 from ckptkit.io.stores.parts import Sizes
 from fixtures.make_damaged import SOUND
 from tests.models import files_of
-from tests.stores import Server, running
+from tests.stores import Server, found_by_environment
 
 HF = SOUND / "hf"
 SMALL = Sizes(part=1024, smallest=1024, memory=8 * 1024, held=2200)
@@ -26,9 +26,7 @@ SMALL = Sizes(part=1024, smallest=1024, memory=8 * 1024, held=2200)
 @pytest.fixture(scope="module", name="server")
 def server_fixture() -> Iterator[Server]:
     """A server that this process and its children find by their environment."""
-    with running() as found, pytest.MonkeyPatch.context() as patch:
-        for name, value in found.environment.items():
-            patch.setenv(name, value)
+    with found_by_environment() as found, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_MAX_ATTEMPTS", "3")
         patch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 256)
         yield found
